@@ -1,0 +1,1 @@
+"""The method: calibration, importance, allocation, GPTQ, router tuning and their progression."""

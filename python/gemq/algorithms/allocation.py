@@ -1,0 +1,399 @@
+"""Global bit allocation: one binary program over every expert of the model (GEMQ, arXiv 2605.23078, Eq. 7).
+
+With ``c[i, b]`` the loss increase that Eq. 6 predicts when expert ``i`` is stored at ``b`` bits, and
+``x[i, b]`` 1 where it is, the program is::
+
+    minimise    sum c[i, b] * x[i, b]
+    subject to  sum_b x[i, b] = 1              each expert has one width
+                sum b * x[i, b] <= total       the budget, over all layers at once
+                per layer, at least one routed expert at the highest width and one at the second highest
+
+The coefficients are measured once and saved; any budget is solved from the same file::
+
+    {"format": "gemq-costs", "version": 1, "candidates": [1, 2, 3], "layers": [0, 1], "shared": null,
+     "shared_multiple": 0.0, "routed": [[[0.9, 0.2, 0.1], [0.5, 0.3, 0.1]], [[0.1, 0.0, 0.0], [0.7, 0.2, 0.0]]]}
+
+Solved with python-mip, by HiGHS or CBC.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import operator
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemq.format import check_bits
+
+FORMAT, VERSION = "gemq-costs", 1
+PER_LAYER, SOLVERS = ("c2c3", "none"), ("auto", "highs", "cbc")
+# A real budget times an expert count may miss a whole number of bits by rounding.
+BUDGET_SLACK = 1e-6
+# The solvers' tolerances are absolute, about 1e-6. With coefficients that reach 1 they call a solution optimal
+# that is 1e-3 off when the coefficients spread over ten decades, and with 1e6 they do not.
+COEFFICIENT_SCALE = 1e6
+# Below this fraction of the largest coefficient an objective is too close to the tolerances: see _Program.solve.
+RESCALE_BELOW = 1e-2
+
+
+def _array(name: str, value: Any, ndim: int) -> np.ndarray:
+    """``value`` as a read-only float64 array of ``ndim`` dimensions, finite and >= 0, else ``ValueError``."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must have {ndim} dimensions, got rows of different lengths") from error
+    if array.dtype.kind not in "iuf" or array.ndim != ndim or not array.size:
+        raise ValueError(f"{name} must hold numbers in {ndim} dimensions, got {array.dtype} {array.shape}")
+    array = array.astype(np.float64)
+    bad = np.argwhere(~(np.isfinite(array) & (array >= 0)))
+    if len(bad):
+        index = tuple(bad[0].tolist())
+        raise ValueError(f"{name}{list(index) or ''} must be finite and >= 0, got {array[index]}")
+    array.setflags(write=False)
+    return array
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    """``values`` as Python integers >= 0, strictly ascending, else ``ValueError``."""
+    try:
+        integers = tuple(-1 if isinstance(v, bool) else operator.index(v) for v in values)
+    except TypeError:
+        integers = ()
+    if not integers or integers[0] < 0 or any(a >= b for a, b in itertools.pairwise(integers)):
+        raise ValueError(f"{name} must be ascending, distinct integers >= 0, at least one, got {values!r}")
+    return integers
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Loss increases of Eq. 6 for every expert and candidate width. Raises ``ValueError`` for any value outside:
+
+    ``candidates``
+        B widths in bits, ascending, each in 0..8.
+    ``routed`` ``[L, E, B]`` float64
+        Predicted increase of the calibration loss when that expert of that MoE layer has that width; >= 0.
+        Used as given: a width that costs more than a narrower one stays so.
+    ``layers``
+        Decoder layer index of each of the L rows, ascending.
+    ``shared`` ``[L, B]`` float64 or None
+        The same for the shared experts of a layer merged into one. None when the family has none, or when
+        their width is not to be chosen (then :func:`solve` needs ``fixed_shared_bits``).
+    ``shared_multiple``
+        S, the width of the merged shared expert over that of a routed one (2 in DeepSeek-V2-Lite); 0 if none.
+    """
+
+    candidates: tuple[int, ...]
+    routed: np.ndarray
+    layers: tuple[int, ...]
+    shared: np.ndarray | None = None
+    shared_multiple: float = 0.0
+
+    def __post_init__(self) -> None:
+        candidates = _integers("candidates", self.candidates)
+        for bits in candidates:
+            check_bits(bits, allow_zero=True, name="candidates")
+        routed = _array("routed", self.routed, 3)
+        num_layers, _, num_widths = routed.shape
+        if num_widths != len(candidates):
+            raise ValueError(f"routed must be [L, E, {len(candidates)}] for candidates {candidates}: {routed.shape}")
+        layers = _integers("layers", self.layers)
+        if len(layers) != num_layers:
+            raise ValueError(f"layers must name the {num_layers} layers of routed, got {len(layers)}: {layers}")
+        multiple = float(_array("shared_multiple", self.shared_multiple, 0))
+        if self.shared is not None:
+            shared = _array("shared", self.shared, 2)
+            if shared.shape != (num_layers, num_widths):
+                raise ValueError(f"shared must be [L, B] = {(num_layers, num_widths)}, got {shared.shape}")
+            if multiple == 0:
+                raise ValueError("shared_multiple must be > 0 when shared is given, got 0")
+            object.__setattr__(self, "shared", shared)
+        for name, value in zip(("candidates", "routed", "layers"), (candidates, routed, layers), strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "shared_multiple", multiple)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON of the module's docstring; an interrupted write leaves ``path`` as it was."""
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            content[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
+        _write_atomically(Path(path), json.dumps(content, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Costs:
+        """Read what :meth:`save` wrote.
+
+        Raises ``ValueError`` naming the file if it is not such JSON or has another version, ``OSError`` if unreadable.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise ValueError(f"not a {FORMAT} file")
+            version = content.get("version")
+            if type(version) is not int or version != VERSION:
+                raise ValueError(f"version must be {VERSION}, got {version!r}")
+            names = {field.name for field in fields(cls)}
+            if content.keys() != names | {"format", "version"}:
+                raise ValueError(f"missing or unknown keys: {sorted(content.keys() ^ (names | {'format', 'version'}))}")
+            return cls(**{name: content[name] for name in names})
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` under a temporary name in the same folder, flush it to disk and rename it to ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """A width for every expert.
+
+    ``bits`` is the width of each routed expert and ``shared_bits`` that of each layer's merged shared expert, if
+    there is one; ``budget`` is in bits per expert, as asked for. ``objective`` sums the coefficients of the chosen
+    widths of the experts that were variables, and ``gap`` is its proven distance to the optimum,
+    ``(objective - the solver's lower bound) / objective``.
+    """
+
+    bits: np.ndarray  # [L, E] int64
+    shared_bits: np.ndarray | None  # [L] int64
+    budget: float
+    objective: float
+    gap: float
+    seconds: float
+    solver: str  # "highs", "cbc", or the name of a rule
+    shared_multiple: float = 0.0  # S of Costs if the budget covers the shared experts, else 0
+
+    @property
+    def bits_per_expert(self) -> float:
+        """Mean bits over the expert-sized units that the budget covers; at most ``budget``."""
+        total, units = float(self.bits.sum()), float(self.bits.size)
+        if self.shared_bits is not None:
+            total += self.shared_multiple * float(self.shared_bits.sum())
+            units += self.shared_multiple * self.shared_bits.size
+        return total / units
+
+
+def _units(costs: Costs, count_shared: bool) -> tuple[float, float]:
+    """``(experts that the budget is averaged over, bits set aside before the program)``, both per layer."""
+    num_experts = costs.routed.shape[1]
+    if costs.shared is None or not count_shared:
+        return float(num_experts), 0.0
+    return num_experts + costs.shared_multiple, max(0.0, costs.shared_multiple - 1) * costs.candidates[-1]
+
+
+def total_bits(budget: float, costs: Costs, *, count_shared: bool = True) -> int:
+    """The right-hand side of the budget constraint for ``budget`` bits per expert, rounded down to whole bits.
+
+    Without shared experts it is ``budget * R * L`` for R routed experts in each of L layers. With them (and
+    ``count_shared``) it is ``(budget * (R + S) - max(0, S - 1) * max(candidates)) * L``, the accounting of the
+    paper's experiments: a layer holds ``R + S`` expert-sized units, the S shared ones are one variable whose
+    bits are counted once, and the other ``S - 1`` units are charged the highest width in advance. That is exact
+    when the shared expert takes the highest width, and on the safe side when it takes a lower one.
+    """
+    units, reserved = _units(costs, count_shared)
+    return math.floor((budget * units - reserved) * costs.routed.shape[0] + BUDGET_SLACK)
+
+
+def _shared_is_variable(costs: Costs, fixed_shared_bits: int | None) -> bool:
+    if fixed_shared_bits is None:
+        if costs.shared is None and costs.shared_multiple > 0:
+            raise ValueError("fixed_shared_bits is needed: there are shared experts, and no costs to choose by")
+        return costs.shared is not None
+    check_bits(fixed_shared_bits, allow_zero=True, name="fixed_shared_bits")
+    if costs.shared_multiple == 0:
+        raise ValueError(f"fixed_shared_bits must be None without shared experts, got {fixed_shared_bits}")
+    return False
+
+
+def _minimum_bits(costs: Costs, per_layer: str, shared: bool) -> int:
+    """The fewest bits that one layer can take."""
+    num_experts, low = costs.routed.shape[1], costs.candidates[0]
+    bits = num_experts * low + (low if shared else 0)
+    if per_layer == "c2c3" and len(costs.candidates) > 1:
+        if num_experts < 2:
+            raise ValueError(f"per_layer='c2c3' needs at least 2 routed experts a layer, got {num_experts}; use 'none'")
+        bits += costs.candidates[-1] + costs.candidates[-2] - 2 * low
+    return bits
+
+
+def feasible_range(
+    costs: Costs, *, per_layer: str = "c2c3", fixed_shared_bits: int | None = None
+) -> tuple[float, float]:
+    """The ``(lowest, highest)`` budget in bits per expert that :func:`solve` accepts with these options.
+
+    The lowest is what the narrowest widths and the per-layer constraints take. The highest is the widest
+    candidate; with ``c2c3`` a little of it stays unspent, since each layer keeps one expert below it.
+    """
+    if per_layer not in PER_LAYER:
+        raise ValueError(f"per_layer must be one of {', '.join(PER_LAYER)}, got {per_layer!r}")
+    shared = _shared_is_variable(costs, fixed_shared_bits)
+    units, reserved = _units(costs, shared)
+    return (_minimum_bits(costs, per_layer, shared) + reserved) / units, float(costs.candidates[-1])
+
+
+@dataclass(frozen=True)
+class _Program:
+    """Eq. 7 with one row an expert: the routed ones layer after layer, then one shared expert a layer if chosen."""
+
+    coefficients: np.ndarray  # [rows, B]
+    widths: tuple[int, ...]
+    shape: tuple[int, int]  # layers, routed experts a layer
+    total: int
+    per_layer: bool
+
+    def build(self, solver: str, scale: float, keep: np.ndarray) -> Any:
+        """The python-mip model, its variables row after row; those where ``keep`` ``[rows, B]`` is False stay 0."""
+        from mip import BINARY, EQUAL, GREATER_OR_EQUAL, LESS_OR_EQUAL, LinExpr, Model
+
+        model = Model(solver_name=solver.upper())
+        model.verbose = 0
+        objective = np.where(keep, self.coefficients, 0.0) * scale
+        for value, upper in zip(objective.ravel().tolist(), keep.ravel().astype(float).tolist(), strict=True):
+            model.add_var(obj=value, ub=upper, var_type=BINARY)
+
+        def constrain(indices: np.ndarray, factors: Sequence[float], sense: str, right: float) -> None:
+            model.add_constr(LinExpr([model.vars[i] for i in indices.tolist()], factors, -right, sense))
+
+        index = np.arange(keep.size).reshape(keep.shape)
+        for row in index:
+            constrain(row, [1.0] * len(row), EQUAL, 1.0)
+        constrain(index.ravel(), [float(b) for b in self.widths] * len(index), LESS_OR_EQUAL, float(self.total))
+        for layer in index[: math.prod(self.shape)].reshape(*self.shape, -1) if self.per_layer else ():
+            for column in (layer[:, -1], layer[:, -2]):
+                constrain(column, [1.0] * len(column), GREATER_OR_EQUAL, 1.0)
+        return model
+
+    def check(self, values: np.ndarray) -> np.ndarray:
+        """The chosen width index by row, from a solution ``[rows, B]``; ``RuntimeError`` if it breaks a constraint."""
+        chosen = values.argmax(axis=1)
+        routed = chosen[: math.prod(self.shape)].reshape(self.shape)
+        if np.abs(values - values.round()).max() > 1e-4 or (values.round().sum(axis=1) != 1).any():
+            raise RuntimeError("the solver returned an allocation without one width for each expert")
+        if int(np.asarray(self.widths)[chosen].sum()) > self.total:
+            raise RuntimeError(f"the solver returned an allocation over the budget of {self.total} bits")
+        for back in (1, 2) if self.per_layer else ():
+            if not (routed == len(self.widths) - back).any(axis=1).all():
+                raise RuntimeError("the solver returned an allocation that breaks a per-layer constraint")
+        return chosen
+
+    def solve(self, solver: str, max_gap: float, time_limit: float) -> tuple[np.ndarray, float, float]:
+        """``(chosen width index by row, objective, lower bound)``.
+
+        None of the coefficients is negative, so one above the objective of any solution is in no optimum: where such
+        dwarf the objective (an expert that must not have 0 bits), they are dropped, the rest scaled up and re-solved.
+        """
+        end = time.monotonic() + time_limit
+        keep = np.ones(self.coefficients.shape, dtype=bool)
+        best, objective, bound = None, math.inf, 0.0
+        while True:
+            largest = float(self.coefficients[keep].max())
+            scale = COEFFICIENT_SCALE / largest if largest > 0 else 1.0
+            model = self.build(solver, scale, keep)
+            model.max_mip_gap = max_gap
+            status = model.optimize(max_seconds=max(end - time.monotonic(), 1e-3))
+            if model.num_solutions:
+                chosen = self.check(np.array([v.x for v in model.vars]).reshape(keep.shape))
+                value = float(np.take_along_axis(self.coefficients, chosen[:, None], axis=1).sum())
+                best, objective = (chosen, value) if value < objective else (best, objective)
+                bound = max(0.0, model.objective_bound / scale)
+            if best is None:
+                raise RuntimeError(f"{solver} found no allocation in time_limit={time_limit:g} s ({status.name})")
+            if objective == 0 or objective >= RESCALE_BELOW * largest or time.monotonic() >= end:
+                return best, objective, bound
+            keep &= self.coefficients <= objective
+
+
+def _pick_solver(solver: str) -> str:
+    """The name of a solver that loads: the one asked for, or of HiGHS and CBC the first."""
+    names = SOLVERS[1:] if solver == "auto" else (solver,)
+    for name in names:
+        if getattr(importlib.import_module(f"mip.{name}"), f"has_{name}"):
+            return name
+    raise RuntimeError(f"python-mip cannot load {' or '.join(names)}; install its package: highsbox or cbcbox")
+
+
+def solve(
+    costs: Costs,
+    budget: float,
+    *,
+    per_layer: str = "c2c3",
+    max_gap: float = 1e-4,
+    time_limit: float = 60.0,
+    solver: str = "auto",
+    fixed_shared_bits: int | None = None,
+) -> Allocation:
+    """The widths with the least predicted loss increase within ``budget`` bits per expert (Eq. 7).
+
+    ``per_layer="c2c3"`` keeps, in each layer, at least one routed expert at the highest and one at the second
+    highest candidate (``"none"``, or one candidate: no such constraint). The search ends at a relative gap of
+    ``max_gap`` or after ``time_limit`` seconds, then with the gap it reached: see ``Allocation.gap``. ``solver``
+    is ``"highs"``, ``"cbc"`` or ``"auto"``, HiGHS if it loads and CBC otherwise. The same input gives the same
+    allocation, ties included, unless the time limit ends the search.
+
+    With ``fixed_shared_bits`` the shared experts have that width, and the budget and the objective cover the
+    routed experts only; otherwise see :func:`total_bits`.
+
+    Raises ``ValueError`` for an unknown option or a budget outside :func:`feasible_range`, and ``RuntimeError``
+    if no solver loads, the time limit passes without an allocation, or the solver's answer breaks a constraint.
+    """
+    start = time.monotonic()
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if not (max_gap >= 0 and time_limit > 0):
+        raise ValueError(f"max_gap must be >= 0 and time_limit > 0 seconds, got {max_gap} and {time_limit}")
+    low, high = feasible_range(costs, per_layer=per_layer, fixed_shared_bits=fixed_shared_bits)
+    shared = _shared_is_variable(costs, fixed_shared_bits)
+    num_layers, num_experts, num_widths = costs.routed.shape
+    total = total_bits(budget, costs, count_shared=shared) if 0 <= budget <= high + 1e-9 else -1
+    if total < num_layers * _minimum_bits(costs, per_layer, shared):
+        raise ValueError(f"budget must be in {low:.6g}..{high:.6g} bits per expert for these costs, got {budget}")
+
+    rows = costs.routed.reshape(-1, num_widths)
+    program = _Program(
+        coefficients=np.concatenate([rows, costs.shared]) if shared else rows,
+        widths=costs.candidates,
+        shape=(num_layers, num_experts),
+        total=total,
+        per_layer=per_layer == "c2c3" and num_widths > 1,
+    )
+    name = _pick_solver(solver)
+    chosen, objective, bound = program.solve(name, max_gap, time_limit)
+    bits = np.asarray(costs.candidates, dtype=np.int64)[chosen]
+    fixed = None if fixed_shared_bits is None else np.full(num_layers, fixed_shared_bits, dtype=np.int64)
+    return Allocation(
+        bits=bits[: len(rows)].reshape(num_layers, num_experts),
+        shared_bits=bits[len(rows) :] if shared else fixed,
+        budget=float(budget),
+        objective=objective,
+        gap=max(0.0, objective - bound) / objective if objective else 0.0,
+        seconds=time.monotonic() - start,
+        solver=name,
+        shared_multiple=costs.shared_multiple if shared else 0.0,
+    )
+
+
+def pareto(costs: Costs, budgets: Sequence[float], **options: Any) -> list[Allocation]:
+    """:func:`solve` for each of ``budgets`` with the same ``options``: the curve of objective against bits."""
+    return [solve(costs, budget, **options) for budget in budgets]

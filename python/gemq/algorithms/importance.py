@@ -1,0 +1,197 @@
+"""How much the task loss rises if one expert is quantized: the coefficients of the paper's Eq. 6.
+
+``c[l, i, b] = sum over tokens, d of (g_d * dz_d)^2`` with ``g = dL/dz`` at the output ``z`` of MoE layer ``l`` and
+``dz = w_i * (E_i(x) - E_i^b(x))``, the change of that output when expert ``i`` is quantized to ``b`` bits. Only
+tokens routed to an expert change, so only they are evaluated. ``L`` is the token-mean cross-entropy of a window;
+coefficients are summed over windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gemq.algorithms.allocation import Costs
+from gemq.algorithms.layerwise import Routed, expert_hidden, watch_experts
+from gemq.algorithms.originals import Originals
+from gemq.format import default_group_size
+from gemq.models import MoeLayer, MoeModel
+from gemq.reference.grid import dequantize_codes, round_to_nearest
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """What allocations are computed from, per MoE layer and expert.
+
+    ``costs`` are Eq. 6; ``frequency`` the share of tokens routed to an expert ``[L, E]``, ``weight`` its mean
+    routing weight over all tokens ``[L, E]``, ``error`` the Frobenius norm of ``dz`` summed over windows
+    ``[L, E, B]`` (these three are what PMQ uses).
+    """
+
+    costs: Costs
+    frequency: np.ndarray
+    weight: np.ndarray
+    error: np.ndarray
+
+
+@dataclass
+class _Capture:
+    """One layer, one batch: the experts' call and the gradient at the block's output ``[T, H]``."""
+
+    routed: Routed
+    gradient: Tensor | None = None
+
+
+def _capture_batch(moe: MoeModel, ids: Tensor) -> list[_Capture]:
+    """Forward and backward of a batch of windows; gradients of the sum of the windows' mean losses."""
+    captures: list[_Capture] = []
+
+    def seen(routed: Routed, output: Tensor) -> None:
+        capture = _Capture(routed)
+        captures.append(capture)
+        output.register_hook(lambda g: setattr(capture, "gradient", g.detach()))
+
+    with ExitStack() as stack, torch.enable_grad():
+        embeddings = moe.model.get_input_embeddings()
+        handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        stack.callback(handle.remove)
+        for layer in moe.moe:
+            stack.enter_context(watch_experts(layer, seen))
+        logits = moe.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        (loss / (ids.shape[1] - 1)).backward()
+    return captures
+
+
+def _perturbed(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """``weight [..., n, k]`` rounded to ``bits`` and back, as the paper perturbs it (plain RTN)."""
+    if bits == 0:
+        return torch.zeros_like(weight)
+    size = default_group_size(weight.shape[-1], group_size)
+    return dequantize_codes(*round_to_nearest(weight, bits, size), dtype=weight.dtype)
+
+
+class _LayerCosts:
+    """Accumulates one layer's statistics over batches."""
+
+    def __init__(self, moe: MoeModel, candidates: tuple[int, ...]):
+        shape = (moe.num_experts, len(candidates))
+        self.candidates = candidates
+        self.routed = np.zeros(shape)
+        self.error = np.zeros(shape)
+        self.shared = np.zeros(len(candidates))
+        self.count = np.zeros(moe.num_experts)
+        self.weight = np.zeros(moe.num_experts)
+        self.tokens = 0
+
+    def add_expert(
+        self, expert: int, captures: list[_Capture], base: tuple[Tensor, Tensor], weights: list[tuple[Tensor, Tensor]],
+        window: int,
+    ) -> None:
+        for capture in captures:
+            x, token = capture.routed.rows(expert)
+            if not len(token):
+                continue
+            scale = capture.routed.weight_of(expert, token)
+            self.count[expert] += len(token)
+            self.weight[expert] += float(scale.double().sum())
+            gradient = capture.gradient[token].float()
+            out = expert_hidden(base[0], x) @ base[1].T
+            for b, (gate_up, down) in enumerate(weights):
+                change = scale * (out - expert_hidden(gate_up, x) @ down.T)
+                self.routed[expert, b] += float((gradient * change).double().square().sum())
+                per_token = change.double().square().sum(-1)
+                sums = torch.zeros(int(token[-1]) // window + 1, dtype=torch.float64, device=per_token.device)
+                sums.index_add_(0, token // window, per_token)
+                self.error[expert, b] += float(sums.sqrt().sum())
+
+
+def _shared_scale(layer: MoeLayer, x: Tensor) -> Tensor | float:
+    return 1.0 if layer.shared_gate is None else torch.sigmoid(layer.shared_gate(x))
+
+
+def _shared_costs(layer: MoeLayer, captures: list[_Capture], originals: Originals, sums: _LayerCosts, group: int):
+    gate, up, down = originals.shared(layer)
+    base = (torch.cat([gate, up]), down)
+    weights = [tuple(_perturbed(w, b, group) for w in base) for b in sums.candidates]
+    for capture in captures:
+        x, gradient = capture.routed.x, capture.gradient.float()
+        out = expert_hidden(base[0], x) @ base[1].T
+        scale = _shared_scale(layer, x)
+        for b, (gate_up, down_b) in enumerate(weights):
+            change = scale * (out - expert_hidden(gate_up, x) @ down_b.T)
+            sums.shared[b] += float((gradient * change).double().square().sum())
+
+
+def measure(
+    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, *, group_size: int = 128,
+    batch_size: int = 4, progress: Progress | None = None,
+) -> ExpertStatistics:
+    """Eq. 6 for every expert and candidate width, with the routing, inputs and gradients of ``moe`` as it is.
+
+    ``windows`` is int64 ``[N, T]``; ``originals`` are the weights that are perturbed and measured against, so in a
+    progression the statistics come from the quantized model but the change is that of the original expert.
+    A merged shared expert is measured on every token (with its sigmoid gate where there is one).
+    """
+    was_training, device = moe.model.training, next(moe.model.parameters()).device
+    frozen = [p for p in moe.model.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    moe.model.eval()
+    steps, done = -(-len(windows) // batch_size) + len(moe.moe), 0
+    captured: list[list[_Capture]] = [[] for _ in moe.moe]
+    for at in range(0, len(windows), batch_size):
+        for index, capture in enumerate(_capture_batch(moe, windows[at : at + batch_size].to(device))):
+            captured[index].append(capture)
+        done += 1
+        if progress:
+            progress(done, steps)
+    rows = []
+    with torch.no_grad():
+        for layer, captures in zip(moe.moe, captured, strict=True):
+            rows.append(_layer_costs(moe, layer, captures, candidates, originals, group_size, windows.shape[1]))
+            captures.clear()
+            done += 1
+            if progress:
+                progress(done, steps)
+    for p in frozen:
+        p.requires_grad_(True)
+    moe.model.train(was_training)
+    return _statistics(moe, rows, candidates)
+
+
+def _layer_costs(moe, layer, captures, candidates, originals, group_size, window) -> _LayerCosts:
+    sums = _LayerCosts(moe, candidates)
+    gate_up, down = originals.experts(layer)
+    for e in range(moe.num_experts):
+        base = (gate_up[e], down[e])
+        weights = [tuple(_perturbed(w, b, group_size) for w in base) for b in candidates]
+        sums.add_expert(e, captures, base, weights, window)
+    if layer.shared is not None:
+        _shared_costs(layer, captures, originals, sums, group_size)
+    sums.tokens = sum(len(c.routed.x) for c in captures)
+    return sums
+
+
+def _statistics(moe: MoeModel, rows: list[_LayerCosts], candidates: tuple[int, ...]) -> ExpertStatistics:
+    tokens = np.array([[row.tokens] for row in rows], dtype=float)
+    costs = Costs(
+        candidates=candidates,
+        routed=np.stack([row.routed for row in rows]),
+        shared=np.stack([row.shared for row in rows]) if moe.moe[0].shared is not None else None,
+        shared_multiple=moe.shared_multiple,
+        layers=tuple(layer.index for layer in moe.moe),
+    )
+    return ExpertStatistics(
+        costs,
+        np.stack([row.count for row in rows]) / tokens,
+        np.stack([row.weight for row in rows]) / tokens,
+        np.stack([row.error for row in rows]),
+    )

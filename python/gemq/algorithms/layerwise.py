@@ -1,0 +1,101 @@
+"""Run a model decoder layer by decoder layer, and watch what its linears and experts see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemq.models import MoeLayer, MoeModel
+
+
+@dataclass
+class LayerCalls:
+    """The input of the first decoder layer and every layer's keyword arguments, per batch of windows."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    kwargs: list[list[dict[str, Any]]] = field(default_factory=list)
+
+
+@contextmanager
+def _recording(moe: MoeModel, calls: LayerCalls) -> Iterator[None]:
+    def record(index: int) -> Callable:
+        def forward(hidden_states: Tensor, *args, **kwargs):
+            if args:
+                raise TypeError(f"decoder layer {index} takes positional arguments besides its input")
+            if index == 0:
+                calls.hidden.append(hidden_states.detach())
+                calls.kwargs.append([])
+            calls.kwargs[-1].append(kwargs)
+            return hidden_states
+
+        return forward
+
+    for index, layer in enumerate(moe.layers):
+        layer.forward = record(index)
+    try:
+        yield
+    finally:
+        for layer in moe.layers:
+            del layer.forward
+
+
+@torch.no_grad()
+def capture_layer_calls(moe: MoeModel, windows: Tensor, batch_size: int) -> LayerCalls:
+    """Run only the embeddings and note how the model would call each decoder layer (no layer is executed)."""
+    calls = LayerCalls()
+    device = next(moe.model.parameters()).device
+    with _recording(moe, calls):
+        for at in range(0, len(windows), batch_size):
+            moe.decoder(input_ids=windows[at : at + batch_size].to(device), use_cache=False)
+    return calls
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """One decoder layer on ``hidden [B, T, H]``."""
+    out = layer(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Routed:
+    """What a layer's experts were called with: ``x [T, H]``, ``ids [T, k]``, ``weights [T, k]``."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    def rows(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Inputs ``[t, H]`` of the tokens routed to ``expert`` and their indices ``[t]``."""
+        token = torch.where((self.ids == expert).any(-1))[0]
+        return self.x[token], token
+
+    def weight_of(self, expert: int, token: Tensor) -> Tensor:
+        """Routing weights ``[t, 1]`` of ``expert`` for the given tokens."""
+        return (self.weights[token] * (self.ids[token] == expert)).sum(-1, keepdim=True)
+
+
+@contextmanager
+def watch_experts(layer: MoeLayer, seen: Callable[[Routed, Tensor], None]) -> Iterator[None]:
+    """Call ``seen(arguments, output)`` after every call of the layer's experts."""
+
+    def hook(module, args, kwargs, output):
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        values = [*args, *(kwargs[n] for n in names[len(args) :])]
+        seen(Routed(*(v.detach() for v in values)), output)
+
+    handle = layer.experts.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def expert_hidden(gate_up: Tensor, x: Tensor) -> Tensor:
+    """``SiLU(gate(x)) * up(x)`` of one expert: ``gate_up [2I, H]``, ``x [t, H] -> [t, I]``."""
+    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up

@@ -1,0 +1,176 @@
+"""The whole method: measure, allocate, quantize, tune the routers, and again at the next lower budget (Alg. 1)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gemq.algorithms.allocation import Allocation, solve
+from gemq.algorithms.baselines import pmq, uniform
+from gemq.algorithms.gptq import GptqConfig
+from gemq.algorithms.importance import ExpertStatistics, measure
+from gemq.algorithms.originals import Originals
+from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
+from gemq.algorithms.sequential import BitPlan, QuantizedWeights, quantize_weights
+from gemq.models import MoeModel
+
+METHODS = ("gemq", "pmq", "uniform")
+ESTIMATES = ("fp", "quantized", "tuned")
+# progress(stage, done, total); a stage starts at done = 0
+StageProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Everything that decides the result besides model and text.
+
+    ``budgets`` are bits per expert, visited from the highest to the lowest. ``estimate`` is the model on which the
+    coefficients of the second and later budgets are measured: the full-precision one, the one quantized for the
+    previous budget, or that with tuned routers (the default when routers are tuned). ``shared_bits`` None lets the
+    program choose; 16 keeps shared experts, attention or dense MLPs unquantized.
+    """
+
+    budgets: tuple[float, ...] = (2.5,)
+    method: str = "gemq"
+    candidates: tuple[int, ...] = (1, 2, 3)
+    per_layer: str = "c2c3"
+    attention_bits: int = 4
+    dense_bits: int = 4
+    shared_bits: int | None = None
+    tune: bool = True
+    estimate: str = "tuned"
+    batch_size: int = 4
+    gptq: GptqConfig = field(default_factory=GptqConfig)
+    router: RouterTuningConfig = field(default_factory=RouterTuningConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.estimate not in ESTIMATES:
+            raise ValueError(f"estimate must be one of {', '.join(ESTIMATES)}, got {self.estimate!r}")
+        if not self.budgets or any(not 0 <= b <= 8 for b in self.budgets):
+            raise ValueError(f"budgets must be bits per expert in 0..8, got {self.budgets}")
+        for name in ("attention_bits", "dense_bits", "shared_bits"):
+            width = getattr(self, name)
+            if width is not None and width != 16 and not 1 <= width <= 8:
+                raise ValueError(f"{name} must be 1..8, or 16 for unquantized, got {width}")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One budget's outcome. The model holds the dequantized weights and tuned routers when it is yielded."""
+
+    budget: float
+    allocation: Allocation
+    plan: BitPlan
+    weights: QuantizedWeights
+    statistics: ExpertStatistics | None
+    router_losses: list[float]
+    seconds: dict[str, float]
+
+
+def _plan(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitPlan:
+    indices = [layer.index for layer in moe.moe]
+    shared = {}
+    if moe.moe[0].shared is not None:
+        fixed = config.shared_bits
+        if fixed is None and allocation.shared_bits is None:
+            # the baselines do not allocate shared experts: they get the widest candidate, as PMQ gives them
+            fixed = max(config.candidates)
+        shared = {
+            index: int(allocation.shared_bits[row]) if fixed is None else fixed for row, index in enumerate(indices)
+        }
+    experts = {index: [int(b) for b in allocation.bits[row]] for row, index in enumerate(indices)}
+    return BitPlan(experts, shared, config.attention_bits, config.dense_bits)
+
+
+def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, config: MethodConfig) -> Allocation:
+    """Widths for ``budget`` by the configured method; ``uniform`` needs no statistics."""
+    if config.method == "uniform":
+        return uniform(len(moe.moe), moe.num_experts, budget)
+    if statistics is None:
+        raise ValueError(f"method {config.method!r} needs statistics")
+    if config.method == "pmq":
+        return pmq(statistics.frequency, statistics.weight, statistics.error, config.candidates, budget)
+    has_shared = moe.moe[0].shared is not None
+    fixed = config.shared_bits if has_shared else None
+    return solve(statistics.costs, budget, per_layer=config.per_layer, fixed_shared_bits=fixed)
+
+
+def quantize_progressively(
+    moe: MoeModel, windows: Tensor, config: MethodConfig, *, router_windows: Tensor | None = None,
+    originals: Originals | None = None, first_statistics: ExpertStatistics | None = None,
+    progress: StageProgress | None = None,
+) -> Iterator[StageResult]:
+    """Run Algorithm 1 over ``config.budgets`` and yield each budget's result.
+
+    ``windows`` int64 ``[N, T]`` calibrate coefficients and GPTQ; ``router_windows`` (default the same) tune the
+    routers. Every budget quantizes the ORIGINAL weights and starts from the original routers; what carries over is
+    the model on which the next coefficients are measured (``config.estimate``), perturbed against the originals.
+    ``first_statistics`` are used instead of measuring the full-precision model.
+    """
+    originals = originals or Originals(moe)
+    originals.restore()
+    statistics = first_statistics
+    budgets = sorted(config.budgets, reverse=True)
+    for step, budget in enumerate(budgets):
+        timer = _Timer(progress)
+        if config.method != "uniform" and (step > 0 or statistics is None):
+            if (config.estimate == "fp" and statistics is None) or config.estimate != "fp":
+                with timer.stage("measure") as report:
+                    statistics = measure(
+                        moe, windows, config.candidates, originals, group_size=config.gptq.group_size,
+                        batch_size=config.batch_size, progress=report,
+                    )
+        with timer.stage("allocate"):
+            allocation = allocate(moe, statistics, budget, config)
+        plan = _plan(moe, allocation, config)
+        with timer.stage("quantize") as report:
+            weights = quantize_weights(
+                moe, windows, plan, originals, config.gptq, batch_size=config.batch_size, progress=report
+            )
+        losses: list[float] = []
+        if config.tune:
+            before = [p.detach().clone() for p in moe.routers] if config.estimate == "quantized" else None
+            with timer.stage("tune routers") as report:
+                losses = tune_routers(moe, router_windows if router_windows is not None else windows, config.router,
+                                      report)
+        yield StageResult(budget, allocation, plan, weights, statistics, losses, timer.seconds)
+        if config.tune and before is not None:
+            with torch.no_grad():
+                for p, value in zip(moe.routers, before, strict=True):
+                    p.copy_(value)
+
+
+class _Timer:
+    """Seconds per stage, and the progress callback of each."""
+
+    def __init__(self, progress: StageProgress | None):
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    def stage(self, name: str) -> _Stage:
+        return _Stage(self, name, self._progress)
+
+
+class _Stage:
+    def __init__(self, timer: _Timer, name: str, progress: StageProgress | None):
+        self._timer, self._name, self._progress = timer, name, progress
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._start = time.perf_counter()
+        self._report(0, 1)
+        return self._report
+
+    def _report(self, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(self._name, done, total)
+
+    def __exit__(self, *exc) -> None:
+        self._timer.seconds[self._name] = time.perf_counter() - self._start
+        if exc[0] is None:
+            self._report(1, 1)

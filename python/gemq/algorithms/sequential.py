@@ -1,0 +1,181 @@
+"""Quantize a whole model layer by layer with GPTQ, each layer calibrated on the output of the quantized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq
+from gemq.algorithms.layerwise import Routed, capture_layer_calls, expert_hidden, run_layer, watch_experts
+from gemq.algorithms.originals import Originals
+from gemq.format import default_group_size
+from gemq.models import MoeLayer, MoeModel
+from gemq.nn.experts import QuantizedStack
+from gemq.reference.grid import dequantize_codes
+
+Progress = Callable[[int, int], None]
+UNQUANTIZED = 16
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Widths of a model: routed experts and shared expert by decoder layer index, one each for the rest.
+
+    16 leaves attention, dense MLPs or a shared expert as they are.
+    """
+
+    experts: dict[int, list[int]]
+    shared: dict[int, int] = field(default_factory=dict)
+    attention: int = 4
+    dense: int = 4
+
+
+@dataclass
+class QuantizedWeights:
+    """Everything that was quantized: per layer index the two expert stacks, per module path ``(codes, meta, bits)``;
+    ``reports`` by module path (experts: ``path.expert.projection``)."""
+
+    plan: BitPlan
+    group_size: int
+    stacks: dict[int, tuple[QuantizedStack, QuantizedStack]] = field(default_factory=dict)
+    linears: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
+    reports: dict[str, GptqReport] = field(default_factory=dict)
+
+
+class _Hessian:
+    """Sum of ``x x'`` over calibration tokens."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.value = torch.zeros(size, size, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.value += x.T @ x
+        self.tokens += len(x)
+
+
+def _layer_linears(moe: MoeModel, index: int, plan: BitPlan) -> dict[str, tuple[nn.Linear, int]]:
+    """The plain linears of a decoder layer that are to be quantized, with their widths."""
+    prefix = f"{moe.decoder_path}.layers.{index}."
+    found = {p: (m, plan.attention) for p, m in moe.attention.items() if p.startswith(prefix)}
+    found |= {p: (m, plan.dense) for p, m in moe.dense.items() if p.startswith(prefix)}
+    for layer in moe.moe:
+        if layer.index == index and layer.shared is not None:
+            width = plan.shared[index]
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                found[f"{layer.shared_path}.{name}"] = (getattr(layer.shared, name), width)
+    return {path: item for path, item in found.items() if item[1] < UNQUANTIZED}
+
+
+class _Calibration:
+    """Hessians of one decoder layer, gathered while it runs with its original weights."""
+
+    def __init__(self, moe: MoeModel, linears: dict, layer: MoeLayer | None):
+        self.linears = {
+            path: _Hessian(module.in_features, module.weight.device) for path, (module, _) in linears.items()
+        }
+        self.layer = layer
+        if layer is not None:
+            device = layer.experts.down_proj.device
+            self.inputs = [_Hessian(moe.hidden, device) for _ in range(moe.num_experts)]
+            self.inner = [_Hessian(moe.intermediate, device) for _ in range(moe.num_experts)]
+
+    def watch(self, modules: dict, stack: ExitStack) -> None:
+        for path, (module, _) in modules.items():
+            hessian = self.linears[path]
+            handle = module.register_forward_pre_hook(lambda m, args, h=hessian: h.add(args[0]))
+            stack.callback(handle.remove)
+        if self.layer is not None:
+            stack.enter_context(watch_experts(self.layer, self._experts))
+
+    def _experts(self, routed: Routed, output: Tensor) -> None:
+        for e in range(len(self.inputs)):
+            x, token = routed.rows(e)
+            if len(token):
+                self.inputs[e].add(x)
+                self.inner[e].add(expert_hidden(self.layer.experts.gate_up_proj[e], x))
+
+
+def _quantize_stack(
+    weights: Tensor, hessians: list[_Hessian], bits: list[int], config: GptqConfig
+) -> tuple[QuantizedStack, dict[int, GptqReport]]:
+    """Quantize ``weights [E, n, k]`` in one batch of all experts above 0 bits, writing the result back in place."""
+    size = default_group_size(weights.shape[-1], config.group_size)
+    codes: list[Tensor | None] = [None] * len(bits)
+    meta: list[Tensor | None] = [None] * len(bits)
+    reports: dict[int, GptqReport] = {}
+    kept = [e for e, width in enumerate(bits) if width]
+    for e in set(range(len(bits))) - set(kept):
+        weights[e].zero_()
+        reports[e] = GptqReport(hessians[e].tokens, 0.0, "", 1.0)
+    if kept:
+        hessian = torch.stack([hessians[e].value for e in kept])
+        tokens = [hessians[e].tokens for e in kept]
+        found, pairs, report = gptq(weights[kept], hessian, [bits[e] for e in kept], tokens, config, size)
+        for at, e in enumerate(kept):
+            codes[e], meta[e], reports[e] = found[at], pairs[at], report[at]
+            weights[e].copy_(dequantize_codes(found[at], pairs[at], weights.dtype))
+    return QuantizedStack(codes, meta, list(bits)), reports
+
+
+def _quantize_layer(
+    linears: dict, layer: MoeLayer | None, seen: _Calibration, plan: BitPlan, config: GptqConfig,
+    result: QuantizedWeights,
+) -> None:
+    for path, (module, width) in linears.items():
+        size = default_group_size(module.in_features, config.group_size)
+        hessian = seen.linears[path]
+        codes, meta, (report,) = gptq(
+            module.weight[None], hessian.value[None], [width], [hessian.tokens], config, size
+        )
+        result.linears[path] = (codes[0], meta[0], width)
+        result.reports[path] = report
+        module.weight.copy_(dequantize_codes(codes[0], meta[0], module.weight.dtype))
+    if layer is None:
+        return
+    bits, stacks = plan.experts[layer.index], []
+    for name, hessians in (("gate_up_proj", seen.inputs), ("down_proj", seen.inner)):
+        stack, reports = _quantize_stack(getattr(layer.experts, name), hessians, bits, config)
+        stacks.append(stack)
+        for e, report in reports.items():
+            result.reports[f"{layer.path}.experts.{e}.{name}"] = report
+    result.stacks[layer.index] = tuple(stacks)
+
+
+@torch.no_grad()
+def quantize_weights(
+    moe: MoeModel, windows: Tensor, plan: BitPlan, originals: Originals, config: GptqConfig | None = None, *,
+    batch_size: int = 8, progress: Progress | None = None,
+) -> QuantizedWeights:
+    """Quantize the original weights by ``plan`` and leave the dequantized result in the model.
+
+    Layer by layer: the inputs are those that the already quantized layers give; Hessians come from one run of the
+    layer with its original weights; after quantization the layer runs again for the next one's inputs. Routers are
+    the original ones. ``windows`` is int64 ``[N, T]``. ``progress(done, total)`` counts decoder layers.
+    """
+    config = config or GptqConfig()
+    originals.restore()
+    was_training = moe.model.training
+    moe.model.eval()
+    calls = capture_layer_calls(moe, windows, batch_size)
+    hidden = calls.hidden
+    result = QuantizedWeights(plan, config.group_size)
+    by_index = {layer.index: layer for layer in moe.moe}
+    for index, module in enumerate(moe.layers):
+        linears, layer = _layer_linears(moe, index, plan), by_index.get(index)
+        seen = _Calibration(moe, linears, layer)
+        with ExitStack() as stack:
+            seen.watch(linears, stack)
+            for batch, kwargs in zip(hidden, calls.kwargs, strict=True):
+                run_layer(module, batch, kwargs[index])
+        _quantize_layer(linears, layer, seen, plan, config, result)
+        hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
+        if progress:
+            progress(index + 1, len(moe.layers))
+    moe.model.train(was_training)
+    return result

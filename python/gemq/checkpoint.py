@@ -1,0 +1,266 @@
+"""Save and load packed models: sharded safetensors and ``quantization_config`` in ``config.json``.
+
+A checkpoint is a transformers checkpoint whose experts and linears are the packed buffers of
+:mod:`gemq.nn`, canonical layout, next to the unquantized tensors in 16 bits. ``config.json`` is written last: a
+partial output has none and is never loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemq import __version__
+from gemq.algorithms.sequential import UNQUANTIZED, QuantizedWeights
+from gemq.errors import CheckpointError
+from gemq.format import GROUP_SIZES, MAX_BITS
+from gemq.models import MoeModel, describe, replace_with_packed
+from gemq.nn import LowBitExperts, LowBitLinear
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """What ``quantization_config`` says. Keys of ``expert_bits`` and ``shared_bits`` are decoder layer indices.
+
+    ``group_size`` is the preferred one: a matrix whose columns it does not divide uses the next smaller.
+    """
+
+    expert_bits: dict[int, list[int]]
+    shared_bits: dict[int, int] = field(default_factory=dict)
+    attention_bits: int = UNQUANTIZED
+    dense_bits: int = UNQUANTIZED
+    group_size: int = 128
+    version: int = FORMAT_VERSION
+    budget: float | None = None
+    method: str | None = None
+    gemq_version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is stored, with string keys."""
+        data = asdict(self)
+        data["expert_bits"] = {str(k): v for k, v in self.expert_bits.items()}
+        data["shared_bits"] = {str(k): v for k, v in self.shared_bits.items()}
+        return {"quant_method": "gemq", **data}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
+        """Parse and validate a stored ``quantization_config``; :class:`CheckpointError` says what is wrong."""
+        if not isinstance(data, dict) or data.get("quant_method") != "gemq":
+            raise CheckpointError("this is not a gemq checkpoint: config.json has no quantization_config of gemq")
+        version = data.get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CheckpointError(f"quantization_config.version must be a positive integer, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format version {version}, this gemq {__version__} reads up to {FORMAT_VERSION}; "
+                f"upgrade gemq"
+            )
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in data.items() if k in known}
+        values["expert_bits"] = _layer_bits("expert_bits", data.get("expert_bits"), list)
+        values["shared_bits"] = _layer_bits("shared_bits", data.get("shared_bits", {}), int)
+        for name in ("attention_bits", "dense_bits"):
+            _check_width(name, values.get(name, UNQUANTIZED), 1)
+        if values.get("group_size") not in GROUP_SIZES:
+            raise CheckpointError(
+                f"quantization_config.group_size must be one of {GROUP_SIZES}, got {values.get('group_size')!r}"
+            )
+        return cls(**values)
+
+
+def _check_width(name: str, width: Any, low: int) -> None:
+    integer = isinstance(width, int) and not isinstance(width, bool)
+    if not integer or not (low <= width <= MAX_BITS or (low and width == UNQUANTIZED)):
+        raise CheckpointError(f"quantization_config.{name} must be bits in {low}..{MAX_BITS}, got {width!r}")
+
+
+def _layer_bits(name: str, value: Any, kind: type) -> dict[int, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"quantization_config.{name} must map layers to bits, got {type(value).__name__}")
+    result = {}
+    for key, widths in value.items():
+        if not str(key).isdecimal() or not isinstance(widths, kind):
+            raise CheckpointError(f"quantization_config.{name}[{key!r}] is malformed: {widths!r}")
+        for width in widths if kind is list else [widths]:
+            _check_width(f"{name}[{key}]", width, 0 if kind is list else 1)
+        result[int(key)] = widths
+    return result
+
+
+def packed_skeleton(model: nn.Module, config: PackedConfig, device: str | None = None) -> dict[str, nn.Module]:
+    """Empty packed modules for an unquantized model, by module path. Raises :class:`CheckpointError` on a misfit."""
+    moe = describe(model)
+    modules: dict[str, nn.Module] = {}
+    if set(config.expert_bits) != {layer.index for layer in moe.moe}:
+        raise CheckpointError(
+            f"quantization_config.expert_bits names layers {sorted(config.expert_bits)}, but the model's MoE layers "
+            f"are {[layer.index for layer in moe.moe]}"
+        )
+    for layer in moe.moe:
+        bits = config.expert_bits[layer.index]
+        if len(bits) != moe.num_experts:
+            raise CheckpointError(
+                f"quantization_config.expert_bits[{layer.index}] has {len(bits)} widths for {moe.num_experts} experts"
+            )
+        modules[f"{layer.path}.experts"] = LowBitExperts(
+            moe.hidden, moe.intermediate, bits, config.group_size, device=device
+        )
+    for path, (linear, width) in _linear_widths(moe, config).items():
+        modules[path] = LowBitLinear(
+            linear.in_features, linear.out_features, width, config.group_size, linear.bias is not None,
+            linear.weight.dtype, device,
+        )
+    return modules
+
+
+def _linear_widths(moe: MoeModel, config: PackedConfig) -> dict[str, tuple[nn.Linear, int]]:
+    found = {path: (module, config.attention_bits) for path, module in moe.attention.items()}
+    found |= {path: (module, config.dense_bits) for path, module in moe.dense.items()}
+    for layer in moe.moe:
+        if layer.shared is None:
+            continue
+        width = config.shared_bits.get(layer.index)
+        if width is None:
+            raise CheckpointError(f"quantization_config.shared_bits has no layer {layer.index}")
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            found[f"{layer.shared_path}.{name}"] = (getattr(layer.shared, name), width)
+    return {path: item for path, item in found.items() if item[1] != UNQUANTIZED}
+
+
+def pack_model(moe: MoeModel, weights: QuantizedWeights, *, budget: float | None = None, method: str | None = None):
+    """Replace the quantized parts of the model by packed modules, in place, and return its :class:`PackedConfig`.
+
+    The modules are left in the canonical layout; :func:`gemq.models.prepare` makes them ready to run.
+    """
+    plan = weights.plan
+    modules: dict[str, nn.Module] = {}
+    for layer in moe.moe:
+        gate_up, down = weights.stacks[layer.index]
+        modules[f"{layer.path}.experts"] = LowBitExperts.from_stacks(
+            gate_up, down, moe.hidden, moe.intermediate, weights.group_size
+        )
+    for path, (codes, meta, width) in weights.linears.items():
+        bias = moe.model.get_submodule(path).bias
+        group = codes.shape[1] // meta.shape[1]
+        modules[path] = LowBitLinear.from_codes(codes, meta, width, group, bias)
+    replace_with_packed(moe.model, modules)
+    return PackedConfig(plan.experts, plan.shared, plan.attention, plan.dense, weights.group_size, budget=budget,
+                        method=method)
+
+
+def check_output(path: str | os.PathLike, source: str | os.PathLike | None = None, overwrite: bool = False) -> Path:
+    """The output folder, checked before any work: not the source, not in use, writable.
+
+    Raises :class:`CheckpointError` naming the folder and the way out.
+    """
+    target = Path(path)
+    if source is not None and Path(source).exists() and target.resolve() == Path(source).resolve():
+        raise CheckpointError(f"the output {target} is the model itself; choose another folder")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"the output {target} exists and is not a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"the output folder {target} is not empty; choose another or pass --overwrite")
+    parent = target if target.is_dir() else next(p for p in target.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise CheckpointError(f"the output folder {target} cannot be written")
+    return target
+
+
+def save_packed(
+    model: nn.Module, config: PackedConfig, path: str | os.PathLike, *, tokenizer=None, dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB", extra_files: dict[str, str] | None = None, overwrite: bool = False,
+) -> Path:
+    """Write a packed model (of :func:`pack_model`) as a checkpoint folder.
+
+    Everything is written to ``<path>.partial`` beside it and renamed at the end. ``dtype`` (float16 or bfloat16) is
+    that of the tensors that stay unquantized. ``extra_files`` maps file names to text, saved beside.
+    """
+    target = check_output(path, overwrite=overwrite)
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        _write(model, config, partial, tokenizer, dtype, max_shard_size, extra_files or {})
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _write(model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shard_size: str, extra: dict) -> None:
+    from gemq.hf import attach
+
+    attach(model, config)
+    state = model.state_dict()
+    if dtype is not None:
+        packed = {f"{path}.{name}" for path, m in model.named_modules() if isinstance(m, (LowBitExperts, LowBitLinear))
+                  for name, _ in m.named_buffers()}
+        state = {k: v.to(dtype) if v.is_floating_point() and k not in packed else v for k, v in state.items()}
+        model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, text in extra.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    _fsync(folder)
+
+
+def _fsync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load_packed_config(path: str | os.PathLike) -> PackedConfig:
+    """The :class:`PackedConfig` of a checkpoint folder. Raises :class:`CheckpointError`."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error})") from None
+    return PackedConfig.from_dict(data.get("quantization_config"))
+
+
+def from_pretrained(path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", device: str | None = None, **kwargs):
+    """Load a packed checkpoint for inference: a transformers model whose experts run on gemq's kernels.
+
+    Args:
+        path: a folder written by gemq (or by ``save_pretrained`` of a loaded model).
+        dtype: of activations and unquantized tensors; "auto" takes the checkpoint's.
+        device: where to put the model, for instance "cuda"; None leaves it on the CPU.
+        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises :class:`CheckpointError` for a checkpoint that is truncated, inconsistent, newer than this version or
+    not gemq's; nothing is ever filled in with random weights.
+    """
+    import transformers
+
+    import gemq.hf  # noqa: F401  (registers the quantizer)
+
+    load_packed_config(path)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} could not be loaded: {error}") from error
+    model.eval()
+    return model if device is None else model.to(device)

@@ -1,0 +1,19 @@
+"""Errors that a user can act on. The command line prints their text in one line and exits with 2."""
+
+from __future__ import annotations
+
+
+class GemqError(Exception):
+    """Base of gemq's own errors."""
+
+
+class UnsupportedModelError(GemqError, NotImplementedError):
+    """The model's family or structure is not supported yet."""
+
+
+class CheckpointError(GemqError, ValueError):
+    """A checkpoint is truncated, inconsistent, of a newer version or not gemq's at all."""
+
+
+class CalibrationError(GemqError, ValueError):
+    """Calibration or evaluation text is missing, empty or too short."""

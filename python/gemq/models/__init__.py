@@ -1,0 +1,6 @@
+"""What a supported MoE model is made of, found by structure."""
+
+from gemq.models.families import SUPPORTED, MoeLayer, MoeModel, describe
+from gemq.models.packed import packed_modules, prepare, replace_with_packed
+
+__all__ = ["SUPPORTED", "MoeLayer", "MoeModel", "describe", "packed_modules", "prepare", "replace_with_packed"]

@@ -1,0 +1,151 @@
+"""Find the experts, routers, shared experts and attention of a transformers MoE model.
+
+transformers 5 fuses the experts of a layer into one module, ``mlp.experts``, with ``gate_up_proj [E, 2I, H]``
+(gate first) and ``down_proj [E, H, I]``, called as ``experts(hidden [T, H], top_k_index [T, k],
+top_k_weights [T, k])``. Everything is located by these attributes and shapes; ``SUPPORTED`` lists the
+architectures for which this was tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from gemq.errors import UnsupportedModelError
+
+SUPPORTED = ("deepseek_v2", "mixtral", "qwen2_moe", "qwen3_moe")
+_MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE block: decoder layer ``index``, module ``path``, and its parts."""
+
+    index: int
+    path: str
+    block: nn.Module
+    experts: nn.Module
+    router: nn.Module
+    shared: nn.Module | None
+    shared_path: str | None
+    shared_gate: nn.Module | None
+
+
+@dataclass(frozen=True)
+class MoeModel:
+    """A supported model, located. ``attention`` and ``dense`` map module paths of linears to the modules."""
+
+    model: nn.Module
+    decoder: nn.Module
+    decoder_path: str
+    layers: list[nn.Module]
+    moe: list[MoeLayer]
+    attention: dict[str, nn.Linear]
+    dense: dict[str, nn.Linear]
+    num_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def routers(self) -> list[nn.Parameter]:
+        """The router weights ``[E, H]`` of every MoE layer, in layer order."""
+        return [layer.router.weight for layer in self.moe]
+
+    @property
+    def shared_multiple(self) -> float:
+        """S: the width of a layer's merged shared expert in units of a routed expert; 0 without one."""
+        shared = self.moe[0].shared
+        return 0.0 if shared is None else shared.gate_proj.out_features / self.intermediate
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one routed expert."""
+        return 3 * self.hidden * self.intermediate
+
+
+def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    prefix = getattr(model, "base_model_prefix", "")
+    decoder = getattr(model, prefix, None) if prefix else None
+    if decoder is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported yet: it has no decoder.layers list")
+    return prefix, decoder
+
+
+def _shared(block: nn.Module) -> tuple[str | None, nn.Module | None]:
+    for name in ("shared_experts", "shared_expert"):
+        module = getattr(block, name, None)
+        if module is not None:
+            return name, module
+    return None, None
+
+
+def _refuse_unknown_structure(path: str, block: nn.Module) -> None:
+    experts = block.experts
+    names = {name for name, _ in experts.named_parameters()}
+    if names != {"gate_up_proj", "down_proj"}:
+        raise UnsupportedModelError(f"{path}.experts is not supported yet: it holds {sorted(names)}")
+    count, double, hidden = experts.gate_up_proj.shape
+    if tuple(experts.down_proj.shape) != (count, hidden, double // 2):
+        raise UnsupportedModelError(
+            f"{path}.experts is not supported yet: gate_up_proj {list(experts.gate_up_proj.shape)} and down_proj "
+            f"{list(experts.down_proj.shape)} are not [E, 2I, H] and [E, H, I]"
+        )
+    activation = type(getattr(experts, "act_fn", None)).__name__
+    if activation not in ("SiLU", "SiLUActivation"):
+        raise UnsupportedModelError(f"{path}.experts is not supported yet: its activation is {activation}, not SiLU")
+    if tuple(getattr(block.gate, "weight", experts.down_proj).shape) != (count, hidden):
+        raise UnsupportedModelError(f"{path}.gate is not supported yet: it has no weight [{count}, {hidden}]")
+    _, shared = _shared(block)
+    if shared is not None and not all(isinstance(getattr(shared, n, None), nn.Linear) for n in _MLP_LINEARS):
+        raise UnsupportedModelError(f"{path}: its shared expert is not a gated MLP")
+
+
+def _moe_layer(index: int, path: str, block: nn.Module) -> MoeLayer:
+    name, shared = _shared(block)
+    return MoeLayer(
+        index, path, block, block.experts, block.gate, shared, None if name is None else f"{path}.{name}",
+        getattr(block, "shared_expert_gate", None),
+    )
+
+
+def _linears(path: str, module: nn.Module) -> dict[str, nn.Linear]:
+    found = {f"{path}.{name}": child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    return found
+
+
+def check_supported(config) -> None:
+    """Raise :class:`UnsupportedModelError` unless the transformers config is of a supported architecture."""
+    kind = getattr(config, "model_type", None)
+    if kind not in SUPPORTED:
+        raise UnsupportedModelError(f"model type {kind!r} is not supported yet; supported: {', '.join(SUPPORTED)}")
+
+
+def describe(model: nn.Module) -> MoeModel:
+    """Locate the parts of an unquantized transformers MoE causal language model.
+
+    Raises :class:`gemq.errors.UnsupportedModelError` naming what is missing or different.
+    """
+    check_supported(model.config)
+    prefix, decoder = _decoder(model)
+    moe, attention, dense = [], {}, {}
+    for index, layer in enumerate(decoder.layers):
+        path = f"{prefix}.layers.{index}"
+        attention |= _linears(f"{path}.self_attn", layer.self_attn)
+        block = layer.mlp
+        if hasattr(block, "experts"):
+            _refuse_unknown_structure(f"{path}.mlp", block)
+            moe.append(_moe_layer(index, f"{path}.mlp", block))
+        else:
+            dense |= _linears(f"{path}.mlp", block)
+    if not moe:
+        raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer")
+    shapes = {tuple(m.experts.gate_up_proj.shape) for m in moe}
+    if len(shapes) > 1:
+        raise UnsupportedModelError(f"MoE layers of different shapes are not supported yet: {sorted(shapes)}")
+    count, double, hidden = shapes.pop()
+    return MoeModel(
+        model, decoder, prefix, list(decoder.layers), moe, attention, dense, count,
+        model.config.num_experts_per_tok, hidden, double // 2,
+    )

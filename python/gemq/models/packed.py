@@ -1,0 +1,29 @@
+"""Swap the linears and experts of a model for their packed forms, or find the packed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from gemq.nn import LowBitExperts, LowBitLinear
+
+
+def replace_with_packed(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Put each module in at its path (``model.layers.0.mlp.experts``), in the model's own training mode."""
+    for path, module in modules.items():
+        module.train(model.training)
+        model.set_submodule(path, module)
+
+
+def packed_modules(model: nn.Module) -> Iterable[tuple[str, LowBitExperts | LowBitLinear]]:
+    """All packed modules of a model with their paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, (LowBitExperts, LowBitLinear)):
+            yield path, module
+
+
+def prepare(model: nn.Module) -> None:
+    """Move every packed module to the layout of its device's kernels."""
+    for _, module in packed_modules(model):
+        module.prepare()

@@ -1,0 +1,134 @@
+"""A stack of experts of different widths: the drop-in for a transformers ``experts`` module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemq import format as fmt
+from gemq.nn.base import PackedModule
+from gemq.ops import layout_for, moe_lowbit_ffn, pack_experts, unpack_experts
+from gemq.ops.packing import dequantize, pack
+from gemq.ops.stacks import convert_experts
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class QuantizedStack:
+    """Codes of one projection of all experts of a layer: ``codes[e]`` uint8 ``[n, k]``, ``meta[e]`` float16
+    ``[n, k // group_size, 2]``, both ``None`` for an expert of 0 bits."""
+
+    codes: list[Tensor | None]
+    meta: list[Tensor | None]
+    bits: list[int]
+
+
+class LowBitExperts(PackedModule):
+    """Packed experts, called as ``experts(hidden [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]``.
+
+    The state dict always holds the canonical layout: ``{gate_up_proj,down_proj}_codes`` (uint8) and ``_meta``
+    (float16), flat, expert after expert. :meth:`prepare` must run once after the buffers are filled: it moves
+    them to the layout of their device's kernels and builds the offset tables.
+    """
+
+    def __init__(
+        self, hidden: int, intermediate: int, bits: list[int], group_size: int = 128,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.hidden, self.intermediate, self.bits = hidden, intermediate, list(bits)
+        self.num_experts = len(bits)
+        self.group_sizes = {
+            "gate_up_proj": fmt.default_group_size(hidden, group_size),
+            "down_proj": fmt.default_group_size(intermediate, group_size),
+        }
+        self.layout = "canonical"
+        for name in PROJECTIONS:
+            plan = fmt.expert_layout(self.bits, *self.shape(name), self.group_sizes[name], self.layout)
+            self.register_buffer(f"{name}_codes", torch.zeros(plan.code_bytes, dtype=torch.uint8, device=device))
+            self.register_buffer(f"{name}_meta", torch.zeros(plan.meta_elements, dtype=torch.float16, device=device))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one expert's projection."""
+        if name == "gate_up_proj":
+            return 2 * self.intermediate, self.hidden
+        return self.hidden, self.intermediate
+
+    @classmethod
+    def from_stacks(
+        cls, gate_up: QuantizedStack, down: QuantizedStack, hidden: int, intermediate: int, group_size: int
+    ) -> LowBitExperts:
+        """Pack quantized projections (see :class:`QuantizedStack`)."""
+        module = cls(hidden, intermediate, gate_up.bits, group_size)
+        for name, stack in (("gate_up_proj", gate_up), ("down_proj", down)):
+            codes, meta = pack_experts(
+                stack.codes, stack.meta, stack.bits, *module.shape(name), module.group_sizes[name]
+            )
+            setattr(module, f"{name}_codes", codes)
+            setattr(module, f"{name}_meta", meta)
+        return module
+
+    def _converted(self, name: str, layout: str) -> tuple[Tensor, Tensor]:
+        return convert_experts(
+            getattr(self, f"{name}_codes"), getattr(self, f"{name}_meta"), self.bits, *self.shape(name),
+            self.group_sizes[name], self.layout, layout,
+        )
+
+    def prepare(self, layout: str | None = None) -> None:
+        """Repack for the device's kernels (or to ``layout``) in place and build the offset tables there."""
+        device = self.gate_up_proj_codes.device
+        layout = layout or layout_for(device)
+        for name in PROJECTIONS:
+            if layout != self.layout:
+                codes, meta = self._converted(name, layout)
+                setattr(self, f"{name}_codes", codes)
+                setattr(self, f"{name}_meta", meta)
+        self.layout = layout
+        for name in PROJECTIONS:
+            plan = fmt.expert_layout(self.bits, *self.shape(name), self.group_sizes[name], layout)
+            tables = {
+                "bits": torch.tensor(plan.bits, dtype=torch.int32),
+                "code_offsets": torch.tensor(plan.code_offsets, dtype=torch.int64),
+                "meta_offsets": torch.tensor(plan.meta_offsets, dtype=torch.int64),
+            }
+            for label, table in tables.items():
+                self.register_buffer(f"_{name}_{label}", table.to(device), persistent=False)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "canonical":
+            for name in PROJECTIONS:
+                codes, meta = self._converted(name, "canonical")
+                destination[f"{prefix}{name}_codes"], destination[f"{prefix}{name}_meta"] = codes, meta
+
+    def stack(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``(qweight, meta, expert_bits, expert_offsets, meta_offsets)`` of a projection, as the ops take them."""
+        tables = (getattr(self, f"_{name}_{label}") for label in ("bits", "code_offsets", "meta_offsets"))
+        return (getattr(self, f"{name}_codes"), getattr(self, f"{name}_meta"), *tables)
+
+    def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dequantized weights ``[E, n, k]`` of a projection; zeros for experts of 0 bits."""
+        n, k = self.shape(name)
+        size = self.group_sizes[name]
+        codes, meta = getattr(self, f"{name}_codes"), getattr(self, f"{name}_meta")
+        parts = unpack_experts(codes, meta, self.bits, n, k, size, self.layout)
+        out = torch.zeros(self.num_experts, n, k, dtype=dtype, device=codes.device)
+        for e, part in enumerate(parts):
+            if part is not None:
+                out[e] = dequantize(pack(part[0], self.bits[e]), part[1].contiguous(), self.bits[e], k, size, dtype)
+        return out
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[T, H] -> [T, H]``: the weighted sum of the routed experts' outputs."""
+        return moe_lowbit_ffn(
+            hidden_states, self.stack("gate_up_proj"), self.stack("down_proj"), top_k_index, top_k_weights,
+            intermediate=self.intermediate, group_size=self.group_sizes["gate_up_proj"],
+            down_group_size=self.group_sizes["down_proj"], layout=self.layout,
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return f"experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}, bits={self.bits}"

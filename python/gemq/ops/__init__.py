@@ -1,0 +1,32 @@
+"""gemq's operators: plain tensors in, tensors out, from any runtime.
+
+Every op is a ``torch.library`` custom op with a fake implementation; the products are differentiable with
+respect to the activations and the routing weights. The layout of the packed weights chooses the kernels:
+
+============  =====================================  ==========================
+layout        backend                                devices
+============  =====================================  ==========================
+``canonical`` torch: dequantize, then multiply       any
+``cpu_tile``  C++ (AVX-512, AVX2 or portable)        CPU
+``gpu_tile``  Triton                                 CUDA; CPU under its interpreter
+============  =====================================  ==========================
+
+Nothing falls back silently: a layout on a device that cannot serve it raises ``ValueError``.
+"""
+
+from gemq.ops.matmul import lowbit_gemm, moe_lowbit_ffn, moe_lowbit_gemm
+from gemq.ops.packing import dequantize, pack, repack, unpack
+from gemq.ops.stacks import layout_for, pack_experts, unpack_experts
+
+__all__ = [
+    "dequantize",
+    "layout_for",
+    "lowbit_gemm",
+    "moe_lowbit_ffn",
+    "moe_lowbit_gemm",
+    "pack",
+    "pack_experts",
+    "repack",
+    "unpack",
+    "unpack_experts",
+]

@@ -1,0 +1,187 @@
+"""Which kernels run: the layout of the weights decides, and a wrong pairing is an error."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from gemq import format as fmt
+from gemq._core import core
+from gemq.ops.packing import dequantize, repack
+
+Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def check(layout: str, device: torch.device) -> None:
+    """Raise ``ValueError`` if no kernel reads ``layout`` on ``device``."""
+    fmt.check_layout(layout)
+    if layout == "cpu_tile" and device.type != "cpu":
+        raise ValueError(f"layout cpu_tile is read on the CPU only, the tensors are on {device}; repack to gpu_tile")
+    if layout == "gpu_tile" and device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
+        raise ValueError(
+            f"layout gpu_tile is read on CUDA devices (or on the CPU under TRITON_INTERPRET=1), the tensors are on "
+            f"{device}; repack to {'cpu_tile' if device.type == 'cpu' else 'canonical'}"
+        )
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def moe_gemm(
+    x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, layout: str
+) -> Tensor:
+    """Forward of :func:`gemq.ops.moe_lowbit_gemm` on checked arguments."""
+    if layout == "cpu_tile":
+        return _moe_gemm_cpu(x, stack, topk_ids, topk_weights, n, group_size)
+    if layout == "gpu_tile":
+        from gemq.triton_kernels import moe_gemm as triton_moe_gemm
+
+        return triton_moe_gemm(x, *stack, topk_ids, topk_weights, n=n, group_size=group_size)
+    return _moe_gemm_dense(x, stack, topk_ids, topk_weights, n, group_size)
+
+
+def moe_ffn(
+    x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int,
+    group_size: int, down_group_size: int, layout: str,
+) -> Tensor:
+    """Forward of :func:`gemq.ops.moe_lowbit_ffn` on checked arguments."""
+    if layout == "cpu_tile":
+        return _moe_ffn_cpu(x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size)
+    if layout == "gpu_tile":
+        from gemq.triton_kernels import moe_ffn as triton_moe_ffn
+
+        return triton_moe_ffn(
+            x, gate_up, down, topk_ids, topk_weights, intermediate=intermediate, group_size=group_size,
+            down_group_size=down_group_size,
+        )
+    hidden = _moe_gemm_dense(x, gate_up, topk_ids, None, 2 * intermediate, group_size)
+    gate, up = hidden.chunk(2, dim=-1)
+    act = torch.nn.functional.silu(gate) * up
+    return _moe_gemm_dense(act, down, topk_ids, topk_weights, x.shape[-1], down_group_size)
+
+
+def dense_gemm(
+    x: Tensor, qweight: Tensor, meta: Tensor, bits: int, n: int, group_size: int, layout: str
+) -> Tensor:
+    """``[T, k] -> [T, n]`` for one packed matrix."""
+    tokens, k = x.shape
+    if layout == "cpu_tile":
+        wide = x.float()
+        out = wide.new_empty(tokens, n)
+        core().lowbit_gemm_cpu(
+            wide.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, k, n, bits, group_size,
+            torch.get_num_threads(),
+        )
+        return out.to(x.dtype)
+    if layout == "gpu_tile":
+        from gemq.triton_kernels import lowbit_gemm as triton_lowbit_gemm
+
+        return triton_lowbit_gemm(x, qweight, meta, bits=bits, n=n, group_size=group_size)
+    return x @ dense_weight(qweight, meta, bits, n, k, group_size, layout, x.dtype).T
+
+
+def dense_weight(
+    qweight: Tensor, meta: Tensor, bits: int, n: int, k: int, group_size: int, layout: str, dtype: torch.dtype
+) -> Tensor:
+    """The weights ``[n, k]`` of one packed matrix in any layout; the buffers may be longer than the matrix."""
+    codes = qweight[: fmt.codes_bytes(n, k, bits, layout)]
+    pairs = meta[: fmt.meta_elements(n, k, bits, group_size, layout)]
+    if layout != "canonical":
+        codes, pairs = repack(codes, pairs, bits, n, k, group_size, source=layout, target="canonical")
+    return dequantize(codes.view(n, -1), pairs.view(n, k // group_size, 2), bits, k, group_size, dtype)
+
+
+def _expert_weights(stack: Stack, n: int, k: int, group_size: int, layout: str, dtype: torch.dtype):
+    """Yield ``(expert, weight [n, k])`` for every expert that stores something."""
+    qweight, meta, bits, offsets, meta_offsets = stack
+    tables = zip(bits.tolist(), offsets.tolist(), meta_offsets.tolist(), strict=True)
+    for e, (width, at, meta_at) in enumerate(tables):
+        if width:
+            yield e, lambda at=at, meta_at=meta_at, width=width: dense_weight(
+                qweight[at:], meta[meta_at:], width, n, k, group_size, layout, dtype
+            )
+
+
+def _slot_rows(x: Tensor, topk_ids: Tensor) -> Tensor:
+    return x[:, None].expand(-1, topk_ids.shape[1], -1) if x.dim() == 2 else x
+
+
+def _moe_gemm_dense(
+    x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    rows = _slot_rows(x, topk_ids)
+    out = x.new_zeros(*topk_ids.shape, n)
+    for e, weight in _expert_weights(stack, n, x.shape[-1], group_size, "canonical", x.dtype):
+        token, slot = torch.where(topk_ids == e)
+        if token.numel():
+            out[token, slot] = rows[token, slot] @ weight().T
+    if topk_weights is None:
+        return out
+    scale = _valid_weights(topk_ids, topk_weights, stack)
+    return torch.einsum("tkn,tk->tn", out.float(), scale).to(x.dtype)
+
+
+def _valid_weights(topk_ids: Tensor, topk_weights: Tensor, stack: Stack) -> Tensor:
+    valid = (topk_ids >= 0) & (topk_ids < stack[2].numel())
+    return torch.where(valid, topk_weights.float(), 0.0)
+
+
+def moe_gemm_backward(
+    grad: Tensor, x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients ``(x, topk_weights)``; the second is empty without weights. One expert is dequantized at a time."""
+    rows = _slot_rows(x, topk_ids)
+    grad_rows = x.new_zeros(rows.shape, dtype=torch.float32)
+    grad_scale = grad_rows.new_zeros(topk_ids.shape)
+    for e, weight in _expert_weights(stack, n, x.shape[-1], group_size, layout, torch.float32):
+        token, slot = torch.where(topk_ids == e)
+        if not token.numel():
+            continue
+        dense = weight()
+        if topk_weights is None:
+            grad_rows[token, slot] = grad[token, slot].float() @ dense
+            continue
+        outer = grad[token].float()
+        scale = topk_weights[token, slot, None].float()
+        back = outer @ dense
+        grad_rows[token, slot] = back * scale
+        grad_scale[token, slot] = (back * rows[token, slot].float()).sum(-1)
+    grad_x = (grad_rows.sum(1) if x.dim() == 2 else grad_rows).to(x.dtype)
+    if topk_weights is None:
+        return grad_x, grad_scale.new_empty(0)
+    return grad_x, grad_scale.to(topk_weights.dtype)
+
+
+def _moe_gemm_cpu(
+    x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    tokens, top_k = topk_ids.shape
+    wide, ids = x.float(), topk_ids.to(torch.int64).contiguous()
+    scale = None if topk_weights is None else topk_weights.float().contiguous()
+    out = wide.new_empty((tokens, top_k, n) if scale is None else (tokens, n))
+    core().moe_gemm_cpu(
+        wide.data_ptr(), x.dim() == 3, *(t.data_ptr() for t in stack), stack[2].numel(), ids.data_ptr(),
+        0 if scale is None else scale.data_ptr(), out.data_ptr(), tokens, top_k, x.shape[-1], n, group_size,
+        torch.get_num_threads(),
+    )
+    return out.to(x.dtype)
+
+
+def _moe_ffn_cpu(
+    x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int,
+    group_size: int, down_group_size: int,
+) -> Tensor:
+    tokens, top_k = topk_ids.shape
+    wide, ids, scale = x.float(), topk_ids.to(torch.int64).contiguous(), topk_weights.float().contiguous()
+    out = torch.empty_like(wide)
+    scratch = wide.new_empty(tokens * top_k * intermediate)
+    core().moe_ffn_cpu(
+        wide.data_ptr(), *(t.data_ptr() for t in gate_up), *(t.data_ptr() for t in down), gate_up[2].numel(),
+        ids.data_ptr(), scale.data_ptr(), out.data_ptr(), scratch.data_ptr(), tokens, top_k, x.shape[-1],
+        intermediate, group_size, down_group_size, torch.get_num_threads(),
+    )
+    return out.to(x.dtype)

@@ -1,0 +1,265 @@
+"""The low-bit matrix products as torch custom ops: validation, fake implementations, autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemq import format as fmt
+from gemq.ops import backends, checks
+
+Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("gemq::moe_lowbit_gemm", mutates_args=())
+def _moe_gemm(
+    x: Tensor, qweight: Tensor, meta: Tensor, expert_bits: Tensor, expert_offsets: Tensor, meta_offsets: Tensor,
+    topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, layout: str,
+) -> Tensor:
+    stack = (qweight, meta, expert_bits, expert_offsets, meta_offsets)
+    return backends.moe_gemm(x, stack, topk_ids, topk_weights, n, group_size, layout)
+
+
+@_moe_gemm.register_fake
+def _(x, qweight, meta, expert_bits, expert_offsets, meta_offsets, topk_ids, topk_weights, n, group_size, layout):
+    tokens, top_k = topk_ids.shape
+    return x.new_empty((tokens, top_k, n) if topk_weights is None else (tokens, n))
+
+
+@torch.library.custom_op("gemq::moe_lowbit_gemm_backward", mutates_args=())
+def _moe_gemm_backward(
+    grad: Tensor, x: Tensor, qweight: Tensor, meta: Tensor, expert_bits: Tensor, expert_offsets: Tensor,
+    meta_offsets: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, layout: str,
+) -> tuple[Tensor, Tensor]:
+    stack = (qweight, meta, expert_bits, expert_offsets, meta_offsets)
+    return backends.moe_gemm_backward(grad, x, stack, topk_ids, topk_weights, n, group_size, layout)
+
+
+@_moe_gemm_backward.register_fake
+def _(grad, x, qweight, meta, expert_bits, expert_offsets, meta_offsets, topk_ids, topk_weights, n, group_size,
+      layout):
+    weights = topk_ids.new_empty(0, dtype=torch.float32) if topk_weights is None else topk_weights
+    return torch.empty_like(x), torch.empty_like(weights)
+
+
+def _save_gemm(ctx, inputs, output):
+    *tensors, n, group_size, layout = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.static = (n, group_size, layout)
+
+
+def _gemm_vjp(ctx, grad):
+    *tensors, topk_weights = ctx.saved_tensors
+    grad_x, grad_weights = _moe_gemm_backward(grad.contiguous(), *tensors, topk_weights, *ctx.static)
+    no_grads = (None,) * 6
+    return (grad_x, *no_grads, None if topk_weights is None else grad_weights, None, None, None)
+
+
+_moe_gemm.register_autograd(_gemm_vjp, setup_context=_save_gemm)
+
+
+@torch.library.custom_op("gemq::moe_lowbit_ffn", mutates_args=())
+def _moe_ffn(
+    x: Tensor, gu_qweight: Tensor, gu_meta: Tensor, gu_bits: Tensor, gu_offsets: Tensor, gu_meta_offsets: Tensor,
+    down_qweight: Tensor, down_meta: Tensor, down_bits: Tensor, down_offsets: Tensor, down_meta_offsets: Tensor,
+    topk_ids: Tensor, topk_weights: Tensor, intermediate: int, group_size: int, down_group_size: int, layout: str,
+) -> Tensor:
+    gate_up = (gu_qweight, gu_meta, gu_bits, gu_offsets, gu_meta_offsets)
+    down = (down_qweight, down_meta, down_bits, down_offsets, down_meta_offsets)
+    return backends.moe_ffn(
+        x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size, layout
+    )
+
+
+@_moe_ffn.register_fake
+def _(x, *args):
+    return torch.empty_like(x)
+
+
+def _save_ffn(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:13])
+    ctx.static = inputs[13:]
+
+
+def _ffn_vjp(ctx, grad):
+    x, *stacks, topk_ids, topk_weights = ctx.saved_tensors
+    gate_up, down = stacks[:5], stacks[5:]
+    intermediate, group_size, down_group_size, layout = ctx.static
+    hidden = _moe_gemm(x, *gate_up, topk_ids, None, 2 * intermediate, group_size, layout)
+    gate, up = hidden.chunk(2, dim=-1)
+    act = torch.nn.functional.silu(gate) * up
+    grad_act, grad_weights = _moe_gemm_backward(
+        grad.contiguous(), act, *down, topk_ids, topk_weights, x.shape[-1], down_group_size, layout
+    )
+    sigmoid = torch.sigmoid(gate)
+    grad_gate = grad_act * up * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_hidden = torch.cat([grad_gate, grad_act * gate * sigmoid], -1)
+    grad_x, _ = _moe_gemm_backward(
+        grad_hidden, x, *gate_up, topk_ids, None, 2 * intermediate, group_size, layout
+    )
+    return (grad_x, *(None,) * 11, grad_weights, None, None, None, None)
+
+
+_moe_ffn.register_autograd(_ffn_vjp, setup_context=_save_ffn)
+
+
+@torch.library.custom_op("gemq::lowbit_gemm", mutates_args=())
+def _lowbit_gemm(x: Tensor, qweight: Tensor, meta: Tensor, bits: int, n: int, group_size: int, layout: str) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return backends.dense_gemm(flat, qweight, meta, bits, n, group_size, layout).reshape(*x.shape[:-1], n)
+
+
+@_lowbit_gemm.register_fake
+def _(x, qweight, meta, bits, n, group_size, layout):
+    return x.new_empty(*x.shape[:-1], n)
+
+
+@torch.library.custom_op("gemq::lowbit_gemm_backward", mutates_args=())
+def _lowbit_gemm_backward(
+    grad: Tensor, qweight: Tensor, meta: Tensor, bits: int, k: int, group_size: int, layout: str
+) -> Tensor:
+    weight = backends.dense_weight(qweight, meta, bits, grad.shape[-1], k, group_size, layout, grad.dtype)
+    return grad @ weight
+
+
+@_lowbit_gemm_backward.register_fake
+def _(grad, qweight, meta, bits, k, group_size, layout):
+    return grad.new_empty(*grad.shape[:-1], k)
+
+
+def _save_dense(ctx, inputs, output):
+    x, qweight, meta, bits, _, group_size, layout = inputs
+    ctx.save_for_backward(qweight, meta)
+    ctx.static = (bits, x.shape[-1], group_size, layout)
+
+
+def _dense_vjp(ctx, grad):
+    grad_x = _lowbit_gemm_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.static)
+    return grad_x, None, None, None, None, None, None
+
+
+_lowbit_gemm.register_autograd(_dense_vjp, setup_context=_save_dense)
+
+
+def _check_stack(name: str, stack: Stack, n: int, k: int, group_size: int, layout: str, device: torch.device) -> None:
+    qweight, meta, bits, offsets, meta_offsets = stack
+    fmt.check_group_size(group_size, k)
+    if n <= 0:
+        raise ValueError(f"{name}: the number of output features must be positive, got {n}")
+    checks.tensor(f"{name} qweight", qweight, dtype=torch.uint8, dim=1, device=device)
+    checks.tensor(f"{name} meta", meta, dtype=torch.float16, dim=1, device=device)
+    checks.tensor(f"{name} expert_bits", bits, dtype=torch.int32, dim=1, device=device)
+    for label, value in (("expert_offsets", offsets), ("meta_offsets", meta_offsets)):
+        checks.tensor(f"{name} {label}", value, dtype=torch.int64, dim=1, device=device)
+        if value.numel() != bits.numel():
+            raise ValueError(f"{name} {label} has {value.numel()} entries for {bits.numel()} experts")
+    backends.check(layout, device)
+
+
+def _check_routing(x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> None:
+    checks.tensor("topk_ids", topk_ids, dtype=(torch.int32, torch.int64), dim=2, device=x.device, contiguous=False)
+    if x.shape[0] != topk_ids.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} tokens, topk_ids {topk_ids.shape[0]}")
+    if topk_weights is not None:
+        checks.tensor("topk_weights", topk_weights, dtype=checks.FLOATS, dim=2, device=x.device, contiguous=False)
+        if topk_weights.shape != topk_ids.shape:
+            raise ValueError(f"topk_weights {list(topk_weights.shape)} must match topk_ids {list(topk_ids.shape)}")
+
+
+def moe_lowbit_gemm(
+    x: Tensor, qweight: Tensor, meta: Tensor, expert_bits: Tensor, expert_offsets: Tensor, meta_offsets: Tensor,
+    topk_ids: Tensor, topk_weights: Tensor | None = None, *, n: int, group_size: int = 128,
+    layout: str = "canonical",
+) -> Tensor:
+    """Each token times the packed matrices of its experts, all widths in one call.
+
+    Args:
+        x: ``[T, k]``, or ``[T, top_k, k]`` with one row per slot (a down projection); float32, float16, bfloat16.
+        qweight: uint8, all experts' codes in ``layout`` (:mod:`gemq.format`).
+        meta: float16, all experts' ``(s, m)`` in ``layout``.
+        expert_bits: int32 ``[E]``, the width of each expert; 0 contributes zero.
+        expert_offsets: int64 ``[E]``, bytes into ``qweight``.
+        meta_offsets: int64 ``[E]``, elements into ``meta``.
+        topk_ids: int32 or int64 ``[T, top_k]``; ids below 0 or at least ``E`` contribute zero.
+        topk_weights: ``[T, top_k]`` or None. Scaling of routed experts belongs into these weights.
+        n: output features of every expert.
+        group_size: columns that share one ``(s, m)``: 32, 64 or 128.
+        layout: ``canonical``, ``cpu_tile`` or ``gpu_tile``; see :mod:`gemq.ops`.
+
+    Returns:
+        ``[T, top_k, n]``, or the weighted sum ``[T, n]`` when ``topk_weights`` is given; in the dtype of ``x``.
+        Differentiable with respect to ``x`` and ``topk_weights``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device, stride, layout or group size out of the above.
+    """
+    checks.tensor("x", x, dtype=checks.FLOATS, dim=(2, 3), contiguous=False)
+    _check_routing(x, topk_ids, topk_weights)
+    if x.dim() == 3 and x.shape[1] != topk_ids.shape[1]:
+        raise ValueError(f"x has {x.shape[1]} rows a token, topk_ids {topk_ids.shape[1]} slots")
+    stack = (qweight, meta, expert_bits, expert_offsets, meta_offsets)
+    _check_stack("weight", stack, n, x.shape[-1], group_size, layout, x.device)
+    return _moe_gemm(x.contiguous(), *stack, topk_ids, topk_weights, n, group_size, layout)
+
+
+def moe_lowbit_ffn(
+    x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, *, intermediate: int,
+    group_size: int = 128, down_group_size: int | None = None, layout: str = "canonical",
+) -> Tensor:
+    """The whole expert block: ``sum_j w_j * down_j(SiLU(gate_j(x)) * up_j(x))``.
+
+    Args:
+        x: ``[T, hidden]``; float32, float16 or bfloat16.
+        gate_up: ``(qweight, meta, expert_bits, expert_offsets, meta_offsets)`` as in :func:`moe_lowbit_gemm`, each
+            expert ``2 * intermediate`` x ``hidden`` with the gate rows first.
+        down: the same for ``hidden`` x ``intermediate``.
+        topk_ids: int32 or int64 ``[T, top_k]``; ids below 0 or at least ``E`` contribute zero.
+        topk_weights: ``[T, top_k]``.
+        intermediate: the experts' inner width.
+        group_size: of ``gate_up``; ``down_group_size`` (default the same) of ``down``.
+        layout: of both stacks.
+
+    Returns:
+        ``[T, hidden]`` in the dtype of ``x``. Differentiable with respect to ``x`` and ``topk_weights``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device, stride, layout or group size out of the above.
+    """
+    checks.tensor("x", x, dtype=checks.FLOATS, dim=2, contiguous=False)
+    if topk_weights is None:
+        raise TypeError("topk_weights must be a tensor, got None")
+    _check_routing(x, topk_ids, topk_weights)
+    down_group_size = down_group_size or group_size
+    _check_stack("gate_up", gate_up, 2 * intermediate, x.shape[-1], group_size, layout, x.device)
+    _check_stack("down", down, x.shape[-1], intermediate, down_group_size, layout, x.device)
+    if gate_up[2].numel() != down[2].numel():
+        raise ValueError(f"gate_up has {gate_up[2].numel()} experts, down {down[2].numel()}")
+    return _moe_ffn(
+        x.contiguous(), *gate_up, *down, topk_ids, topk_weights, intermediate, group_size, down_group_size, layout
+    )
+
+
+def lowbit_gemm(
+    x: Tensor, qweight: Tensor, meta: Tensor, *, bits: int, n: int, group_size: int = 128, layout: str = "canonical"
+) -> Tensor:
+    """``x @ W.T`` for one packed matrix ``n`` x ``k``.
+
+    Args:
+        x: ``[..., k]``; float32, float16 or bfloat16.
+        qweight: uint8 flat codes of exactly one matrix in ``layout``; ``meta`` float16 likewise.
+        bits: 1..8.
+
+    Returns ``[..., n]`` in the dtype of ``x``, differentiable with respect to ``x``. Raises ``TypeError`` or
+    ``ValueError`` for a dtype, shape, device, stride, layout or size out of this.
+    """
+    checks.tensor("x", x, dtype=checks.FLOATS, contiguous=False)
+    fmt.check_bits(bits)
+    k = x.shape[-1]
+    fmt.check_group_size(group_size, k)
+    checks.tensor("qweight", qweight, dtype=torch.uint8, dim=1, device=x.device)
+    checks.tensor("meta", meta, dtype=torch.float16, dim=1, device=x.device)
+    fmt.check_layout(layout)
+    checks.size_at_least("qweight", qweight, fmt.codes_bytes(n, k, bits, layout), f"{n} x {k} at {bits} bits")
+    checks.size_at_least("meta", meta, fmt.meta_elements(n, k, bits, group_size, layout), f"{n} x {k}")
+    backends.check(layout, x.device)
+    return _lowbit_gemm(x.contiguous(), qweight, meta, bits, n, group_size, layout)
