@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gemq import __version__
 from gemq.algorithms.sequential import UNQUANTIZED, QuantizedWeights
 from gemq.errors import CheckpointError
 from gemq.format import GROUP_SIZES, MAX_BITS
-from gemq.models import MoeModel, describe, replace_with_packed
+from gemq.models import MoeModel, describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 
 FORMAT_VERSION = 1
@@ -176,13 +177,14 @@ def check_output(path: str | os.PathLike, source: str | os.PathLike | None = Non
 
 
 def save_packed(
-    model: nn.Module, config: PackedConfig, path: str | os.PathLike, *, tokenizer=None, dtype: torch.dtype | None = None,
-    max_shard_size: str = "5GB", extra_files: dict[str, str] | None = None, overwrite: bool = False,
+    model: nn.Module, config: PackedConfig, path: str | os.PathLike, *, tokenizer=None,
+    dtype: torch.dtype | None = None, max_shard_size: str = "5GB",
+    extra_files: dict[str, Callable[[Path], None]] | None = None, overwrite: bool = False,
 ) -> Path:
     """Write a packed model (of :func:`pack_model`) as a checkpoint folder.
 
     Everything is written to ``<path>.partial`` beside it and renamed at the end. ``dtype`` (float16 or bfloat16) is
-    that of the tensors that stay unquantized. ``extra_files`` maps file names to text, saved beside.
+    that of the tensors that stay unquantized. ``extra_files`` maps file names to functions that write them.
     """
     target = check_output(path, overwrite=overwrite)
     partial = target.with_name(target.name + ".partial")
@@ -206,15 +208,14 @@ def _write(model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shar
     attach(model, config)
     state = model.state_dict()
     if dtype is not None:
-        packed = {f"{path}.{name}" for path, m in model.named_modules() if isinstance(m, (LowBitExperts, LowBitLinear))
-                  for name, _ in m.named_buffers()}
+        packed = {f"{path}.{name}" for path, module in packed_modules(model) for name, _ in module.named_buffers()}
         state = {k: v.to(dtype) if v.is_floating_point() and k not in packed else v for k, v in state.items()}
         model.config.dtype = dtype
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for name, text in extra.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, write in extra.items():
+        write(folder / name)
     _fsync(folder)
 
 

@@ -81,7 +81,7 @@ def attach(model: nn.Module, packed: PackedConfig) -> None:
     model.hf_quantizer = GemqQuantizer(config)
 
 
-def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
     """Names, dtypes and shapes of a safetensors file, whose size must be what the header says."""
     import json
 
@@ -110,7 +110,7 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
     """
     found: dict[str, list[int]] = {}
     for file in files:
-        for name, (_, shape) in _header(file).items():
+        for name, (_, shape) in read_header(file).items():
             if name in found:
                 raise CheckpointError(f"the tensor {name} is in more than one file")
             found[name] = shape

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemq.format import GROUP_SIZES
 from gemq.ops.gptq import gptq_group
-from gemq.reference.grid import dequantize_codes, round_to_nearest
+from gemq.reference.grid import CLIPS, dequantize_codes, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,24 @@ class GptqConfig:
     damping: float = 0.01
     propagate_from: int = 1
     min_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
+        if self.clip not in CLIPS:
+            raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {self.clip!r}")
+        if not 0 < self.damping < 1:
+            raise ValueError(f"damping must be above 0 and below 1, got {self.damping}")
+
+    @classmethod
+    def for_recipe(cls, recipe: str, group_size: int = 128, damping: float = 0.01, clip: str | None = None):
+        """``default``: errors propagated at every width. ``paper``: as the published scripts quantize, range
+        factors 0.9 .. 1.1 and no propagation inside a group at 3 bits and below."""
+        if recipe not in ("default", "paper"):
+            raise ValueError(f"recipe must be default or paper, got {recipe!r}")
+        options = {"default": (cls.clip, 1), "paper": ("paper", 4)}
+        chosen, propagate_from = options[recipe]
+        return cls(group_size, clip or chosen, damping, propagate_from)
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,12 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
     return solve(statistics.costs, budget, per_layer=config.per_layer, fixed_shared_bits=fixed)
 
 
+def _must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:
+    if config.method == "uniform":
+        return False
+    return statistics is None or (step > 0 and config.estimate != "fp")
+
+
 def quantize_progressively(
     moe: MoeModel, windows: Tensor, config: MethodConfig, *, router_windows: Tensor | None = None,
     originals: Originals | None = None, first_statistics: ExpertStatistics | None = None,
@@ -119,13 +125,12 @@ def quantize_progressively(
     budgets = sorted(config.budgets, reverse=True)
     for step, budget in enumerate(budgets):
         timer = _Timer(progress)
-        if config.method != "uniform" and (step > 0 or statistics is None):
-            if (config.estimate == "fp" and statistics is None) or config.estimate != "fp":
-                with timer.stage("measure") as report:
-                    statistics = measure(
-                        moe, windows, config.candidates, originals, group_size=config.gptq.group_size,
-                        batch_size=config.batch_size, progress=report,
-                    )
+        if _must_measure(config, step, statistics):
+            with timer.stage("measure") as report:
+                statistics = measure(
+                    moe, windows, config.candidates, originals, group_size=config.gptq.group_size,
+                    batch_size=config.batch_size, progress=report,
+                )
         with timer.stage("allocate"):
             allocation = allocate(moe, statistics, budget, config)
         plan = _plan(moe, allocation, config)

@@ -1,0 +1,242 @@
+"""The commands: options in, one library call, a table out."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import gemq
+from gemq.algorithms.allocation import Costs, pareto
+from gemq.algorithms.gptq import GptqConfig
+from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.router_tuning import RouterTuningConfig
+from gemq.cli import display, options
+from gemq.pipeline import COSTS_FILE, QuantizeConfig
+from gemq.summary import summarize
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Quantize the experts of Mixture-of-Experts language models globally, and run them packed.",
+)
+
+
+class Method(StrEnum):
+    """Bit allocation."""
+
+    gemq = "gemq"
+    pmq = "pmq"
+    uniform = "uniform"
+
+
+class Recipe(StrEnum):
+    """Sets of quantizer options."""
+
+    default = "default"
+    paper = "paper"
+
+
+class Clip(StrEnum):
+    """Range search."""
+
+    none = "none"
+    paper = "paper"
+    mse = "mse"
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"gemq {gemq.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+) -> None:
+    """Quantize the experts of Mixture-of-Experts language models globally, and run them packed."""
+
+
+Bits = Annotated[str, typer.Option("--bits", "-b", help="Bits per expert; several, falling: 3,2.5,2.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: CUDA where there is one).")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the full-precision model.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    bits: Bits = "2.5",
+    method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
+    candidates: Annotated[str, typer.Option(help="Widths an expert may take.")] = "1,2,3",
+    constraints: Annotated[str, typer.Option(help="c2c3 (the paper's, per layer) or none.")] = "c2c3",
+    calibration: Annotated[str, typer.Option(help="Text: wikitext2, c4, file.txt, file.jsonl#field, or a mixture.")]
+    = "wikitext2",
+    samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    length: Length = 2048,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is.")] = 4,
+    dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
+    shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
+    group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
+    recipe: Annotated[Recipe, typer.Option(help="paper: as the authors' scripts quantize.")] = Recipe.default,
+    clip: Annotated[Clip | None, typer.Option(help="Range search (default: the recipe's).")] = None,
+    damping: Annotated[float, typer.Option(help="Of the Hessian, in units of its mean diagonal.")] = 0.01,
+    tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
+    router_text: Annotated[str | None, typer.Option(help="Text for that (default: the calibration windows).")] = None,
+    router_lr: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
+    router_epochs: Annotated[int, typer.Option(min=1)] = 1,
+    estimate: Annotated[str, typer.Option(help="Model of later budgets' costs: fp, quantized or tuned.")] = "tuned",
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Measure, allocate, quantize, tune the routers, and save a packed checkpoint.
+
+    [dim]gemq quantize mistralai/Mixtral-8x7B-v0.1 --bits 2.5 -o mixtral-2.5[/dim]
+    """
+    config = QuantizeConfig(
+        model, output, calibration, samples, length, seed, router_text, device, dtype, overwrite, trust_remote_code,
+        MethodConfig(
+            budgets=options.budgets(bits), method=method.value, candidates=options.widths(candidates),
+            per_layer=constraints, attention_bits=attention_bits, dense_bits=dense_bits,
+            shared_bits=options.shared(shared_bits), tune=tune_routers, estimate=estimate, batch_size=batch_size,
+            gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
+            router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs),
+        ),
+    )
+    with display.stages() as report:
+        outcomes = gemq.quantize(config, report)
+    rows = [
+        [str(o.path), f"{o.bits_per_expert:.3f}", f"{o.gap:.1e}", display.size(o.bytes),
+         f"{sum(o.seconds.values()):.1f}", str(o.fallbacks)]
+        for o in outcomes
+    ]
+    columns = ["checkpoint", "bits/expert", "gap", "size", "seconds", "rounded only"]
+    display.output().print(display.table("quantized", columns, rows))
+
+
+@app.command()
+def allocate(
+    costs: Annotated[Path, typer.Argument(help=f"{COSTS_FILE}, or the checkpoint folder that holds it.")],
+    bits: Bits = "2.5",
+    constraints: Annotated[str, typer.Option(help="c2c3 or none.")] = "c2c3",
+    shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
+    solver: Annotated[str, typer.Option(help="auto, highs or cbc.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Solve the program again for any budget, from the costs that quantize saved."""
+    loaded = Costs.load(costs / COSTS_FILE if costs.is_dir() else costs)
+    found = pareto(
+        loaded, list(options.budgets(bits)), per_layer=constraints, solver=solver,
+        fixed_shared_bits=options.shared(shared_bits),
+    )
+    maps = [{layer: [int(b) for b in row] for layer, row in zip(loaded.layers, a.bits, strict=True)} for a in found]
+    if as_json:
+        records = [
+            {"budget": a.budget, "bits_per_expert": a.bits_per_expert, "objective": a.objective, "gap": a.gap,
+             "expert_bits": m, "shared_bits": None if a.shared_bits is None else [int(b) for b in a.shared_bits]}
+            for a, m in zip(found, maps, strict=True)
+        ]
+        print(json.dumps(records))
+        return
+    rows = [[f"{a.budget:g}", f"{a.bits_per_expert:.3f}", f"{a.objective:.6g}", f"{a.gap:.1e}", a.solver,
+             f"{a.seconds:.2f}"] for a in found]
+    out = display.output()
+    out.print(display.table("allocations", ["budget", "bits/expert", "loss increase", "gap", "solver", "s"], rows))
+    for allocation, expert_bits in zip(found, maps, strict=True):
+        shared = allocation.shared_bits
+        by_layer = {} if shared is None else {n: int(b) for n, b in zip(loaded.layers, shared, strict=True)}
+        out.print(f"budget {allocation.budget:g}")
+        out.print(display.bit_map(expert_bits, by_layer))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Packed checkpoint, or a full-precision model.")],
+    data: Annotated[str, typer.Option(help="Text: wikitext2, c4, file.txt, file.jsonl#field.")] = "wikitext2",
+    length: Length = 2048,
+    limit: Annotated[int | None, typer.Option(help="At most this many windows.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Token perplexity on held-out text."""
+    with display.stages() as report:
+        result = gemq.evaluate(
+            model, data, length=length, limit=limit, batch_size=batch_size, dtype=dtype, device=device,
+            progress=lambda done, total: report("evaluate", done, total),
+        )
+    if as_json:
+        print(json.dumps({"model": model, "data": data, "length": length, "perplexity": result.perplexity,
+                          "tokens": result.tokens, "seconds": result.seconds}))
+        return
+    row = [model, f"{result.perplexity:.3f}", f"{result.tokens:,}", f"{result.tokens / result.seconds:,.0f}"]
+    display.output().print(display.table(data, ["model", "perplexity", "tokens", "tokens/s"], [row]))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Packed checkpoint, or a full-precision model.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a text with a packed (or full-precision) model."""
+    from transformers import TextStreamer
+
+    display.output().print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
+    result = gemq.generate(
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, dtype=dtype,
+        device=device, streamer=lambda tok: TextStreamer(tok, skip_prompt=True, skip_special_tokens=True),
+    )
+    peak = "" if result.peak_bytes is None else f", peak {display.size(result.peak_bytes)}"
+    speed = f"{result.new_tokens / result.seconds:.1f} tokens/s"
+    display.errors().print(f"{result.new_tokens} tokens in {result.seconds:.2f} s, {speed}{peak}", style="dim")
+
+
+@app.command()
+def inspect(model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")]) -> None:
+    """Bits and sizes of a packed checkpoint, and its bit map."""
+    summary = summarize(model)
+    config, total = summary.config, summary.tensor_bytes
+    out = display.output()
+    rows = [[kind, display.size(count), f"{100 * count / total:.1f}%"] for kind, count in summary.bytes_by_kind.items()]
+    rows.append(["all tensors", display.size(total), "100%"])
+    rows.append(["files", display.size(summary.file_bytes), f"{100 * summary.file_bytes / total:.1f}%"])
+    out.print(
+        f"{summary.expert_bits:.3f} bits per routed expert, attention {config.attention_bits}, dense "
+        f"{config.dense_bits}, groups of {config.group_size}, method {config.method}", highlight=False,
+    )
+    out.print(display.bit_map(config.expert_bits, config.shared_bits))
+    out.print(display.table("bytes", ["tensors", "size", "share"], rows))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, picture and table.")]
+    = Path("demo-out"),
+    bits: Bits = "3,2.5,2,1.5",
+    windows: Annotated[int | None, typer.Option(help="Bound the held-out windows (default: all).", min=1)] = None,
+) -> None:
+    """Quantize the small trained model that ships with gemq on its text, compare methods, and generate."""
+    from gemq.cli.demo import show
+    from gemq.demo.run import DemoConfig, run_demo
+
+    with display.stages() as report:
+        result = run_demo(DemoConfig(output, options.budgets(bits), windows), report)
+    show(result)

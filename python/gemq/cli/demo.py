@@ -1,0 +1,28 @@
+"""How the demo's result is shown."""
+
+from __future__ import annotations
+
+from gemq.cli import display
+from gemq.demo.run import DemoResult
+
+
+def show(result: DemoResult) -> None:
+    """Print the demo's table, the bit map of the lowest budget, and the generated text."""
+    out = display.output()
+    rows = [
+        [r.method, "16" if r.bits is None else f"{r.bits:g}", f"{r.perplexity:.2f}", display.size(r.bytes),
+         f"{r.seconds:.1f}"]
+        for r in sorted(result.rows, key=lambda r: -(r.bits or 16))
+    ]
+    out.print(display.table("held-out text", ["method", "bits/expert", "perplexity", "bytes", "seconds"], rows))
+    lowest = min(result.bit_maps)
+    out.print(f"bits at {lowest:g} per expert; picture: {result.picture}", highlight=False)
+    out.print(display.bit_map(result.bit_maps[lowest], {}))
+    out.print(
+        f"the packed checkpoint {result.checkpoints[lowest]}, loaded again: perplexity {result.packed_perplexity:.2f}",
+        highlight=False,
+    )
+    g = result.generation
+    out.print(f"\ngenerated at {lowest:g} bits, {g.new_tokens / g.seconds:.0f} tokens/s:", highlight=False)
+    out.print(g.text, markup=False, highlight=False, soft_wrap=True)
+    display.errors().print(f"demo finished in {result.seconds:.0f} s", style="dim")

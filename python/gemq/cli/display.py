@@ -1,0 +1,85 @@
+"""Tables, bit maps and progress bars. Data goes to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# dark to bright with the width, legible on light and dark grounds
+_COLOURS = {0: "grey50", 1: "blue", 2: "cyan", 3: "green", 4: "yellow", 5: "yellow", 6: "red", 7: "red", 8: "magenta"}
+
+
+@cache
+def output() -> Console:
+    """The console of standard output."""
+    return Console()
+
+
+@cache
+def errors() -> Console:
+    """The console of standard error."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def stages() -> Iterator:
+    """A progress display over named stages: yields ``report(stage, done, total)``."""
+    columns = (
+        TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors()) as bars:
+        current: dict[str, int] = {}
+        started = time.monotonic()
+
+        def report(stage: str, done: int, total: int) -> None:
+            if done == 0 or stage not in current:
+                current[stage] = bars.add_task(stage, total=total)
+            bars.update(current[stage], completed=done, total=total)
+
+        yield report
+        bars.console.print(f"done in {time.monotonic() - started:.1f} s", style="dim")
+
+
+def size(count: int) -> str:
+    """Bytes for people: 12.3 MB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A table whose first column is left-aligned and the others right-aligned."""
+    result = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        result.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*(Text(cell) for cell in row))
+    return result
+
+
+def bit_map(expert_bits: dict[int, list[int]], shared_bits: dict[int, int]) -> Table:
+    """One line per MoE layer, one coloured digit per expert, the shared expert after a bar."""
+    result = Table(title="bits per layer and expert", title_justify="left", show_header=True)
+    result.add_column("layer", justify="right")
+    result.add_column("experts")
+    if shared_bits:
+        result.add_column("shared")
+    result.add_column("mean", justify="right")
+    for layer, widths in expert_bits.items():
+        line = Text()
+        for width in widths:
+            line.append(str(width), style=_COLOURS[width])
+        shared = [str(shared_bits.get(layer, "-"))] if shared_bits else []
+        result.add_row(str(layer), line, *shared, f"{sum(widths) / len(widths):.2f}")
+    return result

@@ -1,0 +1,1 @@
+"""Assets of `gemq demo`: a small trained MoE model and public-domain text."""

@@ -1,0 +1,189 @@
+"""The demo: every method at several budgets on the small model that ships with gemq, on held-out text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gemq.algorithms.calibration import calibration_windows, evaluation_windows
+from gemq.algorithms.importance import ExpertStatistics, measure
+from gemq.algorithms.originals import Originals
+from gemq.algorithms.perplexity import perplexity
+from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
+from gemq.algorithms.router_tuning import tune_routers
+from gemq.checkpoint import from_pretrained
+from gemq.errors import CheckpointError
+from gemq.models import MoeModel, describe
+from gemq.pipeline import (
+    Generation,
+    QuantizeConfig,
+    generate,
+    load_tokenizer,
+    load_unquantized,
+    packed_bytes,
+    save_stage,
+)
+
+ASSETS = Path(__file__).parent
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Where to write, the budgets in bits per expert, and how much held-out text (None: all of it)."""
+
+    output: Path
+    budgets: tuple[float, ...] = (3.0, 2.5, 2.0, 1.5)
+    windows: int | None = None
+    samples: int = 64
+    length: int = 256
+    seed: int = 0
+    prompt: str = "It was a dark night, and the old man"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: perplexity on held-out text, bytes of the checkpoint, seconds of quantizing."""
+
+    method: str
+    bits: float | None
+    perplexity: float
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table, the bit maps by budget, the checkpoints, the picture and a generation from the lowest budget."""
+
+    rows: list[Row]
+    bit_maps: dict[float, dict[int, list[int]]]
+    checkpoints: dict[float, Path]
+    packed_perplexity: float
+    picture: Path
+    generation: Generation
+    seconds: float
+
+
+class _Demo:
+    def __init__(self, config: DemoConfig, progress: Progress | None):
+        self.config, self.progress = config, progress or (lambda stage, done, total: None)
+        model_path = ASSETS / "model"
+        if not (model_path / "config.json").is_file():
+            raise CheckpointError(f"the demo's model is not installed: {model_path} is missing")
+        self.tokenizer = load_tokenizer(str(model_path))
+        self.model = load_unquantized(str(model_path), "float32").eval()
+        self.moe: MoeModel = describe(self.model)
+        self.originals = Originals(self.moe)
+        text = ASSETS / "text"
+        self.windows = calibration_windows(
+            self.tokenizer, str(text / "calibration.txt"), config.samples, config.length, config.seed
+        )
+        self.heldout = evaluation_windows(self.tokenizer, str(text / "heldout.txt"), config.length, config.windows)
+        self.rows: list[Row] = []
+
+    def score(self, method: str, bits: float | None, size: int, seconds: float) -> None:
+        label = method if bits is None else f"{method}, {bits:g} bits"
+        value = perplexity(
+            self.model, self.heldout, 16, lambda done, total: self.progress(f"evaluate {label}", done, total)
+        )
+        self.rows.append(Row(method, bits, value, size, seconds))
+
+    def full_precision(self) -> ExpertStatistics:
+        """The two rows without quantization, and the statistics that all methods start from."""
+        size = 2 * sum(p.numel() for p in self.model.parameters())
+        self.score("FP", None, size, 0.0)
+        start = time.perf_counter()
+        tune_routers(self.moe, self.windows, progress=lambda d, t: self.progress("tune routers, FP", d, t))
+        self.score("FP, routers tuned", None, size, time.perf_counter() - start)
+        self.originals.restore()
+        return measure(
+            self.moe, self.windows, (1, 2, 3), self.originals, batch_size=8,
+            progress=lambda d, t: self.progress("measure experts", d, t),
+        )
+
+    def run_method(self, name: str, method: MethodConfig, statistics: ExpertStatistics) -> list[StageResult]:
+        stages = []
+        runs = quantize_progressively(
+            self.moe, self.windows, method, originals=self.originals, first_statistics=statistics,
+            progress=lambda stage, d, t: self.progress(f"{name}: {stage}", d, t),
+        )
+        for stage in runs:
+            stages.append(replace(stage, statistics=None))
+            size = packed_bytes(self.moe, stage.weights)
+            self.score(name, stage.budget, size, sum(stage.seconds.values()))
+            if name == "GEMQ + routers":
+                self.save(stage)
+        return stages
+
+    def checkpoint(self, budget: float) -> Path:
+        return self.config.output / f"{budget:g}"
+
+    def save(self, stage: StageResult) -> None:
+        config = QuantizeConfig(
+            str(ASSETS / "model"), str(self.config.output), str(ASSETS / "text" / "calibration.txt"),
+            self.config.samples, self.config.length, self.config.seed, overwrite=True,
+        )
+        save_stage(config, self.model, self.tokenizer, stage, self.checkpoint(stage.budget), torch.bfloat16)
+
+
+def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult:
+    """Quantize by every method at every budget, evaluate on held-out text, save, draw, and generate.
+
+    All methods share the calibration windows and the first statistics. ``FP, routers tuned`` is the control for
+    router tuning: what the same tuning does to the full-precision model. The packed checkpoint of the lowest
+    budget is reloaded, evaluated and generated from.
+    """
+    started = time.perf_counter()
+    config.output.mkdir(parents=True, exist_ok=True)
+    demo = _Demo(config, progress)
+    statistics = demo.full_precision()
+    base = MethodConfig(budgets=config.budgets, batch_size=8, tune=False)
+    demo.run_method("uniform", replace(base, method="uniform"), statistics)
+    demo.run_method("PMQ", replace(base, method="pmq", estimate="fp"), statistics)
+    demo.run_method("GEMQ", replace(base, estimate="quantized"), statistics)
+    stages = demo.run_method("GEMQ + routers", replace(base, tune=True), statistics)
+    lowest = min(config.budgets)
+    packed = from_pretrained(demo.checkpoint(lowest), dtype=torch.float32)
+    again = perplexity(packed, demo.heldout, 16, lambda d, t: demo.progress("evaluate the packed checkpoint", d, t))
+    generation = generate(
+        packed, config.prompt, tokenizer=demo.tokenizer, max_new_tokens=60, temperature=0.7, top_p=0.9
+    )
+    maps = {stage.budget: stage.plan.experts for stage in stages}
+    picture = config.output / "bits.png"
+    draw_bit_maps(maps, picture)
+    result = DemoResult(
+        demo.rows, maps, {s.budget: demo.checkpoint(s.budget) for s in stages}, again, picture, generation,
+        time.perf_counter() - started,
+    )
+    (config.output / "table.json").write_text(json.dumps([asdict(r) for r in demo.rows], indent=1) + "\n")
+    return result
+
+
+def draw_bit_maps(maps: dict[float, dict[int, list[int]]], path: Path) -> None:
+    """A PNG with a panel per budget: layers down, experts across, colour and digit for the width."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first = next(iter(maps.values()))
+    layers, experts = len(first), len(next(iter(first.values())))
+    figure = Figure(figsize=(0.34 * experts * len(maps) + 1.6, 0.34 * layers + 1.2), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(maps), squeeze=False)[0]
+    widest = max(b for m in maps.values() for row in m.values() for b in row)
+    for axis, (budget, rows) in zip(axes, sorted(maps.items(), reverse=True), strict=True):
+        axis.imshow(list(rows.values()), cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="equal")
+        for y, row in enumerate(rows.values()):
+            for x, bits in enumerate(row):
+                shade = "white" if bits > 0.6 * (widest + 1) else "black"
+                axis.text(x, y, str(bits), ha="center", va="center", fontsize=7, color=shade)
+        axis.set_title(f"{budget:g} bits per expert", fontsize=9)
+        axis.set_xlabel("expert", fontsize=8)
+        axis.set_xticks([0, experts - 1])
+        axis.set_yticks(range(layers), [str(i) for i in rows], fontsize=7)
+    axes[0].set_ylabel("layer", fontsize=8)
+    FigureCanvasAgg(figure).print_png(path)

@@ -1,0 +1,323 @@
+"""One call for each thing a user does: quantize a model to a folder, evaluate one, generate from one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemq.algorithms.calibration import calibration_windows, evaluation_windows
+from gemq.algorithms.perplexity import perplexity
+from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
+from gemq.algorithms.sequential import QuantizedWeights
+from gemq.checkpoint import PackedConfig, check_output, from_pretrained, pack_model, save_packed
+from gemq.errors import CheckpointError
+from gemq.format import codes_bytes, default_group_size, expert_layout
+from gemq.models import MoeModel, describe
+from gemq.models.families import check_supported
+
+COSTS_FILE = "gemq_costs.json"
+REPORT_FILE = "gemq_report.json"
+# tensors that stay unquantized are stored in 16 bits
+_STORED = {torch.float32: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """What ``gemq quantize`` is told: the model, where to, the text, and the method.
+
+    ``model`` is a folder or hub name. With one budget the checkpoint is ``output`` itself, with several
+    ``output/<budget>``. ``calibration`` and ``router_text`` are sources of
+    :mod:`gemq.algorithms.calibration` (``router_text`` None: the calibration windows). ``length`` is in tokens.
+    """
+
+    model: str
+    output: str
+    calibration: str = "wikitext2"
+    samples: int = 128
+    length: int = 2048
+    seed: int = 0
+    router_text: str | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    method: MethodConfig = field(default_factory=MethodConfig)
+
+
+@dataclass(frozen=True)
+class QuantizeOutcome:
+    """One finished budget: its checkpoint, the bits reached, the solver's gap, and seconds by stage."""
+
+    budget: float
+    path: Path
+    bits_per_expert: float
+    gap: float
+    bytes: int
+    seconds: dict[str, float]
+    fallbacks: int
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False):
+    """The tokenizer of a folder or hub name; :class:`CheckpointError` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no tokenizer in {path!r}: {_first_line(error)}") from error
+
+
+def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
+    """A full-precision model of a supported family, checked by its config before any weight is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no model in {path!r}: {_first_line(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{path!r} is quantized already; give the full-precision model")
+    check_supported(config)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path!r} could not be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    allowed = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in allowed:
+        raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}")
+    return allowed[name]
+
+
+def pick_device(device: str | None) -> torch.device:
+    """``device``, or CUDA where there is one, else the CPU. Raises ``ValueError`` for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be like cpu, cuda or cuda:1, got {device!r}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but no CUDA device is available")
+    return chosen
+
+
+def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> list[QuantizeOutcome]:
+    """Quantize a model by the whole method and save a packed checkpoint per budget.
+
+    All that can be checked is checked before work starts: output folder, model family, text. The CPU works in
+    float32, CUDA in the model's dtype unless ``config.dtype`` says otherwise.
+
+    Raises :class:`gemq.errors.GemqError` or ``ValueError`` with one line that says what to change.
+    """
+    targets = {b: _target(config, b) for b in config.method.budgets}
+    for target in targets.values():
+        check_output(target, config.model, config.overwrite)
+    device = pick_device(config.device)
+    _dtype(config.dtype)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    windows = calibration_windows(tokenizer, config.calibration, config.samples, config.length, config.seed)
+    router = windows
+    if config.router_text is not None:
+        router = calibration_windows(tokenizer, config.router_text, config.samples, config.length, config.seed)
+    dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
+    model = load_unquantized(config.model, dtype, config.trust_remote_code)
+    stored = _stored_dtype(config.model, model)
+    model = model.to(device).eval()
+    moe = describe(model)
+    outcomes = []
+    for stage in quantize_progressively(moe, windows, config.method, router_windows=router, progress=progress):
+        outcomes.append(save_stage(config, model, tokenizer, stage, targets[stage.budget], stored))
+    return outcomes
+
+
+def _target(config: QuantizeConfig, budget: float) -> Path:
+    return Path(config.output) if len(config.method.budgets) == 1 else Path(config.output) / f"{budget:g}"
+
+
+def _stored_dtype(path: str, model: nn.Module) -> torch.dtype:
+    from transformers import AutoConfig
+
+    declared = getattr(AutoConfig.from_pretrained(path), "dtype", None) or next(model.parameters()).dtype
+    return _STORED.get(declared, declared)
+
+
+def save_stage(
+    config: QuantizeConfig, model: nn.Module, tokenizer, stage: StageResult, target: Path, stored: torch.dtype
+) -> QuantizeOutcome:
+    """Pack a copy of the model's skeleton, save it, and leave ``model`` as it is for the next budget.
+
+    ``stored`` is the dtype of the tensors that stay unquantized.
+    """
+    packed, packed_config = _packed_copy(model, stage, config.method.method)
+    extra: dict[str, Callable[[Path], Any]] = {REPORT_FILE: lambda path: _write_report(path, config, stage)}
+    if stage.statistics is not None:
+        extra[COSTS_FILE] = stage.statistics.costs.save
+    save_packed(
+        packed, packed_config, target, tokenizer=tokenizer, dtype=stored, extra_files=extra, overwrite=config.overwrite
+    )
+    fallbacks = sum(r.fallback != "" for r in stage.weights.reports.values())
+    size = sum(f.stat().st_size for f in target.glob("*.safetensors"))
+    return QuantizeOutcome(
+        stage.budget, target, stage.allocation.bits_per_expert, stage.allocation.gap, size, stage.seconds, fallbacks
+    )
+
+
+def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.Module, PackedConfig]:
+    """A packed twin that shares the unquantized tensors of ``model``; only packed buffers are new memory."""
+    import copy
+
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    moe = describe(twin)
+    config = pack_model(moe, stage.weights, budget=stage.budget, method=method)
+    source = dict(model.named_parameters())
+    for name, parameter in list(twin.named_parameters()):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(owner), leaf, source[name])
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(owner), leaf, buffer)
+    twin.tie_weights()
+    twin.generation_config = model.generation_config
+    return twin.eval(), config
+
+
+def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
+    """Bytes of the checkpoint's tensors: codes, 32 bits per row and group, and 16 bits for all that stays."""
+    kept = {id(p): p.numel() for p in moe.model.parameters()}
+    total = 0
+    for layer in moe.moe:
+        for name, stack in zip(("gate_up_proj", "down_proj"), weights.stacks[layer.index], strict=True):
+            parameter = getattr(layer.experts, name)
+            kept.pop(id(parameter))
+            n, k = parameter.shape[1:]
+            plan = expert_layout(stack.bits, n, k, default_group_size(k, weights.group_size), "canonical")
+            total += plan.code_bytes + 2 * plan.meta_elements
+    for path, (codes, meta, width) in weights.linears.items():
+        kept.pop(id(moe.model.get_submodule(path).weight))
+        total += codes_bytes(*codes.shape, width) + 2 * meta.numel()
+    return total + 2 * sum(kept.values())
+
+
+def _write_report(path: Path, config: QuantizeConfig, stage: StageResult) -> None:
+    """What was done, readable by people and scripts: options, allocation, per-matrix GPTQ reports, seconds."""
+    report = {
+        "options": asdict(config),
+        "budget": stage.budget,
+        "bits_per_expert": stage.allocation.bits_per_expert,
+        "objective": _finite(stage.allocation.objective),
+        "gap": _finite(stage.allocation.gap),
+        "solver": stage.allocation.solver,
+        "seconds": stage.seconds,
+        "router_losses": stage.router_losses,
+        "matrices": {name: asdict(r) for name, r in stage.weights.reports.items()},
+    }
+    path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def load_any(path: str | os.PathLike, dtype: str = "auto", device: str | None = None) -> nn.Module:
+    """A packed checkpoint or a full-precision model, ready for inference on ``device`` (default: CUDA or CPU)."""
+    target = pick_device(device)
+    config_file = Path(path) / "config.json"
+    if config_file.is_file() and "quantization_config" in config_file.read_text(encoding="utf-8"):
+        return from_pretrained(path, dtype=_dtype(dtype), device=str(target))
+    if Path(path).is_dir() and not config_file.is_file():
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
+    return load_unquantized(str(path), dtype).to(target).eval()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Token perplexity of a model on a text, over ``tokens`` predicted tokens, in ``seconds``."""
+
+    perplexity: float
+    tokens: int
+    seconds: float
+
+
+def evaluate(
+    model: str | os.PathLike | nn.Module, text: str = "wikitext2", *, length: int = 2048, limit: int | None = None,
+    tokenizer=None, batch_size: int = 4, dtype: str = "auto", device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Token perplexity over consecutive windows of ``length`` tokens of a held-out text.
+
+    ``model`` is a packed checkpoint, a full-precision model folder or name, or a loaded model (then give its
+    ``tokenizer``). ``limit`` bounds the number of windows.
+    """
+    if not isinstance(model, nn.Module):
+        tokenizer = tokenizer or load_tokenizer(str(model))
+        windows = evaluation_windows(tokenizer, text, length, limit)
+        model = load_any(model, dtype, device)
+    else:
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given with a loaded model")
+        windows = evaluation_windows(tokenizer, text, length, limit)
+    start = time.perf_counter()
+    value = perplexity(model, windows, batch_size, progress)
+    return Evaluation(value, windows.shape[0] * (windows.shape[1] - 1), time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated text and its speed; ``peak_bytes`` of CUDA memory, None on the CPU."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    peak_bytes: int | None
+
+
+@torch.no_grad()
+def generate(
+    model: str | os.PathLike | nn.Module, prompt: str, *, tokenizer=None, max_new_tokens: int = 64,
+    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, dtype: str = "auto", device: str | None = None,
+    streamer=None,
+) -> Generation:
+    """Continue ``prompt``. ``temperature`` 0 is greedy; options are named as in transformers.
+
+    Raises ``ValueError`` for an empty prompt or options out of range.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
+    if not isinstance(model, nn.Module):
+        tokenizer = tokenizer or load_tokenizer(str(model))
+        model = load_any(model, dtype, device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("prompt must not be empty")
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    ids = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, streamer=streamer(tokenizer) if streamer else None,
+        pad_token_id=tokenizer.eos_token_id, **sampling,
+    )
+    seconds = time.perf_counter() - start
+    used = inputs["input_ids"].shape[1]
+    text = tokenizer.decode(ids[0, used:], skip_special_tokens=True)
+    return Generation(text, used, ids.shape[1] - used, seconds, torch.cuda.max_memory_allocated() if cuda else None)

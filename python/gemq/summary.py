@@ -1,0 +1,55 @@
+"""What a packed checkpoint holds, read from its config and file headers alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemq.checkpoint import PackedConfig, load_packed_config
+from gemq.errors import CheckpointError
+from gemq.hf import read_header
+
+_ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Bytes by kind of tensor, file bytes, and the mean width of routed experts."""
+
+    config: PackedConfig
+    bytes_by_kind: dict[str, int]
+    file_bytes: int
+    expert_bits: float
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Sum over all tensors."""
+        return sum(self.bytes_by_kind.values())
+
+
+def _kind(name: str) -> str:
+    suffix = name.rsplit("_", 1)[-1]
+    if suffix not in ("codes", "meta"):
+        return "unquantized"
+    owner = "experts" if ".experts." in name else "shared experts" if "shared_expert" in name else (
+        "attention" if ".self_attn." in name else "dense MLP"
+    )
+    return f"{owner} {suffix}"
+
+
+def summarize(path: str | os.PathLike) -> Summary:
+    """Summarize a checkpoint folder without loading weights. Raises :class:`CheckpointError`."""
+    config = load_packed_config(path)
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} holds no .safetensors file")
+    kinds: dict[str, int] = {}
+    for file in files:
+        for name, (dtype, shape) in read_header(file).items():
+            size = _ELEMENT_BYTES[dtype]
+            for extent in shape:
+                size *= extent
+            kinds[_kind(name)] = kinds.get(_kind(name), 0) + size
+    widths = [b for row in config.expert_bits.values() for b in row]
+    return Summary(config, dict(sorted(kinds.items())), sum(f.stat().st_size for f in files), sum(widths) / len(widths))

@@ -1,0 +1,500 @@
+"""Bit allocation against enumeration, an independent bound, and the baselines' formulas."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+
+from gemq.algorithms import allocation
+from gemq.algorithms.allocation import Costs, feasible_range, pareto, solve, total_bits
+from gemq.algorithms.baselines import pmq, uniform
+
+GAP = 1e-4
+SOLVERS = ("highs", "cbc")
+
+
+def make_costs(seed, layers=2, experts=3, candidates=(1, 2, 3), multiple=0.0, spread=1.0, decades=0.0):
+    """Random coefficients that mostly fall with the width, over ``decades`` powers of ten."""
+    rng = np.random.default_rng(seed)
+    fall = np.exp(-np.asarray(candidates, dtype=float))
+    size = np.exp(rng.normal(0, spread, (layers, experts, 1))) * 10 ** rng.uniform(-decades, 0, (layers, experts, 1))
+    routed = size * fall * rng.uniform(0.5, 2.0, (layers, experts, len(candidates)))
+    shared = 5 * fall * rng.uniform(0.5, 2.0, (layers, len(candidates))) if multiple else None
+    return Costs(candidates, routed, tuple(range(1, layers + 1)), shared, multiple)
+
+
+def layer_options(costs, layer, per_layer, shared):
+    """Every admissible (bits, cost) of one layer, by enumeration; bits count the shared expert once."""
+    widths = costs.candidates
+    for choice in itertools.product(range(len(widths)), repeat=costs.routed.shape[1]):
+        if per_layer == "c2c3" and len(widths) > 1 and not {len(widths) - 1, len(widths) - 2} <= set(choice):
+            continue
+        bits = sum(widths[c] for c in choice)
+        cost = sum(costs.routed[layer, e, c] for e, c in enumerate(choice))
+        for s in range(len(widths)) if shared else (None,):
+            yield (bits, cost) if s is None else (bits + widths[s], cost + costs.shared[layer, s])
+
+
+def best_by_bits(costs, per_layer, shared):
+    """``{total bits: least cost}`` over all layers; a layer is enumerated, layers are combined exactly."""
+    totals = {0: 0.0}
+    for layer in range(costs.routed.shape[0]):
+        least = {}
+        for bits, cost in layer_options(costs, layer, per_layer, shared):
+            least[bits] = min(cost, least.get(bits, math.inf))
+        combined = {}
+        for (b0, c0), (b1, c1) in itertools.product(totals.items(), least.items()):
+            combined[b0 + b1] = min(c0 + c1, combined.get(b0 + b1, math.inf))
+        totals = combined
+    return totals
+
+
+def total_by_hand(costs, budget, shared):
+    layers, experts, _ = costs.routed.shape
+    if not shared:
+        return budget * experts * layers
+    s = costs.shared_multiple
+    return (budget * (experts + s) - max(0, s - 1) * max(costs.candidates)) * layers
+
+
+def check_constraints(costs, result, per_layer):
+    assert result.bits.shape == costs.routed.shape[:2]
+    assert result.bits.dtype == np.int64
+    assert np.isin(result.bits, costs.candidates).all()
+    assert result.bits_per_expert <= result.budget + 1e-9
+    if per_layer == "c2c3" and len(costs.candidates) > 1:
+        for width in costs.candidates[-2:]:
+            assert (result.bits == width).any(axis=1).all()
+
+
+def selected(costs, result):
+    """The objective summed by hand."""
+    value = sum(costs.routed[i][costs.candidates.index(b)] for i, b in np.ndenumerate(result.bits))
+    if result.shared_multiple:
+        value += sum(costs.shared[i, costs.candidates.index(b)] for i, b in enumerate(result.shared_bits))
+    return value
+
+
+SHAPES = [(1, 2, (1, 2)), (2, 3, (1, 2, 3)), (3, 3, (0, 1, 2, 4)), (3, 2, (2, 4, 8)), (1, 3, (0, 8)), (2, 2, (0, 4, 8))]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("mode", ["routed", "shared1", "shared2", "shared2.5", "fixed"])
+@pytest.mark.parametrize("per_layer", ["c2c3", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"L{s[0]}-E{s[1]}-b{''.join(map(str, s[2]))}")
+def test_equals_enumeration(shape, per_layer, mode, solver):
+    multiple = {"routed": 0.0, "shared1": 1.0, "shared2": 2.0, "shared2.5": 2.5, "fixed": 2.0}[mode]
+    shared, options = mode.startswith("shared"), {"per_layer": per_layer}
+    if mode == "fixed":
+        options["fixed_shared_bits"] = 4
+    for seed in range(2):
+        costs = make_costs(seed, *shape, multiple=multiple)
+        least = best_by_bits(costs, per_layer, shared)
+        low, high = feasible_range(costs, **options)
+        assert total_by_hand(costs, low, shared) == pytest.approx(min(least))
+        for budget in (low, low + 0.3 * (high - low), low + 0.7 * (high - low), high):
+            result = solve(costs, budget, solver=solver, max_gap=GAP, **options)
+            optimum = min(cost for bits, cost in least.items() if bits <= total_by_hand(costs, budget, shared) + 1e-6)
+            check_constraints(costs, result, per_layer)
+            assert result.objective == pytest.approx(selected(costs, result))
+            assert optimum * (1 - 1e-9) <= result.objective <= optimum * (1 + GAP)
+            assert 0 <= result.gap <= GAP
+            assert result.objective * (1 - result.gap) <= optimum * (1 + 1e-9)
+            assert (result.solver, result.budget) == (solver, budget)
+            assert (result.shared_bits is None) == (multiple == 0)
+            assert mode != "fixed" or result.shared_bits.tolist() == [4] * shape[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("decades", [3, 9, 15])
+def test_coefficients_over_many_decades(decades, solver):
+    for seed in range(8):
+        costs = make_costs(seed, 3, 3, (0, 1, 2, 3), decades=decades)
+        for factor in (1e-12, 1.0, 1e3):
+            scaled = Costs(costs.candidates, costs.routed * factor, costs.layers)
+            least = best_by_bits(scaled, "c2c3", False)
+            optimum = min(cost for bits, cost in least.items() if bits <= 18)
+            assert solve(scaled, 2.0, solver=solver).objective == pytest.approx(optimum, rel=GAP)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_objective_far_below_the_largest_coefficient(solver):
+    costs = make_costs(0, 3, 3, (0, 2, 3))
+    routed = costs.routed.copy()
+    routed[..., 0], routed[..., 1:] = 1e6, routed[..., 1:] * 1e-9
+    routed[0, 0, 1:] = 2 * routed[..., 1].sum()  # most of the objective, and not to be dropped for it
+    costs = Costs(costs.candidates, routed, costs.layers)
+    optimum = min(cost for bits, cost in best_by_bits(costs, "c2c3", False).items() if bits <= 23)
+    result = solve(costs, 23 / 9, solver=solver)
+    assert result.objective == pytest.approx(optimum, rel=GAP)
+    assert result.gap <= GAP
+
+
+def lagrangian_bound(costs, total):
+    """A lower bound on Eq. 7 with c2c3: for any price of a bit, each layer's least priced cost less the budget's."""
+    widths = np.asarray(costs.candidates, dtype=float)
+
+    def dual(price):
+        priced = costs.routed + price * widths
+        least = priced.min(axis=-1)
+        value = least.sum() - price * total
+        for top, second in zip(priced[..., -1] - least, priced[..., -2] - least, strict=True):
+            first, other = np.argsort(top)[:2], np.argsort(second)[:2]
+            value += min(top[i] + second[j] for i in first for j in other if i != j)
+        return value
+
+    prices = np.geomspace(costs.routed.max() * 1e-12, costs.routed.max(), 100)
+    best = int(np.argmax([dual(p) for p in prices]))
+    low, high = prices[max(best - 1, 0)], prices[min(best + 1, 99)]
+    for _ in range(30):
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (a, high) if dual(a) < dual(b) else (low, b)
+    return dual((low + high) / 2)
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_48_layers_of_128_experts(solver, spread):
+    costs = make_costs(0, 48, 128, (1, 2, 3), spread=spread)
+    start = time.monotonic()
+    result = solve(costs, 2.0, solver=solver)
+    seconds = time.monotonic() - start
+    print(f"{solver}, spread {spread}: {seconds:.2f} s, gap {result.gap:.1e}")
+    assert seconds < 30
+    assert result.gap <= GAP
+    check_constraints(costs, result, "c2c3")
+    assert result.objective * (1 - GAP) <= lagrangian_bound(costs, 2 * 48 * 128)
+
+
+def test_solvers_agree_with_shared_experts():
+    costs = make_costs(7, 8, 16, (1, 2, 3), multiple=2.0)
+    values = [solve(costs, 2.0, solver=s, max_gap=0.0).objective for s in SOLVERS]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_auto_falls_back_to_cbc(monkeypatch):
+    import mip.cbc
+    import mip.highs
+
+    costs = make_costs(0)
+    assert solve(costs, 2.0).solver == "highs"
+    monkeypatch.setattr(mip.highs, "has_highs", False)
+    assert solve(costs, 2.0).solver == "cbc"
+    with pytest.raises(RuntimeError, match="cannot load highs"):
+        solve(costs, 2.0, solver="highs")
+    monkeypatch.setattr(mip.cbc, "has_cbc", False)
+    with pytest.raises(RuntimeError, match="highs or cbc"):
+        solve(costs, 2.0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ties_give_the_same_allocation_each_time(solver):
+    routed = np.tile([3.0, 2.0, 1.0], (3, 8, 1))
+    results = [solve(Costs((1, 2, 3), routed, (0, 1, 2)), 2.0, solver=solver) for _ in range(3)]
+    assert results[0].objective == pytest.approx(48.0)
+    for result in results[1:]:
+        np.testing.assert_array_equal(result.bits, results[0].bits)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_idle_experts(solver):
+    costs = Costs((0, 4, 8), np.zeros((2, 4, 3)), (0, 1))
+    result = solve(costs, 4.0, solver=solver)
+    assert (result.objective, result.gap) == (0.0, 0.0)
+    check_constraints(costs, result, "c2c3")
+    routed = make_costs(0, 2, 4).routed.copy()
+    routed[:, 1:] = 0.0  # one busy expert a layer takes the highest width
+    result = solve(Costs((1, 2, 3), routed, (0, 1)), 2.0, solver=solver)
+    assert (result.bits[:, 0] == routed[:, 0].argmin(axis=1) + 1).all()
+
+
+def test_one_candidate_is_that_width():
+    result = solve(Costs((4,), np.ones((2, 1, 1)), (0, 1)), 4.0)
+    assert result.bits.tolist() == [[4], [4]]
+
+
+def test_nothing_is_printed(capfd):
+    for solver in SOLVERS:
+        solve(make_costs(0), 2.0, solver=solver)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("budget", [1.6, 0.0, -1.0, 3.5, math.nan, math.inf, -math.inf])
+def test_infeasible_budget_names_the_range(budget):
+    costs = make_costs(0)  # 3 experts of widths 1, 2, 3: at least (3 + 2 + 1) / 3
+    assert feasible_range(costs) == (2.0, 3.0)
+    with pytest.raises(ValueError, match=r"budget must be in 2\.\.3 bits per expert.*got"):
+        solve(costs, budget)
+    assert solve(costs, 2.0).bits_per_expert == 2.0
+
+
+def test_budget_accounting():
+    # DeepSeek-V2-Lite: 26 MoE layers of 64 routed experts, 2 shared; the last one pays the 66th unit in advance.
+    costs = Costs((1, 2, 3), np.ones((26, 64, 3)), tuple(range(1, 27)), np.ones((26, 3)), 2.0)
+    assert total_bits(2.0, costs) == 26 * (2 * 66 - 3)
+    assert total_bits(2.0, costs, count_shared=False) == 26 * 64 * 2
+    assert total_bits(2.05, make_costs(0, 2, 3)) == 12
+    assert total_bits(0.1 + 0.2, make_costs(0, 10, 1)) == 3
+    full = solve(make_costs(0, 2, 4, multiple=2.0), 3.0, per_layer="none")
+    assert full.bits_per_expert == 3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_layer": "c4"}, "per_layer must be one of c2c3, none"),
+        ({"solver": "gurobi"}, "solver must be one of auto, highs, cbc"),
+        ({"max_gap": math.nan}, "max_gap must be >= 0"),
+        ({"time_limit": 0.0}, "time_limit > 0"),
+        ({"fixed_shared_bits": 4}, "without shared experts"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        solve(make_costs(0), 2.0, **options)
+
+
+def test_shared_experts_without_costs_need_a_width():
+    routed = np.ones((2, 3, 3))
+    costs = Costs((1, 2, 3), routed, (0, 1), None, 2.0)
+    with pytest.raises(ValueError, match="fixed_shared_bits is needed"):
+        solve(costs, 2.0)
+    with pytest.raises(ValueError, match="fixed_shared_bits must be an integer"):
+        solve(costs, 2.0, fixed_shared_bits=9)
+    assert solve(costs, 2.0, fixed_shared_bits=8).shared_bits.tolist() == [8, 8]
+
+
+def test_one_expert_cannot_meet_the_per_layer_constraint():
+    costs = make_costs(0, 2, 1)
+    with pytest.raises(ValueError, match="at least 2 routed experts"):
+        feasible_range(costs)
+    assert solve(costs, 2.0, per_layer="none").bits_per_expert <= 2.0
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_time_limit_is_kept(solver):
+    costs = make_costs(0, 24, 64, (1, 2, 3, 4))
+    start = time.monotonic()
+    try:
+        result = solve(costs, 2.0, time_limit=0.01, max_gap=0.0, solver=solver)
+        check_constraints(costs, result, "c2c3")
+    except RuntimeError as error:
+        assert "time_limit" in str(error)
+    assert time.monotonic() - start < 10
+
+
+def test_a_wrong_answer_of_the_solver_is_refused():
+    program = allocation._Program(np.ones((4, 2)), (1, 2), (2, 2), total=6, per_layer=True)
+    good = np.array([[1, 0], [0, 1], [0, 1], [1, 0]], dtype=float)
+    assert program.check(good).tolist() == [0, 1, 1, 0]
+    for rows, message in [
+        ([[1, 0], [0, 1], [0, 1], [0, 1]], "over the budget"),
+        ([[1, 0], [1, 0], [0, 1], [1, 0]], "per-layer"),
+        ([[1, 0], [0, 1], [0, 1], [1, 1]], "one width"),
+        ([[1, 0], [0, 1], [0, 1], [0.7, 0.3]], "one width"),
+        ([[1, 0], [0, 1], [0, 1], [0, math.nan]], "one width"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            program.check(np.array(rows, dtype=float))
+
+
+def test_pareto_falls_with_the_budget():
+    curve = pareto(make_costs(3, 4, 8), [1.5, 2.0, 2.5, 3.0], max_gap=0.0)
+    assert [a.budget for a in curve] == [1.5, 2.0, 2.5, 3.0]
+    assert all(a.objective >= b.objective for a, b in itertools.pairwise(curve))
+
+
+GOOD = {"candidates": (1, 2), "routed": np.ones((1, 2, 2)), "layers": (0,), "shared": None, "shared_multiple": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": (2, 1)}, "candidates must be ascending"),
+        ({"candidates": (2, 2)}, "candidates must be ascending"),
+        ({"candidates": (True, 2)}, "candidates must be ascending"),
+        ({"candidates": (1.0, 2.0)}, "candidates must be ascending"),
+        ({"candidates": ()}, "candidates must be ascending"),
+        ({"candidates": (2, 9)}, "candidates must be an integer in 0..8, got 9"),
+        ({"candidates": (1, 2, 3)}, r"routed must be \[L, E, 3\]"),
+        ({"routed": np.ones((2, 2))}, "routed must hold numbers in 3 dimensions"),
+        ({"routed": np.ones((1, 0, 2))}, "routed must hold numbers in 3 dimensions"),
+        ({"routed": [[[1.0, 2.0], [1.0]]]}, "rows of different lengths"),
+        ({"routed": [[["1", "2"]]]}, "routed must hold numbers"),
+        ({"routed": [[[1.0, math.nan]]]}, r"routed\[0, 0, 1\] must be finite and >= 0, got nan"),
+        ({"routed": [[[1.0, math.inf]]]}, "must be finite"),
+        ({"routed": [[[1.0, -1e-9]]]}, "must be finite and >= 0"),
+        ({"layers": (0, 1)}, "layers must name the 1 layers"),
+        ({"layers": (-1,)}, "layers must be ascending"),
+        ({"shared": np.ones((1, 3)), "shared_multiple": 2.0}, r"shared must be \[L, B\] = \(1, 2\)"),
+        ({"shared": [[math.nan, 1.0]], "shared_multiple": 2.0}, "shared"),
+        ({"shared": np.ones((1, 2))}, "shared_multiple must be > 0"),
+        ({"shared_multiple": -1.0}, "shared_multiple must"),
+        ({"shared_multiple": math.nan}, "shared_multiple must"),
+        ({"shared_multiple": "2"}, "shared_multiple must"),
+    ],
+)
+def test_costs_are_validated(change, message):
+    with pytest.raises(ValueError, match=message):
+        Costs(**(GOOD | change))
+
+
+def test_costs_do_not_alias_their_input():
+    routed = np.ones((1, 2, 2))
+    costs = Costs((1, 2), routed, (0,))
+    routed[:] = 7
+    assert (costs.routed == 1).all()
+    with pytest.raises(ValueError, match="read-only"):
+        costs.routed[:] = 7
+
+
+@pytest.mark.parametrize("multiple", [0.0, 2.0])
+def test_json_round_trip(tmp_path, multiple):
+    costs = make_costs(0, 3, 4, (0, 4, 8), multiple=multiple, decades=12)
+    path = tmp_path / "costs.json"
+    path.write_text("old")
+    costs.save(path)
+    loaded = Costs.load(path)
+    np.testing.assert_array_equal(loaded.routed, costs.routed)
+    assert (loaded.candidates, loaded.layers, loaded.shared_multiple) == ((0, 4, 8), (1, 2, 3), multiple)
+    assert (loaded.shared is None) == (multiple == 0)
+    if multiple:
+        np.testing.assert_array_equal(loaded.shared, costs.shared)
+    assert [p.name for p in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "costs.json"
+    path.write_text("old")
+    monkeypatch.setattr(allocation.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        make_costs(0).save(path)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["costs.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other"},
+        {"version": 2},
+        {"version": "1"},
+        {"version": True},
+        {"routed": None},
+        {"routed": [[[1.0, math.nan, 1.0]]]},
+        {"candidates": 3},
+        {"candidates": "123"},
+        {"extra": 1},
+        {"shared": [[[]]]},
+        {"shared_multiple": None},
+        {"shared_multiple": 10**400},
+        {"routed": [[[1, 2, 10**400]]]},
+    ],
+    ids=str,
+)
+def test_malformed_costs_name_the_file(tmp_path, change):
+    path = tmp_path / "costs.json"
+    make_costs(0).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"costs\.json: "):
+        Costs.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"format": "gemq-costs"}'])
+def test_corrupt_costs_name_the_file(tmp_path, content):
+    path = tmp_path / "costs.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"costs\.json: "):
+        Costs.load(path)
+
+
+def test_truncated_costs_are_refused(tmp_path):
+    path = tmp_path / "costs.json"
+    make_costs(0).save(path)
+    content = path.read_bytes()
+    for end in range(0, len(content) - 2, 37):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"costs\.json: "):
+            Costs.load(path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "budget", "first", "widths"),
+    [(4, 2, 4, (2, 2)), (4, 2.5, 2, (3, 2)), (32, 1.5, 16, (2, 1)), (5, 2.5, 2, (3, 2)), (10, 2.3, 3, (3, 2)),
+     (3, 0.5, 1, (1, 0)), (2, 8, 2, (8, 8)), (1, 2.9, 0, (3, 2))],
+)  # fmt: skip
+def test_uniform(layers, budget, first, widths):
+    result = uniform(layers, 6, budget)
+    assert result.bits.tolist() == [[widths[0]] * 6] * first + [[widths[1]] * 6] * (layers - first)
+    assert result.bits_per_expert <= budget
+    assert math.isnan(result.objective)
+
+
+@pytest.mark.parametrize("arguments", [(0, 8, 2), (4, 0, 2), (4, 8, -1), (4, 8, 8.5), (4, 8, math.nan)])
+def test_uniform_refuses(arguments):
+    with pytest.raises(ValueError, match="must be"):
+        uniform(*arguments)
+
+
+def pmq_inputs(seed, layers=3, experts=4, widths=3):
+    rng = np.random.default_rng(seed)
+    frequency = rng.dirichlet(np.ones(experts), layers)
+    return frequency, rng.uniform(0.2, 0.6, (layers, experts)), -np.sort(-rng.uniform(0, 50, (layers, experts, widths)))
+
+
+@pytest.mark.parametrize("exponents", [(1.0, 1.5, 1.0), (0.5, 1.0, 2.0)])
+@pytest.mark.parametrize("budget", [1.75, 2.0, 2.3, 2.5, 2.75, 3.0])
+def test_pmq_is_each_layer_by_itself(budget, exponents):
+    alpha, beta, gamma = exponents
+    for seed in range(4):
+        frequency, weight, loss = pmq_inputs(seed)
+        result = pmq(frequency, weight, loss, (1, 2, 3), budget, alpha=alpha, beta=beta, gamma=gamma)
+        objective = 0.0
+        for phi, w, error, bits in zip(frequency, weight, loss, result.bits, strict=True):
+            significance = [p**alpha * v**beta for p, v in zip(phi, w, strict=True)]
+            cost = [[s / sum(significance) * e**gamma for e in row] for s, row in zip(significance, error, strict=True)]
+            least = min(
+                sum(cost[e][b - 1] for e, b in enumerate(choice))
+                for choice in itertools.product((1, 2, 3), repeat=4)
+                if sum(choice) <= math.floor(budget * 4) and {2, 3} <= set(choice)
+            )
+            assert {2, 3} <= set(bits.tolist())
+            assert bits.sum() <= budget * 4
+            assert sum(cost[e][b - 1] for e, b in enumerate(bits)) == pytest.approx(least, rel=GAP)
+            objective += least
+        assert result.objective == pytest.approx(objective, rel=GAP)
+        assert result.gap <= GAP
+
+
+def test_pmq_with_idle_experts_and_an_idle_layer():
+    frequency, weight, loss = pmq_inputs(0)
+    frequency[0, 1:], weight[0, 1:] = 0.0, 0.0
+    frequency[1], weight[1] = 0.0, 0.0
+    result = pmq(frequency, weight, loss, (1, 2, 3), 2.0)
+    assert result.bits[0, 0] == 3
+    assert (result.bits.sum(axis=1) <= 8).all()
+
+
+@pytest.mark.parametrize("budget", [1.7, math.nan, -1, 3.5])
+def test_pmq_infeasible_budget_names_the_range(budget):
+    with pytest.raises(ValueError, match=r"budget must be in 1\.75\.\.3"):
+        pmq(*pmq_inputs(0), (1, 2, 3), budget)
+
+
+def test_pmq_refuses_bad_inputs():
+    frequency, weight, loss = pmq_inputs(0)
+    with pytest.raises(ValueError, match="weight must be"):
+        pmq(frequency, weight[:, :2], loss, (1, 2, 3), 2.0)
+    with pytest.raises(ValueError, match="loss"):
+        pmq(frequency, weight, loss[..., 0], (1, 2, 3), 2.0)
+    with pytest.raises(ValueError, match="frequency must be finite"):
+        pmq(np.where(frequency == frequency[0, 0], np.nan, frequency), weight, loss, (1, 2, 3), 2.0)
+    with pytest.raises(ValueError, match="alpha, beta and gamma"):
+        pmq(frequency, weight, loss, (1, 2, 3), 2.0, beta=-1.0)
+    with pytest.raises(ValueError, match=r"routed must be \[L, E, 2\]"):
+        pmq(frequency, weight, loss, (1, 2), 2.0)
