@@ -1,0 +1,32 @@
+#include "bind_gptq.h"
+
+#include "checks.h"
+#include "gptq/group.h"
+
+namespace gemq {
+
+void bind_gptq_group(uintptr_t block, uintptr_t factor, uintptr_t bits, uintptr_t codes, uintptr_t meta,
+                     uintptr_t errors, int64_t matrices, int64_t n, int group, int clip, int propagate_from,
+                     int threads) {
+  check_pointer("block", block);
+  check_pointer("factor", factor);
+  check_pointer("bits", bits);
+  check_pointer("codes", codes);
+  check_pointer("meta", meta);
+  check_pointer("errors", errors);
+  check_at_least("matrices", matrices, 1);
+  check_at_least("n", n, 1);
+  if (group != 32 && group != 64 && group != 128) bad_value("group", group, "32, 64 or 128");
+  check_range("clip", clip, 0, 2);
+  check_threads(threads);
+  const auto* widths = reinterpret_cast<const int32_t*>(bits);
+  for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+    check_range("bits[" + std::to_string(matrix) + "]", widths[matrix], 1, 8);
+  }
+  gptq_group(reinterpret_cast<const float*>(block), reinterpret_cast<const float*>(factor), widths,
+             reinterpret_cast<uint8_t*>(codes), reinterpret_cast<uint16_t*>(meta),
+             reinterpret_cast<float*>(errors), matrices, n, group, static_cast<Clip>(clip), propagate_from,
+             threads);
+}
+
+}  // namespace gemq

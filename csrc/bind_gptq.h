@@ -1,0 +1,11 @@
+#pragma once
+
+#include <cstdint>
+
+namespace gemq {
+
+void bind_gptq_group(uintptr_t block, uintptr_t factor, uintptr_t bits, uintptr_t codes, uintptr_t meta,
+                     uintptr_t errors, int64_t matrices, int64_t n, int group, int clip, int propagate_from,
+                     int threads);
+
+}  // namespace gemq

@@ -1,0 +1,94 @@
+// gemq._C: what the extension offers. Pointers are integers; every function checks its numbers, releases the
+// interpreter lock and calls one launcher.
+#include <pybind11/pybind11.h>
+
+#include "bind_gptq.h"
+#include "bind_moe.h"
+#include "bind_pack.h"
+#include "moe_cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace gemq {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+#ifdef GEMQ_CUDA_VERSION
+  info["cuda"] = GEMQ_CUDA_VERSION;
+#else
+  info["cuda"] = py::none();
+#endif
+  info["archs"] = py::str(GEMQ_CUDA_ARCHS).attr("split")();
+  info["compiler"] = GEMQ_COMPILER;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef GEMQ_X86
+  info["cpu_variants"] = py::make_tuple("avx512", "avx2", "portable");
+#else
+  info["cpu_variants"] = py::make_tuple("portable");
+#endif
+  return info;
+}
+
+bool cuda_built() {
+#ifdef GEMQ_CUDA_VERSION
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+}  // namespace gemq
+
+PYBIND11_MODULE(_C, module) {
+  using namespace gemq;
+  using py::arg;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "gemq's compiled kernels. All pointers are integers; device 0 is the CPU, 1 is CUDA.";
+
+  module.def("cuda_built", &cuda_built, "Whether the CUDA kernels are in this build.");
+  module.def("build_info", &build_info, "How this extension was built.");
+  module.def("cpu_isa", [] { return kernels().name; }, "The CPU kernels in use: avx512, avx2 or portable.");
+  module.def(
+      "set_cpu_isa", [](const std::string& name) { set_kernels(name.c_str()); }, arg("name"),
+      "Use another variant of the CPU kernels; ValueError if this CPU cannot run it.");
+
+  module.def("pack", &bind_pack, Unlocked(), arg("device"), arg("src"), arg("dst"), arg("rows"), arg("k"),
+             arg("bits"), arg("threads") = 1, arg("stream") = 0,
+             "uint8 codes [rows, k] to packed rows of ceil(k * bits / 8) bytes.");
+  module.def("unpack", &bind_unpack, Unlocked(), arg("device"), arg("src"), arg("dst"), arg("rows"), arg("k"),
+             arg("bits"), arg("threads") = 1, arg("stream") = 0, "The inverse of pack.");
+  module.def("dequantize", &bind_dequantize, Unlocked(), arg("device"), arg("src"), arg("meta"), arg("dst"),
+             arg("rows"), arg("k"), arg("bits"), arg("group_size"), arg("out_dtype"), arg("threads") = 1,
+             arg("stream") = 0, "Packed rows to q * s + m; out_dtype 0 float32, 1 float16, 2 bfloat16.");
+  module.def("repack", &bind_repack, Unlocked(), arg("device"), arg("src_codes"), arg("src_meta"),
+             arg("dst_codes"), arg("dst_meta"), arg("n"), arg("k"), arg("bits"), arg("group_size"),
+             arg("layout"), arg("inverse") = false, arg("threads") = 1, arg("stream") = 0,
+             "Canonical to layout 1 (cpu_tile) or 2 (gpu_tile), or back.");
+
+  module.def("gptq_group_cpu", &bind_gptq_group, Unlocked(), arg("block"), arg("factor"), arg("bits"),
+             arg("codes"), arg("meta"), arg("errors"), arg("matrices"), arg("n"), arg("group"), arg("clip"),
+             arg("propagate_from"), arg("threads") = 1,
+             "GPTQ's column loop inside one group; clip 0 none, 1 paper, 2 mse.");
+
+  module.def("moe_gemm_cpu", &bind_moe_gemm, Unlocked(), arg("x"), arg("x_per_slot"), arg("qweight"),
+             arg("meta"), arg("expert_bits"), arg("expert_offsets"), arg("meta_offsets"), arg("num_experts"),
+             arg("topk_ids"), arg("topk_weights"), arg("out"), arg("tokens"), arg("top_k"), arg("k"),
+             arg("n"), arg("group_size"), arg("threads") = 1,
+             "x times each token's experts; weighted and summed when topk_weights is not 0.");
+  module.def(
+      "moe_ffn_cpu", &bind_moe_ffn, Unlocked(), arg("x"), arg("gate_up_qweight"), arg("gate_up_meta"),
+      arg("gate_up_bits"), arg("gate_up_offsets"), arg("gate_up_meta_offsets"), arg("down_qweight"),
+      arg("down_meta"), arg("down_bits"), arg("down_offsets"), arg("down_meta_offsets"), arg("num_experts"),
+      arg("topk_ids"), arg("topk_weights"), arg("out"), arg("scratch"), arg("tokens"), arg("top_k"),
+      arg("hidden"), arg("intermediate"), arg("group_size"), arg("down_group_size"), arg("threads") = 1,
+      "gate + up, SiLU(gate) * up, down and the weighted sum; scratch holds tokens * top_k * intermediate.");
+  module.def("lowbit_gemm_cpu", &bind_lowbit_gemm, Unlocked(), arg("x"), arg("qweight"), arg("meta"),
+             arg("out"), arg("tokens"), arg("k"), arg("n"), arg("bits"), arg("group_size"),
+             arg("threads") = 1, "x [tokens, k] times one cpu_tile matrix [n, k].");
+}

@@ -1,0 +1,45 @@
+// CPU threads: OpenMP where the compiler has it, otherwise the calling thread alone.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace gemq {
+
+struct Range {
+  int64_t begin, end;
+};
+
+// One thread's view of a parallel region.
+struct Team {
+  int rank, size;
+
+  // The rank's share of [0, count): contiguous, so that each thread streams through memory.
+  Range share(int64_t count) const { return {count * rank / size, count * (rank + 1) / size}; }
+
+  void barrier() const {
+#ifdef _OPENMP
+    if (size > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+};
+
+// Runs body(team) on up to `threads` threads. The body must not throw.
+template <class F>
+void parallel([[maybe_unused]] int threads, F&& body) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+    return;
+  }
+#endif
+  body(Team{0, 1});
+}
+
+}  // namespace gemq

@@ -1,0 +1,158 @@
+// Index maps of the kernels' layouts; python/gemq/format.py describes them.
+#pragma once
+
+#include "gemq/bits.h"
+
+namespace gemq {
+
+enum Layout { kCpuTile = 1, kGpuTile = 2 };
+
+constexpr int kCpuRows = 16;
+constexpr int kGpuRows = 64;
+
+// ---- cpu_tile: 32 codes of a row are BITS words in either layout, only cut differently ----
+
+// Calls f(width, first): a plane of `width` bits whose lowest is bit `first` of the code. `first` is also
+// how many of the BITS tile words come before the plane's own.
+template <int BITS, class F>
+GEMQ_HD void for_each_cpu_plane(F&& f) {
+  if constexpr (BITS == 8) {
+    f(8, 0);
+  } else {
+    if constexpr ((BITS & 4) != 0) f(4, 0);
+    if constexpr ((BITS & 2) != 0) f(2, BITS & 4);
+    if constexpr ((BITS & 1) != 0) f(1, BITS & 6);
+  }
+}
+
+// Bit of word c * width / 32 of a plane where the plane's part of code c sits.
+GEMQ_HD int cpu_tile_shift(int c, int width) {
+  const int inside = c % (32 / width);
+  return 8 * (inside % 4) + width * (inside / 4);
+}
+
+template <int BITS>
+GEMQ_HD void cpu_tile_from_stream(const uint32_t (&stream)[BITS], uint32_t (&tile)[BITS]) {
+  GEMQ_UNROLL
+  for (int i = 0; i < BITS; ++i) tile[i] = 0;
+  GEMQ_UNROLL
+  for (int c = 0; c < 32; ++c) {
+    const uint32_t code = code_of<BITS>(stream, c);
+    for_each_cpu_plane<BITS>([&](int width, int first) {
+      tile[first + c * width / 32] |= ((code >> first) & ((1u << width) - 1)) << cpu_tile_shift(c, width);
+    });
+  }
+}
+
+template <int BITS>
+GEMQ_HD void stream_from_cpu_tile(const uint32_t (&tile)[BITS], uint32_t (&stream)[BITS]) {
+  GEMQ_UNROLL
+  for (int i = 0; i < BITS; ++i) stream[i] = 0;
+  GEMQ_UNROLL
+  for (int c = 0; c < 32; ++c) {
+    uint32_t code = 0;
+    for_each_cpu_plane<BITS>([&](int width, int first) {
+      code |= ((tile[first + c * width / 32] >> cpu_tile_shift(c, width)) & ((1u << width) - 1)) << first;
+    });
+    add_code<BITS>(stream, c, code);
+  }
+}
+
+// Where the tile words of columns [32 * run, 32 * run + 32) of `row` lie, in words; calls f(i, at) for each.
+template <int BITS, class F>
+GEMQ_HD void for_each_cpu_tile_word(int64_t row, int64_t run, int64_t k, int group_size, F&& f) {
+  const int64_t group = run * 32 / group_size;
+  const int64_t column = run * 32 % group_size;
+  const int64_t base = (row / kCpuRows * (k / group_size) + group) * (group_size / 2) * BITS;
+  for_each_cpu_plane<BITS>([&](int width, int first) {
+    const int64_t plane = base + group_size / 2 * first + column * width / 32 * kCpuRows + row % kCpuRows;
+    GEMQ_UNROLL
+    for (int i = 0; i < width; ++i) f(first + i, plane + static_cast<int64_t>(i) * kCpuRows);
+  });
+}
+
+// ---- gpu_tile ----
+
+GEMQ_DEVICE_TOO constexpr int gpu_bits(int bits) {
+  return bits == 1 || bits == 2 || bits == 3 || bits == 4 ? bits : 8;
+}
+GEMQ_DEVICE_TOO constexpr int gpu_words(int bits) { return bits == 3 ? 3 : bits == 8 ? 2 : 1; }
+GEMQ_DEVICE_TOO constexpr int gpu_fields(int bits) { return bits == 3 ? 16 : bits == 8 ? 4 : 16 / bits; }
+
+struct GpuShape {
+  int kw;         // words along K of one row
+  int64_t spans;  // spans of `span` columns
+  int span;
+};
+
+// `stored` is the width of the tile, gpu_bits(bits): the padding is the smaller of two span sizes.
+GEMQ_HD GpuShape gpu_shape(int64_t k, int stored) {
+  const int wide = 32 * gpu_fields(stored), narrow = 16 * gpu_fields(stored);
+  const bool use_narrow = ceil_div(k, narrow) * narrow < ceil_div(k, wide) * wide;
+  const int span = use_narrow ? narrow : wide;
+  return {use_narrow ? 8 : 16, ceil_div(k, span), span};
+}
+
+template <int STORED>
+GEMQ_HD int64_t gpu_word_index(const GpuShape& shape, int64_t row, int64_t span, int word, int i) {
+  const int64_t at = (row / kGpuRows * shape.spans + span) * gpu_words(STORED) + word;
+  return (at * kGpuRows + row % kGpuRows) * shape.kw + i;
+}
+
+// Puts the codes of two neighbouring columns, in the low and the high half, at field f of words that start at
+// 0.
+template <int STORED>
+GEMQ_HD void add_gpu_field(uint32_t (&words)[gpu_words(STORED)], int f, uint32_t low, uint32_t high) {
+  const uint32_t both = low | high << 16;
+  if constexpr (STORED == 3) {
+    if (f == 15) {
+      GEMQ_UNROLL
+      for (int b = 0; b < 3; ++b) words[b] |= ((both >> b) & 0x00010001u) << 15;
+    } else {
+      words[f / 5] |= both << (3 * (f % 5));
+    }
+  } else {
+    constexpr int kPerWord = 16 / STORED;
+    words[f / kPerWord] |= both << (STORED * (f % kPerWord));
+  }
+}
+
+// The inverse, from memory: columns c and c + 1 (c even) of a row as low | high << 16.
+template <int STORED>
+GEMQ_HD uint32_t load_gpu_pair(const uint8_t* tile, const GpuShape& shape, int64_t row, int64_t c) {
+  const int64_t span = c / shape.span;
+  const int inside = static_cast<int>(c % shape.span);
+  const int f = inside / (2 * shape.kw), i = inside % (2 * shape.kw) / 2;
+  const auto word = [&](int w) {
+    return load_word(tile + gpu_word_index<STORED>(shape, row, span, w, i) * 4);
+  };
+  if constexpr (STORED == 3) {
+    if (f < 15) return (word(f / 5) >> (3 * (f % 5))) & 0x00070007u;
+    uint32_t both = 0;
+    GEMQ_UNROLL
+    for (int b = 0; b < 3; ++b) both |= ((word(b) >> 15) & 0x00010001u) << b;
+    return both;
+  } else {
+    constexpr int kPerWord = 16 / STORED;
+    constexpr uint32_t kMask = ((1u << STORED) - 1) * 0x00010001u;
+    return (word(f / kPerWord) >> (STORED * (f % kPerWord))) & kMask;
+  }
+}
+
+// ---- metadata, in float16 elements ----
+
+// Where `s` and `m` of (row, group) lie in `layout`; 0 is canonical.
+struct MetaAt {
+  int64_t s, m;
+};
+GEMQ_HD MetaAt meta_at(int layout, int64_t row, int64_t group, int64_t groups) {
+  if (layout == kCpuTile) {
+    const int64_t at = (row / kCpuRows * groups + group) * 2 * kCpuRows + row % kCpuRows;
+    return {at, at + kCpuRows};
+  }
+  const int64_t pair = layout == kGpuTile ? (row / kGpuRows * groups + group) * kGpuRows + row % kGpuRows
+                                          : row * groups + group;
+  return {2 * pair, 2 * pair + 1};
+}
+
+}  // namespace gemq

@@ -1,0 +1,52 @@
+// Products of packed experts (cpu_tile layout) on the CPU. Arguments are validated by the bindings.
+#pragma once
+
+#include <cstdint>
+
+namespace gemq {
+
+// A stack of packed matrices; all tables have one entry an expert.
+struct Stack {
+  const uint8_t* codes;
+  const uint16_t* meta;
+  const int32_t* bits;
+  const int64_t* code_offsets;  // bytes
+  const int64_t* meta_offsets;  // float16 elements
+};
+
+struct MoeGemmArgs {
+  const float* x;  // [tokens, k], or [tokens, top_k, k] when x_per_slot
+  bool x_per_slot;
+  Stack stack;
+  int num_experts;
+  const int64_t* topk_ids;    // [tokens, top_k]; ids outside 0..num_experts-1 contribute zero
+  const float* topk_weights;  // [tokens, top_k], or null
+  float* out;                 // [tokens, top_k, n], or [tokens, n] when topk_weights is given
+  int64_t tokens;
+  int top_k, k;
+  int64_t n;
+  int group_size;
+};
+
+struct MoeFfnArgs {
+  const float* x;  // [tokens, hidden]
+  Stack gate_up;   // 2 * intermediate rows of hidden: the gate's, then up's
+  Stack down;      // hidden rows of intermediate
+  int num_experts;
+  const int64_t* topk_ids;
+  const float* topk_weights;
+  float* out;      // [tokens, hidden]
+  float* scratch;  // [tokens * top_k * intermediate]
+  int64_t tokens;
+  int top_k, hidden, intermediate;
+  int group_size, down_group_size;
+};
+
+void moe_gemm_cpu(const MoeGemmArgs& args, int threads);
+void moe_ffn_cpu(const MoeFfnArgs& args, int threads);
+
+// x [tokens, k] times one packed matrix of n rows: out [tokens, n].
+void lowbit_gemm_cpu(const float* x, const uint8_t* codes, const uint16_t* meta, float* out, int64_t tokens,
+                     int k, int64_t n, int bits, int group_size, int threads);
+
+}  // namespace gemq
