@@ -1,0 +1,39 @@
+# `make demo` and `make test` each set themselves up on a fresh machine (Python 3.11+, a C++17 compiler).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= demo-out
+# rebuilt when what is compiled or pinned changes; Python sources are used in place
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: help demo test lint benchmark clean
+
+help:
+	@echo "make demo       quantize the small model that ships with gemq and generate from it"
+	@echo "make test       linters and the test suite"
+	@echo "make lint       linters alone"
+	@echo "make benchmark  CPU (and, with a GPU, GPU) benchmarks"
+	@echo "make clean      remove the virtual environment and what was built"
+
+# pip alone reads constraints.txt: torch is pinned first so that nothing pulls another build of it
+$(VENV)/.installed: $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch scikit-build-core pybind11 cmake ninja
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/gemq demo --output $(OUT)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+test: lint
+	$(BIN)/pytest tests -q
+
+benchmark: $(VENV)/.installed
+	$(BIN)/pytest --benchmark-only
+
+clean:
+	rm -rf $(VENV) build demo-out

@@ -1,0 +1,129 @@
+"""Eq. 6 against full autograd through whole blocks, on every family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import FAMILIES, random_windows, tiny_model
+from torch import nn
+
+from gemq.algorithms.importance import measure
+from gemq.algorithms.originals import Originals
+from gemq.format import default_group_size
+from gemq.models import describe
+from gemq.reference.grid import dequantize_codes, round_to_nearest
+
+CANDIDATES = (0, 1, 2, 3, 8)
+
+
+def perturbed(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    if bits == 0:
+        return torch.zeros_like(weight)
+    return dequantize_codes(*round_to_nearest(weight, bits, default_group_size(weight.shape[-1])))
+
+
+def block_outputs_and_gradients(model, moe, windows):
+    """Per layer the inputs, outputs and output gradients of the whole MoE block, one window at a time."""
+    records = {layer.index: [] for layer in moe.moe}
+    handles = []
+    for layer in moe.moe:
+
+        def hook(module, args, output, index=layer.index):
+            output.retain_grad()
+            records[index].append((args[0].detach(), output))
+
+        handles.append(layer.block.register_forward_hook(hook))
+    for window in windows:
+        ids = window[None]
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    for handle in handles:
+        handle.remove()
+    return records
+
+
+def swap(layer, expert: int | str, bits: int):
+    """Quantize one expert (or the shared one) of a block in place; returns the undo."""
+    if expert == "shared":
+        modules = [layer.shared.gate_proj, layer.shared.up_proj, layer.shared.down_proj]
+        saved = [m.weight.detach().clone() for m in modules]
+        for m in modules:
+            m.weight.data = perturbed(m.weight.data, bits)
+        return lambda: [setattr(m.weight, "data", s) for m, s in zip(modules, saved, strict=True)]
+    saved = (layer.experts.gate_up_proj.detach().clone(), layer.experts.down_proj.detach().clone())
+    layer.experts.gate_up_proj.data[expert] = perturbed(saved[0][expert], bits)
+    layer.experts.down_proj.data[expert] = perturbed(saved[1][expert], bits)
+
+    def undo():
+        layer.experts.gate_up_proj.data, layer.experts.down_proj.data = saved
+
+    return undo
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_costs_equal_running_every_perturbed_block(family: str) -> None:
+    model = tiny_model(family)
+    moe = describe(model)
+    windows = random_windows(5, 16)
+    found = measure(moe, windows, CANDIDATES, Originals(moe), batch_size=2)
+    records = block_outputs_and_gradients(model, moe, windows)
+    with torch.no_grad():
+        for row, layer in enumerate(moe.moe):
+            experts = [*range(moe.num_experts), *(["shared"] if layer.shared is not None else [])]
+            for expert in experts:
+                for column, bits in enumerate(CANDIDATES):
+                    undo = swap(layer, expert, bits)
+                    expected, norm = 0.0, 0.0
+                    for x, out in records[layer.index]:
+                        delta = out - layer.block(x)
+                        expected += float((out.grad * delta).double().square().sum())
+                        norm += float(delta.double().norm())
+                    undo()
+                    if expert == "shared":
+                        assert found.costs.shared[row, column] == pytest.approx(expected, rel=1e-3, abs=1e-16)
+                    else:
+                        assert found.costs.routed[row, expert, column] == pytest.approx(expected, rel=1e-3, abs=1e-16)
+                        assert found.error[row, expert, column] == pytest.approx(norm, rel=1e-3, abs=1e-7)
+
+
+def test_the_batch_size_does_not_matter() -> None:
+    moe = describe(tiny_model("mixtral"))
+    windows, originals = random_windows(6, 16), Originals(moe)
+    one, all_at_once = (measure(moe, windows, (1, 2, 3), originals, batch_size=b) for b in (1, 6))
+    for name in ("frequency", "weight", "error"):
+        np.testing.assert_allclose(getattr(one, name), getattr(all_at_once, name), rtol=1e-4)
+    np.testing.assert_allclose(one.costs.routed, all_at_once.costs.routed, rtol=1e-3)
+
+
+def test_frequency_and_weight_are_shares_of_tokens() -> None:
+    moe = describe(tiny_model("mixtral"))
+    found = measure(moe, random_windows(), (1, 2), Originals(moe))
+    np.testing.assert_allclose(found.frequency.sum(1), moe.top_k)
+    np.testing.assert_allclose(found.weight.sum(1), 1.0, rtol=1e-5)
+
+
+def test_the_change_is_measured_against_the_original_expert() -> None:
+    """On a model whose experts are all at 1 bit, a 1-bit expert must still cost what it lost, not zero."""
+    model = tiny_model("mixtral")
+    moe = describe(model)
+    originals = Originals(moe)
+    with torch.no_grad():
+        for layer in moe.moe:
+            for weight in (layer.experts.gate_up_proj, layer.experts.down_proj):
+                weight.copy_(perturbed(weight, 1))
+    costs = measure(moe, random_windows(), (1, 2, 3), originals).costs.routed
+    used = costs[..., 2] > 0
+    assert used.any() and (costs[..., 0][used] > costs[..., 2][used]).mean() > 0.9
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("qwen2_moe").train()
+    moe = describe(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    required = [p.requires_grad for p in model.parameters()]
+    measure(moe, random_windows(2), (1, 2), Originals(moe))
+    assert model.training and required == [p.requires_grad for p in model.parameters()]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
