@@ -100,11 +100,18 @@ def test_mixed_kernels_compile_for_sm90(sass_report, columns, mode, parts):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_arguments_of_one_compile(sass_report):
+    """triton turns integer arguments that are 1 into constants, which have fewer methods."""
+    ones = ("rows", "pairs", "row_pairs", "experts", "n")
+    assert sass_report.variant(2, 8, 2, 1, 4, False, ones=ones).loop > 0
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_small_kernels_compile_for_sm90(sass_report):
     from gemq.triton_kernels.activations import combine_kernel, normalize_kernel
     from gemq.triton_kernels.routing import route_kernel
 
-    for kernel, pointers, constants in (
+    cases = (
         (route_kernel, {"ids_ptr": "*i64", "expert_ptr": "*i32", "pairs_ptr": "*i32"}, {"P": 16, "COLUMNS": 8}),
         (
             normalize_kernel, {"x_ptr": "*bf16", "out_ptr": "*fp16", "sums_ptr": "*fp32", "inverse_ptr": "*fp32"},
@@ -114,5 +121,8 @@ def test_small_kernels_compile_for_sm90(sass_report):
             combine_kernel, {"partial_ptr": "*fp32", "ids_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*bf16"},
             {"SLOTS": 2, "SPLITS": 3, "WEIGHTED": True, "BLOCK": 1024},
         ),
-    ):
+    )
+    for kernel, pointers, constants in cases:
+        ones = {a: 1 for a in ("rows", "pairs", "n", "experts", "BLOCKS") if a in kernel.arg_names}
+        assert sass_report.compile_kernel(kernel, pointers, constants | ones, 4).asm["cubin"]
         assert sass_report.compile_kernel(kernel, pointers, constants, 4).asm["cubin"]

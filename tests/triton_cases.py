@@ -211,7 +211,7 @@ def test_plain_and_fast_paths(tokens, fast):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 40, 100])
 def test_cuda_graph(tokens):
     """Routing changes between replays: nothing about it was frozen at capture."""
     gate_up = random_stack([2, 1, 3, 4], 256, 256, 128, "gpu_tile", 9)

@@ -1,0 +1,181 @@
+"""Compile every kernel variant for sm_90 without a GPU and count what ptxas made of it.
+
+    python benchmarks/sass_report.py [--json report.json] [--quick]
+
+Instructions per weight are those of the innermost long loop over the weights that one trip of it reads. The figures
+are static: they say nothing about stalls, but they do not vary, so a test can hold them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGET = GPUTarget("cuda", 90, 32)
+FIELDS = {1: 16, 2: 8, 3: 16, 4: 4, 8: 4}
+
+
+@dataclass
+class Row:
+    """What one variant compiled to; ``global_loads`` counts LDG by width within the loop."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    loop: int
+    per_weight: float | None
+    global_loads: dict[str, int]
+    top: dict[str, int]
+
+
+def compile_kernel(kernel, pointers: dict[str, str], constants: dict, warps: int, stages: int = 1):
+    """``kernel`` for sm_90: ``pointers`` types the pointer arguments, what is not a constant is an i32."""
+    names = kernel.arg_names
+    signature = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in names}
+    divisible = {*pointers, "n", "k", "k_padded"} - {*constants}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a in divisible}
+    values = {(names.index(a),): v for a, v in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    return triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
+
+
+def _tool(name: str, flag: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(cubin)
+    try:
+        return subprocess.run([TOOLS / name, flag, file.name], capture_output=True, text=True, check=True).stdout
+    finally:
+        os.unlink(file.name)
+
+
+def _instructions(sass: str) -> list[tuple[str, str]]:
+    out = []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            out.append(("LABEL", label.group(1)))
+            continue
+        found = re.search(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);", line)
+        if found:
+            out.append((found.group(1), found.group(2)))
+    return out
+
+
+def loops(sass: str) -> list[list[str]]:
+    """Bodies of the backward branches that hold a tensor-core instruction, opcodes only, longest first."""
+    code = _instructions(sass)
+    labels = {x[1]: i for i, x in enumerate(code) if x[0] == "LABEL"}
+    bodies = []
+    for i, (opcode, rest) in enumerate(code):
+        target = re.search(r"(\.L_x_\d+)", rest) if opcode.startswith("BRA") else None
+        if target and labels.get(target.group(1), i) < i:
+            body = [x[0] for x in code[labels[target.group(1)] : i + 1] if x[0] != "LABEL"]
+            if any(x.startswith("HMMA") for x in body):
+                bodies.append(body)
+    return sorted(bodies, key=len, reverse=True)
+
+
+def measure(name: str, compiled, weights: float | None) -> Row:
+    """``weights``: weights a lane handles in one trip of the loop, None to skip the quotient."""
+    cubin = compiled.asm["cubin"]
+    sass = _tool("nvdisasm", "-c", cubin)
+    usage = _tool("cuobjdump", "-res-usage", cubin)
+    code = [x[0] for x in _instructions(sass) if x[0] != "LABEL"]
+    bodies = loops(sass)
+    body = bodies[0] if bodies else []
+    spills = sum(x.startswith(("STL", "LDL")) for x in code)
+    widths = collections.Counter(
+        (re.search(r"\.(128|64|U16|U8)", x) or [None, "32"])[1] for x in body if x.startswith("LDG")
+    )
+    top = collections.Counter(x.split(".")[0] for x in body).most_common(12)
+    return Row(
+        name, max(map(int, re.findall(r"REG:(\d+)", usage))), spills, compiled.metadata.shared, len(body),
+        round(len(body) / weights, 2) if weights and body else None, dict(sorted(widths.items())), dict(top),
+    )
+
+
+POINTERS = {
+    "x_ptr": "*fp16", "sums_ptr": "*fp32", "inverse_ptr": "*fp32", "codes_ptr": "*i32", "meta_ptr": "*i32",
+    "bits_ptr": "*i32", "offsets_ptr": "*i64", "meta_offsets_ptr": "*i64", "expert_ptr": "*i32", "pairs_ptr": "*i32",
+    "out_ptr": "*fp32",
+}
+
+
+def variant(
+    only: int, columns: int, mode: int, parts: int, warps: int, prefetch: bool, group: int = 128, kw: int = 16,
+    splits: int = 1, run: int | None = None,
+    ones: tuple[str, ...] = (),
+) -> Row:
+    """Compile ``moe_kernel`` at one width, or mixed (``only`` -1), and measure it.
+
+    ``ones``: arguments that are 1, which triton compiles as constants.
+    """
+    from gemq.triton_kernels.moe import moe_kernel
+    from gemq.triton_kernels.tuning import fragment_run
+
+    constants = {f"KW{bits}": kw for bits in FIELDS} | {
+        "GROUP": group, "COLUMNS": columns, "WARPS": warps, "PARTS": parts, "SPLITS": splits, "MODE": mode,
+        "PREFETCH": prefetch, "RUN": run or fragment_run(triton.__version__), "ONLY": only,
+    } | dict.fromkeys(ones, 1)
+    compiled = compile_kernel(moe_kernel, POINTERS, constants, warps)
+    kind = {0: "plain", 1: "prefill", 2: "decode"}[mode]
+    name = f"{kind}{' gate+up' if parts == 2 else ''} {'mixed' if only == -1 else f'{only} bit'} {columns} columns"
+    name += f" w{warps}{' prefetch' if prefetch else ''}" + (f" kw{kw} g{group}" if (kw, group) != (16, 128) else "")
+    # a warp handles 64 rows (32 where registers are short: moe._width) of one span a trip
+    rows = 32 if only == 3 or columns > 8 else 64
+    weights = None if only == -1 else rows * 2 * kw * FIELDS[only] / 32
+    return measure(name, compiled, weights)
+
+
+def report(quick: bool) -> list[Row]:
+    """The variants that ship."""
+    rows = []
+    for columns in (8, 16):
+        for only in (1, 2, 3, 4, 8):
+            rows.append(variant(only, columns, 2, 1, 4, False))
+            show(rows[-1])
+        if quick:
+            return rows
+        for only, parts in ((-1, 1), (-1, 2)):
+            rows.append(variant(only, columns, 2, parts, 4, False))
+            show(rows[-1])
+    for columns, mode, prefetch in ((16, 1, False), (8, 0, False), (8, 2, True)):
+        rows.append(variant(-1, columns, mode, 1, 4, prefetch))
+        show(rows[-1])
+    return rows
+
+
+def show(row: Row) -> None:
+    """One line a variant."""
+    ratio = "" if row.per_weight is None else f" = {row.per_weight:.2f} a weight"
+    print(
+        f"{row.name:38s} regs {row.registers:3d} spills {row.spills} shared {row.shared:6d} loop {row.loop:5d}{ratio}"
+        f"  LDG {row.global_loads}  {row.top}", flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--quick", action="store_true", help="decode of 8 columns, one width at a time")
+    args = parser.parse_args()
+    rows = report(args.quick)
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

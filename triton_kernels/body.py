@@ -1,0 +1,211 @@
+"""One 64-row tile of a packed expert times a few token columns: the inner loop of every kernel here.
+
+Each of the ``WARPS`` warps multiplies spans of its own (the batch dimension of the dot), so a program needs no
+barrier before its last sum. Everything is loaded in the places where the tensor core wants it, so that a thread reads
+16 bytes at once and the permutations that make matrices of it rename registers instead of moving data:
+
+* lane ``4 * rl + c`` of a warp holds rows ``8 * rh + rl`` and, of each, words ``VEC * c + v``;
+* ``RUN`` is how many int32 of a row the compiler's fragments keep together, a choice of its version (:mod:`.tuning`):
+  the dot sees the columns in the order ``(v / RUN, c, v % RUN, half)``, and activations are loaded in the same one.
+  The versions where it is 2 also deal a load's threads out from the first axis, the others from the last.
+  A wrong ``RUN`` costs shuffles, never correctness.
+
+``MODE`` 0 converts codes with plain arithmetic. 1 reads a field as an fp16 subnormal, ``q * 2**-24``. 2 also leaves
+the field where it lies in the word, ``q * 2**(pos - 24)``, and expects activations scaled by ``2**-pos``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _halves(q, MODE: tl.constexpr):
+    """The low and high 16 bits of each int32 as fp16: reinterpreted, or converted from integers in MODE 0."""
+    if MODE == 0:
+        low = (q & 0xFFFF).to(tl.float16)
+        high = ((q >> 16) & 0xFFFF).to(tl.float16)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [q], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    return low, high
+
+
+@triton.jit
+def _scale_and_minimum(pair, MODE: tl.constexpr):
+    """float32 ``(s, m)`` of int32 words that hold both as fp16."""
+    if MODE == 0:
+        s = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        m = ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        s, m = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    return s.to(tl.float32), m.to(tl.float32)
+
+
+@triton.jit
+def _field(w, AT: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+    """Field ``AT`` of a word, in both halves of an int32, at bit ``pos`` of each (0 unless MODE is 2)."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x00010001
+    if MODE == 2:
+        # a subnormal has 10 bits: fields above are brought down by one shift that they share
+        KEPT: tl.constexpr = 10 // BITS
+        q = (w >> ((AT // KEPT) * KEPT * BITS)) & (MASK << ((AT % KEPT) * BITS))
+    else:
+        q = (w >> (AT * BITS)) & MASK
+    return q
+
+
+@triton.jit
+def _threads(value, RUN: tl.constexpr):
+    """A value per thread along its axis of a three-axis load, which is the one that the compiler deals out first."""
+    return value[:, None, None] if RUN == 2 else value[None, :, None]
+
+
+@triton.jit
+def _repeats(count: tl.constexpr, RUN: tl.constexpr):
+    """``0 .. count`` along the axis of what each thread loads for itself."""
+    i = tl.arange(0, count)
+    return i[None, :, None] if RUN == 2 else i[:, None, None]
+
+
+@triton.jit
+def _words(at, ROWS: tl.constexpr, KW: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """int32 ``[WARPS, ROWS, KW]`` of one word block."""
+    RH: tl.constexpr = ROWS // 8
+    w = tl.load(at)
+    if RUN == 2:
+        w = tl.permute(tl.reshape(w, (WARPS, 8, 4, RH, KW // 4 // RUN, RUN)), (0, 3, 1, 4, 2, 5))
+    else:
+        w = tl.permute(tl.reshape(w, (RH, WARPS, 8, 4, KW // 4 // RUN, RUN)), (1, 0, 2, 4, 3, 5))
+    return tl.reshape(w, (WARPS, ROWS, KW))
+
+
+@triton.jit
+def _columns(at, VEC: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """fp16 ``[WARPS, 8 * VEC, COLUMNS]`` of activations."""
+    CN: tl.constexpr = COLUMNS // 8
+    b = tl.load(at)
+    if RUN == 2:
+        b = tl.permute(tl.reshape(b, (WARPS, 8, 4, CN, VEC // RUN, 2 * RUN)), (0, 4, 2, 5, 3, 1))
+    else:
+        b = tl.permute(tl.reshape(b, (CN, WARPS, 8, 4, VEC // RUN, 2 * RUN)), (1, 4, 3, 5, 0, 2))
+    return tl.reshape(b, (WARPS, 8 * VEC, COLUMNS))
+
+
+@triton.jit
+def _totals(at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """float32 group sums ``[WARPS, ROWS, COLUMNS]``, the same in every row."""
+    CN: tl.constexpr = COLUMNS // 8
+    t = tl.load(at)
+    if RUN == 2:
+        t = tl.permute(tl.reshape(t, (WARPS, 8, 4, CN, 2, 1)), (0, 5, 1, 3, 2, 4))
+    else:
+        t = tl.permute(tl.reshape(t, (CN, 2, WARPS, 8, 4, 1)), (2, 5, 3, 0, 4, 1))
+    return tl.reshape(tl.broadcast_to(t, (WARPS, ROWS // 8, 8, CN, 4, 2)), (WARPS, ROWS, COLUMNS))
+
+
+@triton.jit
+def token_row(pair_at, row_pairs, lead):
+    """int64 rows of the activations for pairs; a column without one repeats ``lead``: the same cache lines, no mask."""
+    pair = tl.load(pair_at)
+    return (tl.where(pair < 0, lead, pair) // row_pairs).to(tl.int64)
+
+
+@triton.jit
+def _per_row(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """``[WARPS, ROWS, COLUMNS]`` of a value per row."""
+    RH: tl.constexpr = ROWS // 8
+    if RUN == 2:
+        value = tl.permute(tl.reshape(value, (WARPS, 8, 4, RH, 1, 1)), (0, 3, 1, 4, 2, 5))
+    else:
+        value = tl.permute(tl.reshape(value, (RH, WARPS, 8, 4, 1, 1)), (1, 0, 2, 4, 3, 5))
+    return tl.reshape(tl.broadcast_to(value, (WARPS, RH, 8, COLUMNS // 8, 4, 2)), (WARPS, ROWS, COLUMNS))
+
+
+@triton.jit
+def tile_product(
+    codes, meta, x, sums, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, part_words, part_meta, last_group,
+    k_padded, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr, PARTS: tl.constexpr, MODE: tl.constexpr, PREFETCH: tl.constexpr, RUN: tl.constexpr,
+):
+    """float32 ``[WARPS, ROWS, COLUMNS]``: each warp's share of ``W @ x`` for the first ROWS of the tile's rows, in
+    units of ``2**-24`` unless MODE is 0.
+
+    ``codes`` int32 and ``meta`` int32 (one ``(s, m)`` each) point at the tile; warps ``WARPS // PARTS`` and up work on
+    a second tile, ``part_words`` and ``part_meta`` further (one expert stays below 2**31 words). ``x`` is the
+    normalised activations of this width, ``pair_ptr`` the pairs of the token columns.
+    """
+    FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
+    NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
+    IN_WORD: tl.constexpr = 16 // BITS
+    FIELD: tl.constexpr = 2 * KW
+    SPAN: tl.constexpr = FIELDS * FIELD
+    PER_GROUP: tl.constexpr = GROUP // FIELD
+    VEC: tl.constexpr = KW // 4
+    KWARPS: tl.constexpr = WARPS // PARTS
+    BLOCK: tl.constexpr = 64 * KW
+
+    thread = tl.arange(0, 32 * WARPS)
+    warp = thread // 32
+    rl = thread // 4 % 8
+    lane = thread % 4
+    word = _threads(warp // KWARPS * part_words + rl * KW + lane * VEC, RUN) + _repeats(ROWS // 8, RUN) * (8 * KW)
+    word = word + tl.arange(0, VEC)[None, None, :]
+    pairs = meta + (_threads(warp // KWARPS * part_meta + rl, RUN) + _repeats(ROWS // 8, RUN) * 8)
+    x_row = token_row(pair_ptr + (_threads(rl, RUN) + _repeats(COLUMNS // 8, RUN) * 8), row_pairs, lead) * k_padded
+    x_at = x + x_row + (_threads(lane * (2 * VEC), RUN) + tl.arange(0, 2 * VEC)[None, None, :])
+
+    # the repeats are (n, h) of columns 8 * n + 2 * c + h
+    pair = pair_ptr + (_threads(lane * 2, RUN) + _repeats(COLUMNS // 4, RUN) // 2 * 8 + _repeats(COLUMNS // 4, RUN) % 2)
+    sums_at = sums + token_row(pair, row_pairs, lead) * (k_padded // GROUP)
+
+    acc = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
+    first = spans_from + warp % KWARPS
+    last = spans_to - 1
+    if PREFETCH:
+        ahead = _words(codes + (word + _threads(tl.minimum(first, last) * BLOCK, RUN)), ROWS, KW, WARPS, RUN)
+    for step in range(0, spans_to - spans_from, KWARPS):
+        # a warp beyond the last span repeats its words against the zeros that follow the activations
+        mine = first + step
+        span = word + _threads(tl.minimum(mine, last) * (NWORDS * BLOCK), RUN)
+        if PREFETCH:
+            w = ahead
+            next_span = word + _threads(tl.minimum(mine + KWARPS, last) * BLOCK, RUN)
+            ahead = _words(codes + next_span, ROWS, KW, WARPS, RUN)
+        else:
+            w = _words(codes + span, ROWS, KW, WARPS, RUN)
+        mine = tl.minimum(mine, spans)
+        column = _threads(mine * SPAN, RUN)
+        group = mine * (SPAN // GROUP)
+        for f in tl.static_range(FIELDS):
+            if BITS == 3 and f == 15:
+                q = spare  # noqa: F821 - the spare bits of the words before
+            else:
+                if f > 0 and f % IN_WORD == 0:
+                    w = _words(codes + (span + (f // IN_WORD) * BLOCK), ROWS, KW, WARPS, RUN)
+                if BITS == 3 and f == 0:
+                    spare = (w >> 15) & 0x00010001
+                if BITS == 3 and f == 5:
+                    spare |= (w >> 14) & 0x00020002
+                if BITS == 3 and f == 10:
+                    spare |= (w >> 13) & 0x00040004
+                q = _field(w, f % IN_WORD, BITS, MODE)
+            low, high = _halves(q, MODE)
+            weights = tl.reshape(tl.join(low, high), (WARPS, ROWS, FIELD))
+            b = _columns(x_at + (column + f * FIELD), VEC, COLUMNS, WARPS, RUN)
+            if f % PER_GROUP == 0:
+                p = tl.dot(weights, b, out_dtype=tl.float32)
+            else:
+                p = tl.dot(weights, b, acc=p, out_dtype=tl.float32)
+            if f % PER_GROUP == PER_GROUP - 1:
+                g = group + f // PER_GROUP
+                at = _threads(tl.minimum(g, last_group) * 64, RUN)
+                s, m = _scale_and_minimum(tl.load(pairs + at), MODE)
+                total = _totals(sums_at + _threads(g, RUN), ROWS, COLUMNS, WARPS, RUN)
+                acc = tl.fma(p, _per_row(s, ROWS, COLUMNS, WARPS, RUN), acc)
+                acc = tl.fma(_per_row(m, ROWS, COLUMNS, WARPS, RUN), total, acc)
+    return acc

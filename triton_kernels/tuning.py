@@ -1,0 +1,87 @@
+"""Launch parameters: static tables in ``tuned/``, one file a device, ``default.json`` for the others.
+
+``decode.columns`` and ``prefill.columns`` are ``[up to so many tokens (per expert, in prefill), token columns]``;
+``programs`` is how many programs a decode launch should have at least: K is split until it does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+TABLES = Path(__file__).parent / "tuned"
+DEFAULT = "default"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one product is launched: token columns of a program, warps, splits of K, whether words are prefetched."""
+
+    columns: int
+    warps: int
+    splits: int
+    prefetch: bool
+
+
+def table_name(device_name: str) -> str:
+    """The file name, without ``.json``, that a device's table would have: ``NVIDIA H100 80GB HBM3`` is
+    ``nvidia_h100_80gb_hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
+
+
+@lru_cache
+def table(device_name: str) -> dict:
+    """The table of a device, or the default one; a miss is logged once."""
+    path = TABLES / f"{table_name(device_name)}.json"
+    if not path.exists():
+        logger.info("no launch table for %s: using %s.json; add %s to ship one", device_name, DEFAULT, path)
+        path = TABLES / f"{DEFAULT}.json"
+    return json.loads(path.read_text())
+
+
+def _columns(entries: list, amount: float) -> int:
+    for limit, columns in entries:
+        if limit is None or amount <= limit:
+            return columns
+    return entries[-1][1]
+
+
+def is_decode(device_name: str, tokens: int) -> bool:
+    """Whether so few tokens take the decode path."""
+    return tokens <= table(device_name)["decode_tokens"]
+
+
+def decode_launch(device_name: str, kind: str, tokens: int, experts: int, top_k: int, n: int, k: int) -> Launch:
+    """Of ``kind`` ``gemm`` or ``ffn`` (gate and up in one program, never split); ``n`` rows a program's grid covers."""
+    entry = table(device_name)["decode"]
+    config = entry[kind]
+    columns = _columns(entry["columns"], tokens)
+    splits = 1
+    if kind == "gemm":
+        programs = -(-n // 64) * min(tokens * top_k, experts)
+        wanted = -(-config["programs"] // max(programs, 1))
+        # each warp of a split should find at least one of the widest spans
+        splits = max(1, min(wanted, k // (512 * config["warps"]), 16))
+    return Launch(columns, config["warps"], splits, config["prefetch"])
+
+
+def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int) -> Launch:
+    """``columns`` by the tokens that an expert gets on average."""
+    entry = table(device_name)["prefill"]
+    columns = _columns(entry["columns"], tokens * top_k / max(experts, 1))
+    return Launch(columns, entry["gemm"]["warps"], 1, entry["gemm"]["prefetch"])
+
+
+def fragment_run(triton_version: str) -> int:
+    """``RUN`` of :mod:`.body`: int32 of a row that the compiler's tensor-core operands keep together.
+
+    Found by compiling (benchmarks/sass_report.py): the wrong one shows as shuffles in the loop.
+    """
+    major, minor = (int(part) for part in triton_version.split(".")[:2])
+    return 2 if (major, minor) <= (3, 6) else 1
