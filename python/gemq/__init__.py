@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from gemq import hf, ops
 from gemq.checkpoint import from_pretrained, save_packed
 from gemq.errors import CalibrationError, CheckpointError, GemqError, UnsupportedModelError
+from gemq.integrity import Verification, verify
 from gemq.pipeline import QuantizeConfig, evaluate, generate, quantize
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "GemqError",
     "QuantizeConfig",
     "UnsupportedModelError",
+    "Verification",
     "evaluate",
     "from_pretrained",
     "generate",
@@ -26,4 +28,5 @@ __all__ = [
     "ops",
     "quantize",
     "save_packed",
+    "verify",
 ]

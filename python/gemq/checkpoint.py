@@ -2,26 +2,38 @@
 
 A checkpoint is a transformers checkpoint whose experts and linears are the packed buffers of
 :mod:`gemq.nn`, canonical layout, next to the unquantized tensors in 16 bits. ``config.json`` is written last: a
-partial output has none and is never loaded.
+partial output has none and is never loaded. ``quantization_config.digest`` is the SHA-256 of its other fields: widths
+that were edited or exchanged do not fit it, even where the sizes still do.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from gemq import __version__
-from gemq.algorithms.sequential import UNQUANTIZED, QuantizedWeights
+from gemq.algorithms.sequential import QuantizedWeights
 from gemq.errors import CheckpointError
-from gemq.format import GROUP_SIZES, MAX_BITS
+from gemq.format import GROUP_SIZES, MAX_BITS, UNQUANTIZED
+from gemq.integrity import read_json, weight_files, write_manifest
+from gemq.integrity import verify as verify_files
 from gemq.models import MoeModel, describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 
@@ -46,11 +58,11 @@ class PackedConfig:
     gemq_version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is stored, with string keys."""
+        """As it is stored, with string keys and the digest."""
         data = asdict(self)
         data["expert_bits"] = {str(k): v for k, v in self.expert_bits.items()}
         data["shared_bits"] = {str(k): v for k, v in self.shared_bits.items()}
-        return {"quant_method": "gemq", **data}
+        return {"quant_method": "gemq", **data, "digest": _digest(data)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
@@ -66,22 +78,40 @@ class PackedConfig:
                 f"upgrade gemq"
             )
         known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in data.items() if k in known}
+        stored = {k: v for k, v in data.items() if k in known}
+        values = dict(stored)
         values["expert_bits"] = _layer_bits("expert_bits", data.get("expert_bits"), list)
         values["shared_bits"] = _layer_bits("shared_bits", data.get("shared_bits", {}), int)
-        for name in ("attention_bits", "dense_bits"):
-            _check_width(name, values.get(name, UNQUANTIZED), 1)
-        if values.get("group_size") not in GROUP_SIZES:
-            raise CheckpointError(
-                f"quantization_config.group_size must be one of {GROUP_SIZES}, got {values.get('group_size')!r}"
-            )
+        _check_fields(values)
+        if data.get("digest") != _digest(stored):
+            raise CheckpointError("quantization_config does not match its digest: it was edited after it was written")
         return cls(**values)
 
 
+def _digest(stored: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(stored, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _refuse(name: str, expected: str, value: Any) -> None:
+    raise CheckpointError(f"quantization_config.{name} must be {expected}, got {reprlib.repr(value)}")
+
+
+def _check_fields(values: dict[str, Any]) -> None:
+    for name in ("attention_bits", "dense_bits"):
+        _check_width(name, values.get(name, UNQUANTIZED), 1)
+    if type(values.get("group_size")) is not int or values["group_size"] not in GROUP_SIZES:
+        _refuse("group_size", f"one of {GROUP_SIZES}", values.get("group_size"))
+    budget = values.get("budget")
+    if budget is not None and (type(budget) not in (int, float) or not math.isfinite(budget)):
+        _refuse("budget", "a number", budget)
+    for name in ("method", "gemq_version"):
+        if not isinstance(values.get(name), (str, type(None))):
+            _refuse(name, "a string", values[name])
+
+
 def _check_width(name: str, width: Any, low: int) -> None:
-    integer = isinstance(width, int) and not isinstance(width, bool)
-    if not integer or not (low <= width <= MAX_BITS or (low and width == UNQUANTIZED)):
-        raise CheckpointError(f"quantization_config.{name} must be bits in {low}..{MAX_BITS}, got {width!r}")
+    if type(width) is not int or not (low <= width <= MAX_BITS or (low and width == UNQUANTIZED)):
+        _refuse(name, f"bits in {low}..{MAX_BITS}" + (f" or {UNQUANTIZED}" if low else ""), width)
 
 
 def _layer_bits(name: str, value: Any, kind: type) -> dict[int, Any]:
@@ -89,11 +119,15 @@ def _layer_bits(name: str, value: Any, kind: type) -> dict[int, Any]:
         raise CheckpointError(f"quantization_config.{name} must map layers to bits, got {type(value).__name__}")
     result = {}
     for key, widths in value.items():
-        if not str(key).isdecimal() or not isinstance(widths, kind):
-            raise CheckpointError(f"quantization_config.{name}[{key!r}] is malformed: {widths!r}")
+        if not re.fullmatch("0|[1-9][0-9]{0,5}", str(key)) or type(widths) is not kind or widths == []:
+            raise CheckpointError(
+                f"quantization_config.{name}[{reprlib.repr(key)}] is malformed: {reprlib.repr(widths)}"
+            )
         for width in widths if kind is list else [widths]:
             _check_width(f"{name}[{key}]", width, 0 if kind is list else 1)
         result[int(key)] = widths
+    if kind is list and not result:
+        raise CheckpointError(f"quantization_config.{name} names no layer")
     return result
 
 
@@ -161,19 +195,31 @@ def pack_model(moe: MoeModel, weights: QuantizedWeights, *, budget: float | None
 def check_output(path: str | os.PathLike, source: str | os.PathLike | None = None, overwrite: bool = False) -> Path:
     """The output folder, checked before any work: not the source, not in use, writable.
 
-    Raises :class:`CheckpointError` naming the folder and the way out.
+    ``overwrite`` replaces a gemq checkpoint, never a folder of other things. Raises :class:`CheckpointError` naming
+    the folder and the way out.
     """
     target = Path(path)
-    if source is not None and Path(source).exists() and target.resolve() == Path(source).resolve():
-        raise CheckpointError(f"the output {target} is the model itself; choose another folder")
+    if source is not None and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
+        raise CheckpointError(f"the output {target} is the model itself or holds it; choose another folder")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"the output {target} exists and is not a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise CheckpointError(f"the output folder {target} is not empty; choose another or pass --overwrite")
-    parent = target if target.is_dir() else next(p for p in target.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"the output folder {target} cannot be written")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"the output folder {target} is not empty; choose another or pass --overwrite")
+        if not _is_packed(target):
+            raise CheckpointError(f"the output folder {target} holds other things than a checkpoint; choose another")
+    parent = next(p for p in target.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"the output folder {target} cannot be written: {parent} is not a writable folder")
     return target
+
+
+def _is_packed(folder: Path) -> bool:
+    try:
+        quantization = read_json(folder / "config.json").get("quantization_config")
+    except CheckpointError:
+        return False
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "gemq"
 
 
 def save_packed(
@@ -181,72 +227,111 @@ def save_packed(
     dtype: torch.dtype | None = None, max_shard_size: str = "5GB",
     extra_files: dict[str, Callable[[Path], None]] | None = None, overwrite: bool = False,
 ) -> Path:
-    """Write a packed model (of :func:`pack_model`) as a checkpoint folder.
+    """Write a packed model (of :func:`pack_model`) as a checkpoint folder, with a manifest for :func:`gemq.verify`.
 
-    Everything is written to ``<path>.partial`` beside it and renamed at the end. ``dtype`` (float16 or bfloat16) is
-    that of the tensors that stay unquantized. ``extra_files`` maps file names to functions that write them.
+    Everything is written to ``<path>.partial`` beside it and renamed at the end; what was there before stays until
+    then. ``dtype`` (float16 or bfloat16) is that of the tensors that stay unquantized. ``extra_files`` maps file
+    names to functions that write them.
     """
     target = check_output(path, overwrite=overwrite)
-    partial = target.with_name(target.name + ".partial")
+    final = target.resolve()
+    partial = final.with_name(final.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
         _write(model, config, partial, tokenizer, dtype, max_shard_size, extra_files or {})
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        _put_in_place(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
 
 
+def _put_in_place(partial: Path, final: Path) -> None:
+    if final.exists():
+        # aside first: the old checkpoint comes back if the new one cannot take its place
+        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        os.replace(final, aside / "old")
+        try:
+            os.replace(partial, final)
+        except BaseException:
+            os.replace(aside / "old", final)
+            raise
+        finally:
+            shutil.rmtree(aside)
+    else:
+        os.replace(partial, final)
+    _fsync(final.parent)
+
+
 def _write(model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shard_size: str, extra: dict) -> None:
     from gemq.hf import attach
 
     attach(model, config)
-    state = model.state_dict()
-    if dtype is not None:
-        packed = {f"{path}.{name}" for path, module in packed_modules(model) for name, _ in module.named_buffers()}
-        state = {k: v.to(dtype) if v.is_floating_point() and k not in packed else v for k, v in state.items()}
-        model.config.dtype = dtype
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    metadata = {"format": "pt"}
+    save_torch_state_dict(_stored_state(model, dtype), folder, max_shard_size=max_shard_size, metadata=metadata)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for name, write in extra.items():
         write(folder / name)
+    text = _config_text(model, dtype).encode()
+    write_manifest(folder, {"config.json": text})
+    for file in [p for p in folder.rglob("*") if p.is_file()]:
+        _fsync(file)
+    (folder / "config.json").write_bytes(text)
+    _fsync(folder / "config.json")
     _fsync(folder)
 
 
-def _fsync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _stored_state(model, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The tensors by the names of the family's own checkpoints, tied ones once, unquantized ones in ``dtype``."""
+    packed = {f"{path}.{name}" for path, module in packed_modules(model) for name, _ in module.named_buffers()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state = {k: v for k, v in model.state_dict().items() if k not in tied}
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() and k not in packed else v for k, v in state.items()}
+    return {k: v.contiguous() for k, v in revert_weight_conversion(model, state).items()}
+
+
+def _config_text(model, dtype: torch.dtype | None) -> str:
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype or model.dtype
+    config.architectures = [type(model).__name__]
+    return config.to_json_string()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_packed_config(path: str | os.PathLike) -> PackedConfig:
     """The :class:`PackedConfig` of a checkpoint folder. Raises :class:`CheckpointError`."""
+    if not Path(path).is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {path}")
     file = Path(path) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error})") from None
-    return PackedConfig.from_dict(data.get("quantization_config"))
+    return PackedConfig.from_dict(read_json(file).get("quantization_config"))
 
 
-def from_pretrained(path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", device: str | None = None, **kwargs):
+def from_pretrained(
+    path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", device: str | None = None, verify: bool = False,
+    **kwargs,
+):
     """Load a packed checkpoint for inference: a transformers model whose experts run on gemq's kernels.
 
     Args:
         path: a folder written by gemq (or by ``save_pretrained`` of a loaded model).
         dtype: of activations and unquantized tensors; "auto" takes the checkpoint's.
         device: where to put the model, for instance "cuda"; None leaves it on the CPU.
+        verify: first compare every file with the SHA-256 sums of the manifest, as :func:`gemq.verify` does.
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises :class:`CheckpointError` for a checkpoint that is truncated, inconsistent, newer than this version or
@@ -256,10 +341,13 @@ def from_pretrained(path: str | os.PathLike, *, dtype: torch.dtype | str = "auto
 
     import gemq.hf  # noqa: F401  (registers the quantizer)
 
+    if verify:
+        verify_files(path)
     load_packed_config(path)
+    weight_files(path)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} could not be loaded: {error}") from error

@@ -36,6 +36,8 @@ from dataclasses import dataclass
 
 LAYOUTS = ("canonical", "cpu_tile", "gpu_tile")
 MAX_BITS = 8
+# the width that stands for "left in 16 bits"; never a width of packed codes
+UNQUANTIZED = 16
 GROUP_SIZES = (32, 64, 128)
 
 CPU_ROWS = 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gemq.checkpoint import PackedConfig, packed_skeleton
 from gemq.errors import CheckpointError
+from gemq.integrity import TensorEntry, check_inside, read_header
 from gemq.models import packed_modules, prepare, replace_with_packed
+
+_FLOATS = ("F32", "F16", "BF16")
 
 
 @register_quantization_config("gemq")
@@ -49,10 +51,12 @@ class GemqQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs):
+        files = [Path(f) for f in checkpoint_files or []]
+        check_inside(files, model.config.name_or_path)
         modules = packed_skeleton(model, self.quantization_config.packed, device="meta")
         replace_with_packed(model, modules)
-        if checkpoint_files:
-            check_files(model, [Path(f) for f in checkpoint_files])
+        if files:
+            check_files(model, files)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
         _check_metadata(model)
@@ -81,52 +85,35 @@ def attach(model: nn.Module, packed: PackedConfig) -> None:
     model.hf_quantizer = GemqQuantizer(config)
 
 
-def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Names, dtypes and shapes of a safetensors file, whose size must be what the header says."""
-    import json
-
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size - 8:
-                raise CheckpointError(f"{file.name} is truncated or corrupt: its header claims {length} bytes")
-            header = json.loads(handle.read(length))
-    except (struct.error, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file.name} has no readable safetensors header ({error})") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
-        raise CheckpointError(f"{file.name} is truncated or corrupt: {size} bytes, its header says {8 + length + end}")
-    return {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
-
-
 def check_files(model: nn.Module, files: list[Path]) -> None:
     """Compare the checkpoint's headers with the packed model (on the meta device) before anything is loaded.
 
-    Raises :class:`CheckpointError` that lists every missing tensor and every wrong shape.
+    Raises :class:`CheckpointError` that lists every tensor that is missing, unknown, or of another shape or dtype.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, TensorEntry] = {}
     for file in files:
-        for name, (_, shape) in read_header(file).items():
+        for name, entry in read_header(file).items():
             if name in found:
                 raise CheckpointError(f"the tensor {name} is in more than one file")
-            found[name] = shape
+            found[name] = entry
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     state = {k: v.to("meta") for k, v in model.state_dict().items() if k not in tied}
-    expected = {k: list(v.shape) for k, v in revert_weight_conversion(model, state).items()}
-    missing = sorted(set(expected) - set(found))
-    wrong = [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if missing or wrong:
-        problems = [*(f"{name} is missing" for name in missing), *wrong]
+    expected = revert_weight_conversion(model, state)
+    problems = [f"{name} is missing" for name in sorted(set(expected) - set(found))]
+    problems += [f"{name} is not part of the model" for name in sorted(set(found) - set(expected) - tied)]
+    for name in sorted(set(expected) & set(found)):
+        problems += _misfit(name, expected[name], found[name])
+    if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(f"the checkpoint does not fit its config: {shown}")
+
+
+def _misfit(name: str, expected: torch.Tensor, found: TensorEntry) -> list[str]:
+    if found.shape != list(expected.shape):
+        return [f"{name} has shape {found.shape}, expected {list(expected.shape)}"]
+    exact = {"_codes": ("U8",), "_meta": ("F16",)}
+    allowed = next((v for k, v in exact.items() if name.endswith(k)), _FLOATS)
+    return [] if found.dtype in allowed else [f"{name} is {found.dtype}, expected {' or '.join(allowed)}"]
 
 
 def _check_metadata(model: nn.Module) -> None:

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from gemq.algorithms.allocation import BUDGET_SLACK, Costs, feasible_range
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
@@ -75,9 +77,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         raise CheckpointError(f"no tokenizer in {path!r}: {_first_line(error)}") from error
 
 
-def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
-    """A full-precision model of a supported family, checked by its config before any weight is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def check_model(path: str, trust_remote_code: bool = False):
+    """The transformers config of a full-precision model of a supported family; reads no weights.
+
+    Raises :class:`CheckpointError` if there is no such model or it is quantized, and
+    :class:`gemq.errors.UnsupportedModelError` for other families.
+    """
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -86,6 +92,14 @@ def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = F
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{path!r} is quantized already; give the full-precision model")
     check_supported(config)
+    return config
+
+
+def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
+    """A full-precision model of a supported family, checked by its config before any weight is read."""
+    from transformers import AutoModelForCausalLM
+
+    check_model(path, trust_remote_code)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -129,6 +143,7 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
         check_output(target, config.model, config.overwrite)
     device = pick_device(config.device)
     _dtype(config.dtype)
+    declared = check_model(config.model, config.trust_remote_code).dtype
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     windows = calibration_windows(tokenizer, config.calibration, config.samples, config.length, config.seed)
     router = windows
@@ -136,24 +151,39 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
         router = calibration_windows(tokenizer, config.router_text, config.samples, config.length, config.seed)
     dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
     model = load_unquantized(config.model, dtype, config.trust_remote_code)
-    stored = _stored_dtype(config.model, model)
+    declared = declared or next(model.parameters()).dtype
+    stored = _STORED.get(declared, declared)
     model = model.to(device).eval()
     moe = describe(model)
+    check_budgets(moe, config.method)
     outcomes = []
     for stage in quantize_progressively(moe, windows, config.method, router_windows=router, progress=progress):
         outcomes.append(save_stage(config, model, tokenizer, stage, targets[stage.budget], stored))
     return outcomes
 
 
+def check_budgets(moe: MoeModel, method: MethodConfig) -> None:
+    """Refuse a budget that no allocation meets, before the long measuring; ``ValueError`` names the range."""
+    if method.method == "uniform":
+        return
+    layers, widths = [layer.index for layer in moe.moe], len(method.candidates)
+    routed = np.zeros((len(layers), moe.num_experts, widths))
+    if method.method == "pmq":
+        low, high = feasible_range(Costs(method.candidates, routed, tuple(layers)))
+    elif not moe.shared_multiple:
+        low, high = feasible_range(Costs(method.candidates, routed, tuple(layers)), per_layer=method.per_layer)
+    else:
+        shared = np.zeros((len(layers), widths))
+        costs = Costs(method.candidates, routed, tuple(layers), shared, moe.shared_multiple)
+        low, high = feasible_range(costs, per_layer=method.per_layer, fixed_shared_bits=method.shared_bits)
+    for budget in method.budgets:
+        if not low - BUDGET_SLACK <= budget <= high + BUDGET_SLACK:
+            raise ValueError(f"the budget must be in {low:.6g}..{high:.6g} bits per expert for this model and these "
+                             f"candidates, got {budget:g}")
+
+
 def _target(config: QuantizeConfig, budget: float) -> Path:
     return Path(config.output) if len(config.method.budgets) == 1 else Path(config.output) / f"{budget:g}"
-
-
-def _stored_dtype(path: str, model: nn.Module) -> torch.dtype:
-    from transformers import AutoConfig
-
-    declared = getattr(AutoConfig.from_pretrained(path), "dtype", None) or next(model.parameters()).dtype
-    return _STORED.get(declared, declared)
 
 
 def save_stage(

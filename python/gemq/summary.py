@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from gemq.checkpoint import PackedConfig, load_packed_config
-from gemq.errors import CheckpointError
-from gemq.hf import read_header
-
-_ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+from gemq.integrity import read_header, weight_files
 
 
 @dataclass(frozen=True)
@@ -41,15 +37,10 @@ def _kind(name: str) -> str:
 def summarize(path: str | os.PathLike) -> Summary:
     """Summarize a checkpoint folder without loading weights. Raises :class:`CheckpointError`."""
     config = load_packed_config(path)
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path} holds no .safetensors file")
+    files = weight_files(path)
     kinds: dict[str, int] = {}
     for file in files:
-        for name, (dtype, shape) in read_header(file).items():
-            size = _ELEMENT_BYTES[dtype]
-            for extent in shape:
-                size *= extent
-            kinds[_kind(name)] = kinds.get(_kind(name), 0) + size
+        for name, entry in read_header(file).items():
+            kinds[_kind(name)] = kinds.get(_kind(name), 0) + entry.bytes
     widths = [b for row in config.expert_bits.values() for b in row]
     return Summary(config, dict(sorted(kinds.items())), sum(f.stat().st_size for f in files), sum(widths) / len(widths))

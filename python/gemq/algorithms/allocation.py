@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from gemq.format import check_bits
+from gemq.format import UNQUANTIZED, check_bits
 
 FORMAT, VERSION = "gemq-costs", 1
 PER_LAYER, SOLVERS = ("c2c3", "none"), ("auto", "highs", "cbc")
@@ -221,7 +221,8 @@ def _shared_is_variable(costs: Costs, fixed_shared_bits: int | None) -> bool:
         if costs.shared is None and costs.shared_multiple > 0:
             raise ValueError("fixed_shared_bits is needed: there are shared experts, and no costs to choose by")
         return costs.shared is not None
-    check_bits(fixed_shared_bits, allow_zero=True, name="fixed_shared_bits")
+    if fixed_shared_bits != UNQUANTIZED:
+        check_bits(fixed_shared_bits, allow_zero=True, name="fixed_shared_bits")
     if costs.shared_multiple == 0:
         raise ValueError(f"fixed_shared_bits must be None without shared experts, got {fixed_shared_bits}")
     return False

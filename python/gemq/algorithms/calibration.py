@@ -8,11 +8,14 @@ A source is ``NAME_OR_PATH[#FIELDS][@WEIGHT]``; several, comma separated, are a 
     docs.jsonl                      one document a line, field "text"
     docs.jsonl#question&answer      two fields joined by a blank; "+" joins them directly
     wikitext2@0.75,docs.jsonl@0.25  three quarters of the windows from the first
+
+The name of an existing file is taken as it is, commas and all.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +40,11 @@ class Source:
 
 def parse_sources(text: str) -> list[Source]:
     """Parse the grammar of this module. Raises :class:`CalibrationError` for an empty or malformed source."""
+    if os.path.isfile(text):
+        return [Source(text)]
     sources = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([^#@]+?)(?:#([^@]+?))?(?:@([0-9.]+))?\s*", part)
+        match = re.fullmatch(r"\s*([^#@]+?)(?:#([^@]+?))?(?:@([0-9]+\.?[0-9]*|\.[0-9]+))?\s*", part)
         if not match:
             raise CalibrationError(f"cannot read the text source {part!r}; expected NAME_OR_PATH[#FIELDS][@WEIGHT]")
         weight = float(match[3]) if match[3] else 1.0
@@ -52,16 +57,22 @@ def parse_sources(text: str) -> list[Source]:
 def _json_documents(path: Path, fields: str) -> list[str]:
     names = re.split(r"([+&])", fields)
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines(): a JSON string may hold U+2028 and other line separators
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            document = "".join(_JOINERS[n] if n in _JOINERS else str(record[n]) for n in names)
+            documents.append("".join(_JOINERS[n] if n in _JOINERS else _field(record, n) for n in names))
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"{path}, line {number}: no JSON record with {fields!r} ({error})") from None
-        documents.append(document)
     return documents
+
+
+def _field(record: dict, name: str) -> str:
+    if not isinstance(record[name], str):
+        raise TypeError(f"{name!r} is not a string")
+    return record[name]
 
 
 def _hub_documents(name: str, split: str) -> list[str]:
@@ -84,10 +95,8 @@ def _hub_documents(name: str, split: str) -> list[str]:
     try:
         data = datasets.load_dataset(path, **options)
     except Exception as error:
-        raise CalibrationError(
-            f"could not load {name} ({type(error).__name__}: {str(error).splitlines()[0][:120]}); give a local .txt or "
-            f".jsonl file instead"
-        ) from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise CalibrationError(f"could not load {name} ({reason}); give a local .txt or .jsonl file instead") from error
     return list(data["text"])
 
 
@@ -100,7 +109,7 @@ def documents(source: Source, split: str = "train") -> list[str]:
         found = _hub_documents(source.name, split)
     else:
         path = Path(source.name)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CalibrationError(f"no text file {source.name!r}; known corpora: {', '.join(NAMED)}")
         jsonl = path.suffix in (".jsonl", ".json")
         try:
@@ -173,6 +182,8 @@ def evaluation_windows(tokenizer, sources: str, length: int, limit: int | None =
     WikiText-2: ``"\\n\\n"``-joined test split. C4: the first 1,100 validation documents joined by a blank, as
     are the documents of a local file. A last, shorter window is dropped. Raises :class:`CalibrationError`.
     """
+    if length < 2 or (limit is not None and limit < 1):
+        raise CalibrationError(f"need at least 1 window of 2 tokens, got a limit of {limit} and {length} tokens")
     parts = []
     for source in parse_sources(sources):
         docs = documents(source, "test")

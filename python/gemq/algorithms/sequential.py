@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq
 from gemq.algorithms.layerwise import Routed, capture_layer_calls, expert_hidden, run_layer, watch_experts
 from gemq.algorithms.originals import Originals
-from gemq.format import default_group_size
+from gemq.format import UNQUANTIZED, default_group_size
 from gemq.models import MoeLayer, MoeModel
 from gemq.nn.experts import QuantizedStack
 from gemq.reference.grid import dequantize_codes
 
 Progress = Callable[[int, int], None]
-UNQUANTIZED = 16
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from gemq.cli.run import run
-
+    try:
+        from gemq.cli.run import run
+    except KeyboardInterrupt:
+        # importing torch takes seconds, long enough to change one's mind
+        sys.exit(130)
     sys.exit(run(arguments, debug))

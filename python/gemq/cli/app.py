@@ -199,10 +199,14 @@ def generate(
     """Continue a text with a packed (or full-precision) model."""
     from transformers import TextStreamer
 
-    display.output().print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
+    def streamer(tokenizer):
+        # only now, after all that could fail, does anything go to standard output
+        display.output().print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
+        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
     result = gemq.generate(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, dtype=dtype,
-        device=device, streamer=lambda tok: TextStreamer(tok, skip_prompt=True, skip_special_tokens=True),
+        device=device, streamer=streamer,
     )
     peak = "" if result.peak_bytes is None else f", peak {display.size(result.peak_bytes)}"
     speed = f"{result.new_tokens / result.seconds:.1f} tokens/s"
@@ -220,10 +224,20 @@ def inspect(model: Annotated[Path, typer.Argument(help="Packed checkpoint folder
     rows.append(["files", display.size(summary.file_bytes), f"{100 * summary.file_bytes / total:.1f}%"])
     out.print(
         f"{summary.expert_bits:.3f} bits per routed expert, attention {config.attention_bits}, dense "
-        f"{config.dense_bits}, groups of {config.group_size}, method {config.method}", highlight=False,
+        f"{config.dense_bits}, groups of {config.group_size}, method {config.method}", highlight=False, markup=False,
     )
     out.print(display.bit_map(config.expert_bits, config.shared_bits))
     out.print(display.table("bytes", ["tensors", "size", "share"], rows))
+
+
+@app.command()
+def verify(model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")]) -> None:
+    """Compare every file of a checkpoint with the SHA-256 sums recorded when it was saved."""
+    found = gemq.verify(model)
+    display.output().print(
+        f"{model}: {found.files} files, {display.size(found.bytes)}, as saved", markup=False, highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

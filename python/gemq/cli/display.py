@@ -18,8 +18,11 @@ _COLOURS = {0: "grey50", 1: "blue", 2: "cyan", 3: "green", 4: "yellow", 5: "yell
 
 @cache
 def output() -> Console:
-    """The console of standard output."""
-    return Console()
+    """The console of standard output. Only a terminal has a width to fit: in a file, paths stay in one piece."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 400
+    return console
 
 
 @cache
@@ -59,10 +62,14 @@ def size(count: int) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """A table whose first column is left-aligned and the others right-aligned."""
-    result = Table(title=title, title_justify="left")
+    """A table whose first column is left-aligned and may fold, and the others right-aligned."""
+    # as Text, not markup: a path may hold square brackets
+    result = Table(title=Text(title), title_justify="left")
     for index, name in enumerate(columns):
-        result.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        if index == 0:
+            result.add_column(name, overflow="fold")
+        else:
+            result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         result.add_row(*(Text(cell) for cell in row))
     return result

@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 
-import click
+import typer
 
 from gemq.cli.app import app
 from gemq.cli.display import errors
@@ -32,28 +32,49 @@ def run(arguments: list[str], debug: bool = False) -> int:
     if not debug:
         _quiet_libraries()
     try:
-        app(args=arguments, prog_name="gemq", standalone_mode=False)
+        code = _call(arguments)
         sys.stdout.flush()
-        return 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        return code
+    except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted")
         return 130
     except BrokenPipeError:
         # `gemq inspect ... | head`: leave quietly, also at the interpreter's own flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except click.ClickException as error:
-        _fail(error.format_message())
-        return 2
-    except (GemqError, ValueError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        _fail(" ".join(str(error).split()))
-        return 2
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _fail(f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows more)")
-        return 1
+        return _report(error)
+
+
+def _call(arguments: list[str]) -> int:
+    try:
+        code = app(args=arguments, prog_name="gemq", standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except SystemExit as stop:
+        # how typer and rich leave when the reader of standard output is gone
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None
+        raise
+    if code == 130:
+        # typer turns Ctrl-C into this code
+        raise KeyboardInterrupt
+    return code or 0
+
+
+def _report(error: Exception) -> int:
+    usage = getattr(error, "format_message", None)
+    if usage is not None:
+        # typer's own errors, of a bad option or argument; empty where it has shown the help instead
+        text = " ".join(usage().split())
+        if text:
+            _fail(text)
+        return 2
+    message = " ".join(str(error).split())
+    if isinstance(error, (GemqError, ValueError, OSError)):
+        _fail(message or type(error).__name__)
+        return 2
+    _fail(f"internal error, {type(error).__name__}: {message[:300]} (--debug shows more)")
+    return 1

@@ -21,7 +21,18 @@ class PackedModule(nn.Module):
         """Repack the buffers for their device's kernels, or to ``layout``."""
         raise NotImplementedError
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        layout, device = self.layout, self.packed_device()
+        if layout == "canonical":
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        # the state dict is canonical; a tile layout can have the same size, so it would be taken silently
+        self.prepare("canonical")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.prepare(layout if self.packed_device() == device else None)
+
     def _apply(self, fn, recurse=True):
+        before_move = self.packed_device()
         metadata = {n: b for n, b in self.named_buffers(recurse=False) if b.dtype == torch.float16}
         super()._apply(fn, recurse)
         for name, before in metadata.items():
@@ -30,6 +41,7 @@ class PackedModule(nn.Module):
                 # model.float() or .to(bfloat16) must not touch the format's float16 metadata
                 setattr(self, name, before.to(now.device))
         device = self.packed_device()
-        if self.layout != "canonical" and device.type != "meta" and layout_for(device) != self.layout:
+        moved = device.type not in ("meta", before_move.type)
+        if moved and self.layout != "canonical" and layout_for(device) != self.layout:
             self.prepare()
         return self

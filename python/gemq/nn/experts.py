@@ -9,11 +9,12 @@ from torch import Tensor
 
 from gemq import format as fmt
 from gemq.nn.base import PackedModule
-from gemq.ops import layout_for, moe_lowbit_ffn, pack_experts, unpack_experts
+from gemq.ops import expert_tables, layout_for, moe_lowbit_ffn, pack_experts, unpack_experts
 from gemq.ops.packing import dequantize, pack
 from gemq.ops.stacks import convert_experts
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+_TABLES = ("bits", "code_offsets", "meta_offsets")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,12 @@ class LowBitExperts(PackedModule):
     def from_stacks(
         cls, gate_up: QuantizedStack, down: QuantizedStack, hidden: int, intermediate: int, group_size: int
     ) -> LowBitExperts:
-        """Pack quantized projections (see :class:`QuantizedStack`)."""
+        """Pack quantized projections (see :class:`QuantizedStack`).
+
+        Raises ``ValueError`` if the two disagree in their widths, or for codes or metadata of another shape.
+        """
+        if gate_up.bits != down.bits:
+            raise ValueError(f"gate_up has experts of {gate_up.bits} bits, down of {down.bits}: they must be the same")
         module = cls(hidden, intermediate, gate_up.bits, group_size)
         for name, stack in (("gate_up_proj", gate_up), ("down_proj", down)):
             codes, meta = pack_experts(
@@ -88,14 +94,9 @@ class LowBitExperts(PackedModule):
                 setattr(self, f"{name}_meta", meta)
         self.layout = layout
         for name in PROJECTIONS:
-            plan = fmt.expert_layout(self.bits, *self.shape(name), self.group_sizes[name], layout)
-            tables = {
-                "bits": torch.tensor(plan.bits, dtype=torch.int32),
-                "code_offsets": torch.tensor(plan.code_offsets, dtype=torch.int64),
-                "meta_offsets": torch.tensor(plan.meta_offsets, dtype=torch.int64),
-            }
-            for label, table in tables.items():
-                self.register_buffer(f"_{name}_{label}", table.to(device), persistent=False)
+            tables = expert_tables(self.bits, *self.shape(name), self.group_sizes[name], layout, device)
+            for label, table in zip(_TABLES, tables, strict=True):
+                self.register_buffer(f"_{name}_{label}", table, persistent=False)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -105,8 +106,13 @@ class LowBitExperts(PackedModule):
                 destination[f"{prefix}{name}_codes"], destination[f"{prefix}{name}_meta"] = codes, meta
 
     def stack(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``(qweight, meta, expert_bits, expert_offsets, meta_offsets)`` of a projection, as the ops take them."""
-        tables = (getattr(self, f"_{name}_{label}") for label in ("bits", "code_offsets", "meta_offsets"))
+        """``(qweight, meta, expert_bits, expert_offsets, meta_offsets)`` of a projection, as the ops take them.
+
+        Raises ``RuntimeError`` before :meth:`prepare`.
+        """
+        if not hasattr(self, f"_{name}_bits"):
+            raise RuntimeError("the experts have no offset tables yet: call prepare() once their buffers are filled")
+        tables = (getattr(self, f"_{name}_{label}") for label in _TABLES)
         return (getattr(self, f"{name}_codes"), getattr(self, f"{name}_meta"), *tables)
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gemq import format as fmt
 from gemq.nn.base import PackedModule
-from gemq.ops import backends, layout_for, lowbit_gemm, pack, repack
+from gemq.ops import backends, checks, layout_for, lowbit_gemm, pack, repack
 
 
 class LowBitLinear(PackedModule):
@@ -37,8 +37,12 @@ class LowBitLinear(PackedModule):
 
     @classmethod
     def from_codes(cls, codes: Tensor, meta: Tensor, bits: int, group_size: int, bias: Tensor | None = None):
-        """From uint8 codes ``[out, in]`` and float16 metadata ``[out, in // group_size, 2]``."""
+        """From uint8 codes ``[out, in]`` and float16 metadata ``[out, in // group_size, 2]``.
+
+        Raises ``TypeError`` or ``ValueError`` for metadata of another dtype or shape.
+        """
         module = cls(codes.shape[1], codes.shape[0], bits, group_size, bias is not None, device=codes.device)
+        checks.metadata("meta", meta, codes.shape[0], codes.shape[1], module.group_size)
         module.weight_codes = pack(codes, bits).flatten()
         module.weight_meta = meta.contiguous().flatten()
         if bias is not None:
@@ -72,7 +76,7 @@ class LowBitLinear(PackedModule):
             x, self.weight_codes, self.weight_meta, bits=self.bits, n=self.out_features, group_size=self.group_size,
             layout=self.layout,
         )
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""

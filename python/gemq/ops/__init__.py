@@ -6,7 +6,7 @@ respect to the activations and the routing weights. The layout of the packed wei
 ============  =====================================  ==========================
 layout        backend                                devices
 ============  =====================================  ==========================
-``canonical`` torch: dequantize, then multiply       any
+``canonical`` torch: dequantize, then multiply       CPU, CUDA
 ``cpu_tile``  C++ (AVX-512, AVX2 or portable)        CPU
 ``gpu_tile``  Triton                                 CUDA; CPU under its interpreter
 ============  =====================================  ==========================
@@ -16,10 +16,11 @@ Nothing falls back silently: a layout on a device that cannot serve it raises ``
 
 from gemq.ops.matmul import lowbit_gemm, moe_lowbit_ffn, moe_lowbit_gemm
 from gemq.ops.packing import dequantize, pack, repack, unpack
-from gemq.ops.stacks import layout_for, pack_experts, unpack_experts
+from gemq.ops.stacks import expert_tables, layout_for, pack_experts, unpack_experts
 
 __all__ = [
     "dequantize",
+    "expert_tables",
     "layout_for",
     "lowbit_gemm",
     "moe_lowbit_ffn",

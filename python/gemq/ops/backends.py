@@ -1,4 +1,8 @@
-"""Which kernels run: the layout of the weights decides, and a wrong pairing is an error."""
+"""Which kernels run: the layout of the weights decides, and a wrong pairing is an error.
+
+Every backend multiplies exact ``q * s + m`` into float32 sums and rounds once, at the end, to the dtype of ``x``; only
+Triton's takes the activations at float16's 11 significant bits.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from gemq import format as fmt
 from gemq._core import core
+from gemq.ops import checks
 from gemq.ops.packing import dequantize, repack
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -33,7 +38,9 @@ def _interpreting() -> bool:
 def moe_gemm(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, layout: str
 ) -> Tensor:
-    """Forward of :func:`gemq.ops.moe_lowbit_gemm` on checked arguments."""
+    """Forward of :func:`gemq.ops.moe_lowbit_gemm` on checked arguments; on the CPU it checks the offsets too."""
+    if not x.is_cuda:
+        checks.expert_bounds("weight", stack, n, x.shape[-1], group_size, layout)
     if layout == "cpu_tile":
         return _moe_gemm_cpu(x, stack, topk_ids, topk_weights, n, group_size)
     if layout == "gpu_tile":
@@ -47,7 +54,10 @@ def moe_ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int,
     group_size: int, down_group_size: int, layout: str,
 ) -> Tensor:
-    """Forward of :func:`gemq.ops.moe_lowbit_ffn` on checked arguments."""
+    """Forward of :func:`gemq.ops.moe_lowbit_ffn` on checked arguments; on the CPU it checks the offsets too."""
+    if not x.is_cuda:
+        checks.expert_bounds("gate_up", gate_up, 2 * intermediate, x.shape[-1], group_size, layout)
+        checks.expert_bounds("down", down, x.shape[-1], intermediate, down_group_size, layout)
     if layout == "cpu_tile":
         return _moe_ffn_cpu(x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size)
     if layout == "gpu_tile":
@@ -57,10 +67,10 @@ def moe_ffn(
             x, gate_up, down, topk_ids, topk_weights, intermediate=intermediate, group_size=group_size,
             down_group_size=down_group_size,
         )
-    hidden = _moe_gemm_dense(x, gate_up, topk_ids, None, 2 * intermediate, group_size)
+    hidden = _moe_gemm_dense(x.float(), gate_up, topk_ids, None, 2 * intermediate, group_size)
     gate, up = hidden.chunk(2, dim=-1)
     act = torch.nn.functional.silu(gate) * up
-    return _moe_gemm_dense(act, down, topk_ids, topk_weights, x.shape[-1], down_group_size)
+    return _moe_gemm_dense(act, down, topk_ids, topk_weights, x.shape[-1], down_group_size).to(x.dtype)
 
 
 def dense_gemm(
@@ -69,7 +79,7 @@ def dense_gemm(
     """``[T, k] -> [T, n]`` for one packed matrix."""
     tokens, k = x.shape
     if layout == "cpu_tile":
-        wide = x.float()
+        wide = x.float().contiguous()
         out = wide.new_empty(tokens, n)
         core().lowbit_gemm_cpu(
             wide.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, k, n, bits, group_size,
@@ -80,7 +90,8 @@ def dense_gemm(
         from gemq.triton_kernels import lowbit_gemm as triton_lowbit_gemm
 
         return triton_lowbit_gemm(x, qweight, meta, bits=bits, n=n, group_size=group_size)
-    return x @ dense_weight(qweight, meta, bits, n, k, group_size, layout, x.dtype).T
+    weight = dense_weight(qweight, meta, bits, n, k, group_size, layout, torch.float32)
+    return (x.float() @ weight.T).to(x.dtype)
 
 
 def dense_weight(
@@ -94,14 +105,14 @@ def dense_weight(
     return dequantize(codes.view(n, -1), pairs.view(n, k // group_size, 2), bits, k, group_size, dtype)
 
 
-def _expert_weights(stack: Stack, n: int, k: int, group_size: int, layout: str, dtype: torch.dtype):
-    """Yield ``(expert, weight [n, k])`` for every expert that stores something."""
+def _expert_weights(stack: Stack, n: int, k: int, group_size: int, layout: str):
+    """Yield ``(expert, function that returns its float32 weights [n, k])`` for every expert that stores something."""
     qweight, meta, bits, offsets, meta_offsets = stack
     tables = zip(bits.tolist(), offsets.tolist(), meta_offsets.tolist(), strict=True)
     for e, (width, at, meta_at) in enumerate(tables):
         if width:
             yield e, lambda at=at, meta_at=meta_at, width=width: dense_weight(
-                qweight[at:], meta[meta_at:], width, n, k, group_size, layout, dtype
+                qweight[at:], meta[meta_at:], width, n, k, group_size, layout, torch.float32
             )
 
 
@@ -113,15 +124,15 @@ def _moe_gemm_dense(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int
 ) -> Tensor:
     rows = _slot_rows(x, topk_ids)
-    out = x.new_zeros(*topk_ids.shape, n)
-    for e, weight in _expert_weights(stack, n, x.shape[-1], group_size, "canonical", x.dtype):
+    out = x.new_zeros(*topk_ids.shape, n, dtype=torch.float32)
+    for e, weight in _expert_weights(stack, n, x.shape[-1], group_size, "canonical"):
         token, slot = torch.where(topk_ids == e)
         if token.numel():
-            out[token, slot] = rows[token, slot] @ weight().T
+            out[token, slot] = rows[token, slot].float() @ weight().T
     if topk_weights is None:
-        return out
+        return out.to(x.dtype)
     scale = _valid_weights(topk_ids, topk_weights, stack)
-    return torch.einsum("tkn,tk->tn", out.float(), scale).to(x.dtype)
+    return torch.einsum("tkn,tk->tn", out, scale).to(x.dtype)
 
 
 def _valid_weights(topk_ids: Tensor, topk_weights: Tensor, stack: Stack) -> Tensor:
@@ -137,7 +148,7 @@ def moe_gemm_backward(
     rows = _slot_rows(x, topk_ids)
     grad_rows = x.new_zeros(rows.shape, dtype=torch.float32)
     grad_scale = grad_rows.new_zeros(topk_ids.shape)
-    for e, weight in _expert_weights(stack, n, x.shape[-1], group_size, layout, torch.float32):
+    for e, weight in _expert_weights(stack, n, x.shape[-1], group_size, layout):
         token, slot = torch.where(topk_ids == e)
         if not token.numel():
             continue
@@ -160,7 +171,7 @@ def _moe_gemm_cpu(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int
 ) -> Tensor:
     tokens, top_k = topk_ids.shape
-    wide, ids = x.float(), topk_ids.to(torch.int64).contiguous()
+    wide, ids = x.float().contiguous(), topk_ids.to(torch.int64).contiguous()
     scale = None if topk_weights is None else topk_weights.float().contiguous()
     out = wide.new_empty((tokens, top_k, n) if scale is None else (tokens, n))
     core().moe_gemm_cpu(
@@ -176,7 +187,8 @@ def _moe_ffn_cpu(
     group_size: int, down_group_size: int,
 ) -> Tensor:
     tokens, top_k = topk_ids.shape
-    wide, ids, scale = x.float(), topk_ids.to(torch.int64).contiguous(), topk_weights.float().contiguous()
+    wide, ids = x.float().contiguous(), topk_ids.to(torch.int64).contiguous()
+    scale = topk_weights.float().contiguous()
     out = torch.empty_like(wide)
     scratch = wide.new_empty(tokens * top_k * intermediate)
     core().moe_ffn_cpu(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from gemq import format as fmt
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,3 +51,46 @@ def size_at_least(name: str, value: Tensor, elements: int, why: str) -> None:
     """Raise ``ValueError`` if a buffer holds fewer than ``elements`` elements."""
     if value.numel() < elements:
         raise ValueError(f"{name} holds {value.numel()} elements, but {why} needs {elements}")
+
+
+def metadata(name: str, value: Tensor, n: int, k: int, group_size: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``value`` is the ``(s, m)`` of an ``n`` x ``k`` matrix."""
+    tensor(name, value, dtype=torch.float16, dim=3, contiguous=False)
+    wanted = [n, k // group_size, 2]
+    if list(value.shape) != wanted:
+        raise ValueError(f"{name} must have shape {wanted} for groups of {group_size}, got {list(value.shape)}")
+
+
+@lru_cache(maxsize=256)
+def _limits(n: int, k: int, group_size: int, layout: str, code_bytes: int, meta_elements: int) -> np.ndarray:
+    """``[2, 9]``: by width, the first offset into the codes (metadata) from which one expert is no longer inside."""
+    sizes = [
+        (fmt.codes_bytes(n, k, bits, layout), fmt.meta_elements(n, k, bits, group_size, layout))
+        for bits in range(fmt.MAX_BITS + 1)
+    ]
+    limits = np.maximum(np.array([code_bytes, meta_elements]) - np.array(sizes) + 1, 0).astype(np.uint64)
+    limits[0] = np.iinfo(np.uint64).max
+    return np.ascontiguousarray(limits.T)
+
+
+def expert_bounds(name: str, stack: tuple[Tensor, ...], n: int, k: int, group_size: int, layout: str) -> None:
+    """Raise ``ValueError`` naming the first expert whose width or offsets lead out of the stack's buffers.
+
+    For tables on the CPU. Offsets of experts of 0 bits are not looked at.
+    """
+    qweight, meta, *tables = stack
+    # viewed as unsigned numbers, negative widths and offsets are large ones
+    widths, *offsets = (t.numpy().view(u) for t, u in zip(tables, (np.uint32, np.uint64, np.uint64), strict=True))
+    if widths.size and widths.max() > fmt.MAX_BITS:
+        e = int((widths > fmt.MAX_BITS).argmax())
+        fmt.check_bits(int(tables[0][e]), allow_zero=True, name=f"{name} expert_bits[{e}]")
+    limits = _limits(n, k, group_size, layout, qweight.numel(), meta.numel())
+    labels = (("expert_offsets", "qweight"), ("meta_offsets", "meta"))
+    for (label, buffer), held, at, limit in zip(labels, (qweight, meta), offsets, limits, strict=True):
+        outside = at >= limit[widths]
+        if outside.any():
+            e = int(outside.argmax())
+            raise ValueError(
+                f"{name} {label}[{e}] is {at.view(np.int64)[e]}, where the {n} x {k} of expert {e} at {widths[e]} bits "
+                f"in {layout} are not inside the {held.numel()} elements of {buffer}"
+            )

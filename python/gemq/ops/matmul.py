@@ -39,7 +39,7 @@ def _moe_gemm_backward(
 def _(grad, x, qweight, meta, expert_bits, expert_offsets, meta_offsets, topk_ids, topk_weights, n, group_size,
       layout):
     weights = topk_ids.new_empty(0, dtype=torch.float32) if topk_weights is None else topk_weights
-    return torch.empty_like(x), torch.empty_like(weights)
+    return x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 
 def _save_gemm(ctx, inputs, output):
@@ -73,7 +73,7 @@ def _moe_ffn(
 
 @_moe_ffn.register_fake
 def _(x, *args):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _save_ffn(ctx, inputs, output):
@@ -85,7 +85,8 @@ def _ffn_vjp(ctx, grad):
     x, *stacks, topk_ids, topk_weights = ctx.saved_tensors
     gate_up, down = stacks[:5], stacks[5:]
     intermediate, group_size, down_group_size, layout = ctx.static
-    hidden = _moe_gemm(x, *gate_up, topk_ids, None, 2 * intermediate, group_size, layout)
+    # float32 between the two products, as in the forward pass
+    hidden = _moe_gemm(x.float(), *gate_up, topk_ids, None, 2 * intermediate, group_size, layout)
     gate, up = hidden.chunk(2, dim=-1)
     act = torch.nn.functional.silu(gate) * up
     grad_act, grad_weights = _moe_gemm_backward(
@@ -118,8 +119,8 @@ def _(x, qweight, meta, bits, n, group_size, layout):
 def _lowbit_gemm_backward(
     grad: Tensor, qweight: Tensor, meta: Tensor, bits: int, k: int, group_size: int, layout: str
 ) -> Tensor:
-    weight = backends.dense_weight(qweight, meta, bits, grad.shape[-1], k, group_size, layout, grad.dtype)
-    return grad @ weight
+    weight = backends.dense_weight(qweight, meta, bits, grad.shape[-1], k, group_size, layout, torch.float32)
+    return (grad.float() @ weight).to(grad.dtype)
 
 
 @_lowbit_gemm_backward.register_fake
@@ -142,6 +143,9 @@ _lowbit_gemm.register_autograd(_dense_vjp, setup_context=_save_dense)
 
 
 def _check_stack(name: str, stack: Stack, n: int, k: int, group_size: int, layout: str, device: torch.device) -> None:
+    if len(stack) != 5:
+        fields = "(qweight, meta, expert_bits, expert_offsets, meta_offsets)"
+        raise ValueError(f"{name} must be {fields}, got {len(stack)} entries")
     qweight, meta, bits, offsets, meta_offsets = stack
     fmt.check_group_size(group_size, k)
     if n <= 0:
@@ -160,6 +164,8 @@ def _check_routing(x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> 
     checks.tensor("topk_ids", topk_ids, dtype=(torch.int32, torch.int64), dim=2, device=x.device, contiguous=False)
     if x.shape[0] != topk_ids.shape[0]:
         raise ValueError(f"x has {x.shape[0]} tokens, topk_ids {topk_ids.shape[0]}")
+    if topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids must have at least one slot a token, got shape {list(topk_ids.shape)}")
     if topk_weights is not None:
         checks.tensor("topk_weights", topk_weights, dtype=checks.FLOATS, dim=2, device=x.device, contiguous=False)
         if topk_weights.shape != topk_ids.shape:
@@ -191,7 +197,9 @@ def moe_lowbit_gemm(
         Differentiable with respect to ``x`` and ``topk_weights``.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device, stride, layout or group size out of the above.
+        TypeError, ValueError: a dtype, shape, device, stride, layout or group size out of the above; on the CPU also
+            a width above 8 or an offset that leads out of the buffers. On CUDA the tables are trusted, as reading
+            them would wait for the device.
     """
     checks.tensor("x", x, dtype=checks.FLOATS, dim=(2, 3), contiguous=False)
     _check_routing(x, topk_ids, topk_weights)
@@ -253,7 +261,11 @@ def lowbit_gemm(
     ``ValueError`` for a dtype, shape, device, stride, layout or size out of this.
     """
     checks.tensor("x", x, dtype=checks.FLOATS, contiguous=False)
+    if x.dim() == 0:
+        raise ValueError("x must have at least 1 dimension, got a scalar")
     fmt.check_bits(bits)
+    if n <= 0:
+        raise ValueError(f"n, the number of output features, must be positive, got {n}")
     k = x.shape[-1]
     fmt.check_group_size(group_size, k)
     checks.tensor("qweight", qweight, dtype=torch.uint8, dim=1, device=x.device)

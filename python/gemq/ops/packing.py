@@ -109,9 +109,8 @@ def dequantize(
     """
     _check_packed(packed, bits, k)
     fmt.check_group_size(group_size, k)
-    checks.tensor("meta", meta, dtype=torch.float16, dim=3, device=packed.device)
-    if tuple(meta.shape) != (packed.shape[0], k // group_size, 2):
-        raise ValueError(f"meta must have shape {[packed.shape[0], k // group_size, 2]}, got {list(meta.shape)}")
+    checks.tensor("meta", meta, dim=3, device=packed.device)
+    checks.metadata("meta", meta, packed.shape[0], k, group_size)
     if dtype not in _OUT_DTYPES:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     return _dequantize(packed, meta, bits, k, group_size, dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gemq import format as fmt
+from gemq.ops import checks
 from gemq.ops.packing import pack, repack, unpack
 
 
@@ -21,8 +22,8 @@ def pack_experts(
     """Flat ``(codes uint8, meta float16)`` of a stack of experts.
 
     ``codes[e]`` is uint8 ``[n, k]`` and ``meta[e]`` float16 ``[n, k // group_size, 2]``; both are ``None`` for an
-    expert of 0 bits. Offsets are those of :func:`gemq.format.expert_layout`. Raises ``ValueError`` if a length
-    or a width does not fit.
+    expert of 0 bits. Offsets are those of :func:`gemq.format.expert_layout`. Raises ``TypeError`` or ``ValueError``
+    if a length, a width, a dtype or a shape does not fit.
     """
     plan = fmt.expert_layout(bits, n, k, group_size, layout)
     if not len(codes) == len(meta) == len(bits):
@@ -30,17 +31,25 @@ def pack_experts(
     device = next((c.device for c in codes if c is not None), torch.device("cpu"))
     flat = torch.empty(plan.code_bytes, dtype=torch.uint8, device=device)
     flat_meta = torch.empty(plan.meta_elements, dtype=torch.float16, device=device)
-    for width, plain, pairs, at, meta_at in zip(
-        bits, codes, meta, plan.code_offsets, plan.meta_offsets, strict=True
+    for e, (width, plain, pairs, at, meta_at) in enumerate(
+        zip(bits, codes, meta, plan.code_offsets, plan.meta_offsets, strict=True)
     ):
         if width == 0:
             continue
+        _check_expert(e, plain, pairs, n, k, group_size)
         packed, tiled = pack(plain, width).flatten(), pairs.contiguous().flatten()
         if layout != "canonical":
             packed, tiled = repack(packed, tiled, width, n, k, group_size, target=layout)
         flat[at : at + packed.numel()] = packed
         flat_meta[meta_at : meta_at + tiled.numel()] = tiled
     return flat, flat_meta
+
+
+def _check_expert(e: int, codes: Tensor | None, meta: Tensor | None, n: int, k: int, group_size: int) -> None:
+    checks.tensor(f"codes[{e}]", codes, dtype=torch.uint8, dim=2)
+    if tuple(codes.shape) != (n, k):
+        raise ValueError(f"codes[{e}] must have shape {[n, k]}, got {list(codes.shape)}")
+    checks.metadata(f"meta[{e}]", meta, n, k, group_size)
 
 
 def convert_experts(
@@ -82,3 +91,17 @@ def unpack_experts(
         pairs = meta[meta_at : meta_at + fmt.meta_elements(n, k, width, group_size)]
         out.append((unpack(packed, width, k), pairs.view(n, k // group_size, 2)))
     return out
+
+
+def expert_tables(
+    bits: list[int], n: int, k: int, group_size: int = 128, layout: str = "canonical",
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(expert_bits int32, expert_offsets int64, meta_offsets int64)``, each ``[E]``, of a stack that
+    :func:`pack_experts` packed."""
+    plan = fmt.expert_layout(bits, n, k, group_size, layout)
+    return (
+        torch.tensor(plan.bits, dtype=torch.int32, device=device),
+        torch.tensor(plan.code_offsets, dtype=torch.int64, device=device),
+        torch.tensor(plan.meta_offsets, dtype=torch.int64, device=device),
+    )

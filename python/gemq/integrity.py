@@ -1,0 +1,197 @@
+"""Whether a checkpoint's files can be trusted: JSON, safetensors headers, the shard index, SHA-256 sums.
+
+``gemq_manifest.json``, written with every checkpoint, records each file::
+
+    {"version": 1, "files": {"model.safetensors": {"sha256": "9f2c...", "bytes": 1184}, "config.json": ...}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gemq.errors import CheckpointError
+
+MANIFEST_FILE = "gemq_manifest.json"
+MANIFEST_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# what the safetensors library itself accepts
+_MAX_HEADER = 100_000_000
+_ELEMENT_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
+    "U8": 1, "I8": 1, "BOOL": 1,
+}
+# files of these kinds are read, or run, by someone who loads the folder
+_READ_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".py", ".jinja", ".model")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises :class:`CheckpointError` if there is none."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parent} has no {file.name}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors header: dtype as it is spelled there, shape, bytes."""
+
+    dtype: str
+    shape: list[int]
+    bytes: int
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file, whose header and size must agree to the byte.
+
+    Raises :class:`CheckpointError` for a file that is truncated, malformed, or whose tensors overlap.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(f"{file.name} is truncated or corrupt: its header claims {length} bytes")
+            header = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            spans = {name: _entry(entry) for name, entry in header.items()}
+    except CheckpointError:
+        raise
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} has no readable safetensors header ({error})") from None
+    end = 0
+    for name, (start, entry) in sorted(spans.items(), key=lambda item: (item[1][0], item[1][1].bytes)):
+        if start != end:
+            raise CheckpointError(f"{file.name} is corrupt: the tensor {name} does not follow the one before it")
+        end += entry.bytes
+    if 8 + length + end != size:
+        raise CheckpointError(f"{file.name} is truncated or corrupt: {size} bytes, its header says {8 + length + end}")
+    return {name: entry for name, (_, entry) in spans.items()}
+
+
+def _entry(entry: dict[str, Any]) -> tuple[int, TensorEntry]:
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not all(type(extent) is int and extent >= 0 for extent in [*shape, start, end]):
+        raise ValueError(f"shape {shape} at {start}..{end}")
+    size = _ELEMENT_BYTES[dtype] * math.prod(shape)
+    if end - start != size:
+        raise ValueError(f"{dtype} {shape} is {size} bytes, not {end - start}")
+    return start, TensorEntry(dtype, shape, size)
+
+
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The safetensors files that a checkpoint folder is loaded from, by its index or the single file.
+
+    Names that lead out of the folder are refused before anything is opened. Raises :class:`CheckpointError`.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    names = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map from tensors to files")
+    for name in names.values():
+        if PurePosixPath(name).name != name or name == ".." or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX_FILE} names {name!r}, which is not a .safetensors file of the folder")
+    files = [folder / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing[:5])}, which {INDEX_FILE} names")
+    return files
+
+
+def check_inside(files: list[Path], folder: str | os.PathLike) -> None:
+    """Refuse files that a checkpoint names but that do not lie in its folder."""
+    for file in files:
+        local = Path(folder).is_dir()
+        inside = file.relative_to(folder) if local and file.is_relative_to(folder) else file
+        escapes = ".." in inside.parts or (local and inside is file)
+        if escapes or file.suffix != ".safetensors":
+            raise CheckpointError(f"{INDEX_FILE} names {str(file)!r}, which is not a .safetensors file of the folder")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, later: dict[str, bytes]) -> None:
+    """Record every file of ``folder``, and those of ``later`` that are about to be written, by name."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    for name, content in later.items():
+        files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` read: the number of files and their bytes."""
+
+    files: int
+    bytes: int
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    if not (folder / MANIFEST_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_FILE}, so it cannot be verified: save_pretrained of transformers writes none"
+        )
+    manifest = read_json(folder / MANIFEST_FILE)
+    files = manifest.get("files")
+    if manifest.get("version") != MANIFEST_VERSION or not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{folder / MANIFEST_FILE} is not a manifest of version {MANIFEST_VERSION}")
+    for name, entry in files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not isinstance(entry, dict):
+            raise CheckpointError(f"{folder / MANIFEST_FILE} is malformed at {name!r}")
+    return files
+
+
+def _difference(file: Path, entry: dict[str, Any]) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != entry.get("bytes"):
+        return f"has {file.stat().st_size} bytes, not {entry.get('bytes')}"
+    return None if _sha256(file) == entry.get("sha256") else "differs from its SHA-256"
+
+
+def verify(path: str | os.PathLike) -> Verification:
+    """Compare every file of a checkpoint folder with the SHA-256 sums recorded when it was saved.
+
+    Raises :class:`CheckpointError` that names each file that is missing, changed, or was added and would be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    recorded = _read_manifest(folder)
+    problems = []
+    for name, entry in recorded.items():
+        difference = _difference(folder / name, entry)
+        if difference:
+            problems.append(f"{name} {difference}")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _READ_SUFFIXES and file.name not in recorded and file.name != MANIFEST_FILE:
+            problems.append(f"{file.name} was added")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{folder} does not match its manifest: {'; '.join(problems[:5])}{more}")
+    return Verification(len(recorded), sum(entry["bytes"] for entry in recorded.values()))

@@ -1,0 +1,45 @@
+"""Set-up shared by all tests: no network, quiet libraries, and a tiny model folder to work on."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from tiny_text import WORDS, words
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A fast tokenizer of whole words, 0..95."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "</s>": 1} | {word: 2 + i for i, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A text of 2,000 words that the tokenizer knows."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(words(2000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """A tiny full-precision Mixtral with its tokenizer, as a user has it on disk."""
+    from tiny_models import tiny_model
+
+    path = tmp_path_factory.mktemp("model") / "tiny-mixtral"
+    model = tiny_model("mixtral")
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,430 @@
+"""The command line: what it prints where, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import gemq
+from gemq.checkpoint import load_packed_config
+from gemq.cli import display
+from gemq.cli.run import run
+from gemq.integrity import WEIGHTS_FILE
+from gemq.pipeline import load_tokenizer
+
+COMMANDS = ("quantize", "allocate", "eval", "generate", "inspect", "verify", "demo")
+GEMQ = [sys.executable, "-m", "gemq"]
+
+
+@pytest.fixture
+def gemq_run(capsys):
+    """Run a command in this process: ``(exit code, standard output, standard error)``."""
+
+    def call(*arguments, debug=False):
+        capsys.readouterr()
+        code = run([str(a) for a in arguments], debug)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def quick(text_file):
+    """Options that make quantizing the tiny model take no time."""
+    return ["--calibration", str(text_file), "--samples", "6", "--length", "24"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model_folder, quick, tmp_path_factory):
+    """What ``gemq quantize --bits 2`` makes of the tiny model."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-2"
+    assert run(["quantize", str(model_folder), "-o", str(path), "--bits", "2", *quick]) == 0
+    return path
+
+
+def plain(text):
+    """Table output as one line of words."""
+    return " ".join(re.sub(r"[│┃━─┏┓┗┛┡┩└┘├┤┬┴┼╇]", " ", text).split())
+
+
+def fails(result, message, code=2):
+    """The exit code is ``code``, standard output is empty, and standard error one line that says ``message``."""
+    got, out, err = result
+    assert (got, out) == (code, ""), err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+
+
+# what works
+
+
+def test_quantize_one_budget(gemq_run, model_folder, quick, tmp_path):
+    code, out, err = gemq_run("quantize", model_folder, "-o", tmp_path / "out", "--bits", "2", *quick)
+    assert code == 0
+    words = plain(out)
+    assert "quantized" in words and "bits/expert" in words and "2.000" in words
+    assert str(tmp_path / "out") in out
+    for stage in ("measure", "allocate", "tune routers", "done in"):
+        assert stage in err and stage not in out
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names >= {"config.json", WEIGHTS_FILE, "gemq_costs.json", "gemq_report.json", "gemq_manifest.json"}
+    assert names >= {"tokenizer.json", "tokenizer_config.json"}
+    assert os.listdir(tmp_path) == ["out"]
+    config = load_packed_config(tmp_path / "out")
+    assert (config.budget, config.method, config.attention_bits) == (2.0, "gemq", 4)
+    dtypes = {str(t.dtype) for t in load_file(tmp_path / "out" / WEIGHTS_FILE).values()}
+    assert dtypes == {"torch.uint8", "torch.float16", "torch.bfloat16"}
+    report = json.loads((tmp_path / "out" / "gemq_report.json").read_text())
+    assert report["bits_per_expert"] == 2.0 and len(report["router_losses"]) == 6
+
+
+def test_quantize_several_budgets(gemq_run, model_folder, quick, tmp_path):
+    out_folder = tmp_path / "out"
+    code, out, _ = gemq_run("quantize", model_folder, "-o", out_folder, "--bits", "2.5,2", "--no-tune-routers", *quick)
+    assert code == 0
+    assert sorted(os.listdir(out_folder)) == ["2", "2.5"]
+    assert "2.500" in out and "2.000" in out
+    for name in ("2", "2.5"):
+        config = load_packed_config(out_folder / name)
+        bits = [b for row in config.expert_bits.values() for b in row]
+        assert config.budget == sum(bits) / len(bits) == float(name)
+        gemq.verify(out_folder / name)
+
+
+@pytest.mark.parametrize("method", ["uniform", "pmq"])
+def test_quantize_by_the_baselines(gemq_run, model_folder, quick, tmp_path, method):
+    arguments = ["-o", tmp_path / "out", "--bits", "2.25", "--method", method, "--no-tune-routers"]
+    assert gemq_run("quantize", model_folder, *arguments, *quick)[0] == 0
+    config = load_packed_config(tmp_path / "out")
+    assert config.method == method
+    if method == "uniform":
+        assert config.expert_bits == {0: [2] * 4, 1: [2] * 4}
+    else:
+        assert all(sum(bits) == 9 and set(bits) == {1, 2, 3} for bits in config.expert_bits.values())
+    assert gemq.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_quantize_needs_overwrite(gemq_run, model_folder, quick, tmp_path):
+    arguments = ["quantize", model_folder, "-o", tmp_path / "out", "--bits", "2", "--method", "uniform", *quick]
+    assert gemq_run(*arguments)[0] == 0
+    fails(gemq_run(*arguments), "is not empty; choose another or pass --overwrite")
+    assert gemq_run(*arguments, "--overwrite", "--bits", "3")[0] == 0
+    assert load_packed_config(tmp_path / "out").budget == 3.0
+
+
+def test_allocate(gemq_run, checkpoint):
+    code, out, err = gemq_run("allocate", checkpoint, "--bits", "2.5,2")
+    assert code == 0 and err == ""
+    assert "budget 2.5" in out and "budget 2" in out and "bits per layer and expert" in out
+    assert [len(re.findall(rf"\b[123]{{4}}\b.*{mean}", out)) for mean in (r"\d\.\d\d",)] == [4]
+
+
+def test_allocate_json(gemq_run, checkpoint):
+    code, out, err = gemq_run("allocate", checkpoint / "gemq_costs.json", "--bits", "2.5,2", "--json")
+    assert code == 0 and err == ""
+    records = json.loads(out)
+    assert [r["budget"] for r in records] == [2.5, 2.0]
+    saved = load_packed_config(checkpoint).expert_bits
+    assert {int(k): v for k, v in records[1]["expert_bits"].items()} == saved
+    assert records[0]["shared_bits"] is None
+
+
+@pytest.mark.parametrize("kind", ["packed", "full"])
+def test_eval(gemq_run, checkpoint, model_folder, text_file, kind):
+    model = checkpoint if kind == "packed" else model_folder
+    arguments = ["eval", model, "--data", text_file, "--length", "50", "--limit", "4"]
+    code, out, err = gemq_run(*arguments)
+    assert code == 0
+    assert "perplexity" in out and "perplexity" not in err and "evaluate" in err
+    code, out, _ = gemq_run(*arguments, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["tokens"] == 4 * 49 and 1 < found["perplexity"] < 1000
+    model = gemq.from_pretrained(checkpoint) if kind == "packed" else str(model_folder)
+    tokenizer = load_tokenizer(str(model_folder))
+    again = gemq.evaluate(model, str(text_file), length=50, limit=4, tokenizer=tokenizer)
+    assert found["perplexity"] == pytest.approx(again.perplexity, rel=1e-5)
+
+
+def test_generate(gemq_run, checkpoint):
+    code, out, err = gemq_run("generate", checkpoint, "it was [for] the", "--max-new-tokens", "5")
+    assert code == 0
+    assert out.startswith("it was [for] the") and len(out.split()) > 4
+    assert re.search(r"5 tokens in .* s, .* tokens/s", err)
+    options = ["--max-new-tokens", "5", "--temperature", "1.5", "--top-p", "0.9"]
+    first, again, other = (gemq_run("generate", checkpoint, "it was", *options, "--seed", s)[1] for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_inspect(gemq_run, checkpoint):
+    code, out, err = gemq_run("inspect", checkpoint)
+    assert code == 0 and err == ""
+    config = load_packed_config(checkpoint)
+    for layer, bits in config.expert_bits.items():
+        assert f"{layer} {''.join(map(str, bits))} {sum(bits) / len(bits):.2f}" in plain(out)
+    assert "2.000 bits per routed expert, attention 4" in out
+    tensors = load_file(checkpoint / WEIGHTS_FILE).values()
+    total = sum(t.numel() * t.element_size() for t in tensors)
+    assert f"all tensors {display.size(total)} 100%" in plain(out)
+    assert f"files {display.size((checkpoint / WEIGHTS_FILE).stat().st_size)}" in plain(out)
+
+
+def test_verify(gemq_run, checkpoint):
+    code, out, err = gemq_run("verify", checkpoint)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{checkpoint}: ") and out.endswith("as saved\n") and out.count("\n") == 1
+
+
+def test_verify_finds_a_flipped_bit(gemq_run, checkpoint, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    raw = bytearray((copy / WEIGHTS_FILE).read_bytes())
+    raw[-7] ^= 1
+    (copy / WEIGHTS_FILE).write_bytes(raw)
+    fails(gemq_run("verify", copy), r"model\.safetensors differs from its SHA-256")
+
+
+def test_help_lists_all(gemq_run):
+    code, out, err = gemq_run("--help")
+    assert code == 0 and err == ""
+    for command in COMMANDS:
+        assert re.search(rf"\b{command}\b", out)
+    for command in COMMANDS:
+        code, out, _ = gemq_run(command, "--help")
+        assert code == 0 and f"gemq {command}" in out
+
+
+def test_version(gemq_run):
+    assert gemq_run("--version") == (0, f"gemq {gemq.__version__}\n", "")
+
+
+# what fails
+
+
+def test_missing_arguments(gemq_run):
+    fails(gemq_run("quantize"), "(?i)missing argument 'model'")
+    fails(gemq_run("nonsense"), "No such command 'nonsense'")
+    code, out, err = gemq_run()
+    assert (code, err) == (2, "")
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--bits": "2.5,1.1"}, r"budget must be in 1\.75\.\.3 bits per expert .*, got 1\.1"),
+        ({"--bits": "two"}, "--bits must be numbers separated by commas, got 'two'"),
+        ({"--bits": "2,2"}, "--bits names a budget twice"),
+        ({"--bits": ""}, "--bits must be numbers"),
+        ({"--bits": "nan"}, "budgets must be bits per expert in 0..8"),
+        ({"--bits": "-1"}, "budgets must be bits per expert in 0..8"),
+        ({"--bits": "9"}, "budgets must be bits per expert in 0..8"),
+        ({"--bits": "1.1"}, r"budget must be in 1\.75\.\.3 bits per expert"),
+        ({"--candidates": "1,x"}, "--candidates must be whole numbers"),
+        ({"--candidates": "1,9"}, r"--candidates must be in 0\.\.8"),
+        ({"--attention-bits": "12"}, "attention_bits must be 1..8, or 16"),
+        ({"--shared-bits": "few"}, "--shared-bits must be auto or a width"),
+        ({"--group-size": "48"}, "group_size must be one of"),
+        ({"--method": "magic"}, "magic.*gemq.*pmq.*uniform"),
+        ({"--estimate": "guess"}, "estimate must be one of fp, quantized, tuned"),
+        ({"--constraints": "all"}, "per_layer must be one of"),
+        ({"--samples": "0"}, "samples"),
+        ({"--length": "many"}, "length"),
+        ({"--dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, float16"),
+        ({"--device": "abacus"}, "device must be like cpu, cuda or cuda:1, got 'abacus'"),
+        ({"--calibration": "empty.txt"}, r"the text source '\S*empty\.txt' is empty"),
+        ({"--calibration": "short.txt"}, "has 3 tokens, but 24 are needed"),
+        ({"--calibration": "nowhere.txt"}, "no text file"),
+        ({"--router-text": "nowhere.txt"}, "no text file"),
+        ({"--output": "used"}, "is not empty; choose another or pass --overwrite"),
+        ({"--output": "short.txt"}, "exists and is not a folder"),
+        ({"--nonsense": "1"}, "No such option.*--nonsense"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_quantize_refuses(gemq_run, model_folder, quick, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the of and")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("")
+    before = sorted(os.listdir(tmp_path))
+    options = {"--output": "out", "--bits": "2"} | dict(zip(quick[::2], quick[1::2], strict=True)) | changes
+    # all of them before any work: nothing on standard error but the error
+    fails(gemq_run("quantize", model_folder, *[f"{k}={v}" for k, v in options.items()]), message)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_cuda_device(gemq_run, model_folder, checkpoint, quick, text_file, tmp_path):
+    message = "device 'cuda' was asked for, but no CUDA device is available"
+    fails(gemq_run("quantize", model_folder, "-o", tmp_path / "o", "--device", "cuda", *quick), message)
+    fails(gemq_run("eval", checkpoint, "--data", text_file, "--length", 20, "--device", "cuda"), message)
+    fails(gemq_run("generate", checkpoint, "it was", "--device", "cuda"), message)
+
+
+def test_no_such_model(gemq_run, quick, tmp_path, text_file):
+    fails(gemq_run("quantize", tmp_path / "nowhere", "-o", tmp_path / "o", *quick), "no model in '.*nowhere'")
+    fails(gemq_run("eval", tmp_path / "nowhere", "--data", text_file), "nowhere")
+    fails(gemq_run("generate", tmp_path / "nowhere", "it was"), "nowhere")
+    fails(gemq_run("inspect", tmp_path / "nowhere"), "there is no checkpoint folder .*nowhere")
+    fails(gemq_run("verify", tmp_path / "nowhere"), "there is no folder .*nowhere")
+    fails(gemq_run("allocate", tmp_path / "nowhere"), "nowhere")
+
+
+def test_unsupported_and_quantized_models(gemq_run, checkpoint, quick, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=32).save_pretrained(tmp_path / "llama")
+    message = "model type 'llama' is not supported yet; supported: deepseek_v2, mixtral"
+    fails(gemq_run("quantize", tmp_path / "llama", "-o", tmp_path / "o", *quick), message)
+    fails(gemq_run("quantize", checkpoint, "-o", tmp_path / "o", *quick), "is quantized already")
+
+
+def test_output_is_the_model(gemq_run, model_folder, quick):
+    fails(gemq_run("quantize", model_folder, "-o", model_folder, "--overwrite", *quick), "is the model itself")
+
+
+def test_infeasible_budgets_name_the_range(gemq_run, checkpoint):
+    for bits in ("1.2", "3.5"):
+        message = rf"budget must be in 1\.75\.\.3 bits per expert.*{bits}"
+        fails(gemq_run("allocate", checkpoint, "--bits", bits), message)
+    for bits in ("nan", "inf"):
+        fails(gemq_run("allocate", checkpoint, "--bits", bits), "budget")
+
+
+def test_eval_and_generate_refuse(gemq_run, checkpoint, text_file, tmp_path):
+    (tmp_path / "short.txt").write_text("the of and")
+    fails(gemq_run("eval", checkpoint, "--data", tmp_path / "short.txt"), "has 3 tokens, but 2048 are needed")
+    fails(gemq_run("generate", checkpoint, ""), "prompt must not be empty")
+    fails(gemq_run("generate", checkpoint, "it", "--top-p", "0"), r"top_p in \(0, 1\]")
+    fails(gemq_run("inspect", tmp_path), r"is not a complete checkpoint: it has no config\.json")
+    fails(gemq_run("eval", tmp_path, "--data", text_file), "no config.json|no tokenizer")
+
+
+def test_damaged_costs(gemq_run, tmp_path):
+    for text in ("", "{}", "[]", "{"):
+        (tmp_path / "gemq_costs.json").write_text(text)
+        fails(gemq_run("allocate", tmp_path), "gemq_costs.json|costs")
+
+
+def test_debug_shows_the_traceback(gemq_run, tmp_path):
+    code, out, err = gemq_run("inspect", tmp_path / "nowhere", debug=True)
+    assert (code, out) == (2, "")
+    assert "Traceback (most recent call last)" in err
+    assert err.splitlines()[-1].startswith("error: there is no checkpoint folder")
+
+
+def test_internal_errors_are_one_line_too(gemq_run, monkeypatch, tmp_path):
+    def fail(path):
+        raise RuntimeError("a [bold]bug[/bold]\nof many lines")
+
+    monkeypatch.setattr("gemq.cli.app.summarize", fail)
+    message = r"internal error, RuntimeError: a \[bold\]bug\[/bold\] of many lines \(--debug shows more\)"
+    fails(gemq_run("inspect", tmp_path), message, code=1)
+
+
+@pytest.mark.parametrize("when", ["before", "in a stage"])
+def test_ctrl_c(gemq_run, monkeypatch, tmp_path, when):
+    def interrupted(config, report):
+        if when == "in a stage":
+            report("measure", 1, 4)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gemq, "quantize", interrupted)
+    code, out, err = gemq_run("quantize", "model", "-o", tmp_path / "out")
+    assert (code, out) == (130, "")
+    assert err.rstrip().splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in err
+
+
+# how it looks
+
+
+def test_square_brackets_are_not_markup(gemq_run, checkpoint, text_file, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(checkpoint, tmp_path / "a[red]b[/]")
+    data = shutil.copy(text_file, tmp_path / "t[bold].txt")
+    code, out, _ = gemq_run("eval", folder, "--data", data, "--length", 50, "--limit", 1)
+    assert code == 0
+    joined = "".join(out.split()).replace("│", "")
+    assert "a[red]b[/]" in joined and "t[bold].txt" in joined
+    assert "a[red]b[/]: " in gemq_run("verify", folder)[1]
+    assert gemq_run("inspect", folder)[0] == 0
+    fails(gemq_run("inspect", tmp_path / "no[/]where[red]"), r"no\[/\]where\[red\]")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Consoles made anew, as on a colour terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for console in (display.output, display.errors):
+        console.cache_clear()
+    yield
+    for console in (display.output, display.errors):
+        console.cache_clear()
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38;5)[0-9;]*m")
+
+
+def test_colour_on_a_terminal(gemq_run, terminal, checkpoint, tmp_path):
+    assert COLOUR.search(gemq_run("inspect", checkpoint)[1])
+    assert COLOUR.search(gemq_run("inspect", tmp_path)[2])
+
+
+def test_no_color(gemq_run, terminal, monkeypatch, checkpoint, tmp_path):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not COLOUR.search(gemq_run("inspect", checkpoint)[1])
+    assert not COLOUR.search(gemq_run("inspect", tmp_path)[2])
+
+
+def test_progress_shows_the_time_left(monkeypatch):
+    screen, clock = io.StringIO(), itertools.count(0.0, 0.5)
+    console = Console(file=screen, force_terminal=True, width=110, get_time=lambda: next(clock))
+    monkeypatch.setattr(display, "errors", lambda: console)
+    with display.stages() as report:
+        for done in range(6):
+            report("measure experts", done, 8)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    last = [line for line in re.split(r"[\r\n]", shown) if "measure experts" in line][-1]
+    assert re.search(r"measure experts .* 5/8 0:00:\d\d left 0:00:\d\d", last), last
+
+
+# as a program
+
+
+def test_exit_codes_of_the_program(checkpoint, tmp_path):
+    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*GEMQ, "verify", str(checkpoint)], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "as saved" in done.stdout
+    done = subprocess.run([*GEMQ, "--debug", "inspect", str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" in done.stderr and "error: " in done.stderr.splitlines()[-1]
+    done = subprocess.run([*GEMQ, "eval", str(tmp_path / "x")], capture_output=True, text=True, env=environment)
+    fails((done.returncode, done.stdout, done.stderr), "x")
+
+
+def test_a_closed_pipe_is_quiet(checkpoint):
+    process = subprocess.Popen([*GEMQ, "inspect", str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0

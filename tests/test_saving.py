@@ -1,0 +1,153 @@
+"""Saving: checked before work, nothing half-written, sizes as the bits say."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from packed_models import logits, quantized
+
+import gemq
+from gemq import checkpoint
+from gemq.checkpoint import check_output, save_packed
+from gemq.errors import CheckpointError
+from gemq.integrity import MANIFEST_FILE, WEIGHTS_FILE, read_header, weight_files
+from gemq.models import describe
+from gemq.pipeline import packed_bytes
+from gemq.summary import summarize
+
+
+@pytest.fixture(scope="module")
+def made():
+    return quantized("mixtral", tune=False)
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A checkpoint that is there already, in several shards."""
+    return save_packed(made.packed, made.config, tmp_path / "model", dtype=torch.bfloat16, max_shard_size="30KB")
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_output_is_checked_before_work(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="is the model itself"):
+        check_output(folder, folder, overwrite=True)
+    with pytest.raises(CheckpointError, match="is the model itself or holds it"):
+        check_output(tmp_path, folder, overwrite=True)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(CheckpointError, match="is the model itself"):
+        check_output(tmp_path / "link", folder, overwrite=True)
+    with pytest.raises(CheckpointError, match="is not empty; choose another or pass --overwrite"):
+        check_output(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="exists and is not a folder"):
+        check_output(tmp_path / "file", overwrite=True)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        check_output(tmp_path / "file" / "below")
+    (tmp_path / "empty").mkdir()
+    for path in (folder, tmp_path / "empty", tmp_path / "new" / "below"):
+        assert check_output(path, overwrite=True) == path
+
+
+def test_overwrite_replaces_checkpoints_only(made, tmp_path):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds other things than a checkpoint; choose another"):
+        save_packed(made.packed, made.config, documents, overwrite=True)
+    assert (documents / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_replaces_every_file(made, folder, tmp_path):
+    save_packed(made.packed, made.config, folder, overwrite=True)
+    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", MANIFEST_FILE, WEIGHTS_FILE}
+    assert os.listdir(tmp_path) == ["model"]
+    gemq.verify(folder)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
+@pytest.mark.parametrize("place", ["weights", "extra", "config", "rename"])
+def test_a_failing_save_leaves_the_old_checkpoint(made, folder, tmp_path, monkeypatch, error, place):
+    def fail(*args, **kwargs):
+        raise error
+
+    def rename(source, target, replace=os.replace):
+        if str(source).endswith(".partial"):
+            raise error
+        replace(source, target)
+
+    if place == "weights":
+        monkeypatch.setattr("gemq.checkpoint.save_torch_state_dict", fail)
+    if place == "config":
+        monkeypatch.setattr("gemq.checkpoint.write_manifest", fail)
+    if place == "rename":
+        monkeypatch.setattr("gemq.checkpoint.os.replace", rename)
+    extra = {"notes.json": fail} if place == "extra" else {}
+    before = snapshot(folder)
+    with pytest.raises(type(error)):
+        save_packed(made.packed, made.config, folder, extra_files=extra, overwrite=True)
+    with pytest.raises(type(error)):
+        save_packed(made.packed, made.config, tmp_path / "new", extra_files=extra)
+    assert snapshot(folder) == before
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_config_is_written_last(made, tmp_path, monkeypatch):
+    synced = []
+    fsync = checkpoint._fsync
+
+    def record(path):
+        if path.is_file():
+            synced.append(path.name)
+            # nothing is loadable before everything else is on the disk
+            assert (path.parent / "config.json").exists() == (path.name == "config.json")
+        fsync(path)
+
+    monkeypatch.setattr(checkpoint, "_fsync", record)
+    save_packed(made.packed, made.config, tmp_path / "model", extra_files={"x.json": lambda path: path.touch()})
+    assert set(synced[:-1]) == {WEIGHTS_FILE, MANIFEST_FILE, "generation_config.json", "x.json"}
+    assert synced[-1] == "config.json"
+
+
+def test_a_stale_partial_is_replaced(made, tmp_path):
+    stale = tmp_path / "model.partial"
+    stale.mkdir()
+    (stale / "junk.safetensors").write_text("")
+    save_packed(made.packed, made.config, tmp_path / "model")
+    gemq.verify(tmp_path / "model")
+    assert not stale.exists() and not (tmp_path / "model" / "junk.safetensors").exists()
+
+
+def test_saving_leaves_the_model_as_it_is(made, tmp_path):
+    before, dtype = logits(made.packed), made.packed.config.dtype
+    save_packed(made.packed, made.config, tmp_path / "model", dtype=torch.float16)
+    assert torch.equal(logits(made.packed), before)
+    assert (made.packed.dtype, made.packed.config.dtype) == (torch.float32, dtype)
+    assert gemq.from_pretrained(tmp_path / "model").dtype == torch.float16
+
+
+def test_unquantized_tensors_are_stored_in_the_dtype_asked_for(folder):
+    dtypes = {name: entry.dtype for file in weight_files(folder) for name, entry in read_header(file).items()}
+    for name, dtype in dtypes.items():
+        assert dtype == ("U8" if name.endswith("_codes") else "F16" if name.endswith("_meta") else "BF16")
+
+
+def test_size_on_disk_is_what_the_bits_say(tmp_path):
+    made = quantized("deepseek_v2", layers=4, experts=24, tune=False)
+    moe = describe(made.dense)
+    save_packed(made.packed, made.config, tmp_path / "model", dtype=torch.bfloat16)
+    said = packed_bytes(moe, made.stage.weights)
+    # by hand: codes, and 32 bits for each row of each group (64 columns, or 32 where that does not divide)
+    widths = [b for row in made.config.expert_bits.values() for b in row]
+    experts = sum(192 * 64 * b // 8 + 4 * 192 + 64 * 96 * b // 8 + 4 * 64 * 3 for b in widths)
+    summary = summarize(tmp_path / "model")
+    assert experts == summary.bytes_by_kind["experts codes"] + summary.bytes_by_kind["experts meta"]
+    assert summary.tensor_bytes == said
+    on_disk = sum(f.stat().st_size for f in (tmp_path / "model").glob("*.safetensors"))
+    assert on_disk == summary.file_bytes
+    assert said <= on_disk <= 1.02 * said
+    assert summary.expert_bits == pytest.approx(sum(widths) / len(widths))
