@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comparing import assert_close
-from placements import PLACEMENTS, Placement
+from placements import DEVICES, PLACEMENTS, Placement
 from stacks import random_stack
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def opcheck(name: str, *args) -> None:
     torch.library.opcheck(getattr(torch.ops.gemq, name).default, args)
 
 
-@pytest.mark.parametrize("device", {place.values[0].device: None for place in PLACEMENTS})
+@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_of_packing(device: str) -> None:
     codes = torch.randint(0, 8, (17, 64), dtype=torch.uint8, device=device)
     packed, meta = ops.pack(codes, 3), torch.randn(17, 2, 2, device=device).to(torch.float16)

@@ -17,6 +17,7 @@ from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
 from gemq.algorithms.router_tuning import tune_routers
 from gemq.checkpoint import from_pretrained
+from gemq.demo.picture import Row, draw
 from gemq.errors import CheckpointError
 from gemq.models import MoeModel, describe
 from gemq.pipeline import (
@@ -44,17 +45,6 @@ class DemoConfig:
     length: int = 256
     seed: int = 0
     prompt: str = "It was a dark night, and the old man"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: perplexity on held-out text, bytes of the checkpoint, seconds of quantizing."""
-
-    method: str
-    bits: float | None
-    perplexity: float
-    bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -155,35 +145,11 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
         packed, config.prompt, tokenizer=demo.tokenizer, max_new_tokens=60, temperature=0.7, top_p=0.9
     )
     maps = {stage.budget: stage.plan.experts for stage in stages}
-    picture = config.output / "bits.png"
-    draw_bit_maps(maps, picture)
+    picture = config.output / "demo.png"
+    draw(demo.rows, maps, picture)
     result = DemoResult(
         demo.rows, maps, {s.budget: demo.checkpoint(s.budget) for s in stages}, again, picture, generation,
         time.perf_counter() - started,
     )
     (config.output / "table.json").write_text(json.dumps([asdict(r) for r in demo.rows], indent=1) + "\n")
     return result
-
-
-def draw_bit_maps(maps: dict[float, dict[int, list[int]]], path: Path) -> None:
-    """A PNG with a panel per budget: layers down, experts across, colour and digit for the width."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    first = next(iter(maps.values()))
-    layers, experts = len(first), len(next(iter(first.values())))
-    figure = Figure(figsize=(0.34 * experts * len(maps) + 1.6, 0.34 * layers + 1.2), dpi=150, layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    widest = max(b for m in maps.values() for row in m.values() for b in row)
-    for axis, (budget, rows) in zip(axes, sorted(maps.items(), reverse=True), strict=True):
-        axis.imshow(list(rows.values()), cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="equal")
-        for y, row in enumerate(rows.values()):
-            for x, bits in enumerate(row):
-                shade = "white" if bits > 0.6 * (widest + 1) else "black"
-                axis.text(x, y, str(bits), ha="center", va="center", fontsize=7, color=shade)
-        axis.set_title(f"{budget:g} bits per expert", fontsize=9)
-        axis.set_xlabel("expert", fontsize=8)
-        axis.set_xticks([0, experts - 1])
-        axis.set_yticks(range(layers), [str(i) for i in rows], fontsize=7)
-    axes[0].set_ylabel("layer", fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)

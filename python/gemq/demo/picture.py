@@ -1,0 +1,67 @@
+"""The demo's picture: perplexity by budget and method, and the bit map of every budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_STYLES = {
+    "uniform": ("#8c8c8c", "o", "-"), "PMQ": ("#c08a2e", "s", "-"), "GEMQ": ("#2b7bba", "D", "-"),
+    "GEMQ + routers": ("#17518a", "^", "-"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: perplexity on held-out text, bytes of the checkpoint, seconds of quantizing."""
+
+    method: str
+    bits: float | None
+    perplexity: float
+    bytes: int
+    seconds: float
+
+
+def _curves(axis, rows: list[Row]) -> None:
+    for method, (colour, marker, line) in _STYLES.items():
+        points = sorted((r.bits, r.perplexity) for r in rows if r.method == method)
+        axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=method, markersize=4)
+    for row, line in zip((r for r in rows if r.bits is None), ("--", ":"), strict=False):
+        axis.axhline(row.perplexity, color="black", linestyle=line, linewidth=0.9, label=row.method)
+    axis.set_xlabel("bits per expert", fontsize=9)
+    axis.set_ylabel("perplexity, held-out text", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7, frameon=False)
+
+
+def _bit_map(axis, budget: float, rows: dict[int, list[int]], widest: int) -> None:
+    axis.imshow(list(rows.values()), cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="equal")
+    for y, row in enumerate(rows.values()):
+        for x, bits in enumerate(row):
+            shade = "white" if bits > 0.6 * (widest + 1) else "black"
+            axis.text(x, y, str(bits), ha="center", va="center", fontsize=7, color=shade)
+    axis.set_title(f"{budget:g} bits per expert", fontsize=9)
+    axis.set_xticks([0, len(next(iter(rows.values()))) - 1])
+    axis.set_yticks(range(len(rows)), [str(index) for index in rows])
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel("expert", fontsize=8)
+    axis.set_ylabel("layer", fontsize=8)
+
+
+def draw(rows: list[Row], maps: dict[float, dict[int, list[int]]], path: Path) -> None:
+    """Write a PNG: the table's curves on the left, the GEMQ bit maps (layer down, expert across) on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    _curves(left.subplots(), rows)
+    columns = min(2, len(maps))
+    axes = right.subplots(-(-len(maps) // columns), columns, squeeze=False).flatten()
+    widest = max(b for m in maps.values() for row in m.values() for b in row)
+    for axis, (budget, found) in zip(axes, sorted(maps.items(), reverse=True), strict=False):
+        _bit_map(axis, budget, found, widest)
+    for axis in axes[len(maps) :]:
+        axis.axis("off")
+    FigureCanvasAgg(figure).print_png(path)
