@@ -40,7 +40,7 @@ def demo_table(result: dict) -> str:
         "|---|" + "---|" * len(budgets),
     ]
     found = {(r["method"], r["bits"]): r for r in rows}
-    for method in ("uniform", "PMQ", "GEMQ", "GEMQ + routers"):
+    for method in ("uniform", "PMQ", "GEMQ, paper", "GEMQ", "GEMQ + routers"):
         cells = " | ".join(f"{found[method, b]['perplexity']:.2f}" for b in budgets)
         lines.append(f"| {method} | {cells} |")
     sizes = " | ".join(f"{found['GEMQ', b]['bytes'] / 1e6:.2f} MB" for b in budgets)

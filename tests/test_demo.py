@@ -19,7 +19,7 @@ def result(tmp_path_factory: pytest.TempPathFactory):
 def test_every_method_and_budget_is_in_the_table(result) -> None:
     methods = [(r.method, r.bits) for r in result.rows]
     expected = [("FP", None), ("FP, routers tuned", None)]
-    expected += [(m, b) for m in ("uniform", "PMQ", "GEMQ", "GEMQ + routers") for b in (2.0, 1.5)]
+    expected += [(m, b) for m in ("uniform", "PMQ", "GEMQ, paper", "GEMQ", "GEMQ + routers") for b in (2.0, 1.5)]
     assert methods == expected
     saved = json.loads((result.picture.parent / "table.json").read_text())
     assert [r["perplexity"] for r in saved] == [r.perplexity for r in result.rows]

@@ -8,13 +8,16 @@ import torch
 from tiny_models import FAMILIES, random_windows, tiny_model
 from torch import nn
 
-from gemq.algorithms.importance import measure
+from gemq.algorithms.gptq import GptqConfig, gptq
+from gemq.algorithms.importance import Perturbation, measure
+from gemq.algorithms.layerwise import expert_hidden
 from gemq.algorithms.originals import Originals
 from gemq.format import default_group_size
 from gemq.models import describe
 from gemq.reference.grid import dequantize_codes, round_to_nearest
 
 CANDIDATES = (0, 1, 2, 3, 8)
+RTN = Perturbation("rtn")
 
 
 def perturbed(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -66,7 +69,7 @@ def test_costs_equal_running_every_perturbed_block(family: str) -> None:
     model = tiny_model(family)
     moe = describe(model)
     windows = random_windows(5, 16)
-    found = measure(moe, windows, CANDIDATES, Originals(moe), batch_size=2)
+    found = measure(moe, windows, CANDIDATES, Originals(moe), perturbation=RTN, batch_size=2)
     records = block_outputs_and_gradients(model, moe, windows)
     with torch.no_grad():
         for row, layer in enumerate(moe.moe):
@@ -90,7 +93,9 @@ def test_costs_equal_running_every_perturbed_block(family: str) -> None:
 def test_the_batch_size_does_not_matter() -> None:
     moe = describe(tiny_model("mixtral"))
     windows, originals = random_windows(6, 16), Originals(moe)
-    one, all_at_once = (measure(moe, windows, (1, 2, 3), originals, batch_size=b) for b in (1, 6))
+    one, all_at_once = (
+        measure(moe, windows, (1, 2, 3), originals, perturbation=RTN, batch_size=b) for b in (1, 6)
+    )
     for name in ("frequency", "weight", "error"):
         np.testing.assert_allclose(getattr(one, name), getattr(all_at_once, name), rtol=1e-4)
     np.testing.assert_allclose(one.costs.routed, all_at_once.costs.routed, rtol=1e-3)
@@ -112,7 +117,7 @@ def test_the_change_is_measured_against_the_original_expert() -> None:
         for layer in moe.moe:
             for weight in (layer.experts.gate_up_proj, layer.experts.down_proj):
                 weight.copy_(perturbed(weight, 1))
-    costs = measure(moe, random_windows(), (1, 2, 3), originals).costs.routed
+    costs = measure(moe, random_windows(), (1, 2, 3), originals, perturbation=RTN).costs.routed
     used = costs[..., 2] > 0
     assert used.any() and (costs[..., 0][used] > costs[..., 2][used]).mean() > 0.9
 
@@ -127,3 +132,28 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_gptq_perturbation_is_gptq_on_the_experts_own_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down = torch.randn(64, 32, generator=generator) * 0.1, torch.randn(32, 32, generator=generator) * 0.1
+    x, config = torch.randn(50, 32, generator=generator), GptqConfig(group_size=32)
+    found = Perturbation("gptq", config).ffn(gate_up, down, (0, 1, 3), lambda: x)
+    assert not found[0][0].any() and not found[0][1].any()
+    for bits, (first, second) in zip((1, 3), found[1:], strict=True):
+        for weight, inputs, result in ((gate_up, x, first), (down, expert_hidden(gate_up, x), second)):
+            codes, meta, _ = gptq(weight[None], (inputs.T @ inputs)[None], [bits], [50], config, 32)
+            torch.testing.assert_close(result, dequantize_codes(codes[0], meta[0]))
+
+
+def test_an_unused_expert_costs_nothing_at_any_width() -> None:
+    model = tiny_model("mixtral")
+    moe = describe(model)
+
+    def never_expert_3(module, args, output):
+        logits, weights, ids = output
+        return logits, weights, torch.where(ids == 3, moe.num_experts, ids)
+
+    moe.moe[0].block.gate.register_forward_hook(never_expert_3)
+    found = measure(moe, random_windows(), (1, 2, 3), Originals(moe))
+    assert (found.costs.routed[0, 3] == 0).all() and found.frequency[0, 3] == 0

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gemq.algorithms.allocation import Costs
+from gemq.algorithms.gptq import GptqConfig, gptq
 from gemq.algorithms.layerwise import Routed, expert_hidden, watch_experts
 from gemq.algorithms.originals import Originals
 from gemq.format import default_group_size
@@ -70,12 +71,43 @@ def _capture_batch(moe: MoeModel, ids: Tensor) -> list[_Capture]:
     return captures
 
 
-def _perturbed(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """``weight [..., n, k]`` rounded to ``bits`` and back, as the paper perturbs it (plain RTN)."""
-    if bits == 0:
-        return torch.zeros_like(weight)
-    size = default_group_size(weight.shape[-1], group_size)
-    return dequantize_codes(*round_to_nearest(weight, bits, size), dtype=weight.dtype)
+PERTURBATIONS = ("gptq", "rtn")
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """How an expert is quantized to see what it costs: ``gptq`` as it will be (with ``config``, on the inputs at
+    hand), or ``rtn``, rounded to nearest with no clipping, as the paper's scripts do."""
+
+    kind: str = "gptq"
+    config: GptqConfig = field(default_factory=GptqConfig)
+
+    def __post_init__(self) -> None:
+        if self.kind not in PERTURBATIONS:
+            raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.kind!r}")
+
+    def quantized(self, weight: Tensor, widths: tuple[int, ...], inputs: Callable[[], Tensor]) -> list[Tensor]:
+        """``weight [n, k]`` quantized to every width and back; ``inputs()`` are its inputs ``[t, k]``."""
+        size = default_group_size(weight.shape[-1], self.config.group_size)
+        kept = [b for b in widths if b]
+        if self.kind == "rtn":
+            found = {b: dequantize_codes(*round_to_nearest(weight, b, size), dtype=weight.dtype) for b in kept}
+        elif kept:
+            x = inputs().float()
+            batch = (len(kept), -1, -1)
+            codes, meta, _ = gptq(
+                weight.expand(batch), (x.T @ x).expand(batch), kept, [len(x)] * len(kept), self.config, size
+            )
+            found = dict(zip(kept, dequantize_codes(codes, meta, weight.dtype), strict=True))
+        return [found[b] if b else torch.zeros_like(weight) for b in widths]
+
+    def ffn(
+        self, gate_up: Tensor, down: Tensor, widths: tuple[int, ...], x: Callable[[], Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Both projections of an expert at every width, calibrated on its inputs ``x() [t, hidden]``."""
+        first = self.quantized(gate_up, widths, x)
+        second = self.quantized(down, widths, lambda: expert_hidden(gate_up, x()))
+        return list(zip(first, second, strict=True))
 
 
 class _LayerCosts:
@@ -117,10 +149,12 @@ def _shared_scale(layer: MoeLayer, x: Tensor) -> Tensor | float:
     return 1.0 if layer.shared_gate is None else torch.sigmoid(layer.shared_gate(x))
 
 
-def _shared_costs(layer: MoeLayer, captures: list[_Capture], originals: Originals, sums: _LayerCosts, group: int):
+def _shared_costs(
+    layer: MoeLayer, captures: list[_Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation
+) -> None:
     gate, up, down = originals.shared(layer)
     base = (torch.cat([gate, up]), down)
-    weights = [tuple(_perturbed(w, b, group) for w in base) for b in sums.candidates]
+    weights = perturbation.ffn(*base, sums.candidates, lambda: torch.cat([c.routed.x for c in captures]))
     for capture in captures:
         x, gradient = capture.routed.x, capture.gradient.float()
         out = expert_hidden(base[0], x) @ base[1].T
@@ -131,13 +165,14 @@ def _shared_costs(layer: MoeLayer, captures: list[_Capture], originals: Original
 
 
 def measure(
-    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, *, group_size: int = 128,
-    batch_size: int = 4, progress: Progress | None = None,
+    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, *,
+    perturbation: Perturbation | None = None, batch_size: int = 4, progress: Progress | None = None,
 ) -> ExpertStatistics:
     """Eq. 6 for every expert and candidate width, with the routing, inputs and gradients of ``moe`` as it is.
 
     ``windows`` is int64 ``[N, T]``; ``originals`` are the weights that are perturbed and measured against, so in a
     progression the statistics come from the quantized model but the change is that of the original expert.
+    ``perturbation`` says how an expert is quantized for this (default: as it will be, by GPTQ).
     A merged shared expert is measured on every token (with its sigmoid gate where there is one).
     """
     was_training, device = moe.model.training, next(moe.model.parameters()).device
@@ -156,7 +191,8 @@ def measure(
     rows = []
     with torch.no_grad():
         for layer, captures in zip(moe.moe, captured, strict=True):
-            rows.append(_layer_costs(moe, layer, captures, candidates, originals, group_size, windows.shape[1]))
+            rows.append(_LayerCosts(moe, candidates))
+            _layer_costs(layer, captures, originals, rows[-1], perturbation or Perturbation(), windows.shape[1])
             captures.clear()
             done += 1
             if progress:
@@ -167,17 +203,20 @@ def measure(
     return _statistics(moe, rows, candidates)
 
 
-def _layer_costs(moe, layer, captures, candidates, originals, group_size, window) -> _LayerCosts:
-    sums = _LayerCosts(moe, candidates)
+def _layer_costs(
+    layer: MoeLayer, captures: list[_Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation,
+    window: int,
+) -> None:
     gate_up, down = originals.experts(layer)
-    for e in range(moe.num_experts):
+    for e in range(len(gate_up)):
         base = (gate_up[e], down[e])
-        weights = [tuple(_perturbed(w, b, group_size) for w in base) for b in candidates]
+        weights = perturbation.ffn(
+            *base, sums.candidates, lambda e=e: torch.cat([c.routed.rows(e)[0] for c in captures])
+        )
         sums.add_expert(e, captures, base, weights, window)
     if layer.shared is not None:
-        _shared_costs(layer, captures, originals, sums, group_size)
+        _shared_costs(layer, captures, originals, sums, perturbation)
     sums.tokens = sum(len(c.routed.x) for c in captures)
-    return sums
 
 
 def _statistics(moe: MoeModel, rows: list[_LayerCosts], candidates: tuple[int, ...]) -> ExpertStatistics:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gemq.algorithms.allocation import Allocation, solve
 from gemq.algorithms.baselines import pmq, uniform
 from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.importance import ExpertStatistics, measure
+from gemq.algorithms.importance import PERTURBATIONS, ExpertStatistics, Perturbation, measure
 from gemq.algorithms.originals import Originals
 from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
 from gemq.algorithms.sequential import BitPlan, QuantizedWeights, quantize_weights
@@ -43,6 +43,7 @@ class MethodConfig:
     shared_bits: int | None = None
     tune: bool = True
     estimate: str = "tuned"
+    perturbation: str = "gptq"
     batch_size: int = 4
     gptq: GptqConfig = field(default_factory=GptqConfig)
     router: RouterTuningConfig = field(default_factory=RouterTuningConfig)
@@ -52,6 +53,8 @@ class MethodConfig:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.estimate not in ESTIMATES:
             raise ValueError(f"estimate must be one of {', '.join(ESTIMATES)}, got {self.estimate!r}")
+        if self.perturbation not in PERTURBATIONS:
+            raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
         if not self.budgets or any(not 0 <= b <= 8 for b in self.budgets):
             raise ValueError(f"budgets must be bits per expert in 0..8, got {self.budgets}")
         for name in ("attention_bits", "dense_bits", "shared_bits"):
@@ -128,8 +131,9 @@ def quantize_progressively(
         if _must_measure(config, step, statistics):
             with timer.stage("measure") as report:
                 statistics = measure(
-                    moe, windows, config.candidates, originals, group_size=config.gptq.group_size,
-                    batch_size=config.batch_size, progress=report,
+                    moe, windows, config.candidates, originals,
+                    perturbation=Perturbation(config.perturbation, config.gptq), batch_size=config.batch_size,
+                    progress=report,
                 )
         with timer.stage("allocate"):
             allocation = allocate(moe, statistics, budget, config)

@@ -47,6 +47,9 @@ class Clip(StrEnum):
     mse = "mse"
 
 
+_PERTURBATIONS = {Recipe.default: "gptq", Recipe.paper: "rtn"}
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"gemq {gemq.__version__}")
@@ -88,6 +91,8 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
     recipe: Annotated[Recipe, typer.Option(help="paper: as the authors' scripts quantize.")] = Recipe.default,
     clip: Annotated[Clip | None, typer.Option(help="Range search (default: the recipe's).")] = None,
+    perturbation: Annotated[str | None, typer.Option(help="Costs by gptq or rtn (default: the recipe's).")]
+    = None,
     damping: Annotated[float, typer.Option(help="Of the Hessian, in units of its mean diagonal.")] = 0.01,
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
     router_text: Annotated[str | None, typer.Option(help="Text for that (default: the calibration windows).")] = None,
@@ -109,7 +114,8 @@ def quantize(
         MethodConfig(
             budgets=options.budgets(bits), method=method.value, candidates=options.widths(candidates),
             per_layer=constraints, attention_bits=attention_bits, dense_bits=dense_bits,
-            shared_bits=options.shared(shared_bits), tune=tune_routers, estimate=estimate, batch_size=batch_size,
+            shared_bits=options.shared(shared_bits), tune=tune_routers, estimate=estimate,
+            perturbation=perturbation or _PERTURBATIONS[recipe], batch_size=batch_size,
             gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs),
         ),

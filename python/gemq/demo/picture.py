@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _STYLES = {
-    "uniform": ("#8c8c8c", "o", "-"), "PMQ": ("#c08a2e", "s", "-"), "GEMQ": ("#2b7bba", "D", "-"),
+    "uniform": ("#8c8c8c", "o", "-"), "PMQ": ("#c08a2e", "s", "-"), "GEMQ, paper": ("#8fbfe0", "v", "-"),
+    "GEMQ": ("#2b7bba", "D", "-"),
     "GEMQ + routers": ("#17518a", "^", "-"),
 }
 
