@@ -71,10 +71,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub name; :class:`CheckpointError` if there is none."""
     from transformers import AutoTokenizer
 
+    _check_complete(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no tokenizer in {path!r}: {_first_line(error)}") from error
+
+
+def _check_complete(path: str | os.PathLike) -> None:
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
 
 
 def check_model(path: str, trust_remote_code: bool = False):
@@ -267,12 +273,11 @@ def _finite(value: float) -> float | None:
 
 def load_any(path: str | os.PathLike, dtype: str = "auto", device: str | None = None) -> nn.Module:
     """A packed checkpoint or a full-precision model, ready for inference on ``device`` (default: CUDA or CPU)."""
+    _check_complete(path)
     target = pick_device(device)
     config_file = Path(path) / "config.json"
     if config_file.is_file() and "quantization_config" in config_file.read_text(encoding="utf-8"):
         return from_pretrained(path, dtype=_dtype(dtype), device=str(target))
-    if Path(path).is_dir() and not config_file.is_file():
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
     return load_unquantized(str(path), dtype).to(target).eval()
 
 
