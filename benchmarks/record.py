@@ -46,10 +46,12 @@ def main() -> None:
     parser.add_argument("result", type=Path, help="JSON: a list of rows, or an object")
     parser.add_argument("--command", required=True, help="what was run")
     parser.add_argument("--title", default="", help="a sentence for the table's head")
+    parser.add_argument("--commit", help="of the run, if it was not the present one")
     options = parser.parse_args()
     content = json.loads(options.result.read_text())
     content = {"rows": content} if isinstance(content, list) else content
     content = {"title": options.title, "conditions": conditions(options.command), **content}
+    content["conditions"]["commit"] = options.commit or content["conditions"]["commit"]
     target = ROOT / "benchmarks" / "results" / f"{options.kind}-{datetime.date.today().isoformat()}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(content, indent=1) + "\n")

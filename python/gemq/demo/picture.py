@@ -29,6 +29,9 @@ def _curves(axis, rows: list[Row]) -> None:
         axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=method, markersize=4)
     for row, line in zip((r for r in rows if r.bits is None), ("--", ":"), strict=False):
         axis.axhline(row.perplexity, color="black", linestyle=line, linewidth=0.9, label=row.method)
+    axis.set_yscale("log")
+    axis.set_yticks(ticks := [25, 30, 40, 50, 60, 80], [str(t) for t in ticks], minor=False)
+    axis.set_yticks([], minor=True)
     axis.set_xlabel("bits per expert", fontsize=9)
     axis.set_ylabel("perplexity, held-out text", fontsize=9)
     axis.tick_params(labelsize=8)
@@ -55,7 +58,8 @@ def draw(rows: list[Row], maps: dict[float, dict[int, list[int]]], path: Path) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     _curves(left.subplots(), rows)
     columns = min(2, len(maps))
