@@ -45,7 +45,7 @@ def compile_kernel(kernel, pointers: dict[str, str], constants: dict, warps: int
     """``kernel`` for sm_90: ``pointers`` types the pointer arguments, what is not a constant is an i32."""
     names = kernel.arg_names
     signature = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in names}
-    divisible = {*pointers, "n", "k", "k_padded"} - {*constants}
+    divisible = {*pointers, "n", "k", "k_padded", "act_padded"} - {*constants}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a in divisible}
     values = {(names.index(a),): v for a, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
@@ -100,7 +100,7 @@ def measure(name: str, compiled, weights: float | None) -> Row:
     widths = collections.Counter(
         (re.search(r"\.(128|64|U16|U8)", x) or [None, "32"])[1] for x in body if x.startswith("LDG")
     )
-    top = collections.Counter(x.split(".")[0] for x in body).most_common(12)
+    top = collections.Counter(x.split(".")[0] for x in body).most_common()
     return Row(
         name, max(map(int, re.findall(r"REG:(\d+)", usage))), spills, compiled.metadata.shared, len(body),
         round(len(body) / weights, 2) if weights and body else None, dict(sorted(widths.items())), dict(top),
@@ -108,71 +108,93 @@ def measure(name: str, compiled, weights: float | None) -> Row:
 
 
 POINTERS = {
-    "x_ptr": "*fp16", "sums_ptr": "*fp32", "inverse_ptr": "*fp32", "codes_ptr": "*i32", "meta_ptr": "*i32",
-    "bits_ptr": "*i32", "offsets_ptr": "*i64", "meta_offsets_ptr": "*i64", "expert_ptr": "*i32", "pairs_ptr": "*i32",
-    "out_ptr": "*fp32",
+    "x_ptr": "*fp16", "groups_ptr": "*fp32", "codes_ptr": "*i32", "meta_ptr": "*i32", "bits_ptr": "*i32",
+    "offsets_ptr": "*i64", "meta_offsets_ptr": "*i64", "expert_ptr": "*i32", "pairs_ptr": "*i32", "act_ptr": "*fp16",
+    "act_groups_ptr": "*fp32", "down_bits_ptr": "*i32", "ids_ptr": "*i64", "weights_ptr": "*fp32",
+    "arrived_ptr": "*i32", "partial_ptr": "*fp32", "out_ptr": "*fp16",
 }
 
 
-def variant(
-    only: int, columns: int, mode: int, parts: int, warps: int, prefetch: bool, group: int = 128, kw: int = 16,
-    splits: int = 1, run: int | None = None,
-    ones: tuple[str, ...] = (),
-) -> Row:
-    """Compile ``moe_kernel`` at one width, or mixed (``only`` -1), and measure it.
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a decode kernel; ``only`` 0 is all widths, ``mode`` 2 the fp16 bit tricks, 0 plain."""
 
-    ``ones``: arguments that are 1, which triton compiles as constants.
-    """
-    from gemq.triton_kernels.moe import moe_kernel
+    kernel: str
+    only: int
+    columns: int
+    warps: int = 4
+    mode: int = 2
+    splits: int = 4
+    slots: int = 2
+    tiles: int = 2
+    prefetch: bool = False
+    group: int = 128
+    kw: int = 16
+    pdl: bool = False
+    dense: int = 0
+    # arguments that are 1, which triton compiles as constants
+    ones: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        parts = [self.kernel, f"{self.only} bit" if self.only else "mixed", f"{self.columns} columns", f"w{self.warps}"]
+        parts += ["plain"] * (self.mode == 0) + ["prefetch"] * self.prefetch + ["pdl"] * self.pdl
+        parts += [f"dense {self.dense}"] * bool(self.dense)
+        parts += [f"kw{self.kw} g{self.group}"] * ((self.kw, self.group) != (16, 128))
+        return " ".join(parts)
+
+
+def variant(v: Variant) -> Row:
+    """Compile one variant and measure it."""
+    from gemq.triton_kernels.moe import gate_up_kernel, product_kernel
     from gemq.triton_kernels.tuning import fragment_run
 
-    constants = {f"KW{bits}": kw for bits in FIELDS} | {
-        "GROUP": group, "COLUMNS": columns, "WARPS": warps, "PARTS": parts, "SPLITS": splits, "MODE": mode,
-        "PREFETCH": prefetch, "RUN": run or fragment_run(triton.__version__), "ONLY": only,
-    } | dict.fromkeys(ones, 1)
-    compiled = compile_kernel(moe_kernel, POINTERS, constants, warps)
-    kind = {0: "plain", 1: "prefill", 2: "decode"}[mode]
-    name = f"{kind}{' gate+up' if parts == 2 else ''} {'mixed' if only == -1 else f'{only} bit'} {columns} columns"
-    name += f" w{warps}{' prefetch' if prefetch else ''}" + (f" kw{kw} g{group}" if (kw, group) != (16, 128) else "")
+    constants = {f"KW{bits}": v.kw for bits in FIELDS} | {
+        "GROUP": v.group, "COLUMNS": v.columns, "WARPS": v.warps, "MODE": v.mode, "ASM": True, "PREFETCH": v.prefetch,
+        "RUN": fragment_run(triton.__version__), "ONLY": v.only, "PDL": v.pdl,
+    } | dict.fromkeys(v.ones, 1)
+    if v.kernel == "gate_up":
+        constants |= {f"ACT_KW{bits}": v.kw for bits in (1, 2, 3, 4)} | {"ACT_GROUP": 64 * v.tiles, "TILES": v.tiles}
+        compiled = compile_kernel(gate_up_kernel, POINTERS, constants, v.warps)
+    else:
+        constants |= {"SPLITS": v.splits, "SLOTS": v.slots, "PLANES": False, "DENSE": v.dense}
+        compiled = compile_kernel(product_kernel, POINTERS, constants, v.warps)
     # a warp handles 64 rows (32 where registers are short: moe._width) of one span a trip
-    rows = 32 if only == 3 or columns > 8 else 64
-    weights = None if only == -1 else rows * 2 * kw * FIELDS[only] / 32
-    return measure(name, compiled, weights)
+    rows = 32 if v.only == 3 or v.columns > 8 else 64
+    weights = rows * 2 * v.kw * FIELDS[v.only] / 32 if v.only else None
+    return measure(v.name, compiled, weights)
 
 
-def report(quick: bool) -> list[Row]:
-    """The variants that ship."""
-    rows = []
-    for columns in (8, 16):
-        for only in (1, 2, 3, 4, 8):
-            rows.append(variant(only, columns, 2, 1, 4, False))
-            show(rows[-1])
-        if quick:
-            return rows
-        for only, parts in ((-1, 1), (-1, 2)):
-            rows.append(variant(only, columns, 2, parts, 4, False))
-            show(rows[-1])
-    for columns, mode, prefetch in ((16, 1, False), (8, 0, False), (8, 2, True)):
-        rows.append(variant(-1, columns, mode, 1, 4, prefetch))
-        show(rows[-1])
-    return rows
+def shipped(quick: bool) -> list[Variant]:
+    """The variants that the launch tables choose."""
+    single = [Variant(k, b, c) for k in ("gate_up", "product") for c in (8, 16) for b in FIELDS]
+    mixed = [Variant(k, 0, c) for k in ("gate_up", "product") for c in (8, 16)]
+    others = [
+        Variant("product", 0, 8, mode=0), Variant("gate_up", 0, 8, mode=0), Variant("gate_up", 0, 8, warps=8),
+        Variant("product", 0, 8, warps=8), Variant("product", 0, 8, prefetch=True), Variant("gate_up", 0, 8, pdl=True),
+        Variant("product", 4, 8, dense=4, slots=0), Variant("product", 3, 8, dense=3, slots=0),
+    ]
+    return mixed if quick else single + mixed + others
 
 
 def show(row: Row) -> None:
     """One line a variant."""
     ratio = "" if row.per_weight is None else f" = {row.per_weight:.2f} a weight"
     print(
-        f"{row.name:38s} regs {row.registers:3d} spills {row.spills} shared {row.shared:6d} loop {row.loop:5d}{ratio}"
-        f"  LDG {row.global_loads}  {row.top}", flush=True,
+        f"{row.name:34s} regs {row.registers:3d} spills {row.spills} shared {row.shared:6d} loop {row.loop:5d}{ratio}"
+        f"  LDG {row.global_loads}  {dict(list(row.top.items())[:12])}", flush=True,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here as well")
-    parser.add_argument("--quick", action="store_true", help="decode of 8 columns, one width at a time")
+    parser.add_argument("--quick", action="store_true", help="the kernels of all widths alone")
     args = parser.parse_args()
-    rows = report(args.quick)
+    rows = []
+    for v in shipped(args.quick):
+        rows.append(variant(v))
+        show(rows[-1])
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1))
 

@@ -3,6 +3,8 @@
 Imports torch and triton only, registers nothing, does nothing at import; ``gemq.ops`` validates and calls it.
 """
 
-from .launch import lowbit_gemm, moe_decode, moe_decode_ffn, moe_ffn, moe_gemm, moe_prefill
+from .decode import dense_decode, ffn_decode, moe_decode
+from .launch import lowbit_gemm, moe_ffn, moe_gemm, moe_prefill
+from .topk import topk
 
-__all__ = ["lowbit_gemm", "moe_decode", "moe_decode_ffn", "moe_ffn", "moe_gemm", "moe_prefill"]
+__all__ = ["dense_decode", "ffn_decode", "lowbit_gemm", "moe_decode", "moe_ffn", "moe_gemm", "moe_prefill", "topk"]

@@ -10,8 +10,11 @@ barrier before its last sum. Everything is loaded in the places where the tensor
   The versions where it is 2 also deal a load's threads out from the first axis, the others from the last.
   A wrong ``RUN`` costs shuffles, never correctness.
 
+Activations come normalised by group (:mod:`.prepare`): fp16 times a power of two of each (column, group).
+
 ``MODE`` 0 converts codes with plain arithmetic. 1 reads a field as an fp16 subnormal, ``q * 2**-24``. 2 also leaves
-the field where it lies in the word, ``q * 2**(pos - 24)``, and expects activations scaled by ``2**-pos``.
+the field where it lies in the word, ``q * 2**(pos - 24)``, and expects activations scaled by ``2**-pos``. ``ASM``
+reinterprets 32 bits as two fp16 by one move; without it, by plain Triton, which the interpreter can run.
 """
 
 from __future__ import annotations
@@ -21,29 +24,27 @@ import triton.language as tl
 
 
 @triton.jit
-def _halves(q, MODE: tl.constexpr):
+def _as_fp16(q, ASM: tl.constexpr):
+    """The low and high 16 bits of each int32, reinterpreted as fp16."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [q], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    else:
+        low = (q & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        high = ((q >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _halves(q, MODE: tl.constexpr, ASM: tl.constexpr):
     """The low and high 16 bits of each int32 as fp16: reinterpreted, or converted from integers in MODE 0."""
     if MODE == 0:
         low = (q & 0xFFFF).to(tl.float16)
         high = ((q >> 16) & 0xFFFF).to(tl.float16)
     else:
-        low, high = tl.inline_asm_elementwise(
-            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [q], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
-        )
+        low, high = _as_fp16(q, ASM)
     return low, high
-
-
-@triton.jit
-def _scale_and_minimum(pair, MODE: tl.constexpr):
-    """float32 ``(s, m)`` of int32 words that hold both as fp16."""
-    if MODE == 0:
-        s = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        m = ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
-        s, m = tl.inline_asm_elementwise(
-            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
-        )
-    return s.to(tl.float32), m.to(tl.float32)
 
 
 @triton.jit
@@ -97,15 +98,14 @@ def _columns(at, VEC: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, 
 
 
 @triton.jit
-def _totals(at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
-    """float32 group sums ``[WARPS, ROWS, COLUMNS]``, the same in every row."""
+def _per_column(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """``[WARPS, ROWS, COLUMNS]`` of a value per column, the same in every row."""
     CN: tl.constexpr = COLUMNS // 8
-    t = tl.load(at)
     if RUN == 2:
-        t = tl.permute(tl.reshape(t, (WARPS, 8, 4, CN, 2, 1)), (0, 5, 1, 3, 2, 4))
+        value = tl.permute(tl.reshape(value, (WARPS, 8, 4, CN, 2, 1)), (0, 5, 1, 3, 2, 4))
     else:
-        t = tl.permute(tl.reshape(t, (CN, 2, WARPS, 8, 4, 1)), (2, 5, 3, 0, 4, 1))
-    return tl.reshape(tl.broadcast_to(t, (WARPS, ROWS // 8, 8, CN, 4, 2)), (WARPS, ROWS, COLUMNS))
+        value = tl.permute(tl.reshape(value, (CN, 2, WARPS, 8, 4, 1)), (2, 5, 3, 0, 4, 1))
+    return tl.reshape(tl.broadcast_to(value, (WARPS, ROWS // 8, 8, CN, 4, 2)), (WARPS, ROWS, COLUMNS))
 
 
 @triton.jit
@@ -128,16 +128,18 @@ def _per_row(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constex
 
 @triton.jit
 def tile_product(
-    codes, meta, x, sums, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, part_words, part_meta, last_group,
-    k_padded, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr, PARTS: tl.constexpr, MODE: tl.constexpr, PREFETCH: tl.constexpr, RUN: tl.constexpr,
+    codes, meta, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles, tile_words, tile_meta,
+    last_group, k_padded, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, MODE: tl.constexpr,
+    ASM: tl.constexpr, PREFETCH: tl.constexpr, RUN: tl.constexpr,
 ):
     """float32 ``[WARPS, ROWS, COLUMNS]``: each warp's share of ``W @ x`` for the first ROWS of the tile's rows, in
     units of ``2**-24`` unless MODE is 0.
 
-    ``codes`` int32 and ``meta`` int32 (one ``(s, m)`` each) point at the tile; warps ``WARPS // PARTS`` and up work on
-    a second tile, ``part_words`` and ``part_meta`` further (one expert stays below 2**31 words). ``x`` is the
-    normalised activations of this width, ``pair_ptr`` the pairs of the token columns.
+    ``codes`` int32 and ``meta`` int32 (one ``(s, m)`` each) point at the first tile, of ``tile_words`` and
+    ``tile_meta`` of them. The warps are shared out over ``PARTS * TILES`` tiles: ``TILES`` neighbours, then, for PARTS
+    2, the same ``up_tiles`` further (one expert stays below 2**31 words). ``x`` is the normalised activations of this
+    width, ``groups`` their ``(sum, 1 / scale)``, ``pair_ptr`` the pairs of the token columns.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
     NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
@@ -146,22 +148,26 @@ def tile_product(
     SPAN: tl.constexpr = FIELDS * FIELD
     PER_GROUP: tl.constexpr = GROUP // FIELD
     VEC: tl.constexpr = KW // 4
-    KWARPS: tl.constexpr = WARPS // PARTS
+    KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
     BLOCK: tl.constexpr = 64 * KW
 
     thread = tl.arange(0, 32 * WARPS)
     warp = thread // 32
     rl = thread // 4 % 8
     lane = thread % 4
-    word = _threads(warp // KWARPS * part_words + rl * KW + lane * VEC, RUN) + _repeats(ROWS // 8, RUN) * (8 * KW)
+    part = warp // KWARPS
+    tile = part % TILES + part // TILES * up_tiles
+    word = _threads(tile * tile_words + rl * KW + lane * VEC, RUN) + _repeats(ROWS // 8, RUN) * (8 * KW)
     word = word + tl.arange(0, VEC)[None, None, :]
-    pairs = meta + (_threads(warp // KWARPS * part_meta + rl, RUN) + _repeats(ROWS // 8, RUN) * 8)
+    pairs = meta + (_threads(tile * tile_meta + rl, RUN) + _repeats(ROWS // 8, RUN) * 8)
     x_row = token_row(pair_ptr + (_threads(rl, RUN) + _repeats(COLUMNS // 8, RUN) * 8), row_pairs, lead) * k_padded
     x_at = x + x_row + (_threads(lane * (2 * VEC), RUN) + tl.arange(0, 2 * VEC)[None, None, :])
 
-    # the repeats are (n, h) of columns 8 * n + 2 * c + h
-    pair = pair_ptr + (_threads(lane * 2, RUN) + _repeats(COLUMNS // 4, RUN) // 2 * 8 + _repeats(COLUMNS // 4, RUN) % 2)
-    sums_at = sums + token_row(pair, row_pairs, lead) * (k_padded // GROUP)
+    # the repeats are (n, h) of columns 8 * n + 2 * c + h; an AND hides from the compiler that h is contiguous, for
+    # which it would deal out the load's threads in another order than those of the loop
+    repeat = _repeats(COLUMNS // 4, RUN)
+    pair = pair_ptr + (_threads(lane * 2, RUN) + repeat // 2 * 8 + (repeat & 1))
+    groups_at = groups + token_row(pair, row_pairs, lead) * (k_padded // GROUP * 2) + tl.arange(0, 2)[None, None, :]
 
     acc = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
     first = spans_from + warp % KWARPS
@@ -194,7 +200,7 @@ def tile_product(
                 if BITS == 3 and f == 10:
                     spare |= (w >> 13) & 0x00040004
                 q = _field(w, f % IN_WORD, BITS, MODE)
-            low, high = _halves(q, MODE)
+            low, high = _halves(q, MODE, ASM)
             weights = tl.reshape(tl.join(low, high), (WARPS, ROWS, FIELD))
             b = _columns(x_at + (column + f * FIELD), VEC, COLUMNS, WARPS, RUN)
             if f % PER_GROUP == 0:
@@ -204,8 +210,10 @@ def tile_product(
             if f % PER_GROUP == PER_GROUP - 1:
                 g = group + f // PER_GROUP
                 at = _threads(tl.minimum(g, last_group) * 64, RUN)
-                s, m = _scale_and_minimum(tl.load(pairs + at), MODE)
-                total = _totals(sums_at + _threads(g, RUN), ROWS, COLUMNS, WARPS, RUN)
-                acc = tl.fma(p, _per_row(s, ROWS, COLUMNS, WARPS, RUN), acc)
-                acc = tl.fma(_per_row(m, ROWS, COLUMNS, WARPS, RUN), total, acc)
+                s, m = _as_fp16(tl.load(pairs + at), ASM)
+                total, inverse = tl.split(tl.load(groups_at + _threads(g * 2, RUN)))
+                p = p * _per_column(inverse, ROWS, COLUMNS, WARPS, RUN)
+                acc = tl.fma(p, _per_row(s.to(tl.float32), ROWS, COLUMNS, WARPS, RUN), acc)
+                total = _per_column(total, ROWS, COLUMNS, WARPS, RUN)
+                acc = tl.fma(_per_row(m.to(tl.float32), ROWS, COLUMNS, WARPS, RUN), total, acc)
     return acc

@@ -1,4 +1,10 @@
-"""The kernel: one program multiplies a 64-row tile of one expert with a block of its tokens."""
+"""The decode kernels: a program multiplies 64-row tiles of one expert with a block of its tokens.
+
+Two launches make a block of experts: :func:`gate_up_kernel`, whose result is what the next product wants to read
+(normalised, scaled for the width of that expert's down projection), and :func:`product_kernel`, whose programs leave
+partial sums; of all that share a tile of the output, the last to arrive adds them up in the order of slots and splits,
+so no two runs differ. A dense matrix is an expert that every token goes to.
+"""
 
 from __future__ import annotations
 
@@ -6,128 +12,270 @@ import triton
 import triton.language as tl
 
 from .body import tile_product
+from .prepare import exponent_of_largest, position, power_of_two
 
 
 @triton.jit
 def _width(
-    codes, meta, x, sums, pair_ptr, row_pairs, lead, tile, part_tiles, split, rows, k, k_padded, BITS: tl.constexpr,
+    codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, BITS: tl.constexpr,
     KW: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, PREFETCH: tl.constexpr,
-    RUN: tl.constexpr,
+    TILES: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr,
+    PREFETCH: tl.constexpr, RUN: tl.constexpr,
 ):
     """tile_product for one width: where the tile lies and which spans are this split's."""
     NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
     FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
+    KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
     spans = tl.cdiv(k, 2 * KW * FIELDS)
-    groups = k // GROUP
     tile_words = spans * (NWORDS * 64 * KW)
+    tile_meta = k // GROUP * 64
     # whole steps of the loop, so that only the last split's warps can run past the matrix
-    share = tl.cdiv(spans, SPLITS * (WARPS // PARTS)) * (WARPS // PARTS)
+    share = tl.cdiv(spans, SPLITS * KWARPS) * KWARPS
     spans_from = split * share
     spans_to = tl.minimum(spans_from + share, spans)
-    if MODE == 2:
-        x += PLANE * tl.cast(rows, tl.int64) * k_padded
+    x += PLANE * tl.cast(rows, tl.int64) * k_padded
     codes += tile.to(tl.int64) * tile_words
-    meta += tile.to(tl.int64) * groups * 64
+    meta += tile.to(tl.int64) * tile_meta
     # halves of the rows, one after the other, where all 64 would not fit the registers
     ROWS: tl.constexpr = 32 if BITS == 3 or COLUMNS > 8 else 64
     acc = tile_product(
-        codes, meta, x, sums, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, part_tiles * tile_words,
-        part_tiles * groups * 64, groups - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, PARTS, MODE,
+        codes, meta, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles, tile_words,
+        tile_meta, k // GROUP - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, TILES, PARTS, MODE, ASM,
         PREFETCH and NWORDS == 1, RUN,
     )
     if ROWS == 32:
         high = tile_product(
-            codes + 32 * KW, meta + 32, x, sums, pair_ptr, row_pairs, lead, spans_from, spans_to, spans,
-            part_tiles * tile_words, part_tiles * groups * 64, groups - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS,
-            WARPS, PARTS, MODE, PREFETCH and NWORDS == 1, RUN,
+            codes + 32 * KW, meta + 32, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles,
+            tile_words, tile_meta, k // GROUP - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, TILES, PARTS,
+            MODE, ASM, PREFETCH and NWORDS == 1, RUN,
         )
         acc = tl.reshape(tl.permute(tl.join(acc, high), (0, 3, 1, 2)), (WARPS, 64, COLUMNS))
     return acc
 
 
 @triton.jit
-def moe_kernel(
-    x_ptr, sums_ptr, inverse_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr,
-    out_ptr, experts, rows, pairs, row_pairs, n, k, k_padded, KW1: tl.constexpr, KW2: tl.constexpr,
-    KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, PREFETCH: tl.constexpr,
-    RUN: tl.constexpr, ONLY: tl.constexpr = -1,
+def _expert_product(
+    x, groups, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, pair_ptr, row_pairs, tile, up_tiles,
+    split, rows, k, k_padded, KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr,
+    KW8: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr, PREFETCH: tl.constexpr,
+    RUN: tl.constexpr, PLANES: tl.constexpr, ONLY: tl.constexpr, DENSE: tl.constexpr,
 ):
-    """``out [SPLITS, pairs, n]``, every element written once.
+    """float32 ``[PARTS, TILES, 64, COLUMNS]`` of one expert's tiles from ``tile`` on; zeros where ``bits`` is 0."""
+    codes = codes_ptr
+    meta = meta_ptr
+    if bits > 0 and not DENSE:
+        codes += tl.multiple_of(tl.load(offsets_ptr + expert) // 4, 16)
+        meta += tl.multiple_of(tl.load(meta_offsets_ptr + expert) // 2, 16)
+    lead = tl.load(pair_ptr)
+    acc = tl.zeros([WARPS, 64, COLUMNS], tl.float32)
+    if bits == 1 and (ONLY == 0 or ONLY == 1):
+        acc = _width(
+            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 1, KW1, 0,
+            GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+        )
+    elif bits == 2 and (ONLY == 0 or ONLY == 2):
+        acc = _width(
+            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 2, KW2,
+            1 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+        )
+    elif bits == 3 and (ONLY == 0 or ONLY == 3):
+        acc = _width(
+            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 3, KW3,
+            2 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+        )
+    elif bits == 4 and (ONLY == 0 or ONLY == 4):
+        acc = _width(
+            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 4, KW4,
+            3 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+        )
+    elif bits > 4 and (ONLY == 0 or ONLY == 8):
+        acc = _width(
+            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 8, KW8,
+            4 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+        )
+    KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
+    acc = tl.sum(tl.reshape(acc, (PARTS, TILES, KWARPS, 64, COLUMNS)), 2)
+    if MODE != 0:
+        acc = acc * 16777216.0
+    # a column that repeats the first pair, or an expert of width 0, whose NaN and infinity are not its own
+    return tl.where(bits == 0, 0.0, acc)
 
-    Grid ``(blocks, tiles of 64 of the n rows, SPLITS)``: blocks of one expert are neighbours and share its weights in
-    the L2. ``x [planes, rows, k_padded]`` as activations.normalize makes it, ``row_pairs`` pairs sharing a row.
-    PARTS 2: the matrix has 2 n rows, gate then up, and the result is ``silu(gate) * up``. ``ONLY`` compiles a single
-    width, for reports.
+
+@triton.jit
+def _position_of(k, bits, KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr):
+    """prepare.position for a width known at run time."""
+    pos = tl.where(bits == 1, position(k, KW1, 1), 0)
+    pos = tl.where(bits == 2, position(k, KW2, 2), pos)
+    pos = tl.where(bits == 3, position(k, KW3, 3), pos)
+    return tl.where(bits == 4, position(k, KW4, 4), pos)
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr, groups_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr, act_ptr,
+    act_groups_ptr, down_bits_ptr, experts, rows, row_pairs, n, k, k_padded, act_padded, KW1: tl.constexpr,
+    KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr, ACT_KW1: tl.constexpr,
+    ACT_KW2: tl.constexpr, ACT_KW3: tl.constexpr, ACT_KW4: tl.constexpr, GROUP: tl.constexpr, ACT_GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr,
+    PREFETCH: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr, ONLY: tl.constexpr = 0,
+):
+    """``act [pairs, act_padded]``: ``silu(gate) * up``, normalised by groups and scaled for the down projection.
+
+    Grid ``(blocks, n / (64 * TILES))``: blocks of one expert are neighbours and share its weights in the L2. The
+    matrix has ``2 * n`` rows, gate then up; ``row_pairs`` pairs share a row of ``x``. ``ONLY`` compiles a single
+    width.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    block = tl.program_id(0)
+    tile = tl.program_id(1) * TILES
+    expert = tl.load(expert_ptr + block)
+    if expert < 0:
+        return
+    bits = 0
+    down_bits = 0
+    if expert < experts:
+        bits = tl.load(bits_ptr + expert)
+        down_bits = tl.load(down_bits_ptr + expert)
+    block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
+    both = _expert_product(
+        x_ptr, groups_ptr, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, block_pairs, row_pairs,
+        tile, n // 64, 0, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, TILES, 2, 1, MODE, ASM,
+        PREFETCH, RUN, MODE == 2, ONLY, False,
+    )
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    gate, up = tl.split(tl.permute(both, (1, 2, 3, 0)))
+    act = gate / (1.0 + tl.exp(-gate)) * up
+
+    GROUPS: tl.constexpr = TILES * 64 // ACT_GROUP
+    act = tl.reshape(act, (GROUPS, ACT_GROUP, COLUMNS))
+    exponent = exponent_of_largest(act, 1)
+    act = (act * power_of_two(14 - exponent)[:, None, :]).to(tl.float16)
+    inverse = power_of_two(exponent - 14)
+    total = tl.sum(act.to(tl.float32), 1) * inverse
+    column = tile * 64 + tl.arange(0, TILES * 64)
+    act = tl.reshape(act, (TILES * 64, COLUMNS))
+    if MODE == 2:
+        # the products come in units of 2**-24
+        total = total * 5.9604644775390625e-08
+        pos = _position_of(column, down_bits, ACT_KW1, ACT_KW2, ACT_KW3, ACT_KW4)
+        act = (act.to(tl.float32) * power_of_two(-pos)[:, None]).to(tl.float16)
+    pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
+    mine = pair[None, :] >= 0
+    pair = pair[None, :].to(tl.int64)
+    tl.store(act_ptr + pair * act_padded + column[:, None], act, mine)
+    group = tile * 64 // ACT_GROUP + tl.arange(0, GROUPS)
+    at = act_groups_ptr + (pair * (act_padded // ACT_GROUP) + group[:, None]) * 2
+    tl.store(at, total, mine)
+    tl.store(at + 1, inverse, mine)
+
+
+@triton.jit
+def _sum_slots(
+    partial_ptr, out_ptr, ids_ptr, weights_ptr, bits_ptr, row, experts, pairs, n, slots, SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """64 rows of ``out [tokens, n]``: the weighted sums over slots of the sums over splits, 16 or more pairs at once.
+
+    ``SLOTS`` is ``slots`` rounded up to a power of two.
+    """
+    TOKENS: tl.constexpr = 16 // SLOTS if SLOTS < 16 else 1
+    i = tl.arange(0, TOKENS * SLOTS)
+    slot = i % SLOTS
+    tokens = pairs // slots
+    for first in range(0, tokens, TOKENS):
+        token = first + i // SLOTS
+        pair = token * slots + slot
+        here = (token < tokens) & (slot < slots)
+        expert = tl.load(ids_ptr + pair, here, other=-1)
+        valid = (expert >= 0) & (expert < experts)
+        valid = valid & (tl.load(bits_ptr + expert, valid, other=0) > 0)
+        weight = tl.load(weights_ptr + pair, valid, other=0.0).to(tl.float32)
+        at = partial_ptr + pair.to(tl.int64)[:, None] * n + row[None, :]
+        inside = valid[:, None] & (row[None, :] < n)
+        value = tl.zeros([TOKENS * SLOTS, 64], tl.float32)
+        for split in tl.static_range(SPLITS):
+            # other programs wrote these: past this multiprocessor's own cache
+            plane = tl.cast(pairs, tl.int64) * n * split
+            value += tl.load(at + plane, inside, other=0.0, cache_modifier=".cg")
+        total = tl.sum(tl.reshape(value * weight[:, None], (TOKENS, SLOTS, 64)), 1)
+        token = first + tl.arange(0, TOKENS)
+        to = out_ptr + token.to(tl.int64)[:, None] * n + row[None, :]
+        tl.store(to, total.to(out_ptr.dtype.element_ty), (token[:, None] < tokens) & (row[None, :] < n))
+
+
+@triton.jit
+def _sum_splits(
+    partial_ptr, out_ptr, pair, row, pairs, n, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """64 rows of ``out [pairs, n]`` for one block's pairs."""
+    inside = (pair[None, :] >= 0) & (row[:, None] < n)
+    at = pair[None, :].to(tl.int64) * n + row[:, None]
+    value = tl.zeros([64, COLUMNS], tl.float32)
+    for split in tl.static_range(SPLITS):
+        plane = tl.cast(pairs, tl.int64) * n * split
+        value += tl.load(partial_ptr + plane + at, inside, other=0.0, cache_modifier=".cg")
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def product_kernel(
+    x_ptr, groups_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr, ids_ptr,
+    weights_ptr, arrived_ptr, partial_ptr, out_ptr, experts, rows, pairs, slots, row_pairs, n, k, k_padded,
+    KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+    MODE: tl.constexpr, ASM: tl.constexpr, PREFETCH: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
+    PDL: tl.constexpr, DENSE: tl.constexpr = 0, ONLY: tl.constexpr = 0,
+):
+    """``out [tokens, n]``, weighted sums over ``slots``; ``out [pairs, n]``, unweighted, where ``SLOTS`` is 0.
+
+    Grid ``(blocks, tiles of 64 of the n rows, SPLITS)``. ``PLANES``: ``x`` has one plane a width, else one that is
+    scaled for its pair's expert. ``DENSE`` is the width of a single matrix, whose tables are not read.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0)
     tile = tl.program_id(1)
     split = tl.program_id(2)
     expert = tl.load(expert_ptr + block)
     if expert < 0:
         return
-    bits = 0
-    codes = codes_ptr
-    meta = meta_ptr
-    if expert < experts:
+    bits = DENSE
+    if DENSE == 0 and expert < experts:
         bits = tl.load(bits_ptr + expert)
-        codes += tl.multiple_of(tl.load(offsets_ptr + expert) // 4, 16)
-        meta += tl.multiple_of(tl.load(meta_offsets_ptr + expert) // 2, 16)
-
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
-    lead = tl.load(block_pairs)
-    part_tiles = n // 64
-    acc = tl.zeros([WARPS, 64, COLUMNS], tl.float32)
-    if bits == 1 and (ONLY == -1 or ONLY == 1):
-        acc = _width(
-            codes, meta, x_ptr, sums_ptr, block_pairs, row_pairs, lead, tile, part_tiles, split, rows, k, k_padded,
-            1, KW1, 0, GROUP, COLUMNS, WARPS, PARTS, SPLITS, MODE,
-            PREFETCH, RUN,
-        )
-    elif bits == 2 and (ONLY == -1 or ONLY == 2):
-        acc = _width(
-            codes, meta, x_ptr, sums_ptr, block_pairs, row_pairs, lead, tile, part_tiles, split, rows, k, k_padded,
-            2, KW2, 1, GROUP, COLUMNS, WARPS, PARTS, SPLITS, MODE,
-            PREFETCH, RUN,
-        )
-    elif bits == 3 and (ONLY == -1 or ONLY == 3):
-        acc = _width(
-            codes, meta, x_ptr, sums_ptr, block_pairs, row_pairs, lead, tile, part_tiles, split, rows, k, k_padded,
-            3, KW3, 2, GROUP, COLUMNS, WARPS, PARTS, SPLITS, MODE,
-            PREFETCH, RUN,
-        )
-    elif bits == 4 and (ONLY == -1 or ONLY == 4):
-        acc = _width(
-            codes, meta, x_ptr, sums_ptr, block_pairs, row_pairs, lead, tile, part_tiles, split, rows, k, k_padded,
-            4, KW4, 3, GROUP, COLUMNS, WARPS, PARTS, SPLITS, MODE,
-            PREFETCH, RUN,
-        )
-    elif bits > 4 and (ONLY == -1 or ONLY == 8):
-        acc = _width(
-            codes, meta, x_ptr, sums_ptr, block_pairs, row_pairs, lead, tile, part_tiles, split, rows, k, k_padded,
-            8, KW8, 4, GROUP, COLUMNS, WARPS, PARTS, SPLITS, MODE,
-            PREFETCH, RUN,
-        )
-
-    column = tl.arange(0, COLUMNS)
-    pair = tl.load(block_pairs + column)
-    inverse = tl.load(inverse_ptr + tl.where(pair < 0, lead, pair) // row_pairs)
-    if MODE == 0:
-        unit = 1.0
-    else:
-        unit = 16777216.0
-    KWARPS: tl.constexpr = WARPS // PARTS
-    if PARTS == 2:
-        both = tl.sum(tl.reshape(acc, (2, KWARPS, 64, COLUMNS)), 1)
-        gate, up = tl.split(tl.permute(both, (1, 2, 0)))
-        gate = gate * unit * inverse[None, :]
-        up = up * unit * inverse[None, :]
-        result = gate / (1.0 + tl.exp(-gate)) * up
-    else:
-        result = tl.sum(acc, 0) * unit * inverse[None, :]
-    # a column that repeats the first pair, or an expert of width 0, whose NaN and infinity are not its own
-    result = tl.where(bits == 0, 0.0, result)
+    WIDTH: tl.constexpr = ONLY if DENSE == 0 else (8 if DENSE > 4 else DENSE)
+    result = _expert_product(
+        x_ptr, groups_ptr, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, block_pairs, row_pairs,
+        tile, 0, split, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, 1, 1, SPLITS, MODE, ASM,
+        PREFETCH, RUN, PLANES, WIDTH, DENSE != 0,
+    )
+    result = tl.reshape(result, (64, COLUMNS))
+    pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
     row = tile * 64 + tl.arange(0, 64)
-    at = (split.to(tl.int64) * pairs + pair[None, :]) * n + row[:, None]
-    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), (pair[None, :] >= 0) & (row[:, None] < n))
+    at = pair[None, :].to(tl.int64) * n + row[:, None]
+    inside = (pair[None, :] >= 0) & (row[:, None] < n)
+    if SLOTS == 0 and SPLITS == 1:
+        tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), inside)
+    else:
+        tl.store(partial_ptr + split.to(tl.int64) * pairs * n + at, result, inside & ((SLOTS == 0) | (bits > 0)))
+        # every thread's partial sums before the one thread's count, every read after it
+        tl.debug_barrier()
+        if SLOTS == 0:
+            counter = arrived_ptr + 1 + tile * tl.num_programs(0) + block
+            all_of_them = SPLITS
+        else:
+            counter = arrived_ptr + 1 + tile
+            all_of_them = tl.load(arrived_ptr) * SPLITS
+        before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if before == all_of_them - 1:
+            if SLOTS == 0:
+                _sum_splits(partial_ptr, out_ptr, pair, row, pairs, n, SPLITS, COLUMNS)
+            else:
+                _sum_slots(
+                    partial_ptr, out_ptr, ids_ptr, weights_ptr, bits_ptr, row, experts, pairs, n, slots, SLOTS, SPLITS
+                )

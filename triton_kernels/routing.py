@@ -21,32 +21,49 @@ def block_count(pairs: int, experts: int, columns: int) -> int:
 
 
 @triton.jit
-def route_kernel(ids_ptr, expert_ptr, pairs_ptr, pairs, experts, BLOCKS, P: tl.constexpr, COLUMNS: tl.constexpr):
-    """All pairs in one program: a pair's place among those of its expert, then its block, by counting."""
-    i = tl.arange(0, P)
-    ids = tl.load(ids_ptr + i, i < pairs, other=-1).to(tl.int64)
+def _expert_of(ids_ptr, i, pairs, experts):
+    """int32 expert of pairs ``i``, ``experts`` for ids out of range, -1 beyond the last pair."""
+    ids = tl.load(ids_ptr + i, i < pairs, other=0).to(tl.int64)
     ids = tl.where((ids < 0) | (ids >= experts), experts, ids).to(tl.int32)
-    ids = tl.where(i < pairs, ids, -1)
-    earlier = i[None, :] < i[:, None]
-    same = ids[None, :] == ids[:, None]
-    rank = tl.sum((same & earlier).to(tl.int32), 1)
+    return tl.where(i < pairs, ids, -1)
+
+
+@triton.jit
+def route_pairs(
+    ids_ptr, expert_ptr, pairs_ptr, used_ptr, pairs, experts, blocks, P: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """All pairs in one program, blocks in the order of experts, places by counting; ``used`` blocks have pairs."""
+    CHUNK: tl.constexpr = 32 if P > 32 else P
+    i = tl.arange(0, P)
+    ids = _expert_of(ids_ptr, i, pairs, experts)
+    rank = tl.zeros([P], tl.int32)
+    for first in range(0, P, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        same = _expert_of(ids_ptr, j, pairs, experts)[None, :] == ids[:, None]
+        rank += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
     leads = ((rank % COLUMNS) == 0) & (i < pairs)
-    order = tl.sum((earlier & leads[None, :]).to(tl.int32), 1)
-    part = rank // COLUMNS
-    mine = same & leads[None, :] & (part[None, :] == part[:, None])
-    block = tl.sum(tl.where(mine, order[None, :], 0), 1)
-    for b in range(0, BLOCKS, P):
-        at = b + i
-        tl.store(expert_ptr + at, tl.full([P], -1, tl.int32), at < BLOCKS)
-        for c in tl.static_range(COLUMNS):
-            tl.store(pairs_ptr + at * COLUMNS + c, tl.full([P], -1, tl.int32), at < BLOCKS)
+    # the pairs that open a block, by expert, for every thread to read; the tables' own memory holds them meanwhile
+    tl.store(pairs_ptr + i, tl.where(leads, ids, experts + 1), i < pairs)
+    tl.debug_barrier()
+    block = rank // COLUMNS
+    for first in range(0, P, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        opener = tl.load(pairs_ptr + j, j < pairs, other=experts + 1)
+        block += tl.sum((opener[None, :] < ids[:, None]).to(tl.int32), 1)
+    tl.debug_barrier()
+    for b in range(0, blocks, P):
+        tl.store(expert_ptr + b + i, tl.full([P], -1, tl.int32), b + i < blocks)
+    for b in range(0, blocks * COLUMNS, P):
+        tl.store(pairs_ptr + b + i, tl.full([P], -1, tl.int32), b + i < blocks * COLUMNS)
     # the stores above and below reach the same addresses from different threads
     tl.debug_barrier()
     tl.store(expert_ptr + block, ids, leads)
     tl.store(pairs_ptr + block * COLUMNS + rank % COLUMNS, i, i < pairs)
+    tl.store(used_ptr, tl.sum(leads.to(tl.int32), 0))
 
 
-def _route_by_sorting(ids: Tensor, experts: int, columns: int, blocks: int) -> tuple[Tensor, Tensor]:
+def route_by_sorting(ids: Tensor, experts: int, columns: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """``(block_expert int32 [B], block_pairs int32 [B, columns])`` of flat ``ids``, by torch; no host sync."""
     pairs = ids.numel()
     ids = torch.where((ids < 0) | (ids >= experts), experts, ids).to(torch.int64)
     order = torch.sort(ids, stable=True).indices
@@ -64,16 +81,3 @@ def _route_by_sorting(ids: Tensor, experts: int, columns: int, blocks: int) -> t
     index = ((pairs_end - counts)[e][:, None] + place).clamp(0, pairs - 1)
     block_pairs = torch.where(used, order[index], -1)
     return torch.where(expert <= experts, expert, -1).to(torch.int32), block_pairs.to(torch.int32)
-
-
-def route(ids: Tensor, experts: int, columns: int) -> tuple[Tensor, Tensor]:
-    """``(block_expert int32 [B], block_pairs int32 [B, columns])`` of flat ``ids``; no host sync."""
-    pairs = ids.numel()
-    blocks = block_count(pairs, experts, columns)
-    if pairs > MOST_PAIRS:
-        return _route_by_sorting(ids, experts, columns, blocks)
-    block_expert = torch.empty(blocks, dtype=torch.int32, device=ids.device)
-    block_pairs = torch.empty(blocks, columns, dtype=torch.int32, device=ids.device)
-    padded = max(16, triton.next_power_of_2(pairs))
-    route_kernel[(1,)](ids, block_expert, block_pairs, pairs, experts, blocks, P=padded, COLUMNS=columns, num_warps=4)
-    return block_expert, block_pairs

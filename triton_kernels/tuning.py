@@ -1,7 +1,8 @@
 """Launch parameters: static tables in ``tuned/``, one file a device, ``default.json`` for the others.
 
-``decode.columns`` and ``prefill.columns`` are ``[up to so many tokens (per expert, in prefill), token columns]``;
-``programs`` is how many programs a decode launch should have at least: K is split until it does.
+``decode.columns`` and ``prefill.columns`` are ``[up to so many tokens (per expert, in prefill), token columns]``,
+``warps`` are ``[up to so many programs, warps of each]``; ``programs`` is how many programs a decode launch should
+have at least: K is split until it does.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Launch:
-    """How one product is launched: token columns of a program, warps, splits of K, whether words are prefetched."""
+    """How one product is launched: token columns of a program, warps, splits of K, whether words are prefetched, the
+    most registers a thread may have, and whether the launch may overlap the end of the one before it."""
 
     columns: int
     warps: int
     splits: int
     prefetch: bool
+    registers: int | None = None
+    pdl: bool = False
 
 
 def table_name(device_name: str) -> str:
@@ -45,10 +49,10 @@ def table(device_name: str) -> dict:
     return json.loads(path.read_text())
 
 
-def _columns(entries: list, amount: float) -> int:
-    for limit, columns in entries:
+def _up_to(entries: list, amount: float) -> int:
+    for limit, value in entries:
         if limit is None or amount <= limit:
-            return columns
+            return value
     return entries[-1][1]
 
 
@@ -57,24 +61,30 @@ def is_decode(device_name: str, tokens: int) -> bool:
     return tokens <= table(device_name)["decode_tokens"]
 
 
-def decode_launch(device_name: str, kind: str, tokens: int, experts: int, top_k: int, n: int, k: int) -> Launch:
-    """Of ``kind`` ``gemm`` or ``ffn`` (gate and up in one program, never split); ``n`` rows a program's grid covers."""
+def decode_launch(
+    device_name: str, kind: str, tokens: int, experts: int, top_k: int, n: int, k: int, tiles: int = 1
+) -> Launch:
+    """Of ``kind`` ``gemm`` or ``ffn`` (``tiles`` of gate and of up in one program, never split); ``n`` rows a
+    program's grid covers."""
     entry = table(device_name)["decode"]
     config = entry[kind]
-    columns = _columns(entry["columns"], tokens)
+    columns = _up_to(entry["columns"], tokens)
+    programs = -(-n // (64 * tiles)) * min(tokens * top_k, experts)
+    warps = _up_to(config["warps"], programs)
     splits = 1
     if kind == "gemm":
-        programs = -(-n // 64) * min(tokens * top_k, experts)
         wanted = -(-config["programs"] // max(programs, 1))
         # each warp of a split should find at least one of the widest spans
-        splits = max(1, min(wanted, k // (512 * config["warps"]), 16))
-    return Launch(columns, config["warps"], splits, config["prefetch"])
+        splits = max(1, min(wanted, k // (512 * warps), 16))
+    else:
+        warps = max(warps, 2 * tiles)
+    return Launch(columns, warps, splits, config["prefetch"], config.get("registers"), entry.get("pdl", False))
 
 
 def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int) -> Launch:
     """``columns`` by the tokens that an expert gets on average."""
     entry = table(device_name)["prefill"]
-    columns = _columns(entry["columns"], tokens * top_k / max(experts, 1))
+    columns = _up_to(entry["columns"], tokens * top_k / max(experts, 1))
     return Launch(columns, entry["gemm"]["warps"], 1, entry["gemm"]["prefetch"])
 
 

@@ -16,6 +16,7 @@ Nothing falls back silently: a layout on a device that cannot serve it raises ``
 
 from gemq.ops.matmul import lowbit_gemm, moe_lowbit_ffn, moe_lowbit_gemm
 from gemq.ops.packing import dequantize, pack, repack, unpack
+from gemq.ops.routing import topk_routing
 from gemq.ops.stacks import expert_tables, layout_for, pack_experts, unpack_experts
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "pack",
     "pack_experts",
     "repack",
+    "topk_routing",
     "unpack",
     "unpack_experts",
 ]

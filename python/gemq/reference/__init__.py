@@ -3,6 +3,7 @@
 from gemq.reference.bits import dequantize, pack, unpack
 from gemq.reference.gptq import gptq_group
 from gemq.reference.moe import lowbit_gemm, moe_lowbit_ffn, moe_lowbit_gemm
+from gemq.reference.routing import topk_routing
 from gemq.reference.tiles import from_layout, to_layout
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "moe_lowbit_gemm",
     "pack",
     "to_layout",
+    "topk_routing",
     "unpack",
 ]
