@@ -127,7 +127,7 @@ class Variant:
     splits: int = 4
     slots: int = 2
     tiles: int = 2
-    prefetch: bool = False
+    ahead: int = 2
     group: int = 128
     kw: int = 16
     pdl: bool = False
@@ -138,7 +138,7 @@ class Variant:
     @property
     def name(self) -> str:
         parts = [self.kernel, f"{self.only} bit" if self.only else "mixed", f"{self.columns} columns", f"w{self.warps}"]
-        parts += ["plain"] * (self.mode == 0) + ["prefetch"] * self.prefetch + ["pdl"] * self.pdl
+        parts += ["plain"] * (self.mode == 0) + [f"ahead {self.ahead}"] * (self.ahead != 2) + ["pdl"] * self.pdl
         parts += [f"dense {self.dense}"] * bool(self.dense)
         parts += [f"kw{self.kw} g{self.group}"] * ((self.kw, self.group) != (16, 128))
         return " ".join(parts)
@@ -150,7 +150,7 @@ def variant(v: Variant) -> Row:
     from gemq.triton_kernels.tuning import fragment_run
 
     constants = {f"KW{bits}": v.kw for bits in FIELDS} | {
-        "GROUP": v.group, "COLUMNS": v.columns, "WARPS": v.warps, "MODE": v.mode, "ASM": True, "PREFETCH": v.prefetch,
+        "GROUP": v.group, "COLUMNS": v.columns, "WARPS": v.warps, "MODE": v.mode, "ASM": True, "AHEAD": v.ahead,
         "RUN": fragment_run(triton.__version__), "ONLY": v.only, "PDL": v.pdl,
     } | dict.fromkeys(v.ones, 1)
     if v.kernel == "gate_up":
@@ -171,7 +171,7 @@ def shipped(quick: bool) -> list[Variant]:
     mixed = [Variant(k, 0, c) for k in ("gate_up", "product") for c in (8, 16)]
     others = [
         Variant("product", 0, 8, mode=0), Variant("gate_up", 0, 8, mode=0), Variant("gate_up", 0, 8, warps=8),
-        Variant("product", 0, 8, warps=8), Variant("product", 0, 8, prefetch=True), Variant("gate_up", 0, 8, pdl=True),
+        Variant("product", 0, 8, warps=8), Variant("product", 0, 8, ahead=0), Variant("gate_up", 0, 8, pdl=True),
         Variant("product", 4, 8, dense=4, slots=0), Variant("product", 3, 8, dense=3, slots=0),
     ]
     return mixed if quick else single + mixed + others

@@ -14,7 +14,9 @@ Activations come normalised by group (:mod:`.prepare`): fp16 times a power of tw
 
 ``MODE`` 0 converts codes with plain arithmetic. 1 reads a field as an fp16 subnormal, ``q * 2**-24``. 2 also leaves
 the field where it lies in the word, ``q * 2**(pos - 24)``, and expects activations scaled by ``2**-pos``. ``ASM``
-reinterprets 32 bits as two fp16 by one move; without it, by plain Triton, which the interpreter can run.
+reinterprets 32 bits as two fp16 by one move; without it, by plain Triton, which the interpreter can run. ``AHEAD``
+spans from now are fetched into the L2: registers hold one span a warp, and the compiler loads ``(s, m)`` late, so that
+without it the latency of memory shows twice a span.
 """
 
 from __future__ import annotations
@@ -109,6 +111,29 @@ def _per_column(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.cons
 
 
 @triton.jit
+def _fetch(at):
+    """Bring the cache line of each pointer into the L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _fetch_span(
+    codes, meta, code_at, meta_at, span, last, lane, ROWS: tl.constexpr, KW: tl.constexpr, NWORDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Prefetch what a warp will read of a span: 128 bytes a lane of the codes, and its (s, m)."""
+    span = tl.minimum(span, last)
+    # a word block holds 64 rows, of which these are read; a line is 32 words
+    LINES: tl.constexpr = ROWS * KW // 32
+    for r in tl.static_range(0, NWORDS * LINES, 32):
+        line = tl.minimum(r + lane, NWORDS * LINES - 1)
+        _fetch(codes + (code_at + span * (NWORDS * 64 * KW) + line // LINES * (64 * KW) + line % LINES * 32))
+    _fetch(meta + (meta_at + span * (GROUPS * 64) + lane % GROUPS * 64 + lane // GROUPS % (ROWS // 32) * 32))
+
+
+@triton.jit
 def token_row(pair_at, row_pairs, lead):
     """int64 rows of the activations for pairs; a column without one repeats ``lead``: the same cache lines, no mask."""
     pair = tl.load(pair_at)
@@ -131,7 +156,7 @@ def tile_product(
     codes, meta, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles, tile_words, tile_meta,
     last_group, k_padded, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
     COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, MODE: tl.constexpr,
-    ASM: tl.constexpr, PREFETCH: tl.constexpr, RUN: tl.constexpr,
+    ASM: tl.constexpr, AHEAD: tl.constexpr, RUN: tl.constexpr,
 ):
     """float32 ``[WARPS, ROWS, COLUMNS]``: each warp's share of ``W @ x`` for the first ROWS of the tile's rows, in
     units of ``2**-24`` unless MODE is 0.
@@ -172,18 +197,21 @@ def tile_product(
     acc = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
     first = spans_from + warp % KWARPS
     last = spans_to - 1
-    if PREFETCH:
-        ahead = _words(codes + (word + _threads(tl.minimum(first, last) * BLOCK, RUN)), ROWS, KW, WARPS, RUN)
+    for d in tl.static_range(1, AHEAD):
+        _fetch_span(
+            codes, meta, tile * tile_words, tile * tile_meta, first + d * KWARPS, last, thread % 32, ROWS, KW, NWORDS,
+            SPAN // GROUP,
+        )
     for step in range(0, spans_to - spans_from, KWARPS):
         # a warp beyond the last span repeats its words against the zeros that follow the activations
         mine = first + step
         span = word + _threads(tl.minimum(mine, last) * (NWORDS * BLOCK), RUN)
-        if PREFETCH:
-            w = ahead
-            next_span = word + _threads(tl.minimum(mine + KWARPS, last) * BLOCK, RUN)
-            ahead = _words(codes + next_span, ROWS, KW, WARPS, RUN)
-        else:
-            w = _words(codes + span, ROWS, KW, WARPS, RUN)
+        w = _words(codes + span, ROWS, KW, WARPS, RUN)
+        if AHEAD > 0:
+            _fetch_span(
+                codes, meta, tile * tile_words, tile * tile_meta, mine + AHEAD * KWARPS, last, thread % 32, ROWS, KW,
+                NWORDS, SPAN // GROUP,
+            )
         mine = tl.minimum(mine, spans)
         column = _threads(mine * SPAN, RUN)
         group = mine * (SPAN // GROUP)

@@ -49,7 +49,7 @@ def _options(launch: tuning.Launch, mode: int) -> dict:
     pdl = {"launch_pdl": True} if launch.pdl else {}
     return pdl | {
         "COLUMNS": launch.columns, "WARPS": launch.warps, "MODE": mode, "ASM": not _interpreted(),
-        "PREFETCH": launch.prefetch, "RUN": tuning.fragment_run(triton.__version__), "PDL": launch.pdl,
+        "AHEAD": launch.ahead, "RUN": tuning.fragment_run(triton.__version__), "PDL": launch.pdl,
         "num_warps": launch.warps, "num_stages": 1, "maxnreg": launch.registers,
     }
 

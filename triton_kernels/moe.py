@@ -20,7 +20,7 @@ def _width(
     codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, BITS: tl.constexpr,
     KW: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
     TILES: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr,
-    PREFETCH: tl.constexpr, RUN: tl.constexpr,
+    AHEAD: tl.constexpr, RUN: tl.constexpr,
 ):
     """tile_product for one width: where the tile lies and which spans are this split's."""
     NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
@@ -41,13 +41,13 @@ def _width(
     acc = tile_product(
         codes, meta, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles, tile_words,
         tile_meta, k // GROUP - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, TILES, PARTS, MODE, ASM,
-        PREFETCH and NWORDS == 1, RUN,
+        AHEAD if ASM else 0, RUN,
     )
     if ROWS == 32:
         high = tile_product(
             codes + 32 * KW, meta + 32, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles,
             tile_words, tile_meta, k // GROUP - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, TILES, PARTS,
-            MODE, ASM, PREFETCH and NWORDS == 1, RUN,
+            MODE, ASM, AHEAD if ASM else 0, RUN,
         )
         acc = tl.reshape(tl.permute(tl.join(acc, high), (0, 3, 1, 2)), (WARPS, 64, COLUMNS))
     return acc
@@ -58,7 +58,7 @@ def _expert_product(
     x, groups, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, pair_ptr, row_pairs, tile, up_tiles,
     split, rows, k, k_padded, KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr,
     KW8: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr, PREFETCH: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
     RUN: tl.constexpr, PLANES: tl.constexpr, ONLY: tl.constexpr, DENSE: tl.constexpr,
 ):
     """float32 ``[PARTS, TILES, 64, COLUMNS]`` of one expert's tiles from ``tile`` on; zeros where ``bits`` is 0."""
@@ -72,27 +72,27 @@ def _expert_product(
     if bits == 1 and (ONLY == 0 or ONLY == 1):
         acc = _width(
             codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 1, KW1, 0,
-            GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+            GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
         )
     elif bits == 2 and (ONLY == 0 or ONLY == 2):
         acc = _width(
             codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 2, KW2,
-            1 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+            1 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
         )
     elif bits == 3 and (ONLY == 0 or ONLY == 3):
         acc = _width(
             codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 3, KW3,
-            2 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+            2 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
         )
     elif bits == 4 and (ONLY == 0 or ONLY == 4):
         acc = _width(
             codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 4, KW4,
-            3 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+            3 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
         )
     elif bits > 4 and (ONLY == 0 or ONLY == 8):
         acc = _width(
             codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 8, KW8,
-            4 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, PREFETCH, RUN,
+            4 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
         )
     KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
     acc = tl.sum(tl.reshape(acc, (PARTS, TILES, KWARPS, 64, COLUMNS)), 2)
@@ -118,7 +118,7 @@ def gate_up_kernel(
     KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr, ACT_KW1: tl.constexpr,
     ACT_KW2: tl.constexpr, ACT_KW3: tl.constexpr, ACT_KW4: tl.constexpr, GROUP: tl.constexpr, ACT_GROUP: tl.constexpr,
     COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr,
-    PREFETCH: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr, ONLY: tl.constexpr = 0,
+    AHEAD: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr, ONLY: tl.constexpr = 0,
 ):
     """``act [pairs, act_padded]``: ``silu(gate) * up``, normalised by groups and scaled for the down projection.
 
@@ -134,15 +134,13 @@ def gate_up_kernel(
     if expert < 0:
         return
     bits = 0
-    down_bits = 0
     if expert < experts:
         bits = tl.load(bits_ptr + expert)
-        down_bits = tl.load(down_bits_ptr + expert)
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
     both = _expert_product(
         x_ptr, groups_ptr, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, block_pairs, row_pairs,
         tile, n // 64, 0, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, TILES, 2, 1, MODE, ASM,
-        PREFETCH, RUN, MODE == 2, ONLY, False,
+        AHEAD, RUN, MODE == 2, ONLY, False,
     )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -160,6 +158,7 @@ def gate_up_kernel(
     if MODE == 2:
         # the products come in units of 2**-24
         total = total * 5.9604644775390625e-08
+        down_bits = tl.load(down_bits_ptr + expert, expert < experts, other=0)
         pos = _position_of(column, down_bits, ACT_KW1, ACT_KW2, ACT_KW3, ACT_KW4)
         act = (act.to(tl.float32) * power_of_two(-pos)[:, None]).to(tl.float16)
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
@@ -226,7 +225,7 @@ def product_kernel(
     weights_ptr, arrived_ptr, partial_ptr, out_ptr, experts, rows, pairs, slots, row_pairs, n, k, k_padded,
     KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-    MODE: tl.constexpr, ASM: tl.constexpr, PREFETCH: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
+    MODE: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
     PDL: tl.constexpr, DENSE: tl.constexpr = 0, ONLY: tl.constexpr = 0,
 ):
     """``out [tokens, n]``, weighted sums over ``slots``; ``out [pairs, n]``, unweighted, where ``SLOTS`` is 0.
@@ -251,7 +250,7 @@ def product_kernel(
     result = _expert_product(
         x_ptr, groups_ptr, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, block_pairs, row_pairs,
         tile, 0, split, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, 1, 1, SPLITS, MODE, ASM,
-        PREFETCH, RUN, PLANES, WIDTH, DENSE != 0,
+        AHEAD, RUN, PLANES, WIDTH, DENSE != 0,
     )
     result = tl.reshape(result, (64, COLUMNS))
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))

@@ -22,13 +22,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Launch:
-    """How one product is launched: token columns of a program, warps, splits of K, whether words are prefetched, the
-    most registers a thread may have, and whether the launch may overlap the end of the one before it."""
+    """How one product is launched: token columns of a program, warps, splits of K, how many spans ahead weights are
+    fetched into the L2, the most registers a thread may have (None: no limit), whether the launch may overlap the end
+    of the one before it."""
 
     columns: int
     warps: int
     splits: int
-    prefetch: bool
+    ahead: int
     registers: int | None = None
     pdl: bool = False
 
@@ -78,14 +79,14 @@ def decode_launch(
         splits = max(1, min(wanted, k // (512 * warps), 16))
     else:
         warps = max(warps, 2 * tiles)
-    return Launch(columns, warps, splits, config["prefetch"], config.get("registers"), entry.get("pdl", False))
+    return Launch(columns, warps, splits, config["ahead"], config.get("registers"), entry.get("pdl", False))
 
 
 def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int) -> Launch:
     """``columns`` by the tokens that an expert gets on average."""
     entry = table(device_name)["prefill"]
     columns = _up_to(entry["columns"], tokens * top_k / max(experts, 1))
-    return Launch(columns, entry["gemm"]["warps"], 1, entry["gemm"]["prefetch"])
+    return Launch(columns, entry["gemm"]["warps"], 1, 0)
 
 
 def fragment_run(triton_version: str) -> int:
