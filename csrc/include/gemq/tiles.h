@@ -61,9 +61,10 @@ GEMQ_HD void stream_from_cpu_tile(const uint32_t (&tile)[BITS], uint32_t (&strea
 // Where the tile words of columns [32 * run, 32 * run + 32) of `row` lie, in words; calls f(i, at) for each.
 template <int BITS, class F>
 GEMQ_HD void for_each_cpu_tile_word(int64_t row, int64_t run, int64_t k, int group_size, F&& f) {
-  const int64_t group = run * 32 / group_size;
-  const int64_t column = run * 32 % group_size;
-  const int64_t base = (row / kCpuRows * (k / group_size) + group) * (group_size / 2) * BITS;
+  const int runs_log2 = group_log2(group_size) - 5;
+  const int64_t group = run >> runs_log2;
+  const int64_t column = (run & ((1 << runs_log2) - 1)) * 32;
+  const int64_t base = (row / kCpuRows * (k >> (runs_log2 + 5)) + group) * (group_size / 2) * BITS;
   for_each_cpu_plane<BITS>([&](int width, int first) {
     const int64_t plane = base + group_size / 2 * first + column * width / 32 * kCpuRows + row % kCpuRows;
     GEMQ_UNROLL
@@ -117,15 +118,9 @@ GEMQ_HD void add_gpu_field(uint32_t (&words)[gpu_words(STORED)], int f, uint32_t
   }
 }
 
-// The inverse, from memory: columns c and c + 1 (c even) of a row as low | high << 16.
-template <int STORED>
-GEMQ_HD uint32_t load_gpu_pair(const uint8_t* tile, const GpuShape& shape, int64_t row, int64_t c) {
-  const int64_t span = c / shape.span;
-  const int inside = static_cast<int>(c % shape.span);
-  const int f = inside / (2 * shape.kw), i = inside % (2 * shape.kw) / 2;
-  const auto word = [&](int w) {
-    return load_word(tile + gpu_word_index<STORED>(shape, row, span, w, i) * 4);
-  };
+// The inverse: field f as low | high << 16, where word(w) gives word w.
+template <int STORED, class Word>
+GEMQ_HD uint32_t gpu_field(int f, Word&& word) {
   if constexpr (STORED == 3) {
     if (f < 15) return (word(f / 5) >> (3 * (f % 5))) & 0x00070007u;
     uint32_t both = 0;
@@ -137,6 +132,16 @@ GEMQ_HD uint32_t load_gpu_pair(const uint8_t* tile, const GpuShape& shape, int64
     constexpr uint32_t kMask = ((1u << STORED) - 1) * 0x00010001u;
     return (word(f / kPerWord) >> (STORED * (f % kPerWord))) & kMask;
   }
+}
+
+// The same from memory: columns c and c + 1 (c even) of a row.
+template <int STORED>
+GEMQ_HD uint32_t load_gpu_pair(const uint8_t* tile, const GpuShape& shape, int64_t row, int64_t c) {
+  const int64_t span = c / shape.span;
+  const int inside = static_cast<int>(c % shape.span);
+  const int f = inside / (2 * shape.kw), i = inside % (2 * shape.kw) / 2;
+  return gpu_field<STORED>(
+      f, [&](int w) { return load_word(tile + gpu_word_index<STORED>(shape, row, span, w, i) * 4); });
 }
 
 // ---- metadata, in float16 elements ----

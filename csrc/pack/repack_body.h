@@ -1,0 +1,221 @@
+// Repacking as kernel bodies: a block stages a piece of the matrix in shared memory and permutes it there
+// with the text of tiles.h, so that both sides of global memory see runs of 16-byte accesses.
+#pragma once
+
+#include "pack/repack_pieces.h"
+
+namespace gemq {
+
+template <int BITS>
+struct CpuTilePieces {
+  static constexpr int kColumns = BITS <= 2 ? 1024 : 512;
+  static constexpr int kTileWords = kCpuRows * kColumns / 32 * BITS;
+  using Tile = TilePiece<kTileWords, 4, 4>;
+  struct Shared {
+    CanonicalPiece<BITS, kCpuRows, kColumns> canonical;
+    alignas(16) uint32_t tile[kTileWords];
+  };
+
+  // f(stream words, row, run) for this thread's share of the piece; neighbouring threads take neighbouring
+  // rows, as the tile does.
+  template <class F>
+  GEMQ_DEVICE_TOO static void for_each_run(Shared& shared, int thread, F&& f) {
+    for (int item = thread; item < kCpuRows * kColumns / 32; item += kThreads) {
+      const int row = item % kCpuRows, run = item / kCpuRows;
+      f(shared.canonical.row(row) + run * BITS, row, run);
+    }
+  }
+
+  // Where the piece begins in the tile, in words, and how many words of it the matrix has.
+  GEMQ_DEVICE_TOO static int64_t first_word(const RepackArgs& a, int64_t rows, int64_t chunk) {
+    return (rows * a.k + chunk * kColumns) / 32 * kCpuRows * BITS;
+  }
+  GEMQ_DEVICE_TOO static int words(const RepackArgs& a, int64_t chunk) {
+    return clipped(a.k - chunk * kColumns, kColumns) / 32 * kCpuRows * BITS;
+  }
+};
+
+template <int BITS>
+struct ToCpuTile : CpuTilePieces<BITS> {
+  using Args = RepackTileArgs;
+  using Pieces = CpuTilePieces<BITS>;
+  using Shared = typename Pieces::Shared;
+  static constexpr int kPhases = 3;
+
+  template <int PHASE>
+  GEMQ_DEVICE_TOO static void run(const Args& a, int64_t block, int thread, Shared& shared) {
+    const int64_t rows = block / a.chunks, chunk = block - rows * a.chunks;
+    if constexpr (PHASE == 0) {
+      shared.canonical.load(a, rows * kCpuRows, chunk, thread);
+    } else if constexpr (PHASE == 1) {
+      Pieces::for_each_run(shared, thread, [&](const uint32_t* at, int row, int piece_run) {
+        uint32_t stream[BITS], tile[BITS];
+        GEMQ_UNROLL
+        for (int i = 0; i < BITS; ++i) stream[i] = at[i];
+        cpu_tile_from_stream<BITS>(stream, tile);
+        for_each_cpu_tile_word<BITS>(row, piece_run, Pieces::kColumns, a.matrix.group_size,
+                                     [&](int i, int64_t word) { shared.tile[word] = tile[i]; });
+      });
+    } else {
+      uint8_t* dst = a.matrix.dst_codes + Pieces::first_word(a.matrix, rows, chunk) * 4;
+      Pieces::Tile::store(shared.tile, dst, Pieces::words(a.matrix, chunk), a.vectors, thread);
+    }
+  }
+};
+
+template <int BITS>
+struct FromCpuTile {
+  using Args = RepackTileArgs;
+  using Pieces = CpuTilePieces<BITS>;
+  using Shared = typename Pieces::Shared;
+  static constexpr int kPhases = 3;
+
+  template <int PHASE>
+  GEMQ_DEVICE_TOO static void run(const Args& a, int64_t block, int thread, Shared& shared) {
+    const int64_t rows = block / a.chunks, chunk = block - rows * a.chunks;
+    if constexpr (PHASE == 0) {
+      const uint8_t* src = a.matrix.src_codes + Pieces::first_word(a.matrix, rows, chunk) * 4;
+      Pieces::Tile::load(shared.tile, src, Pieces::words(a.matrix, chunk), a.vectors, thread);
+    } else if constexpr (PHASE == 1) {
+      Pieces::for_each_run(shared, thread, [&](uint32_t* at, int row, int piece_run) {
+        uint32_t stream[BITS], tile[BITS];
+        for_each_cpu_tile_word<BITS>(row, piece_run, Pieces::kColumns, a.matrix.group_size,
+                                     [&](int i, int64_t word) { tile[i] = shared.tile[word]; });
+        stream_from_cpu_tile<BITS>(tile, stream);
+        GEMQ_UNROLL
+        for (int i = 0; i < BITS; ++i) at[i] = stream[i];
+      });
+    } else {
+      shared.canonical.store(a, rows * kCpuRows, chunk, thread);
+    }
+  }
+};
+
+template <int BITS>
+struct GpuTilePieces {
+  static constexpr int kStored = gpu_bits(BITS), kFields = gpu_fields(kStored);
+  static constexpr int kColumns = BITS == 1 ? 1024 : BITS <= 3 ? 512 : BITS == 4 ? 256 : 128;
+  // the same for both numbers of words along k; a span never crosses a piece
+  static constexpr int kTileWords = kColumns / (2 * kFields) * gpu_words(kStored) * kGpuRows;
+  // lines of KW words, a pitch of an odd number of vectors apart
+  static constexpr int kPitch16 = 20, kPitch8 = 12;
+  struct Shared {
+    CanonicalPiece<BITS, kGpuRows, kColumns> canonical;
+    alignas(16) uint32_t tile[kTileWords / 8 * kPitch8];
+  };
+
+  // f(std::integral_constant<int, words along k>), pitch likewise
+  template <class F>
+  GEMQ_DEVICE_TOO static void with_kw(const GpuShape& shape, F&& f) {
+    if (shape.kw == 16) {
+      f(std::integral_constant<int, 16>(), std::integral_constant<int, kPitch16>());
+    } else {
+      f(std::integral_constant<int, 8>(), std::integral_constant<int, kPitch8>());
+    }
+  }
+
+  GEMQ_DEVICE_TOO static int64_t first_word(const RepackTileArgs& a, int64_t rows, int64_t chunk) {
+    const int64_t span_words = gpu_words(kStored) * kGpuRows * a.shape.kw;
+    return (rows * a.shape.spans + chunk * (kColumns / a.shape.span)) * span_words;
+  }
+  GEMQ_DEVICE_TOO static int words(const RepackTileArgs& a, int64_t chunk) {
+    const int spans = kColumns / a.shape.span;
+    return clipped(a.shape.spans - chunk * spans, spans) * gpu_words(kStored) * kGpuRows * a.shape.kw;
+  }
+};
+
+template <int BITS>
+struct ToGpuTile {
+  using Args = RepackTileArgs;
+  using Pieces = GpuTilePieces<BITS>;
+  using Shared = typename Pieces::Shared;
+  static constexpr int kPhases = 3;
+
+  template <int PHASE>
+  GEMQ_DEVICE_TOO static void run(const Args& a, int64_t block, int thread, Shared& shared) {
+    const int64_t rows = block / a.chunks, chunk = block - rows * a.chunks;
+    if constexpr (PHASE == 0) {
+      shared.canonical.load(a, rows * kGpuRows, chunk, thread);
+    } else {
+      Pieces::with_kw(a.shape, [&](auto kw, auto pitch) {
+        if constexpr (PHASE == 1) {
+          permute<kw(), pitch()>(thread, shared);
+        } else {
+          uint8_t* dst = a.matrix.dst_codes + Pieces::first_word(a, rows, chunk) * 4;
+          TilePiece<Pieces::kTileWords, kw(), pitch()>::store(shared.tile, dst, Pieces::words(a, chunk),
+                                                              a.vectors, thread);
+        }
+      });
+    }
+  }
+
+  // Neighbouring threads take neighbouring words of the tile.
+  template <int KW, int PITCH>
+  GEMQ_DEVICE_TOO static void permute(int thread, Shared& shared) {
+    constexpr int kWords = gpu_words(Pieces::kStored), kSpan = 2 * KW * Pieces::kFields;
+    for (int item = thread; item < Pieces::kColumns / kSpan * kGpuRows * KW; item += kThreads) {
+      const int i = item % KW, row = item / KW % kGpuRows, span = item / (KW * kGpuRows);
+      const uint32_t* source = shared.canonical.row(row);
+      uint32_t words[kWords] = {};
+      GEMQ_UNROLL
+      for (int f = 0; f < Pieces::kFields; ++f) {
+        const uint32_t pair = bit_window<2 * BITS>(source, (span * kSpan + f * 2 * KW + 2 * i) * BITS);
+        add_gpu_field<Pieces::kStored>(words, f, pair & ((1u << BITS) - 1),
+                                       (pair >> BITS) & ((1u << BITS) - 1));
+      }
+      GEMQ_UNROLL
+      for (int w = 0; w < kWords; ++w)
+        shared.tile[((span * kWords + w) * kGpuRows + row) * PITCH + i] = words[w];
+    }
+  }
+};
+
+template <int BITS>
+struct FromGpuTile {
+  using Args = RepackTileArgs;
+  using Pieces = GpuTilePieces<BITS>;
+  using Shared = typename Pieces::Shared;
+  static constexpr int kPhases = 3;
+
+  template <int PHASE>
+  GEMQ_DEVICE_TOO static void run(const Args& a, int64_t block, int thread, Shared& shared) {
+    const int64_t rows = block / a.chunks, chunk = block - rows * a.chunks;
+    if constexpr (PHASE == 2) {
+      shared.canonical.store(a, rows * kGpuRows, chunk, thread);
+    } else {
+      Pieces::with_kw(a.shape, [&](auto kw, auto pitch) {
+        if constexpr (PHASE == 0) {
+          const uint8_t* src = a.matrix.src_codes + Pieces::first_word(a, rows, chunk) * 4;
+          TilePiece<Pieces::kTileWords, kw(), pitch()>::load(shared.tile, src, Pieces::words(a, chunk),
+                                                             a.vectors, thread);
+        } else {
+          permute<kw(), pitch()>(thread, shared);
+        }
+      });
+    }
+  }
+
+  // 32 columns of a row a thread: one field of 16 words, or two of 8. Neighbouring threads take neighbouring
+  // fields, which lie in the same words.
+  template <int KW, int PITCH>
+  GEMQ_DEVICE_TOO static void permute(int thread, Shared& shared) {
+    constexpr int kRuns = Pieces::kColumns / 32, kWords = gpu_words(Pieces::kStored);
+    for (int item = thread; item < kRuns * kGpuRows; item += kThreads) {
+      const int run = item % kRuns, row = item / kRuns;
+      uint32_t stream[BITS] = {};
+      GEMQ_UNROLL
+      for (int p = 0; p < 16; ++p) {
+        const int field = run * (16 / KW) + p / KW, span = field / Pieces::kFields;
+        const uint32_t* line = shared.tile + (span * kWords * kGpuRows + row) * PITCH + p % KW;
+        const uint32_t pair = gpu_field<Pieces::kStored>(field % Pieces::kFields,
+                                                         [&](int w) { return line[w * kGpuRows * PITCH]; });
+        add_code<BITS>(stream, 2 * p, pair & ((1u << BITS) - 1));
+        add_code<BITS>(stream, 2 * p + 1, (pair >> 16) & ((1u << BITS) - 1));
+      }
+      GEMQ_UNROLL
+      for (int i = 0; i < BITS; ++i) shared.canonical.row(row)[run * BITS + i] = stream[i];
+    }
+  }
+};
+
+}  // namespace gemq
