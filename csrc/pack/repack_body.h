@@ -97,6 +97,7 @@ struct GpuTilePieces {
   static constexpr int kColumns = BITS == 1 ? 1024 : BITS <= 3 ? 512 : BITS == 4 ? 256 : 128;
   // the same for both numbers of words along k; a span never crosses a piece
   static constexpr int kTileWords = kColumns / (2 * kFields) * gpu_words(kStored) * kGpuRows;
+  static constexpr bool kPowerOfTwo = BITS == 1 || BITS == 2 || BITS == 4;
   // lines of KW words, a pitch of an odd number of vectors apart
   static constexpr int kPitch16 = 20, kPitch8 = 12;
   struct Shared {
@@ -139,13 +140,31 @@ struct ToGpuTile {
     } else {
       Pieces::with_kw(a.shape, [&](auto kw, auto pitch) {
         if constexpr (PHASE == 1) {
-          permute<kw(), pitch()>(thread, shared);
+          if constexpr (kw() == 16 && Pieces::kPowerOfTwo) {
+            permute_spans(thread, shared);
+          } else {
+            permute<kw(), pitch()>(thread, shared);
+          }
         } else {
           uint8_t* dst = a.matrix.dst_codes + Pieces::first_word(a, rows, chunk) * 4;
           TilePiece<Pieces::kTileWords, kw(), pitch()>::store(shared.tile, dst, Pieces::words(a, chunk),
                                                               a.vectors, thread);
         }
       });
+    }
+  }
+
+  // A span of a row a thread: 16 words to 16 words.
+  GEMQ_DEVICE_TOO static void permute_spans(int thread, Shared& shared) {
+    for (int item = thread; item < Pieces::kTileWords / 16; item += kThreads) {
+      const int row = item % kGpuRows, span = item / kGpuRows;
+      uint32_t words[16];
+      load_vectors(shared.canonical.row(row) + span * 16, words);
+      gpu_tile_from_span<BITS>(words);
+      uint32_t tile[16];
+      GEMQ_UNROLL
+      for (int i = 0; i < 16; ++i) tile[i] = words[gpu_span_word<BITS>(i)];
+      store_vectors(shared.tile + item * Pieces::kPitch16, tile);
     }
   }
 
@@ -189,32 +208,76 @@ struct FromGpuTile {
           TilePiece<Pieces::kTileWords, kw(), pitch()>::load(shared.tile, src, Pieces::words(a, chunk),
                                                              a.vectors, thread);
         } else {
-          permute<kw(), pitch()>(thread, shared);
+          if constexpr (kw() == 16 && Pieces::kPowerOfTwo) {
+            permute_spans(thread, shared);
+          } else {
+            permute<kw(), pitch()>(thread, shared);
+          }
         }
       });
     }
   }
 
-  // 32 columns of a row a thread: one field of 16 words, or two of 8. Neighbouring threads take neighbouring
-  // fields, which lie in the same words.
+  GEMQ_DEVICE_TOO static void permute_spans(int thread, Shared& shared) {
+    for (int item = thread; item < Pieces::kTileWords / 16; item += kThreads) {
+      const int row = item % kGpuRows, span = item / kGpuRows;
+      uint32_t tile[16], words[16];
+      load_vectors(shared.tile + item * Pieces::kPitch16, tile);
+      GEMQ_UNROLL
+      for (int i = 0; i < 16; ++i) words[gpu_span_word<BITS>(i)] = tile[i];
+      span_from_gpu_tile<BITS>(words);
+      store_vectors(shared.canonical.row(row) + span * 16, words);
+    }
+  }
+
+  // 32 columns of a row a thread: one field of 16 words, or two of 8. Threads of a warp take neighbouring
+  // rows of the same field, so that none waits for another's field.
   template <int KW, int PITCH>
   GEMQ_DEVICE_TOO static void permute(int thread, Shared& shared) {
-    constexpr int kRuns = Pieces::kColumns / 32, kWords = gpu_words(Pieces::kStored);
-    for (int item = thread; item < kRuns * kGpuRows; item += kThreads) {
-      const int run = item % kRuns, row = item / kRuns;
+    constexpr int kStored = Pieces::kStored, kWords = gpu_words(kStored);
+    for (int item = thread; item < Pieces::kColumns / 32 * kGpuRows; item += kThreads) {
+      const int row = item % kGpuRows, run = item / kGpuRows;
       uint32_t stream[BITS] = {};
       GEMQ_UNROLL
-      for (int p = 0; p < 16; ++p) {
-        const int field = run * (16 / KW) + p / KW, span = field / Pieces::kFields;
-        const uint32_t* line = shared.tile + (span * kWords * kGpuRows + row) * PITCH + p % KW;
-        const uint32_t pair = gpu_field<Pieces::kStored>(field % Pieces::kFields,
-                                                         [&](int w) { return line[w * kGpuRows * PITCH]; });
-        add_code<BITS>(stream, 2 * p, pair & ((1u << BITS) - 1));
-        add_code<BITS>(stream, 2 * p + 1, (pair >> 16) & ((1u << BITS) - 1));
+      for (int part = 0; part < 16 / KW; ++part) {
+        const int field = run * (16 / KW) + part, span = field / Pieces::kFields;
+        const uint32_t* line = shared.tile + (span * kWords * kGpuRows + row) * PITCH;
+        GEMQ_UNROLL
+        for (int i = 0; i < KW; i += 4) {
+          const auto four = gpu_field_of_vectors<kStored>(
+              field % Pieces::kFields, [&](int w) { return load_vector(line + w * kGpuRows * PITCH + i); });
+          GEMQ_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const int c = 2 * (part * KW + i + j);
+            add_code<BITS>(stream, c, four.words[j] & ((1u << BITS) - 1));
+            add_code<BITS>(stream, c + 1, (four.words[j] >> 16) & ((1u << BITS) - 1));
+          }
+        }
       }
       GEMQ_UNROLL
       for (int i = 0; i < BITS; ++i) shared.canonical.row(row)[run * BITS + i] = stream[i];
     }
+  }
+
+  // gpu_field of four neighbouring words.
+  template <int STORED, class Load>
+  GEMQ_DEVICE_TOO static Vector gpu_field_of_vectors(int f, Load&& load) {
+    Vector held[gpu_words(STORED)], fields;
+    if (STORED == 3 && f == 15) {
+      GEMQ_UNROLL
+      for (int w = 0; w < gpu_words(STORED); ++w) held[w] = load(w);
+    } else {
+      held[0] = load(f / (STORED == 3 ? 5 : 16 / STORED));
+      GEMQ_UNROLL
+      for (int w = 1; w < gpu_words(STORED); ++w) held[w] = held[0];
+    }
+    GEMQ_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      fields.words[j] = STORED == 3 && f == 15
+                            ? gpu_field<STORED>(15, [&](int w) { return held[w].words[j]; })
+                            : gpu_field<STORED>(f, [&](int) { return held[0].words[j]; });
+    }
+    return fields;
   }
 };
 

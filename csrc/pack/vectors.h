@@ -56,6 +56,22 @@ GEMQ_HD void store_vector(void* at, const Vector& v) {
 #endif
 }
 
+template <int N>
+GEMQ_HD void load_vectors(const uint32_t* at, uint32_t (&words)[N]) {
+  GEMQ_UNROLL
+  for (int i = 0; i < N; i += 4) {
+    const Vector v = load_vector(at + i);
+    GEMQ_UNROLL
+    for (int j = 0; j < 4; ++j) words[i + j] = v.words[j];
+  }
+}
+
+template <int N>
+GEMQ_HD void store_vectors(uint32_t* at, const uint32_t (&words)[N]) {
+  GEMQ_UNROLL
+  for (int i = 0; i < N; i += 4) store_vector(at + i, {{words[i], words[i + 1], words[i + 2], words[i + 3]}});
+}
+
 GEMQ_HD Vector load_tail(const uint8_t* at, int count) {
   Vector v{};
   GEMQ_UNROLL
