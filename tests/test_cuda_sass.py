@@ -76,8 +76,8 @@ def test_registers_and_shared_memory_leave_room_for_many_blocks(kernels: dict[st
 
 
 def test_instructions_leave_the_streams_to_memory(kernels: dict[str, sass_cuda.Kernel]) -> None:
-    """Even if a thread of 64 codes ran all of a kernel's text, an SM's 4 x 32 lanes at 1.7 GHz would keep up with 3 TB/s
-    over 132 SMs: at most 9.5 instructions for each byte moved."""
+    """Even if a thread, for its 64 codes, ran all of a kernel's text: 132 SMs of 128 lanes at 1.7 GHz issue 9.5
+    instructions for each byte of 3 TB/s."""
     for bits in WIDTHS:
         moved = 64 * (1 + bits / 8)
         for name in (f"PackTile<{bits}>", f"UnpackTile<{bits}>"):

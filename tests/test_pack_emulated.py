@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -31,7 +32,9 @@ TILE = 8192  # codes of a block
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("emulated") / "emulate_pack.so"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", *includes, "-o", str(target)]
+    checks = os.environ.get("GEMQ_SANITIZE")  # set by `make sanitize`
+    flags = [f"-fsanitize={checks}", "-fno-sanitize-recover=all", "-g"] if checks else []
+    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", *flags, *includes, "-o", str(target)]
     subprocess.run([*command, str(ROOT / "tests/emulate_pack.cpp")], check=True)
     return ctypes.CDLL(str(target))
 
