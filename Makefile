@@ -33,14 +33,14 @@ lint: $(VENV)/.installed
 test: lint
 	$(BIN)/pytest tests -q
 
-# a build of its own, loaded in place of the installed extension by tests/run_sanitized.py
+# a build of its own (libstdc++ is named so that the sanitizer finds the function that throws), loaded in place of the installed extension by tests/run_sanitized.py
 SANITIZERS := address,undefined
 sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGEMQ_CUDA=OFF \
 	  -DGEMQ_SANITIZE=$(SANITIZERS) -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/sanitize
-	GEMQ_SANITIZE=$(SANITIZERS) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
+	GEMQ_SANITIZE=$(SANITIZERS) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  $(BIN)/python tests/run_sanitized.py build/sanitize
 

@@ -6,7 +6,8 @@ namespace gemq {
 namespace {
 
 bool forked = false;
-// Registered when the extension is loaded: torch may start the runtime's threads before the first op here does.
+// Registered when the extension is loaded: torch may start the runtime's threads before the first op here
+// does.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 }  // namespace

@@ -24,6 +24,7 @@ class Substitute:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    # capture=sys: what a sanitizer says goes straight to the terminal
     def pytest_configure(self) -> None:
         import torch  # noqa: F401  (first, as in gemq._core)
 
@@ -47,7 +48,7 @@ def main(folder: Path, *arguments: str) -> int:
     import pytest
 
     given = arguments or ("-q", "-x", *(str(TESTS / name) for name in FILES))
-    return int(pytest.main(["-p", "no:cacheprovider", *given], plugins=[Substitute(found[0])]))
+    return int(pytest.main(["-p", "no:cacheprovider", "--capture=sys", *given], plugins=[Substitute(found[0])]))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ def good_products() -> dict[str, object]:
 def test_nonsense_for_products_with_experts(data: st.DataObject) -> None:
     """One or two of good arguments replaced: whatever passes the checks must not reach outside the buffers."""
     arguments = good_products()
-    tables = st.lists(st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 9, 512, 513, 2**31 - 1, 2**62]), min_size=3, max_size=3)
+    entries = st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 9, 512, 513, 2**31 - 1, 2**62])
+    tables = st.lists(entries, min_size=3, max_size=3)
     for name in data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
         if name in ("n", "group_size"):
             arguments[name] = data.draw(GROUPS)

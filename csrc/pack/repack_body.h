@@ -262,20 +262,16 @@ struct FromGpuTile {
   // gpu_field of four neighbouring words.
   template <int STORED, class Load>
   GEMQ_DEVICE_TOO static Vector gpu_field_of_vectors(int f, Load&& load) {
-    Vector held[gpu_words(STORED)], fields;
-    if (STORED == 3 && f == 15) {
-      GEMQ_UNROLL
-      for (int w = 0; w < gpu_words(STORED); ++w) held[w] = load(w);
-    } else {
-      held[0] = load(f / (STORED == 3 ? 5 : 16 / STORED));
-      GEMQ_UNROLL
-      for (int w = 1; w < gpu_words(STORED); ++w) held[w] = held[0];
+    const bool spread = STORED == 3 && f == 15;  // one bit of each word
+    Vector held[gpu_words(STORED)] = {}, fields;
+    held[0] = load(spread ? 0 : f / (STORED == 3 ? 5 : 16 / STORED));
+    if constexpr (STORED == 3) {
+      if (spread) held[1] = load(1), held[2] = load(2);
     }
     GEMQ_UNROLL
     for (int j = 0; j < 4; ++j) {
-      fields.words[j] = STORED == 3 && f == 15
-                            ? gpu_field<STORED>(15, [&](int w) { return held[w].words[j]; })
-                            : gpu_field<STORED>(f, [&](int) { return held[0].words[j]; });
+      fields.words[j] = spread ? gpu_field<STORED>(15, [&](int w) { return held[w].words[j]; })
+                               : gpu_field<STORED>(f, [&](int) { return held[0].words[j]; });
     }
     return fields;
   }

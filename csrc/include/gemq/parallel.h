@@ -29,8 +29,8 @@ struct Team {
   }
 };
 
-// Whether this process may start a team. A child made by fork() has none of its parent's threads, yet GNU's OpenMP
-// would wait for them for ever; it works alone, with the same results.
+// Whether this process may start a team. A child made by fork() has none of its parent's threads, yet GNU's
+// OpenMP would wait for them for ever; it works alone, with the same results.
 bool may_start_team();
 
 // Runs body(team) on up to `threads` threads. The body must not throw.
