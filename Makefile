@@ -6,12 +6,13 @@ OUT ?= demo-out
 # rebuilt when what is compiled or pinned changes; Python sources are used in place
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo test lint benchmark clean
+.PHONY: help demo test lint sanitize benchmark clean
 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
 	@echo "make test       linters and the test suite"
 	@echo "make lint       linters alone"
+	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make benchmark  CPU (and, with a GPU, GPU) benchmarks"
 	@echo "make clean      remove the virtual environment and what was built"
 
@@ -31,6 +32,17 @@ lint: $(VENV)/.installed
 
 test: lint
 	$(BIN)/pytest tests -q
+
+# a build of its own (libstdc++ is named so that the sanitizer finds the function that throws), loaded in place of the installed extension by tests/run_sanitized.py
+SANITIZERS := address,undefined
+sanitize: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGEMQ_CUDA=OFF \
+	  -DGEMQ_SANITIZE=$(SANITIZERS) -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/sanitize
+	GEMQ_SANITIZE=$(SANITIZERS) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(BIN)/python tests/run_sanitized.py build/sanitize
 
 benchmark: $(VENV)/.installed
 	$(BIN)/pytest --benchmark-only

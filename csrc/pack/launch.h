@@ -1,4 +1,4 @@
-// Launching a kernel on one index a thread, with every error checked.
+// Kernel bodies as kernels, and their launch with every error checked.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "gemq/bits.h"
+#include "pack/vectors.h"
 
 namespace gemq {
 
@@ -16,25 +16,37 @@ inline void check_cuda(cudaError_t status, const char* what) {
                            cudaGetErrorString(status));
 }
 
-__device__ inline int64_t thread_index() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+template <class Body>
+__global__ void __launch_bounds__(kThreads) body_kernel(const typename Body::Args args) {
+  static_assert(Body::kPhases <= 3);
+  __shared__ typename Body::Shared shared;
+  const int64_t block = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  Body::template run<0>(args, block, thread, shared);
+  if constexpr (Body::kPhases > 1) {
+    __syncthreads();
+    Body::template run<1>(args, block, thread, shared);
+  }
+  if constexpr (Body::kPhases > 2) {
+    __syncthreads();
+    Body::template run<2>(args, block, thread, shared);
+  }
 }
 
-// Launches kernel(args...) on at least `count` threads.
-template <class... Params, class... Args>
-void launch(const char* what, void (*kernel)(Params...), int64_t count, void* stream, const Args&... args) {
-  constexpr int kThreads = 256;
-  const int64_t blocks = ceil_div(count, kThreads);
-  if (blocks > 0x7fffffff)
-    throw std::runtime_error(std::string(what) + ": the matrix is too large for one launch");
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-  check_cuda(cudaGetLastError(), what);
-}
+// What the plans call: launches the body on `stream`.
+struct Launch {
+  const char* what;
+  void* stream;
 
-// True if every pointer is a multiple of `bytes`.
-template <class... Pointers>
-bool aligned_to(int bytes, Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % bytes == 0) && ...);
-}
+  template <class Body>
+  void operator()(Body, const typename Body::Args& args, int64_t blocks) const {
+    if (blocks == 0) return;
+    if (blocks > 0x7fffffff)
+      throw std::runtime_error(std::string(what) + ": the matrix is too large for one launch");
+    body_kernel<Body>
+        <<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    check_cuda(cudaGetLastError(), what);
+  }
+};
 
 }  // namespace gemq

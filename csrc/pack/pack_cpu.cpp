@@ -31,7 +31,8 @@ void pack_rows(const PackArgs& a, int threads) {
     const uint8_t* codes = a.src + row * a.k + run * 8;
     uint8_t* out = a.dst + row * bytes + run * BITS;
     if (count == 8) {
-      store_bytes(out, join_codes<BITS>(codes, 8), BITS);
+      const uint64_t low = join_four<BITS>(load_word(codes)), high = join_four<BITS>(load_word(codes + 4));
+      store_bytes(out, low | high << (4 * BITS), BITS);
     } else {
       store_bytes(out, join_codes<BITS>(codes, count), static_cast<int>(row_bytes(count, BITS)));
     }
@@ -44,8 +45,13 @@ void unpack_rows(const PackArgs& a, int threads) {
   for_each_run(a.rows, a.k, threads, [&](int64_t row, int64_t run, int count) {
     const uint8_t* in = a.src + row * bytes + run * BITS;
     uint8_t* codes = a.dst + row * a.k + run * 8;
-    const uint64_t value =
-        count == 8 ? load_bytes(in, BITS) : load_bytes(in, static_cast<int>(row_bytes(count, BITS)));
+    if (count == 8) {
+      const uint64_t value = load_bytes(in, BITS);
+      store_word(codes, split_four<BITS>(static_cast<uint32_t>(value)));
+      store_word(codes + 4, split_four<BITS>(static_cast<uint32_t>(value >> (4 * BITS))));
+      return;
+    }
+    const uint64_t value = load_bytes(in, static_cast<int>(row_bytes(count, BITS)));
     for (int i = 0; i < count; ++i) codes[i] = split_code<BITS>(value, i);
   });
 }

@@ -16,6 +16,9 @@ GEMQ_HD int64_t row_bytes(int64_t k, int bits) { return (k * bits + 7) / 8; }
 
 GEMQ_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of a group size of the format. Shifts, because a 64-bit division is a loop on a GPU.
+GEMQ_HD int group_log2(int group_size) { return group_size == 128 ? 7 : group_size == 64 ? 6 : 5; }
+
 // On the device `at` must be 4-byte aligned; on the host it need not be.
 GEMQ_HD uint32_t load_word(const uint8_t* at) {
 #ifdef __CUDA_ARCH__
@@ -66,6 +69,35 @@ GEMQ_HD uint64_t join_codes(const uint8_t* codes, int count) {
 template <int BITS>
 GEMQ_HD uint8_t split_code(uint64_t value, int i) {
   return static_cast<uint8_t>((value >> (BITS * i)) & ((1 << BITS) - 1));
+}
+
+// Four codes, one in each byte, to 4 * BITS bits; bits of a byte above BITS are dropped. Two halvings: bytes
+// to pairs in 16 bits, pairs to one field.
+template <int BITS>
+GEMQ_HD uint32_t join_four(uint32_t bytes) {
+  bytes &= ((1u << BITS) - 1) * 0x01010101u;
+  const uint32_t pairs = (bytes & 0x00ff00ffu) | ((bytes >> (8 - BITS)) & (0x00ff00ffu << BITS));
+  return (pairs & 0xffffu) | ((pairs >> (16 - 2 * BITS)) & (0xffffu << (2 * BITS)));
+}
+
+// The inverse; bits of `field` above 4 * BITS are ignored.
+template <int BITS>
+GEMQ_HD uint32_t split_four(uint32_t field) {
+  constexpr uint32_t kOne = (1u << BITS) - 1, kTwo = (1u << (2 * BITS)) - 1;
+  const uint32_t pairs = (field & kTwo) | ((field << (16 - 2 * BITS)) & (kTwo << 16));
+  return (pairs & kOne * 0x00010001u) | ((pairs << (8 - BITS)) & (kOne * 0x01000100u));
+}
+
+// WIDTH bits of a stream of words, and what follows them, from a bit that is a multiple of WIDTH. Reads the
+// word behind those of the WIDTH bits too, unless fields of WIDTH never cross a word.
+template <int WIDTH>
+GEMQ_HD uint32_t bit_window(const uint32_t* words, int bit) {
+  const int word = bit >> 5, shift = bit & 31;
+  if constexpr (32 % WIDTH == 0) {
+    return words[word] >> shift;
+  } else {
+    return static_cast<uint32_t>((static_cast<uint64_t>(words[word + 1]) << 32 | words[word]) >> shift);
+  }
 }
 
 // Code c of 32 codes held in BITS words.

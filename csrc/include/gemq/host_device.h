@@ -14,7 +14,9 @@
 
 #ifdef __CUDACC__
 #define GEMQ_UNROLL _Pragma("unroll")
+#define GEMQ_UNROLL_4 _Pragma("unroll 4")
 #else
+#define GEMQ_UNROLL_4
 #define GEMQ_UNROLL _Pragma("GCC unroll 64")
 #endif
 

@@ -29,11 +29,15 @@ struct Team {
   }
 };
 
+// Whether this process may start a team. A child made by fork() has none of its parent's threads, yet GNU's
+// OpenMP would wait for them for ever; it works alone, with the same results.
+bool may_start_team();
+
 // Runs body(team) on up to `threads` threads. The body must not throw.
 template <class F>
 void parallel([[maybe_unused]] int threads, F&& body) {
 #ifdef _OPENMP
-  if (threads > 1) {
+  if (threads > 1 && may_start_team()) {
 #pragma omp parallel num_threads(threads)
     body(Team{omp_get_thread_num(), omp_get_num_threads()});
     return;

@@ -1,6 +1,7 @@
 // Index maps of the kernels' layouts; python/gemq/format.py describes them.
 #pragma once
 
+#include "gemq/bit_swaps.h"
 #include "gemq/bits.h"
 
 namespace gemq {
@@ -31,39 +32,73 @@ GEMQ_HD int cpu_tile_shift(int c, int width) {
   return 8 * (inside % 4) + width * (inside / 4);
 }
 
+// Of a plane that is the whole code, a word of the stream to the word of the tile: in digits of a bit's
+// index, (column, bit of the code) to (column % 4, column / 4, bit of the code).
+template <int BITS>
+GEMQ_HD uint32_t cpu_tile_word(uint32_t stream) {
+  if constexpr (BITS == 1) {
+    return swap_digits<0, 1>(swap_digits<1, 2>(swap_digits<0, 3>(swap_digits<1, 4>(stream))));
+  } else if constexpr (BITS == 2) {
+    return swap_digits<1, 3>(swap_digits<2, 4>(stream));
+  } else if constexpr (BITS == 4) {
+    return swap_digits<2, 3>(swap_digits<3, 4>(stream));
+  } else {
+    return stream;
+  }
+}
+template <int BITS>
+GEMQ_HD uint32_t stream_word(uint32_t tile) {
+  if constexpr (BITS == 1) {
+    return swap_digits<1, 4>(swap_digits<0, 3>(swap_digits<1, 2>(swap_digits<0, 1>(tile))));
+  } else if constexpr (BITS == 2) {
+    return swap_digits<2, 4>(swap_digits<1, 3>(tile));
+  } else if constexpr (BITS == 4) {
+    return swap_digits<3, 4>(swap_digits<2, 3>(tile));
+  } else {
+    return tile;
+  }
+}
+
 template <int BITS>
 GEMQ_HD void cpu_tile_from_stream(const uint32_t (&stream)[BITS], uint32_t (&tile)[BITS]) {
+  constexpr bool kOnePlane = (BITS & (BITS - 1)) == 0;
   GEMQ_UNROLL
-  for (int i = 0; i < BITS; ++i) tile[i] = 0;
-  GEMQ_UNROLL
-  for (int c = 0; c < 32; ++c) {
-    const uint32_t code = code_of<BITS>(stream, c);
-    for_each_cpu_plane<BITS>([&](int width, int first) {
-      tile[first + c * width / 32] |= ((code >> first) & ((1u << width) - 1)) << cpu_tile_shift(c, width);
-    });
+  for (int i = 0; i < BITS; ++i) tile[i] = kOnePlane ? cpu_tile_word<BITS>(stream[i]) : 0;
+  if constexpr (!kOnePlane) {
+    GEMQ_UNROLL
+    for (int c = 0; c < 32; ++c) {
+      const uint32_t code = code_of<BITS>(stream, c);
+      for_each_cpu_plane<BITS>([&](int width, int first) {
+        tile[first + c * width / 32] |= ((code >> first) & ((1u << width) - 1)) << cpu_tile_shift(c, width);
+      });
+    }
   }
 }
 
 template <int BITS>
 GEMQ_HD void stream_from_cpu_tile(const uint32_t (&tile)[BITS], uint32_t (&stream)[BITS]) {
+  constexpr bool kOnePlane = (BITS & (BITS - 1)) == 0;
   GEMQ_UNROLL
-  for (int i = 0; i < BITS; ++i) stream[i] = 0;
-  GEMQ_UNROLL
-  for (int c = 0; c < 32; ++c) {
-    uint32_t code = 0;
-    for_each_cpu_plane<BITS>([&](int width, int first) {
-      code |= ((tile[first + c * width / 32] >> cpu_tile_shift(c, width)) & ((1u << width) - 1)) << first;
-    });
-    add_code<BITS>(stream, c, code);
+  for (int i = 0; i < BITS; ++i) stream[i] = kOnePlane ? stream_word<BITS>(tile[i]) : 0;
+  if constexpr (!kOnePlane) {
+    GEMQ_UNROLL
+    for (int c = 0; c < 32; ++c) {
+      uint32_t code = 0;
+      for_each_cpu_plane<BITS>([&](int width, int first) {
+        code |= ((tile[first + c * width / 32] >> cpu_tile_shift(c, width)) & ((1u << width) - 1)) << first;
+      });
+      add_code<BITS>(stream, c, code);
+    }
   }
 }
 
 // Where the tile words of columns [32 * run, 32 * run + 32) of `row` lie, in words; calls f(i, at) for each.
 template <int BITS, class F>
 GEMQ_HD void for_each_cpu_tile_word(int64_t row, int64_t run, int64_t k, int group_size, F&& f) {
-  const int64_t group = run * 32 / group_size;
-  const int64_t column = run * 32 % group_size;
-  const int64_t base = (row / kCpuRows * (k / group_size) + group) * (group_size / 2) * BITS;
+  const int runs_log2 = group_log2(group_size) - 5;
+  const int64_t group = run >> runs_log2;
+  const int64_t column = (run & ((1 << runs_log2) - 1)) * 32;
+  const int64_t base = (row / kCpuRows * (k >> (runs_log2 + 5)) + group) * (group_size / 2) * BITS;
   for_each_cpu_plane<BITS>([&](int width, int first) {
     const int64_t plane = base + group_size / 2 * first + column * width / 32 * kCpuRows + row % kCpuRows;
     GEMQ_UNROLL
@@ -117,15 +152,9 @@ GEMQ_HD void add_gpu_field(uint32_t (&words)[gpu_words(STORED)], int f, uint32_t
   }
 }
 
-// The inverse, from memory: columns c and c + 1 (c even) of a row as low | high << 16.
-template <int STORED>
-GEMQ_HD uint32_t load_gpu_pair(const uint8_t* tile, const GpuShape& shape, int64_t row, int64_t c) {
-  const int64_t span = c / shape.span;
-  const int inside = static_cast<int>(c % shape.span);
-  const int f = inside / (2 * shape.kw), i = inside % (2 * shape.kw) / 2;
-  const auto word = [&](int w) {
-    return load_word(tile + gpu_word_index<STORED>(shape, row, span, w, i) * 4);
-  };
+// The inverse: field f as low | high << 16, where word(w) gives word w.
+template <int STORED, class Word>
+GEMQ_HD uint32_t gpu_field(int f, Word&& word) {
   if constexpr (STORED == 3) {
     if (f < 15) return (word(f / 5) >> (3 * (f % 5))) & 0x00070007u;
     uint32_t both = 0;
@@ -137,6 +166,45 @@ GEMQ_HD uint32_t load_gpu_pair(const uint8_t* tile, const GpuShape& shape, int64
     constexpr uint32_t kMask = ((1u << STORED) - 1) * 0x00010001u;
     return (word(f / kPerWord) >> (STORED * (f % kPerWord))) & kMask;
   }
+}
+
+// The same from memory: columns c and c + 1 (c even) of a row.
+template <int STORED>
+GEMQ_HD uint32_t load_gpu_pair(const uint8_t* tile, const GpuShape& shape, int64_t row, int64_t c) {
+  const int64_t span = c / shape.span;
+  const int inside = static_cast<int>(c % shape.span);
+  const int f = inside / (2 * shape.kw), i = inside % (2 * shape.kw) / 2;
+  return gpu_field<STORED>(
+      f, [&](int w) { return load_word(tile + gpu_word_index<STORED>(shape, row, span, w, i) * 4); });
+}
+
+// A whole span of a row at 1, 2 or 4 bits with 16 words along k, at once. In digits of the index, from the
+// top: stream words are (field, high part of i) and their bits (low part of i, half, bit of the code); tile
+// words are i and their bits (half, field, bit of the code). Tile word i comes from
+// words[gpu_span_word<BITS>(i)].
+template <int BITS>
+constexpr int kCodeDigits = BITS == 1   ? 0
+                            : BITS == 2 ? 1
+                                        : 2;
+
+template <int BITS>
+GEMQ_HD int gpu_span_word(int i) {
+  constexpr int kFieldDigits = 4 - kCodeDigits<BITS>;
+  return (i << kCodeDigits<BITS> & 15) | i >> kFieldDigits;
+}
+
+template <int BITS>
+GEMQ_HD void gpu_tile_from_span(uint32_t (&words)[16]) {
+  GEMQ_UNROLL
+  for (int w = 0; w < 16; ++w) words[w] = lift_digit<kCodeDigits<BITS>>(words[w]);
+  transpose_digits<kCodeDigits<BITS>>(words);
+}
+
+template <int BITS>
+GEMQ_HD void span_from_gpu_tile(uint32_t (&words)[16]) {
+  transpose_digits<kCodeDigits<BITS>>(words);
+  GEMQ_UNROLL
+  for (int w = 0; w < 16; ++w) words[w] = lower_digit<kCodeDigits<BITS>>(words[w]);
 }
 
 // ---- metadata, in float16 elements ----

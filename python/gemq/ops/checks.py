@@ -25,6 +25,8 @@ def tensor(
     """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a tensor as described."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
     if dtypes and value.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -36,6 +38,15 @@ def tensor(
         raise ValueError(f"{name} is on {value.device}, but the other tensors are on {device}")
     if contiguous and not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {value.stride()} for shape {list(value.shape)}")
+
+
+def size(name: str, value: int) -> int:
+    """Return a number of rows or columns, else raise ``TypeError`` or ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
 
 
 def device_code(name: str, value: Tensor) -> int:

@@ -148,6 +148,8 @@ def _check_stack(name: str, stack: Stack, n: int, k: int, group_size: int, layou
         raise ValueError(f"{name} must be {fields}, got {len(stack)} entries")
     qweight, meta, bits, offsets, meta_offsets = stack
     fmt.check_group_size(group_size, k)
+    if isinstance(n, float):
+        raise TypeError(f"{name}: the number of output features must be an integer, got {n}")
     if n <= 0:
         raise ValueError(f"{name}: the number of output features must be positive, got {n}")
     checks.tensor(f"{name} qweight", qweight, dtype=torch.uint8, dim=1, device=device)
@@ -264,6 +266,8 @@ def lowbit_gemm(
     if x.dim() == 0:
         raise ValueError("x must have at least 1 dimension, got a scalar")
     fmt.check_bits(bits)
+    if isinstance(n, float):
+        raise TypeError(f"n, the number of output features, must be an integer, got {n}")
     if n <= 0:
         raise ValueError(f"n, the number of output features, must be positive, got {n}")
     k = x.shape[-1]

@@ -63,6 +63,7 @@ def _(packed: Tensor, bits: int, k: int) -> Tensor:
 
 def _check_packed(packed: Tensor, bits: int, k: int) -> None:
     fmt.check_bits(bits)
+    checks.size("k", k)
     checks.tensor("packed", packed, dtype=torch.uint8, dim=2)
     if packed.shape[1] != fmt.row_bytes(k, bits):
         raise ValueError(
@@ -111,7 +112,7 @@ def dequantize(
     fmt.check_group_size(group_size, k)
     checks.tensor("meta", meta, dim=3, device=packed.device)
     checks.metadata("meta", meta, packed.shape[0], k, group_size)
-    if dtype not in _OUT_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in _OUT_DTYPES:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     return _dequantize(packed, meta, bits, k, group_size, dtype)
 
@@ -161,6 +162,8 @@ def repack(
     Raises ``TypeError`` or ``ValueError`` for sizes, dtypes, devices, widths or layouts out of this.
     """
     fmt.check_bits(bits)
+    checks.size("n", n)
+    checks.size("k", k)
     fmt.check_group_size(group_size, k)
     fmt.check_layout(source)
     fmt.check_layout(target)
