@@ -11,7 +11,6 @@ correctness is checked against the dequantized product here, and in tests/.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from gpu_subnormals import copy_bandwidth, facts
 
 from gemq import format as fmt
 from gemq import triton_kernels as tk
-from gemq.triton_kernels import tuning
 
 HIDDEN, FFN, EXPERTS, TOP_K, GROUP = 4096, 14336, 8, 2, 128
 COPIES = 6
@@ -134,24 +132,11 @@ def dense(tokens: int, copy_gb_s: float, dtype: torch.dtype) -> dict:
     }
 
 
-def sweep(copy_gb_s: float, save) -> None:
-    """Launch parameters at one token of the 2.0-bit mix, by changing the table that this process looks up."""
-    decode = tuning.table(torch.cuda.get_device_name())["decode"]
-    for warps, prefetch, programs in itertools.product((4, 8, 2), (False, True), (528, 264, 1056)):
-        if warps != 4 and programs != 528:
-            continue
-        decode["gemm"] = {"warps": warps, "prefetch": prefetch, "programs": programs}
-        decode["ffn"] = {"warps": warps, "prefetch": prefetch}
-        row = packed(MIXES["2.0"], 1, copy_gb_s, torch.float16)
-        save({"tokens": 1, "bits": "2.0", "warps": warps, "prefetch": prefetch, "programs": programs} | row)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--copy-gb-s", type=float)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--sweep", action="store_true", help="launch parameters instead of mixes")
     parser.add_argument("--mixes", nargs="+", default=["2.0", "2.5", "1.5", "1.0", "2.0 uniform", "3.0", "4.0"])
     args = parser.parse_args()
     copy = args.copy_gb_s or copy_bandwidth()
@@ -164,9 +149,6 @@ def main() -> None:
             args.json.write_text(json.dumps(result, indent=1))
         torch.cuda.empty_cache()
 
-    if args.sweep:
-        sweep(copy, save)
-        return
     for tokens in args.tokens:
         save({"tokens": tokens, "bits": "fp16 torch"} | dense(tokens, copy, torch.float16))
         for name in args.mixes:

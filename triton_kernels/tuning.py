@@ -1,4 +1,4 @@
-"""Launch parameters: static tables in ``tuned/``, one file a device, ``default.json`` for the others.
+"""Launch parameters: what was measured for the device and shape (:mod:`.tables`) over ``tuned/default.json``.
 
 ``decode.columns`` and ``prefill.columns`` are ``[up to so many tokens (per expert, in prefill), token columns]``,
 ``warps`` are ``[up to so many programs, warps of each]``; ``programs`` is how many programs a decode launch should
@@ -7,17 +7,12 @@ have at least: K is split until it does.
 
 from __future__ import annotations
 
-import json
-import logging
-import re
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
-TABLES = Path(__file__).parent / "tuned"
-DEFAULT = "default"
+from . import tables
+from .tables import DEFAULT, table_name
 
-logger = logging.getLogger(__name__)
+__all__ = ["DEFAULT", "Launch", "decode_launch", "fragment_run", "is_decode", "prefill_launch", "table", "table_name"]
 
 
 @dataclass(frozen=True)
@@ -34,20 +29,9 @@ class Launch:
     pdl: bool = False
 
 
-def table_name(device_name: str) -> str:
-    """The file name, without ``.json``, that a device's table would have: ``NVIDIA H100 80GB HBM3`` is
-    ``nvidia_h100_80gb_hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
-
-
-@lru_cache
 def table(device_name: str) -> dict:
-    """The table of a device, or the default one; a miss is logged once."""
-    path = TABLES / f"{table_name(device_name)}.json"
-    if not path.exists():
-        logger.info("no launch table for %s: using %s.json; add %s to ship one", device_name, DEFAULT, path)
-        path = TABLES / f"{DEFAULT}.json"
-    return json.loads(path.read_text())
+    """Parameters of no particular shape, of a device or the default ones."""
+    return tables.sections(device_name)
 
 
 def _up_to(entries: list, amount: float) -> int:
@@ -68,10 +52,12 @@ def decode_launch(
     """Of ``kind`` ``gemm`` or ``ffn`` (``tiles`` of gate and of up in one program, never split); ``n`` rows a
     program's grid covers."""
     entry = table(device_name)["decode"]
-    config = entry[kind]
-    columns = _up_to(entry["columns"], tokens)
     programs = -(-n // (64 * tiles)) * min(tokens * top_k, experts)
-    warps = _up_to(config["warps"], programs)
+    default = entry[kind] | {
+        "columns": _up_to(entry["columns"], tokens), "warps": _up_to(entry[kind]["warps"], programs),
+    }  # fmt: skip
+    config = tables.parameters(device_name, f"decode.{kind}", (n, k, experts, top_k), tokens, default)
+    columns, warps = config["columns"], config["warps"]
     splits = 1
     if kind == "gemm":
         wanted = -(-config["programs"] // max(programs, 1))
@@ -82,11 +68,13 @@ def decode_launch(
     return Launch(columns, warps, splits, config["ahead"], config.get("registers"), entry.get("pdl", False))
 
 
-def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int) -> Launch:
-    """``columns`` by the tokens that an expert gets on average."""
+def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int, n: int = 0, k: int = 0) -> Launch:
+    """By the tokens that an expert gets on average; ``n`` rows and ``k`` columns (of a block: of gate and up)."""
     entry = table(device_name)["prefill"]
-    columns = _up_to(entry["columns"], tokens * top_k / max(experts, 1))
-    return Launch(columns, entry["gemm"]["warps"], 1, 0)
+    amount = tokens * top_k / max(experts, 1)
+    default = entry["gemm"] | {"columns": _up_to(entry["columns"], amount)}
+    config = tables.parameters(device_name, "prefill", (n, k, experts, top_k), amount, default) if n else default
+    return Launch(config["columns"], config["warps"], 1, 0)
 
 
 def fragment_run(triton_version: str) -> int:

@@ -17,3 +17,7 @@ class CheckpointError(GemqError, ValueError):
 
 class CalibrationError(GemqError, ValueError):
     """Calibration or evaluation text is missing, empty or too short."""
+
+
+class DeviceError(GemqError, RuntimeError):
+    """What was asked for needs a device that this machine does not have."""

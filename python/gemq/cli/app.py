@@ -15,6 +15,7 @@ from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.cli import display, options
+from gemq.cli.tune import tune
 from gemq.pipeline import COSTS_FILE, QuantizeConfig
 from gemq.summary import summarize
 
@@ -244,6 +245,9 @@ def verify(model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.
         f"{model}: {found.files} files, {display.size(found.bytes)}, as saved", markup=False, highlight=False,
         soft_wrap=True,
     )
+
+
+app.command()(tune)
 
 
 @app.command()
