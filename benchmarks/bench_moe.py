@@ -1,108 +1,130 @@
-"""One MoE block, packed, beside the same block in 16 and 32 bits with ``torch.compile`` and eager.
+"""Packed expert blocks beside the same blocks unquantized, dequantized first, and other people's kernels.
 
-``pytest --benchmark-only benchmarks/bench_moe.py``. Several layers' weights are rotated so that caches do not
-answer. On CUDA the baselines are float16; there the whole grid of shapes runs, on the CPU a smaller one.
+    pytest --benchmark-only benchmarks/bench_moe.py --rows-json rows.json [--budget 300] [--peer module:function]
+
+One test a row. Times are medians over rotated layers and inputs, on CUDA from events around a CUDA graph where one can
+be captured (the row's ``graph`` says so); pytest-benchmark's own column is the wall clock around the same calls. Every
+result is compared with a float32 product of the same weights first: a wrong one fails instead of giving a figure.
+``shapes.py`` has the cases, ``layers.py`` and ``baselines.py`` what runs.
 """
 
 from __future__ import annotations
 
-import itertools
+import time
 
 import pytest
 import torch
-from torch import Tensor
+from baselines import Unquantized, Weights, forget_compiled
+from layers import Unsupported, packed_layer
+from measure import TOLERANCE, Rows, Step, Stopwatch, copies, limits, relative_error
+from record import conditions
+from shapes import Case, cpu_cases, gpu_cases
 
-from gemq import format as fmt
-from gemq import ops
+from gemq.ops import trials
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# hidden, ffn, experts, top-k
-SHAPES = {
-    "mixtral-8x7b": (4096, 14336, 8, 2),
-    "deepseek-v2-lite": (2048, 1408, 64, 6),
-    "qwen1.5-moe": (2048, 1408, 60, 4),
-    "qwen3-30b-a3b": (2048, 768, 128, 8),
-} if CUDA else {"small-mixtral": (1024, 3584, 8, 2), "qwen3-30b-a3b": (2048, 768, 32, 8)}
-TOKENS = [1, 4, 16, 64, 512] if CUDA else [1, 16, 128]
-BUDGETS = {1.5: (1, 2, 1, 2), 2.0: (1, 2, 3, 2), 2.5: (2, 3, 2, 3), 3.0: (3,), 4.0: (4,)}
-COPIES = 4 if CUDA else 3
+# seconds of samples a row on the CPU, and up to how many tokens results are checked
+ENOUGH, CHECKED = 0.8, 512 if CUDA else 16
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's warnings are not what is tested here
 
 
-def random_stack(bits: list[int], n: int, k: int, layout: str) -> tuple[Tensor, ...]:
-    """Random codes straight in the kernels' layout; only speed is measured."""
-    plan = fmt.expert_layout(bits, n, k, 128, layout)
-    meta = torch.rand(plan.meta_elements, device=DEVICE).mul_(0.02).half()
-    return (
-        torch.randint(0, 256, (plan.code_bytes,), dtype=torch.uint8, device=DEVICE), meta,
-        torch.tensor(plan.bits, dtype=torch.int32, device=DEVICE),
-        torch.tensor(plan.code_offsets, device=DEVICE), torch.tensor(plan.meta_offsets, device=DEVICE),
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    options = metafunc.config.option
+    peers = tuple(options.peer)
+    cases = gpu_cases(peers, options.budget is not None) if CUDA else cpu_cases(peers)
+    metafunc.parametrize("case", cases, ids=str)
+
+
+@pytest.fixture(scope="module")
+def board(request: pytest.FixtureRequest) -> Rows:
+    """The rows of this run."""
+    path = request.config.option.rows_json
+    return Rows(conditions(request.config.option.recorded_command), limits(DEVICE), path)
+
+
+class Layers:
+    """The layers of the case before, kept while the next one needs the same."""
+
+    def __init__(self) -> None:
+        self.key: tuple | None = None
+        self.made: list = []
+
+    def of(self, case: Case, make, count: int) -> list:
+        if self.key != case.layer_key:
+            self.made.clear()
+            if CUDA:
+                torch.cuda.empty_cache()
+            self.key = case.layer_key
+        while len(self.made) < count:
+            self.made.append(make(len(self.made)))
+        return self.made[:count]
+
+
+@pytest.fixture(scope="module")
+def layers() -> Layers:
+    return Layers()
+
+
+def prepare(case: Case, layers: Layers) -> list[Step]:
+    """The steps to rotate; raises :class:`Unsupported`."""
+    block, generator = case.block, torch.Generator().manual_seed(case.tokens)
+    dtype = getattr(torch, case.dtype or ("float16" if CUDA else "float32"))
+
+    def make(seed: int):
+        return packed_layer(case, seed, DEVICE) if case.mix else Weights(block, seed, DEVICE, dtype)
+
+    [first] = layers.of(case, make, 1)
+    active = min(case.tokens * block.top_k, block.experts)
+    count = copies(first.bytes_of(list(range(active))), first.bytes_of(list(range(block.experts))), DEVICE)
+    steps = []
+    for held in layers.of(case, make, count):
+        layer = held if case.mix else Unquantized(held, case.provider, case.tokens, case.compiled)
+        x = torch.randn(case.tokens, block.hidden, generator=generator).to(DEVICE, dtype)
+        steps.append(Step(layer, x, *trials.random_routing(case.tokens, block.experts, block.top_k, DEVICE, generator)))
+    return steps
+
+
+def sampled(benchmark, watch: Stopwatch) -> None:
+    """Warm up, then as many samples as fit in the time, through pytest-benchmark."""
+    begin = time.perf_counter()
+    watch.sample()
+    watch.sample()
+    rounds = 30 if CUDA else max(4, min(40, int(ENOUGH / ((time.perf_counter() - begin) / 2))))
+    watch.samples.clear()
+    benchmark.pedantic(watch.sample, rounds=rounds, iterations=1)
+
+
+@torch.inference_mode()
+def test_block(benchmark, case: Case, board: Rows, layers: Layers, request: pytest.FixtureRequest) -> None:
+    budget = request.config.option.budget
+    if budget is not None and time.monotonic() - board.begin > budget:
+        pytest.skip(f"the budget of {budget:g} s is spent")
+    if case.compiled:
+        forget_compiled()
+    try:
+        steps = prepare(case, layers)
+        error = relative_error(steps[0]) if case.tokens <= CHECKED else None
+        watch = Stopwatch(steps, DEVICE)
+    except (Unsupported, torch.OutOfMemoryError, ImportError, NotImplementedError) as why:
+        board.add(case, unsupported=f"{type(why).__name__}: {str(why).splitlines()[0][:200]}")
+        pytest.skip(str(why).splitlines()[0][:200])
+    except RuntimeError as why:
+        # an unquantized way that torch does not have for this device, type or shape
+        if case.mix is not None:
+            raise
+        board.add(case, unsupported=f"{type(why).__name__}: {str(why).splitlines()[0][:200]}")
+        pytest.skip(str(why).splitlines()[0][:200])
+    if error is not None and not error < TOLERANCE[steps[0].x.dtype]:
+        board.add(case, unsupported=f"wrong result, relative error {error:.1e}")
+        pytest.fail(f"{case}: relative error {error:.1e}")
+    sampled(benchmark, watch)
+    bits = getattr(steps[0].layer, "bits", None)
+    row = board.add(
+        case, **watch.percentiles(), bytes=int(sum(s.bytes() for s in steps) / len(steps)),
+        flops=case.block.flops(case.tokens), bits=None if bits is None else sum(bits) / len(bits),
+        rotated=len(steps), samples=len(watch.samples), graph=watch.graph is not None, no_graph=watch.no_graph,
+        relative_error=error,
     )
-
-
-def routing(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
-    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]).to(DEVICE)
-    return ids, torch.softmax(torch.randn(tokens, top_k), -1).to(DEVICE)
-
-
-def measure(benchmark, call, weight_bytes: int) -> None:
-    def timed():
-        call()
-        if CUDA:
-            torch.cuda.synchronize()
-
-    benchmark.extra_info["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(timed, rounds=30 if CUDA else 8, warmup_rounds=3)
-    benchmark.extra_info["weight_bytes"] = weight_bytes
-    benchmark.extra_info["GB/s"] = weight_bytes / benchmark.stats.stats.median / 1e9
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_packed_block(benchmark, shape: str, budget: float, tokens: int) -> None:
-    hidden, ffn, experts, top_k = SHAPES[shape]
-    layout = ops.layout_for(DEVICE)
-    bits = list(itertools.islice(itertools.cycle(BUDGETS[budget]), experts))
-    layers = [
-        (random_stack(bits, 2 * ffn, hidden, layout), random_stack(bits, hidden, ffn, layout)) for _ in range(COPIES)
-    ]
-    x = torch.randn(tokens, hidden, dtype=torch.float16 if CUDA else torch.float32, device=DEVICE)
-    ids, weights = routing(tokens, experts, top_k)
-    turn = itertools.cycle(layers)
-
-    def call() -> None:
-        gate_up, down = next(turn)
-        ops.moe_lowbit_ffn(x, gate_up, down, ids, weights, intermediate=ffn, layout=layout)
-
-    used = ids.unique().tolist()
-    mean = sum(bits[e] for e in used) / len(used)
-    measure(benchmark, call, int(len(used) * 3 * hidden * ffn * (mean + 0.25) / 8))
-
-
-def dense_block(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Gather the experts' weights and multiply: what a compiled 16-bit decode step does."""
-    gate, up = torch.einsum("th,tknh->tkn", x, gate_up[ids]).chunk(2, dim=-1)
-    inner = torch.nn.functional.silu(gate) * up
-    return torch.einsum("tkn,tkhn,tk->th", inner, down[ids], weights.to(x.dtype))
-
-
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("dtype", ["float16"] if CUDA else ["float32", "bfloat16"])
-@pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_unquantized_block(benchmark, shape: str, tokens: int, dtype: str, mode: str) -> None:
-    hidden, ffn, experts, top_k = SHAPES[shape]
-    kind = getattr(torch, dtype)
-    layers = [
-        (torch.randn(experts, 2 * ffn, hidden, dtype=kind, device=DEVICE).mul_(0.02),
-         torch.randn(experts, hidden, ffn, dtype=kind, device=DEVICE).mul_(0.02))
-        for _ in range(2)
-    ]
-    x = torch.randn(tokens, hidden, dtype=kind, device=DEVICE)
-    ids, weights = routing(tokens, experts, top_k)
-    block = torch.compile(dense_block, dynamic=False) if mode == "compiled" else dense_block
-    turn = itertools.cycle(layers)
-    used = len(ids.unique())
-    measure(benchmark, lambda: block(x, *next(turn), ids, weights), used * 3 * hidden * ffn * kind.itemsize)
+    benchmark.extra_info.update(row | board.limits)

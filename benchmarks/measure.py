@@ -1,0 +1,193 @@
+"""How a case is timed, what the machine could do at best, and the file of rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from shapes import Case
+from torch import Tensor
+
+from gemq.ops import trials
+
+# of the norm: float16 and bfloat16 results of random layers against float32
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def limits(device: str) -> dict[str, float]:
+    """Measured now: ``copy_gb_s``, bytes read and written by a 1 GiB device copy (on the CPU: bytes read by a sum over
+    1 GiB with all threads), and ``matmul_tflop_s`` of a large dense product in float16 (CPU: float32)."""
+    cuda = device == "cuda"
+    source = torch.empty((1 << 30) // 4, device=device).uniform_()
+    if cuda:
+        target = torch.empty_like(source)
+        run, moved = (lambda: target.copy_(source)), 2 << 30
+    else:
+        run, moved = source.sum, 1 << 30
+    size = 8192 if cuda else 2048
+    a = torch.randn(size, size, device=device, dtype=torch.float16 if cuda else torch.float32)
+    timer = trials.event_time if cuda else trials.clock_time
+
+    def median(call: Callable[[], object], repeats: int) -> float:
+        return sorted(timer(call) for _ in range(repeats + 2))[repeats // 2]
+
+    copy = moved / median(run, 20 if cuda else 7) / 1e3
+    return {"copy_gb_s": round(copy, 1), "matmul_tflop_s": round(2 * size**3 / median(lambda: a @ a, 9) / 1e6, 3)}
+
+
+def cache_bytes(device: str) -> int:
+    """Of the last level of cache, at most 64 MiB on a CPU: a virtual machine shows its host's."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return min(int(text.removesuffix("K")) << 10, 64 << 20)
+    except (OSError, ValueError):
+        return 32 << 20
+
+
+def copies(touched: float, held: float, device: str) -> int:
+    """Layers to rotate: together they exceed the cache four times (twice on a CPU) and fit in half the free memory."""
+    if device == "cuda":
+        free, most, least, times = torch.cuda.mem_get_info()[0], 24, 3, 4
+    else:
+        free, most, least, times = 4 << 30, 6, 2, 2
+    wanted = -(-times * cache_bytes(device) // int(max(touched, 1)))
+    return max(1, min(max(wanted, least), most, int(free / 2 / max(held, 1))))
+
+
+@dataclass
+class Step:
+    """One call: a layer with its own tokens and routing."""
+
+    layer: Callable[[Tensor, Tensor, Tensor], Tensor]
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.layer(self.x, self.ids, self.weights)
+
+    def bytes(self) -> int:
+        return self.layer.bytes_of(self.ids.unique().tolist())
+
+
+def relative_error(step: Step) -> float:
+    """``||out - ref|| / ||ref||`` of a call against a float32 loop over the layer's dequantized experts."""
+    x, expected = step.x.float(), torch.zeros(step.x.shape, dtype=torch.float32, device=step.x.device)
+
+    def dense(rows: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+        gate, up = (rows @ pair[0].T).chunk(2, dim=-1)
+        return (torch.nn.functional.silu(gate) * up) @ pair[1].T
+
+    for e in step.ids.unique().tolist():
+        token, slot = torch.where(step.ids == e)
+        part = dense(x[token], step.layer.weights(e))
+        expected.index_add_(0, token, part * step.weights[token, slot, None].float())
+    block = getattr(step.layer, "block", None) or step.layer.held.block
+    if block.shared:
+        expected += dense(x, step.layer.shared_weights())
+    return float((step().float() - expected).norm() / expected.norm())
+
+
+class Stopwatch:
+    """Times a rotation of steps, one sample a call: on CUDA a pass over all of them, from one CUDA graph where it can
+    be captured; on the CPU one step after the other."""
+
+    def __init__(self, steps: Sequence[Step], device: str) -> None:
+        self.steps, self.cuda = steps, device == "cuda"
+        self.samples: list[float] = []
+        self.graph, self.no_graph = None, ""
+        self._turn = 0
+        if self.cuda:
+            self._capture()
+
+    def _pass(self) -> None:
+        for step in self.steps:
+            step()
+
+    def _capture(self) -> None:
+        try:
+            self.graph = trials.graph_of(self._pass)
+        except Exception as error:
+            # a way that synchronises cannot be captured; it is timed with events instead, and the row says so
+            self.no_graph = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            torch.cuda.synchronize()
+
+    def sample(self) -> None:
+        """Take one more sample, in microseconds a step."""
+        if self.cuda:
+            run = self._pass if self.graph is None else self.graph.replay
+            self.samples.append(trials.event_time(run) / len(self.steps))
+        else:
+            step = self.steps[self._turn % len(self.steps)]
+            self._turn += 1
+            self.samples.append(trials.clock_time(step))
+
+    def percentiles(self) -> dict[str, float]:
+        """20th, 50th and 80th of the samples."""
+        ordered = sorted(self.samples)
+        return {f"p{q}_us": round(ordered[round(q / 100 * (len(ordered) - 1))], 2) for q in (20, 50, 80)}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """The whole file or the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def compare(rows: list[dict]) -> None:
+    """Give every row the strongest unquantized way of its block and tokens so far, and its ratio to it."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        key = row["block"], row["tokens"]
+        if row["mix"] is None and "p50_us" in row and row["p50_us"] < best.get(key, {}).get("p50_us", float("inf")):
+            best[key] = row
+    for row in rows:
+        strongest = best.get((row["block"], row["tokens"]))
+        if strongest is not None and "p50_us" in row:
+            row["strongest_unquantized"] = strongest["way"]
+            row["ratio"] = round(strongest["p50_us"] / row["p50_us"], 3)
+
+
+@dataclass
+class Rows:
+    """All rows of a run; written to ``path`` (if any) after each."""
+
+    conditions: dict
+    limits: dict[str, float]
+    path: Path | None = None
+    rows: list[dict] = field(default_factory=list)
+    begin: float = field(default_factory=time.monotonic)
+
+    def add(self, case: Case, **measured: object) -> dict:
+        """One row. With ``p50_us``, ``bytes`` and ``flops`` it gets rates and what the bandwidth would allow."""
+        way = f"{case.provider}, compiled" if case.compiled else case.provider
+        row = {
+            "block": case.block.name, "tokens": case.tokens, "mix": case.mix, "dtype": case.dtype, "way": way,
+            "bits": None, **measured,
+        }
+        if "p50_us" in row:
+            copy = self.limits["copy_gb_s"]
+            gb_s = row["bytes"] / row["p50_us"] / 1e3
+            row |= {
+                "gb_s": round(gb_s, 2), "tflop_s": round(row["flops"] / row["p50_us"] / 1e6, 4),
+                "percent_of_copy": round(100 * gb_s / copy, 1), "ideal_us": round(row["bytes"] / copy / 1e3, 2),
+            }
+        self.rows.append(row)
+        compare(self.rows)
+        if self.path is not None:
+            write_json(self.path, self.content())
+        return row
+
+    def content(self) -> dict:
+        """What the file holds."""
+        return {"kind": "moe", "conditions": self.conditions, "limits": self.limits,
+                "seconds": round(time.monotonic() - self.begin, 1), "rows": self.rows}  # fmt: skip
