@@ -23,19 +23,19 @@ def limits(device: str) -> dict[str, float]:
     """Measured now: ``copy_gb_s``, bytes read and written by a 1 GiB device copy (on the CPU: bytes read by a sum over
     1 GiB with all threads), and ``matmul_tflop_s`` of a large dense product in float16 (CPU: float32)."""
     cuda = device == "cuda"
-    source = torch.empty((1 << 30) // 4, device=device).uniform_()
+    source = torch.ones((1 << 30) // 4, device=device)
     if cuda:
         target = torch.empty_like(source)
         run, moved = (lambda: target.copy_(source)), 2 << 30
     else:
         run, moved = source.sum, 1 << 30
-    size = 8192 if cuda else 2048
+    size = 8192 if cuda else 1536
     a = torch.randn(size, size, device=device, dtype=torch.float16 if cuda else torch.float32)
     timer = trials.event_time if cuda else trials.clock_time
 
     # a ceiling is the best that was seen
-    copy = moved / min(timer(run) for _ in range(20)) / 1e3
-    product = 2 * size**3 / min(timer(lambda: a @ a) for _ in range(20)) / 1e6
+    copy = moved / min(timer(run) for _ in range(20 if cuda else 8)) / 1e3
+    product = 2 * size**3 / min(timer(lambda: a @ a) for _ in range(20 if cuda else 8)) / 1e6
     return {"copy_gb_s": round(copy, 1), "matmul_tflop_s": round(product, 3)}
 
 

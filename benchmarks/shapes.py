@@ -94,7 +94,9 @@ def gpu_cases(peers: tuple[str, ...] = (), budgeted: bool = False) -> list[Case]
             found.append(Case(block, tokens, provider, mix))
         for provider in UNQUANTIZED:
             compiled = provider in COMPILED and (tokens in (1, 16) or not budgeted)
-            found.append(Case(block, tokens, provider, None, "float16", compiled))
+            # grouped products in float16 are newer than those in bfloat16
+            for dtype in ("float16", "bfloat16")[: 1 + (provider == "grouped_mm")]:
+                found.append(Case(block, tokens, provider, None, dtype, compiled))
     return sorted(found, key=_value)
 
 

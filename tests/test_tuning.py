@@ -119,6 +119,14 @@ def test_forced_parameters_win_and_end() -> None:
     assert launch().warps == 8
 
 
+def test_a_search_says_no_miss(caplog: pytest.LogCaptureFixture) -> None:
+    with tables.forced({}):
+        launch()
+    assert not caplog.records
+    launch()
+    assert len(caplog.records) == 1
+
+
 def test_every_candidate_of_the_search_space_makes_a_launch() -> None:
     space = tables.search_space()
     assert set(space) == {"decode.ffn", "decode.gemm", "prefill.ffn", "prefill.gemm"}
@@ -233,6 +241,15 @@ def test_no_gpu_is_one_clear_line(capsys: pytest.CaptureFixture, monkeypatch: py
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(DeviceError, match="TRITON_INTERPRET"):
         tuning.check_device()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_tuning_on_a_gpu(tmp_path: Path) -> None:
+    shape = Shape(256, 128, 4, 2)
+    path, found = tuning.tune([shape], tmp_path / "table.json")
+    assert path.exists() and len(found) == len(tuning.amounts(shape, 16))
+    assert all(0 < f.us <= f.default_us for f in found)
 
 
 @pytest.mark.parametrize("layout", ["canonical", "cpu_tile", "gpu_tile"])

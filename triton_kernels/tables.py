@@ -32,6 +32,7 @@ SHAPE = ("n", "k", "experts", "top_k")
 
 logger = logging.getLogger(__name__)
 _forced: dict[str, dict] = {}
+_searching: list[None] = []
 
 
 def table_name(device_name: str) -> str:
@@ -115,11 +116,10 @@ def distance(entry: dict, shape: tuple[int, int, int, int]) -> float:
 
 @cache
 def _nearest(device_name: str, kind: str, shape: tuple[int, int, int, int]) -> tuple[tuple[float, dict], ...]:
-    """``(up_to, parameters)`` ascending, of the nearest shape that was tuned; empty, and said once, if none is near."""
+    """``(up_to, parameters)`` ascending, of the nearest shape that was tuned; empty if none is near."""
     entries = [e for e in _entries(device_name) if e["kind"] == kind]
     best = min(entries, key=lambda e: distance(e, shape), default=None)
     if best is None or distance(best, shape) > FAR:
-        _say_miss(device_name, kind, shape)
         return ()
     chosen: dict[float, dict] = {}
     for entry in entries:
@@ -158,17 +158,21 @@ def parameters(device_name: str, kind: str, shape: tuple[int, int, int, int], am
         near = _nearest(device_name, kind, shape)
         if near:
             found = default | next((p for up_to, p in near if amount <= up_to), near[-1][1])
+        elif not _searching:
+            _say_miss(device_name, kind, shape)
     return found | _forced[kind] if kind in _forced else found
 
 
 @contextmanager
 def forced(by_kind: dict[str, dict]) -> Iterator[None]:
-    """Launch with these parameters in this block, whatever the tables say; for searching."""
+    """Launch with these parameters in this block, whatever the tables say; for searching, so no miss is said."""
     before = dict(_forced)
     _forced.update(by_kind)
+    _searching.append(None)
     try:
         yield
     finally:
+        _searching.pop()
         _forced.clear()
         _forced.update(before)
 
