@@ -132,7 +132,7 @@ def _nearest(device_name: str, kind: str, shape: tuple[int, int, int, int]) -> t
 def tune_command(kind: str, shape: tuple[int, int, int, int]) -> str:
     """The command that measures a product: a layer is named ``hidden x ffn x experts x top_k``."""
     n, k, experts, top_k = shape
-    hidden, ffn = (k, n) if kind.endswith(".ffn") else (n, k)
+    hidden, ffn = (n, k) if kind.endswith(".gemm") else (k, n)
     return f"gemq tune --shape {hidden}x{ffn}x{experts}x{top_k}"
 
 

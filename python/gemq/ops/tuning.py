@@ -50,7 +50,7 @@ class Shape:
 
     def product(self, kind: str) -> dict[str, int]:
         """What a launch of ``kind`` is looked up by."""
-        n, k = (self.ffn, self.hidden) if kind.endswith(".ffn") else (self.hidden, self.ffn)
+        n, k = (self.hidden, self.ffn) if kind.endswith(".gemm") else (self.ffn, self.hidden)
         return {"n": n, "k": k, "experts": self.experts, "top_k": self.top_k}
 
 
