@@ -19,24 +19,30 @@ from gemq.ops import trials
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
-def limits(device: str) -> dict[str, float]:
+def limits(device: str) -> dict:
     """Measured now: ``copy_gb_s``, bytes read and written by a 1 GiB device copy (on the CPU: bytes read by a sum over
-    1 GiB with all threads), and ``matmul_tflop_s`` of a large dense product in float16 (CPU: float32)."""
+    1 GiB with all threads), and ``matmul_tflop_s`` of torch's large dense product in ``matmul_dtype``: float16, on the
+    CPU the faster of float32 and bfloat16."""
     cuda = device == "cuda"
+    timer, repeats = (trials.event_time, 20) if cuda else (trials.clock_time, 8)
+
+    # a ceiling is the best that was seen
+    def least(run: Callable[[], object]) -> float:
+        run()
+        return min(timer(run) for _ in range(repeats))
+
     source = torch.ones((1 << 30) // 4, device=device)
     if cuda:
         target = torch.empty_like(source)
-        run, moved = (lambda: target.copy_(source)), 2 << 30
+        copy = (2 << 30) / least(lambda: target.copy_(source)) / 1e3
     else:
-        run, moved = source.sum, 1 << 30
-    size = 8192 if cuda else 1536
-    a = torch.randn(size, size, device=device, dtype=torch.float16 if cuda else torch.float32)
-    timer = trials.event_time if cuda else trials.clock_time
-
-    # a ceiling is the best that was seen
-    copy = moved / min(timer(run) for _ in range(20 if cuda else 8)) / 1e3
-    product = 2 * size**3 / min(timer(lambda: a @ a) for _ in range(20 if cuda else 8)) / 1e6
-    return {"copy_gb_s": round(copy, 1), "matmul_tflop_s": round(product, 3)}
+        copy = (1 << 30) / least(source.sum) / 1e3
+    size, products = 8192 if cuda else 1536, {}
+    for dtype in (torch.float16,) if cuda else (torch.float32, torch.bfloat16):
+        a = torch.randn(size, size, device=device).to(dtype)
+        products[str(dtype).removeprefix("torch.")] = 2 * size**3 / least(lambda a=a: a @ a) / 1e6
+    best = max(products, key=products.get)
+    return {"copy_gb_s": round(copy, 1), "matmul_tflop_s": round(products[best], 3), "matmul_dtype": best}
 
 
 def cache_bytes(device: str) -> int:
@@ -161,7 +167,7 @@ class Rows:
     """All rows of a run; written to ``path`` (if any) after each."""
 
     conditions: dict
-    limits: dict[str, float]
+    limits: dict
     path: Path | None = None
     rows: list[dict] = field(default_factory=list)
     begin: float = field(default_factory=time.monotonic)

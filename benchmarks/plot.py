@@ -44,7 +44,8 @@ def caption(moe: dict) -> str:
     c = moe["conditions"]
     limits = moe["limits"]
     return f"{c['machine']}; commit {c['commit']}, {c['date']}, torch {c['torch']}\n" \
-           f"measured copy {limits['copy_gb_s']:g} GB/s, dense product {limits['matmul_tflop_s']:g} TFLOP/s"
+           f"ideal: measured memory {limits['copy_gb_s']:g} GB/s, dense {limits['matmul_dtype']} product " \
+           f"{limits['matmul_tflop_s']:g} TFLOP/s"
 
 
 def _figure(moe: dict, height: float):
@@ -61,7 +62,7 @@ def _figure(moe: dict, height: float):
         axis.axis("off")
     for axis in axes[: len(blocks)]:
         axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
     figure.text(0.5, -0.01, caption(moe), ha="center", va="top", fontsize=7, color="#555555")
     return figure, list(zip(axes, blocks, strict=False))
 

@@ -107,8 +107,8 @@ def moe_table(moe: dict) -> str:
     limits = moe["limits"]
     lines = [
         "One expert block, median time, bytes of the weights it touched per second, and in brackets how "
-        f"many times faster than the strongest unquantized way. Measured in the same run: copy {limits['copy_gb_s']:g} "
-        f"GB/s, dense product {limits['matmul_tflop_s']:g} TFLOP/s.",
+        f"many times faster than the strongest unquantized way. In the same run: memory {limits['copy_gb_s']:g} "
+        f"GB/s, dense {limits['matmul_dtype']} product {limits['matmul_tflop_s']:g} TFLOP/s.",
     ]
     for block in dict.fromkeys(r["block"] for r in moe["rows"] if r["way"] == "gemq" and "p50_us" in r):
         lines += ["", *_block_table(moe["rows"], block)]

@@ -141,7 +141,8 @@ def test_cases_cover_the_grid_and_begin_with_what_matters() -> None:
 def rows_of(tmp_path: Path | None = None) -> measure.Rows:
     conditions = {"machine": "2 cores of X, CPU only", "commit": "abc", "date": "2026-01-02", "torch": "2.13.0",
                   "command": "pytest --benchmark-only"}  # fmt: skip
-    rows = measure.Rows(conditions, {"copy_gb_s": 100.0, "matmul_tflop_s": 1.0}, tmp_path and tmp_path / "rows.json")
+    limits = {"copy_gb_s": 100.0, "matmul_tflop_s": 1.0, "matmul_dtype": "float32"}
+    rows = measure.Rows(conditions, limits, tmp_path and tmp_path / "rows.json")
     for tokens in (1, 16):
         for mix in ("2.0", "2.5"):
             case = shapes.Case(PLAIN, tokens, "gemq", mix)
