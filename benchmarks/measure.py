@@ -24,7 +24,7 @@ def limits(device: str) -> dict:
     1 GiB with all threads), and ``matmul_tflop_s`` of torch's large dense product in ``matmul_dtype``: float16, on the
     CPU the faster of float32 and bfloat16."""
     cuda = device == "cuda"
-    timer, repeats = (trials.event_time, 20) if cuda else (trials.clock_time, 8)
+    timer, repeats = (trials.event_time, 20) if cuda else (trials.clock_time, 5)
 
     # a ceiling is the best that was seen
     def least(run: Callable[[], object]) -> float:
@@ -37,7 +37,7 @@ def limits(device: str) -> dict:
         copy = (2 << 30) / least(lambda: target.copy_(source)) / 1e3
     else:
         copy = (1 << 30) / least(source.sum) / 1e3
-    size, products = 8192 if cuda else 1536, {}
+    size, products = 8192 if cuda else 1024, {}
     for dtype in (torch.float16,) if cuda else (torch.float32, torch.bfloat16):
         a = torch.randn(size, size, device=device).to(dtype)
         products[str(dtype).removeprefix("torch.")] = 2 * size**3 / least(lambda a=a: a @ a) / 1e6
