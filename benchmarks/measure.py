@@ -61,7 +61,7 @@ def copies(touched: float, held: float, device: str) -> int:
     if device == "cuda":
         free, most, least, times = torch.cuda.mem_get_info()[0], 24, 3, 4
     else:
-        free, most, least, times = 4 << 30, 6, 2, 2
+        free, most, least, times = 4 << 30, 12, 2, 2
     wanted = -(-times * cache_bytes(device) // int(max(touched, 1)))
     return max(1, min(max(wanted, least), most, int(free / 2 / max(held, 1))))
 

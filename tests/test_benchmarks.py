@@ -175,7 +175,7 @@ def test_rotation_exceeds_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "cache_bytes", lambda device: 32 << 20)
     assert measure.copies(20 << 20, 40 << 20, "cpu") == 4
     assert measure.copies(1 << 30, 1 << 30, "cpu") == 2
-    assert measure.copies(1 << 10, 1 << 20, "cpu") == 6
+    assert measure.copies(1 << 10, 1 << 20, "cpu") == 12
     assert measure.copies(1 << 10, 3 << 30, "cpu") == 1
 
 
