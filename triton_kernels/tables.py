@@ -4,7 +4,7 @@ A table is JSON, one file a device. ``gemq tune`` writes it to :func:`user_table
 
     {"version": 1, "device": "NVIDIA H100 80GB HBM3", "entries": [
       {"kind": "decode.ffn", "n": 14336, "k": 4096, "experts": 8, "top_k": 2, "up_to": 1,
-       "parameters": {"columns": 8, "warps": 4, "prefetch": false}, "us": 51.2}]}
+       "parameters": {"columns": 8, "warps": 4, "ahead": 2}, "us": 51.2}]}
 
 ``kind`` and the parameters are those of ``tuned/search_space.json``. ``n`` and ``k`` are the product's rows and
 columns (``ffn``: gate and up together count once). ``up_to`` is a number of tokens in decode, of tokens per expert in
