@@ -65,7 +65,7 @@ if [[ ! -d "$BUILT/gemq" ]]; then
 fi
 
 step triton_tests 420 env PYTHONPATH="$RUN_PATH" "${PYTEST[@]}" \
-  --junitxml="$OUT/triton_tests.xml" tests/test_triton_gpu.py
+  --junitxml="$OUT/triton_tests.xml" tests/test_triton_gpu.py tests/test_triton_prefill_gpu.py
 
 step mixtral 400 env PYTHONPATH="$RUN_PATH" "$PYTHON" benchmarks/gpu_mixtral_block.py \
   --copy-gb-s "$COPY" --json "$OUT/mixtral.json"

@@ -1,8 +1,9 @@
 """Launch parameters: static tables in ``tuned/``, one file a device, ``default.json`` for the others.
 
-``decode.columns`` and ``prefill.columns`` are ``[up to so many tokens (per expert, in prefill), token columns]``,
-``warps`` are ``[up to so many programs, warps of each]``; ``programs`` is how many programs a decode launch should
-have at least: K is split until it does.
+``decode.columns`` are ``[up to so many tokens, token columns]``, ``warps`` are ``[up to so many programs, warps of
+each]``; ``programs`` is how many programs a decode launch should have at least: K is split until it does. ``prefill``
+is a list of launches, each for up to so many tokens per expert on average; the default's are estimates for an H100, not
+measured: see docs/performance.md.
 """
 
 from __future__ import annotations
@@ -82,11 +83,34 @@ def decode_launch(
     return Launch(columns, warps, splits, config["ahead"], config.get("registers"), entry.get("pdl", False))
 
 
-def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int) -> Launch:
-    """``columns`` by the tokens that an expert gets on average."""
-    entry = table(device_name)["prefill"]
-    columns = _up_to(entry["columns"], tokens * top_k / max(experts, 1))
-    return Launch(columns, entry["gemm"]["warps"], 1, 0)
+@dataclass(frozen=True)
+class Prefill:
+    """How many tokens are multiplied: ``packed`` unpacks in registers; ``dense`` unpacks to memory first.
+
+    A program has ``rows`` rows and ``columns`` tokens; ``stages`` trips of ``steps`` (packed) or one (dense) times 64
+    columns of K are on their way.
+    """
+
+    method: str
+    columns: int
+    rows: int
+    warps: int
+    stages: int
+    steps: int
+
+
+def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int) -> Prefill:
+    """By the tokens that an expert gets on average."""
+    average = tokens * top_k / max(experts, 1)
+    entries = table(device_name)["prefill"]
+    entry = next((e for e in entries if e["tokens"] is None or average <= e["tokens"]), entries[-1])
+    return Prefill(**{name: value for name, value in entry.items() if name != "tokens"})
+
+
+def threads_first(triton_version: str) -> bool:
+    """``THREADS_FIRST`` of :mod:`.unpack`, found by compiling: the wrong one shows as shared-memory round trips."""
+    major, minor = (int(part) for part in triton_version.split(".")[:2])
+    return (major, minor) <= (3, 6)
 
 
 def fragment_run(triton_version: str) -> int:
