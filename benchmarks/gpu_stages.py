@@ -71,7 +71,7 @@ STAGES = (
     Stage("wheels", 40, f"{PIP} --no-compile --target {{site}} {{wheels}}", path="none", probe="{has_wheels}",
           missing="no --wheels"),
     Stage("build", 150, f"{PIP} --no-build-isolation --target {{built}} .", path="none"),
-    Stage("tests", 100, f"{PYTEST} tests/test_triton_gpu.py"),
+    Stage("tests", 100, f"{PYTEST} tests/test_triton_gpu.py tests/test_triton_prefill_gpu.py"),
     Stage("moe", 150, f"{PYTEST} benchmarks/bench_moe.py --benchmark-only --benchmark-columns=median "
           "--rows-json {json} --budget {limit} --recorded-command 'bash benchmarks/gpu_run.sh'", "moe"),
     _bench("deepseek-v2-lite", 45),

@@ -45,7 +45,7 @@ def compile_kernel(kernel, pointers: dict[str, str], constants: dict, warps: int
     """``kernel`` for sm_90: ``pointers`` types the pointer arguments, what is not a constant is an i32."""
     names = kernel.arg_names
     signature = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in names}
-    divisible = {*pointers, "n", "k", "k_padded", "act_padded"} - {*constants}
+    divisible = {*pointers, "n", "k", "k_padded", "act_padded", "stride", "n_padded"} - {*constants}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a in divisible}
     values = {(names.index(a),): v for a, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
@@ -195,6 +195,12 @@ def main() -> None:
     for v in shipped(args.quick):
         rows.append(variant(v))
         show(rows[-1])
+    if not args.quick:
+        import sass_prefill
+
+        for row in sass_prefill.report():
+            sass_prefill.show(row)
+            rows.append(row)
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1))
 

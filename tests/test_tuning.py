@@ -63,12 +63,12 @@ def test_the_nearest_shape_and_amount_serve() -> None:
 
 def test_prefill_is_looked_up_by_tokens_per_expert() -> None:
     product = MIXTRAL.product("prefill")
-    write(entry("prefill", up_to=16, warps=8), entry("prefill", up_to=256, columns=32))
+    write(entry("prefill", up_to=16, line=2), entry("prefill", up_to=256, line=4))
     found = [
         launches.prefill_launch(DEVICE, tokens, product["experts"], product["top_k"], product["n"], product["k"])
         for tokens in (64, 65, 10_000)
     ]
-    assert [(f.warps, f.columns) for f in found] == [(8, 16), (4, 32), (4, 32)]
+    assert [(f.method, f.columns) for f in found] == [("packed", 64), ("dense", 128), ("dense", 128)]
 
 
 def test_a_miss_names_the_command_once(caplog: pytest.LogCaptureFixture) -> None:

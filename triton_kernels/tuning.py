@@ -1,8 +1,9 @@
 """Launch parameters: what was measured for the device and shape (:mod:`.tables`) over ``tuned/default.json``.
 
-``decode.columns`` and ``prefill.columns`` are ``[up to so many tokens (per expert, in prefill), token columns]``,
-``warps`` are ``[up to so many programs, warps of each]``; ``programs`` is how many programs a decode launch should
-have at least: K is split until it does.
+``decode.columns`` are ``[up to so many tokens, token columns]``, ``warps`` are ``[up to so many programs, warps of
+each]``; ``programs`` is how many programs a decode launch should have at least: K is split until it does. ``prefill``
+is a list of launches, each for up to so many tokens per expert on average; a measured table names the ``line`` of it.
+The default's limits are estimates for an H100, not measured: see docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from dataclasses import dataclass
 from . import tables
 from .tables import DEFAULT, table_name
 
-__all__ = ["DEFAULT", "Launch", "decode_launch", "fragment_run", "is_decode", "prefill_launch", "table", "table_name"]
+__all__ = [
+    "DEFAULT", "Launch", "Prefill", "decode_launch", "fragment_run", "is_decode", "prefill_launch", "table",
+    "table_name", "threads_first",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,40 @@ def decode_launch(
         splits = max(1, min(wanted, k // (512 * warps), 16))
     else:
         warps = max(warps, 2 * tiles)
-    return Launch(columns, warps, splits, config["ahead"], config.get("registers"), entry.get("pdl", False))
+    return Launch(columns, warps, splits, config["ahead"], config.get("registers"), config.get("pdl", False))
 
 
-def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int, n: int = 0, k: int = 0) -> Launch:
+@dataclass(frozen=True)
+class Prefill:
+    """How many tokens are multiplied: ``packed`` unpacks in registers; ``dense`` unpacks to memory first.
+
+    A program has ``rows`` rows and ``columns`` tokens; ``stages`` trips of ``steps`` (packed) or one (dense) times 64
+    columns of K are on their way.
+    """
+
+    method: str
+    columns: int
+    rows: int
+    warps: int
+    stages: int
+    steps: int
+
+
+def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int, n: int, k: int) -> Prefill:
     """By the tokens that an expert gets on average; ``n`` rows and ``k`` columns (of a block: of gate and up)."""
-    entry = table(device_name)["prefill"]
-    amount = tokens * top_k / max(experts, 1)
-    default = entry["gemm"] | {"columns": _up_to(entry["columns"], amount)}
-    config = tables.parameters(device_name, "prefill", (n, k, experts, top_k), amount, default) if n else default
-    return Launch(config["columns"], config["warps"], 1, 0)
+    average = tokens * top_k / max(experts, 1)
+    entries = table(device_name)["prefill"]
+    last = len(entries) - 1
+    line = next((i for i, e in enumerate(entries) if e["tokens"] is None or average <= e["tokens"]), last)
+    found = tables.parameters(device_name, "prefill", (n, k, experts, top_k), average, {"line": line})
+    chosen = entries[min(found["line"], last)]
+    return Prefill(**{name: value for name, value in chosen.items() if name != "tokens"})
+
+
+def threads_first(triton_version: str) -> bool:
+    """``THREADS_FIRST`` of :mod:`.unpack`, found by compiling: the wrong one shows as shared-memory round trips."""
+    major, minor = (int(part) for part in triton_version.split(".")[:2])
+    return (major, minor) <= (3, 6)
 
 
 def fragment_run(triton_version: str) -> int:

@@ -1,0 +1,151 @@
+"""Launchers for many tokens: sort pairs by expert, normalise rows, multiply by either method, sum over slots.
+
+As in :mod:`.launch`: no host sync, no data-dependent grid, arguments are trusted. The inner activations of a block are
+float16 with a power of two a row, found between the two products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tuning
+from .grouped import dequantize_kernel, grouped_kernel
+from .layout import FIELDS, ROWS, WIDTHS, words_along_k
+from .prefill import packed_kernel
+from .sorting import sort_pairs
+from .token_rows import combine, normalize, rescale
+
+Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+# float16 weights of the dense method live in at most so many bytes at a time, or in one expert's if that is more
+SCRATCH_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all products of a call share; ``order`` is that of sorting.sort_pairs."""
+
+    order: tuple[Tensor, Tensor, Tensor]
+    launch: tuning.Prefill
+    fast: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Normalised activations: float16 ``x [rows, padded k]``, ``inverse [rows]``; ``sharing`` pairs have one row."""
+
+    x: Tensor
+    inverse: Tensor
+    k: int
+    sharing: int
+
+
+def _multiply(rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job) -> None:
+    """``out [pairs, n]``; with ``exponents``, the float16 ``silu(gate) * up`` that they scale."""
+    (_, n), parts = out.shape, 1 if exponents is None else 2
+    options = {"PARTS": parts, "STAGES": job.launch.stages, "num_warps": job.launch.warps}
+    if job.launch.method == "dense":
+        _multiply_dense(rows, stack, out, exponents, group_size, job, options)
+        return
+    qweight, meta, bits, offsets, meta_offsets = stack
+    block_expert, block_pairs, _ = job.order
+    blocks, launch = block_expert.numel(), job.launch
+    packed_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
+        rows.x, rows.inverse, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
+        block_expert, block_pairs, out, out if exponents is None else exponents, bits.numel(), blocks, rows.sharing, n,
+        rows.k, rows.x.shape[1], **_words(rows.k), GROUP=group_size, ROWS=launch.rows, COLUMNS=launch.columns,
+        WARPS=launch.warps, ROOM=launch.steps, FAST=job.fast, THREADS_FIRST=tuning.threads_first(triton.__version__),
+        num_stages=1, **options,
+    )
+
+
+def _words(k: int) -> dict[str, int]:
+    return {f"KW{width}": words_along_k(k, width) for width in WIDTHS}
+
+
+def _multiply_dense(
+    rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job, options: dict
+) -> None:
+    qweight, meta, bits, offsets, meta_offsets = stack
+    block_expert, block_pairs, counts = job.order
+    (_, n), parts, k, experts = out.shape, options["PARTS"], rows.k, bits.numel()
+    blocks, launch = block_expert.numel(), job.launch
+    height, stride = triton.cdiv(parts * n, ROWS) * ROWS, triton.cdiv(k, 64) * 64
+    chunk = max(1, min(experts, SCRATCH_BYTES // (2 * height * stride)))
+    weights = torch.empty(chunk, height, stride, dtype=torch.float16, device=out.device)
+    words = _words(k)
+    spans = max(triton.cdiv(k, 2 * FIELDS[width] * words[f"KW{width}"]) for width in WIDTHS)
+    for first in range(0, experts, chunk):
+        until = min(first + chunk, experts)
+        dequantize_kernel[(spans, height // ROWS, until - first)](
+            qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets, counts, weights, first,
+            height, k, stride, **words, GROUP=group_size, FAST=job.fast,
+            THREADS_FIRST=tuning.threads_first(triton.__version__), num_warps=4, num_stages=1,
+        )
+        grouped_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
+            rows.x, rows.inverse, weights, bits, block_expert, block_pairs, out,
+            out if exponents is None else exponents, first, until, experts, blocks, rows.sharing, n, height, k,
+            rows.x.shape[1], stride, COLUMNS=launch.columns, ROWS=launch.rows, num_stages=launch.stages, **options,
+        )
+
+
+def _rows(x: Tensor, top_k: int, launch: tuning.Prefill) -> Rows:
+    """Of ``[T, k]``, shared by a token's pairs, or ``[T, top_k, k]``."""
+    k = x.shape[-1]
+    sharing = top_k if x.dim() == 2 else 1
+    return Rows(*normalize(x.contiguous().view(-1, k), launch.method == "packed"), k, sharing)
+
+
+def gemm(
+    x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, out: Tensor,
+    fast: bool, launch: tuning.Prefill,
+) -> Tensor:
+    """Into ``out``: ``[T, top_k, n]``, or the weighted sum ``[T, n]``; ``x [T, k]`` or ``[T, top_k, k]``."""
+    experts, top_k = stack[2].numel(), topk_ids.shape[1]
+    ids = topk_ids.contiguous().view(-1)
+    job = Job(sort_pairs(ids, experts, launch.columns), launch, fast)
+    rows = _rows(x, top_k, launch)
+    if topk_weights is None:
+        _multiply(rows, stack, out.view(-1, n), None, group_size, job)
+    else:
+        _multiply_and_sum(rows, stack, ids, topk_weights, out, group_size, job)
+    return out
+
+
+def _multiply_and_sum(
+    rows: Rows, stack: Stack, ids: Tensor, topk_weights: Tensor, out: Tensor, group_size: int, job: Job
+) -> None:
+    partial = torch.empty(ids.numel(), out.shape[1], dtype=torch.float32, device=out.device)
+    _multiply(rows, stack, partial, None, group_size, job)
+    combine(partial, ids, topk_weights.contiguous(), out, stack[2].numel())
+
+
+def ffn(
+    x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int, group_size: int,
+    down_group_size: int, out: Tensor, fast: bool, launch: tuning.Prefill,
+) -> Tensor:
+    """The whole expert block of ``x [T, hidden]`` into ``out``."""
+    experts, top_k = gate_up[2].numel(), topk_ids.shape[1]
+    ids = topk_ids.contiguous().view(-1)
+    job = Job(sort_pairs(ids, experts, launch.columns), launch, fast)
+    rows = _rows(x, top_k, launch)
+    ordered = launch.method == "packed"
+    pairs, device = ids.numel(), x.device
+    if intermediate % ROWS:
+        # the up rows begin inside a tile
+        both = torch.empty(pairs, 2 * intermediate, dtype=torch.float32, device=device)
+        _multiply(rows, gate_up, both, None, group_size, job)
+        gate, up = both.chunk(2, dim=-1)
+        inner = normalize(torch.nn.functional.silu(gate) * up, ordered)
+    else:
+        part = launch.rows // 2
+        act = torch.empty(pairs, intermediate, dtype=torch.float16, device=device)
+        exponents = torch.empty(pairs, triton.cdiv(intermediate, part), dtype=torch.int32, device=device)
+        _multiply(rows, gate_up, act, exponents, group_size, job)
+        inner = rescale(act, exponents, part, ordered)
+    _multiply_and_sum(Rows(*inner, intermediate, 1), down, ids, topk_weights, out, down_group_size, job)
+    return out
