@@ -107,7 +107,7 @@ def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = F
 
     check_model(path, trust_remote_code)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path!r} could not be loaded: {_first_line(error)}") from error
 
@@ -116,7 +116,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _dtype(name: str) -> torch.dtype | str:
+def parse_dtype(name: str) -> torch.dtype | str:
+    """``"auto"``, or the dtype of a name; ``ValueError`` for another."""
     allowed = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in allowed:
         raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}")
@@ -148,7 +149,7 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
     for target in targets.values():
         check_output(target, config.model, config.overwrite)
     device = pick_device(config.device)
-    _dtype(config.dtype)
+    parse_dtype(config.dtype)
     declared = check_model(config.model, config.trust_remote_code).dtype
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     windows = calibration_windows(tokenizer, config.calibration, config.samples, config.length, config.seed)
@@ -277,7 +278,7 @@ def load_any(path: str | os.PathLike, dtype: str = "auto", device: str | None = 
     target = pick_device(device)
     config_file = Path(path) / "config.json"
     if config_file.is_file() and "quantization_config" in config_file.read_text(encoding="utf-8"):
-        return from_pretrained(path, dtype=_dtype(dtype), device=str(target))
+        return from_pretrained(path, dtype=parse_dtype(dtype), device=str(target))
     return load_unquantized(str(path), dtype).to(target).eval()
 
 

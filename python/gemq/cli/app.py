@@ -15,6 +15,7 @@ from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.cli import display, options
+from gemq.cli.bench import bench
 from gemq.cli.generation import chat, generate
 from gemq.cli.tune import tune
 from gemq.pipeline import COSTS_FILE, QuantizeConfig
@@ -195,6 +196,7 @@ def evaluate(
 
 app.command()(generate)
 app.command()(chat)
+app.command()(bench)
 
 
 @app.command()

@@ -130,11 +130,12 @@ class Decoding:
                 raise ValueError(f"compile={self.mode!r} needs a model of known structure; use compile='none'")
             self.mode = "none"
         if not lean:
-            self.step = ModelStep(self.model, self.cache, self.limit)
+            self.eager_step = ModelStep(self.model, self.cache, self.limit)
         else:
-            self.step = LeanStep(self.model, self.cache, self.limit, dynamic=self.mode == "none")
-            if self.mode == "compile":
-                self.step = torch.compile(self.step, fullgraph=True, dynamic=False)
+            self.eager_step = LeanStep(self.model, self.cache, self.limit, dynamic=self.mode == "none")
+        self.step = self.eager_step
+        if self.mode == "compile":
+            self.step = torch.compile(self.step, fullgraph=True, dynamic=False)
         self._advance = self._one_step
         with self._memory_errors():
             if self.device.type == "cuda" and self.mode != "none":
@@ -198,7 +199,7 @@ class _MemoryErrors:
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None and issubclass(kind, torch.OutOfMemoryError):
             d = self.decoding
-            d.cache = d.step = d._advance = None
+            d.cache = d.step = d.eager_step = d._advance = None
             raise cache_error(d.model, d.prompt.shape[0], d.limit, free_bytes(d.device)) from error
 
 
