@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gemq.bench.architectures import meta_model
 from gemq.checkpoint import PackedConfig, packed_skeleton
 from gemq.errors import OutOfMemoryError
-from gemq.format import UNQUANTIZED, check_bits
+from gemq.format import check_bits
 from gemq.generation.memory import GIB, cache_bytes_per_token, free_bytes
 from gemq.models import describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitLinear
@@ -83,7 +83,7 @@ def build_packed(config, plan: PackedConfig, dtype: torch.dtype, device: torch.d
         module.prepare()
         replace_with_packed(model, {path: module})
     _materialise(model, dtype, device, generator)
-    return model
+    return model.requires_grad_(False)
 
 
 def build_unquantized(config, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
@@ -112,7 +112,7 @@ def check_fits(model: nn.Module, dtype: torch.dtype, device: torch.device) -> in
 
 def _fill_packed(module: nn.Module, generator: torch.Generator) -> None:
     """Random codes; scales so that weights have mean 0 and the standard deviation of a fresh model."""
-    for name, buffer in module.named_buffers(recurse=False):
+    for buffer in module.buffers(recurse=False):
         if buffer.dtype == torch.uint8:
             _random_bytes(buffer, generator)
     if isinstance(module, LowBitLinear):
@@ -175,7 +175,3 @@ def effective_bits(plan: PackedConfig) -> float:
     found = [b for row in plan.expert_bits.values() for b in row]
     return sum(found) / len(found)
 
-
-def is_unquantized(bits: float) -> bool:
-    """Whether ``bits`` asks for the 16-bit model."""
-    return bits == UNQUANTIZED

@@ -57,6 +57,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.mix is None):
             raise ValueError("give bits or a mix of widths, one of them")
+        if self.bits is not None and not self.unquantized:
+            random_model.mix_for(self.bits)
         for name, low, high in (("batch", 1, MAX_BATCH), ("tokens", 2, 1 << 20), ("prompt_length", 1, 1 << 20)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
@@ -117,10 +119,12 @@ def run_bench(config: BenchConfig, report: Report = lambda text: None) -> BenchR
     """
     device = pick_device(config.device)
     architecture = load_config(config.model_config, config.layers)
-    room = architecture.max_position_embeddings - config.prompt_length
-    if config.tokens + config.profile_steps > room:
-        raise ValueError(f"tokens must be at most {room - config.profile_steps} after a prompt of "
-                         f"{config.prompt_length}, got {config.tokens}")
+    length = config.prompt_length + config.tokens + config.profile_steps
+    if length > architecture.max_position_embeddings:
+        raise ValueError(
+            f"prompt_length {config.prompt_length}, tokens {config.tokens} and profile_steps {config.profile_steps} "
+            f"must be at most {architecture.max_position_embeddings} together, the positions of the model"
+        )
     dtype = _dtype(config, architecture, device)
     reset_peaks(device)
     total = sum(p.numel() for p in meta_model(architecture).parameters())

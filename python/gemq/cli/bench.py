@@ -27,7 +27,7 @@ def bench(
     mix: Annotated[str | None, typer.Option(help="Instead of --bits, shares of widths: 1:0.3,2:0.4,3:0.3.")] = None,
     layers: Annotated[int | None, typer.Option(help="Only this many decoder layers.", min=1)] = None,
     attention_bits: Annotated[int, typer.Option(help="Attention and dense MLPs: 1..8, or 16.")] = 4,
-    shared_bits: Annotated[int | None, typer.Option(help="Shared experts: 1..8 or 16 (default: 3 for DeepSeek, else 4).")]
+    shared_bits: Annotated[int | None, typer.Option(help="Shared experts: 1..8, or 16 (DeepSeek: 3, else 4).")]
     = None,
     baseline: Annotated[str, typer.Option(help="With --bits 16: grouped_mm, batched_mm, gather, eager or all.")]
     = "all",
@@ -79,7 +79,7 @@ def _show(result: BenchResult) -> None:
     out = display.output()
     config = result.config
     rows = [_row(name, run) for name, run in result.runs.items()]
-    columns = ["run", "tokens/s", "p20", "p80", "ms/step", "first token ms", "weights", "peak", "GB/step", "of roofline"]
+    columns = ["run", "tokens/s", "p20", "p80", "ms/step", "first token ms", "weights", "peak", "GB/step", "roofline"]
     title = (f"{config.model_config}, {result.layers} layers, {result.bits_per_expert:.3g} bits per expert, "
              f"batch {config.batch}, {result.device}, {result.dtype}")
     out.print(display.table(title, columns, rows))

@@ -11,7 +11,7 @@ import typer
 
 import gemq
 from gemq.cli import display
-from gemq.generation import Conversation, Generation, GenerationOptions, stream_row
+from gemq.generation import ContinuationStreamer, Conversation, Generation, GenerationOptions, stream_row
 from gemq.pipeline import load_any, load_tokenizer
 
 
@@ -57,13 +57,11 @@ def generate(
 
     [dim]gemq generate mixtral-2.5 "The capital of France is" --max-new-tokens 40[/dim]
     """
-    from transformers import TextStreamer
-
     def streamer(tokenizer):
         # only now, after all that could fail, does anything go to standard output
         if not chat:
             display.output().print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
-        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return ContinuationStreamer(tokenizer)
 
     result = gemq.generate(
         model, prompt, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,

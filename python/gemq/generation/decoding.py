@@ -63,9 +63,9 @@ class Decoding:
         self.lean, self.automatic = lean, compile == "auto"
         self.eos, self.pad = ending(self.options, model)
         self.timing = Timing()
-        self._advance = None
 
     def __iter__(self) -> Iterator[Tensor]:
+        self.timing, self._advance = Timing(), None
         started = time.perf_counter()
         self._prefill()
         pending: deque[_Posted] = deque([self._post()])
@@ -120,7 +120,7 @@ class Decoding:
         self.progress = Progress(slot, positions[:, -1] + 1, seen, length + 1)
         self.ends = torch.tensor(self.eos, dtype=torch.int64, device=self.device)
         self.tokens = self.sampler(logits)
-        self.ended = torch.isin(self.tokens, self.ends)
+        self.ended = self._are_ends(self.tokens)
 
     @torch.inference_mode()
     def _set_up(self) -> None:
@@ -140,6 +140,9 @@ class Decoding:
         with self._memory_errors():
             if self.device.type == "cuda" and self.mode != "none":
                 self._advance = GraphedStep(self._one_step, self._state(), self.sampler.generator)
+            elif self.mode == "compile":
+                # compiles; the first step writes the same keys and values again
+                self.step(self.tokens, self.progress)
 
     def _state(self) -> list[Tensor]:
         tensors = (self.tokens, self.ended, self.progress.slot, self.progress.positions, self.sampler.seen)
@@ -148,10 +151,14 @@ class Decoding:
     def _one_step(self) -> None:
         """Feed the newest tokens, choose the next ones in their place."""
         tokens = self.sampler(self.step(self.tokens, self.progress))
-        self.tokens.copy_(torch.where(self.ended, self.pad, tokens))
         if self.eos:
-            self.ended |= torch.isin(self.tokens, self.ends)
+            tokens = tokens.masked_fill(self.ended, self.pad)
+            self.ended |= self._are_ends(tokens)
+        self.tokens.copy_(tokens)
         self.progress.advance()
+
+    def _are_ends(self, tokens: Tensor) -> Tensor:
+        return (tokens[:, None] == self.ends).any(-1)
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -233,7 +240,7 @@ def check_prompt(
         raise ValueError(f"input_ids must be in 0..{config.vocab_size - 1}, got {low if low < 0 else high}")
     room, new = config.max_position_embeddings - length, options.max_new_tokens
     if room < 1:
-        raise ValueError(f"the prompt has {length} tokens, but the model has {config.max_position_embeddings} positions")
+        raise ValueError(f"the prompt has {length} tokens, the model only {config.max_position_embeddings} positions")
     if new > room:
         raise ValueError(f"max_new_tokens must be at most {room} after a prompt of {length} tokens (the model has "
                          f"{config.max_position_embeddings} positions), got {new}")

@@ -25,20 +25,15 @@ class GraphedStep:
             for _ in range(2):
                 function()
         torch.cuda.current_stream().wait_stream(side)
-        _restore(state, saved)
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)
         self.graph = torch.cuda.CUDAGraph()
         if generator is not None:
             generator.set_state(saved_generator)
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):
             function()
-        # a capture runs nothing, but moves numbers that live on the host
-        _restore(state, saved)
 
     def __call__(self) -> None:
         self.graph.replay()
 
-
-def _restore(state: list[Tensor], saved: list[Tensor]) -> None:
-    for tensor, value in zip(state, saved, strict=True):
-        tensor.copy_(value)

@@ -14,6 +14,9 @@ from transformers import TextStreamer
 from gemq.generation.decoding import Decoding, Timing
 from gemq.generation.options import GenerationOptions
 
+# tokens of the prompt that new ones are decoded with
+_CONTEXT = 16
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -106,7 +109,7 @@ def generate_rows(
     results = []
     for row, new in zip(rows, torch.stack(found, 1).tolist(), strict=True):
         new = _until_end(new, decoding.eos)
-        text = "" if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True)
+        text = "" if tokenizer is None else continuation(tokenizer, row, new)
         seconds = timing.prefill + timing.setup + timing.decode
         results.append(Generation(text, len(row), len(new), seconds, peak, tuple(new), timing))
     return results
@@ -125,11 +128,34 @@ def peak_resident_bytes() -> int | None:
     return {"linux": peak * 1024, "darwin": peak}.get(sys.platform)
 
 
-class _Pieces(TextStreamer):
-    """Collects the text that is final."""
+def continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text of ``new`` as it follows the prompt: tokenizers of words drop a leading space when decoding alone."""
+    before = tokenizer.decode(prompt[-_CONTEXT:], skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt[-_CONTEXT:], *new], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+
+
+class ContinuationStreamer(TextStreamer):
+    """transformers' text streamer without the prompt, whose last tokens it decodes along for the sake of spaces."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_special_tokens=True)
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt ``[1, T]`` first, then tokens ``[1]``."""
+        if not self.next_tokens_are_prompt:
+            super().put(value)
+            return
+        self.next_tokens_are_prompt = False
+        self.token_cache = value.flatten().tolist()[-_CONTEXT:]
+        self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+
+
+class _Pieces(ContinuationStreamer):
+    """Collects the text that is final."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
         self.pieces: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -148,18 +174,25 @@ def stream_row(
 ) -> Iterator[str]:
     """The continuation of one row of token ids, in pieces of whole words as they are made.
 
-    Closing the iterator stops the generation. All errors of the arguments come at the call, not at the first piece.
+    Closing the iterator stops the generation; Ctrl-C comes after the text so far. Errors of the arguments come at the
+    call, not at the first piece.
     """
     decoding = Decoding(model, torch.tensor([row]), None, options, compile=compile)
 
     def pieces() -> Iterator[str]:
-        streamer = _Pieces(tokenizer)
-        for tokens in decoding:
-            streamer.put(tokens)
-            if text := streamer.take():
-                yield text
+        streamer, interrupt = _Pieces(tokenizer), None
+        streamer.put(decoding.prompt)
+        try:
+            for tokens in decoding:
+                streamer.put(tokens)
+                if text := streamer.take():
+                    yield text
+        except KeyboardInterrupt as error:
+            interrupt = error
         streamer.end()
         if text := streamer.take():
             yield text
+        if interrupt is not None:
+            raise interrupt
 
     return pieces()
