@@ -188,7 +188,7 @@ def test_baselines_compute_alike(configs, family, implementation):
 
 
 def test_bytes_that_a_step_reads(configs, family):
-    model, plan = packed(configs, family)
+    model, _ = packed(configs, family)
     held = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     experts = [m for p, m in packed_modules(model) if p.endswith(".experts")]
     sizes = [expert_sizes(m) for m in experts]
@@ -266,7 +266,8 @@ def test_the_command(configs, quick, gemq_run, tmp_path):
     assert "mixtral, 2 layers" in err
     found = json.loads(file.read_text())
     assert found["schema"] == 1 and found["strongest"] == "gemq" and found["config"]["bits"] == 1.5
-    assert found["widths"] == {"1": 0.5, "2": 0.5} and found["parameters"] == parameters(load_config(configs["mixtral"]))
+    assert found["widths"] == {"1": 0.5, "2": 0.5}
+    assert found["parameters"] == parameters(load_config(configs["mixtral"]))
     run_ = found["runs"]["gemq"]
     assert set(run_) >= {"tokens_per_second", "step_seconds", "first_token_seconds", "memory", "roofline", "kernels"}
     assert set(run_["tokens_per_second"]) == {"p50", "p20", "p80"} and len(run_["kernels"]) > 5
@@ -312,7 +313,8 @@ def test_mixes_on_the_command_line(configs, quick, gemq_run, tmp_path):
     (["--random-weights", "--mix", "2=1"], "--mix must be like"),
     (["--random-weights", "--bits", "2", "--batch", "65"], "batch must be in 1..64, got 65"),
     (["--random-weights", "--bits", "2", "--tokens", "1"], "tokens must be in 2.."),
-    (["--random-weights", "--bits", "2", "--tokens", "125"], "prompt_length 128, tokens 125 and profile_steps 4 must be at most 128 together"),
+    (["--random-weights", "--bits", "2", "--tokens", "125"],
+     "prompt_length 128, tokens 125 and profile_steps 4 must be at most 128 together"),
     (["--random-weights", "--bits", "2", "--attention-bits", "9"], "attention_bits must be in 1..8 or 16, got 9"),
     (["--random-weights", "--bits", "16", "--baseline", "x"], "baseline must be one of grouped_mm"),
     (["--random-weights", "--bits", "2", "--json", "/nowhere/at/all.json"], "cannot be written"),

@@ -19,7 +19,9 @@ from gemq.cli import generation as commands
 from gemq.cli.run import run
 from gemq.generation import Conversation, Decoding
 
-TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}of {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}of {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
