@@ -234,7 +234,7 @@ def test_measurement(configs, quick, family):
     result = run_bench(BenchConfig(str(configs[family]), 2.5, tokens=12, batch=3, prompt_length=7, shared_bits=3))
     found = result.runs["gemq"]
     assert result.strongest == "gemq" and result.bits_per_expert == 2.5 and result.widths == {"2": 0.5, "3": 0.5}
-    assert found.mode == "none" and found.step == "LeanStep" and found.batch == 3 and result.dtype == "float32"
+    assert found.mode == "none" and found.step == "LeanStep" and found.batch == 3 and result.dtype == "bfloat16"
     steps, rate = found.step_seconds, found.tokens_per_second
     assert 0 < steps["p20"] <= steps["p50"] <= steps["p80"]
     assert rate["p50"] == pytest.approx(3 / steps["p50"]) and rate["p20"] == pytest.approx(3 / steps["p80"])
@@ -342,3 +342,15 @@ def test_a_half_written_result_is_not_left(configs, quick, tmp_path, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         write_json(result, file)
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("bits", [2.5, 16])
+def test_measurement_on_cuda(configs, family, bits):
+    result = run_bench(BenchConfig(str(configs[family]), bits, tokens=12, batch=2, prompt_length=7))
+    for name, found in result.runs.items():
+        assert found.mode == {"gemq": "graph", "eager": "none"}.get(name, "compile")
+        assert found.memory.reserved >= found.memory.allocated >= found.memory.weights
+        assert found.kernels and sum(k.share for k in found.kernels) == pytest.approx(1)
+    assert not result.failures

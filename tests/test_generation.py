@@ -303,7 +303,7 @@ def test_out_of_memory_while_running(monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(model, "forward", fail)
+    monkeypatch.setattr(model.model, "forward", fail)
     with pytest.raises(gemq.OutOfMemoryError, match=r"out of memory: a cache of 1 x 64 tokens takes .* are free"):
         list(decode(model, random_windows(1, 9, 0)))
 

@@ -125,7 +125,7 @@ def run_bench(config: BenchConfig, report: Report = lambda text: None) -> BenchR
             f"prompt_length {config.prompt_length}, tokens {config.tokens} and profile_steps {config.profile_steps} "
             f"must be at most {architecture.max_position_embeddings} together, the positions of the model"
         )
-    dtype = _dtype(config, architecture, device)
+    dtype = _dtype(config, architecture)
     reset_peaks(device)
     total = sum(p.numel() for p in meta_model(architecture).parameters())
     report(f"{architecture.model_type}, {architecture.num_hidden_layers} layers, {total / 1e9:.2f} B parameters")
@@ -157,14 +157,13 @@ def _shares(plan: PackedConfig) -> dict[str, float]:
     return {str(b): found.count(b) / len(found) for b in sorted(set(found))}
 
 
-def _dtype(config: BenchConfig, architecture, device: torch.device) -> torch.dtype:
-    """The model's own on CUDA; on the CPU, whose kernels take float32 activations, float32 (16 bits: the model's)."""
+def _dtype(config: BenchConfig, architecture) -> torch.dtype:
+    """The dtype that was asked for, else the model's own."""
     asked = parse_dtype(config.dtype)
     if asked != "auto":
         return asked
     own = getattr(architecture, "dtype", None)
-    own = own if isinstance(own, torch.dtype) else torch.bfloat16
-    return torch.float32 if device.type == "cpu" and not config.unquantized else own
+    return own if isinstance(own, torch.dtype) else torch.bfloat16
 
 
 def _measure(config: BenchConfig, model: nn.Module, compile: str, **options) -> Measurement:

@@ -17,7 +17,8 @@ class Place(NamedTuple):
     """Where the new token goes and what it sees.
 
     ``slot`` int64 ``[1]`` is its index in the cache. ``end`` is a Python number, the length of the cache that is read,
-    or None for all of it. ``mask`` bool ``[B, 1, 1, end]`` is None where every slot up to ``end`` is seen.
+    or None for all of it. ``mask`` ``[B or 1, 1, 1, end]`` is added to the scores, 0 or minus infinity, in the dtype of
+    the keys; None where every slot up to ``end`` is seen.
     """
 
     slot: Tensor
@@ -70,7 +71,7 @@ class GroupedAttention:
         keys, values = _store(self.keys, place, key), _store(self.values, place, value)
         # the heads that share a key are rows of one query matrix, so keys are read once
         query = query.reshape(batch, self.groups, -1, size)
-        mask = None if place.mask is None else place.mask.expand(-1, self.groups, query.shape[2], -1)
+        mask = None if place.mask is None else place.mask.expand(batch, self.groups, query.shape[2], -1)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
         return module.o_proj(out.reshape(batch, 1, -1))
 
@@ -120,7 +121,7 @@ class LatentAttention:
         scores = torch.baddbmm(both[:, :-1] @ ropes.transpose(1, 2), folded, latents.transpose(1, 2))
         scores = scores.float() * self.scale
         if place.mask is not None:
-            scores = scores.masked_fill(~place.mask[:, 0], -torch.inf)
+            scores = scores + place.mask[:, 0]
         context = scores.softmax(-1).to(latents.dtype) @ latents
         out = torch.bmm(context.transpose(0, 1), self.from_latent).transpose(0, 1)
         return module.o_proj(out.reshape(batch, 1, -1))

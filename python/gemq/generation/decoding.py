@@ -108,10 +108,12 @@ class Decoding:
         with self._memory_errors():
             for start in range(0, length, chunk):
                 end = min(start + chunk, length)
-                logits = self.model(
+                hidden = self.model.get_decoder()(
                     input_ids=self.prompt[:, start:end], attention_mask=self.mask[:, :end] if padded else None,
-                    position_ids=positions[:, start:end], past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-                ).logits[:, -1]
+                    position_ids=positions[:, start:end], past_key_values=self.cache, use_cache=True,
+                ).last_hidden_state
+            # as a matrix: on [B, 1, H], sliced out of [B, T, H], torch copies the whole head for a batched product
+            logits = self.model.lm_head(hidden[:, -1].contiguous())
         seen = None
         if padded:
             seen = torch.ones(batch, self.limit, dtype=torch.bool, device=self.device)

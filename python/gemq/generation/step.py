@@ -75,10 +75,13 @@ class LeanStep:
         seen = progress.seen
         if self.dynamic:
             end = progress.length
-            return Place(progress.slot, end, None if seen is None else seen[:, None, None, :end])
-        mask = (self.columns <= progress.slot)[None]
-        mask = mask if seen is None else mask & seen
-        return Place(progress.slot, None, mask[:, None, None])
+            return Place(progress.slot, end, None if seen is None else self._added(seen[:, :end]))
+        visible = (self.columns <= progress.slot)[None]
+        return Place(progress.slot, None, self._added(visible if seen is None else visible & seen))
+
+    def _added(self, visible: Tensor) -> Tensor:
+        """A mask of numbers, once a step: attention would make one from a bool in every layer."""
+        return torch.where(visible, 0.0, -torch.inf).to(self.embed.weight.dtype)[:, None, None]
 
 
 def _attention(module: nn.Module, state) -> GroupedAttention | LatentAttention:
