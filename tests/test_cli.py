@@ -22,7 +22,7 @@ from gemq.cli.run import run
 from gemq.integrity import WEIGHTS_FILE
 from gemq.pipeline import load_tokenizer
 
-COMMANDS = ("quantize", "allocate", "eval", "generate", "inspect", "verify", "demo")
+COMMANDS = ("quantize", "allocate", "eval", "generate", "chat", "bench", "inspect", "verify", "demo")
 GEMQ = [sys.executable, "-m", "gemq"]
 
 
@@ -310,7 +310,7 @@ def test_eval_and_generate_refuse(gemq_run, checkpoint, text_file, tmp_path):
     (tmp_path / "short.txt").write_text("the of and")
     fails(gemq_run("eval", checkpoint, "--data", tmp_path / "short.txt"), "has 3 tokens, but 2048 are needed")
     fails(gemq_run("generate", checkpoint, ""), "prompt must not be empty")
-    fails(gemq_run("generate", checkpoint, "it", "--top-p", "0"), r"top_p in \(0, 1\]")
+    fails(gemq_run("generate", checkpoint, "it", "--top-p", "0"), r"top_p must be in \(0, 1\], got 0")
     fails(gemq_run("inspect", tmp_path), r"is not a complete checkpoint: it has no config\.json")
     fails(gemq_run("eval", tmp_path, "--data", text_file), "no config.json|no tokenizer")
 

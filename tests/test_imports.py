@@ -22,9 +22,11 @@ LAYERS = [
     ("algorithms",),
     ("checkpoint",),
     ("hf",),
+    ("generation",),
     ("pipeline", "summary", "serving"),
+    ("continuation",),
     ("gemq",),
-    ("demo",),
+    ("bench", "demo"),
     ("cli",),
     ("__main__",),
 ]

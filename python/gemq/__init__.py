@@ -10,14 +10,19 @@ __version__ = "0.1.0"
 
 from gemq import hf, ops
 from gemq.checkpoint import from_pretrained, save_packed
-from gemq.errors import CalibrationError, CheckpointError, GemqError, UnsupportedModelError
+from gemq.continuation import generate, stream
+from gemq.errors import CalibrationError, CheckpointError, GemqError, OutOfMemoryError, UnsupportedModelError
+from gemq.generation import Generation, GenerationOptions
 from gemq.integrity import Verification, verify
-from gemq.pipeline import QuantizeConfig, evaluate, generate, quantize
+from gemq.pipeline import QuantizeConfig, evaluate, quantize
 
 __all__ = [
     "CalibrationError",
     "CheckpointError",
     "GemqError",
+    "Generation",
+    "GenerationOptions",
+    "OutOfMemoryError",
     "QuantizeConfig",
     "UnsupportedModelError",
     "Verification",
@@ -28,5 +33,6 @@ __all__ = [
     "ops",
     "quantize",
     "save_packed",
+    "stream",
     "verify",
 ]

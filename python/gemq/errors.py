@@ -21,3 +21,7 @@ class CalibrationError(GemqError, ValueError):
 
 class DeviceError(GemqError, RuntimeError):
     """What was asked for needs a device that this machine does not have."""
+
+
+class OutOfMemoryError(GemqError, MemoryError):
+    """A model or its cache does not fit; the message says what would."""

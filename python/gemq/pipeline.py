@@ -1,4 +1,4 @@
-"""One call for each thing a user does: quantize a model to a folder, evaluate one, generate from one."""
+"""One call for each thing a user does: quantize a model to a folder, evaluate one, load one."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = F
 
     check_model(path, trust_remote_code)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path!r} could not be loaded: {_first_line(error)}") from error
 
@@ -116,7 +116,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _dtype(name: str) -> torch.dtype | str:
+def parse_dtype(name: str) -> torch.dtype | str:
+    """``"auto"``, or the dtype of a name; ``ValueError`` for another."""
     allowed = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in allowed:
         raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}")
@@ -148,7 +149,7 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
     for target in targets.values():
         check_output(target, config.model, config.overwrite)
     device = pick_device(config.device)
-    _dtype(config.dtype)
+    parse_dtype(config.dtype)
     declared = check_model(config.model, config.trust_remote_code).dtype
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     windows = calibration_windows(tokenizer, config.calibration, config.samples, config.length, config.seed)
@@ -277,7 +278,7 @@ def load_any(path: str | os.PathLike, dtype: str = "auto", device: str | None = 
     target = pick_device(device)
     config_file = Path(path) / "config.json"
     if config_file.is_file() and "quantization_config" in config_file.read_text(encoding="utf-8"):
-        return from_pretrained(path, dtype=_dtype(dtype), device=str(target))
+        return from_pretrained(path, dtype=parse_dtype(dtype), device=str(target))
     return load_unquantized(str(path), dtype).to(target).eval()
 
 
@@ -311,48 +312,3 @@ def evaluate(
     start = time.perf_counter()
     value = perplexity(model, windows, batch_size, progress)
     return Evaluation(value, windows.shape[0] * (windows.shape[1] - 1), time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Generated text and its speed; ``peak_bytes`` of CUDA memory, None on the CPU."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    seconds: float
-    peak_bytes: int | None
-
-
-@torch.no_grad()
-def generate(
-    model: str | os.PathLike | nn.Module, prompt: str, *, tokenizer=None, max_new_tokens: int = 64,
-    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, dtype: str = "auto", device: str | None = None,
-    streamer=None,
-) -> Generation:
-    """Continue ``prompt``. ``temperature`` 0 is greedy; options are named as in transformers.
-
-    Raises ``ValueError`` for an empty prompt or options out of range.
-    """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
-    if not isinstance(model, nn.Module):
-        tokenizer = tokenizer or load_tokenizer(str(model))
-        model = load_any(model, dtype, device)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("prompt must not be empty")
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
-    cuda = model.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    ids = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, streamer=streamer(tokenizer) if streamer else None,
-        pad_token_id=tokenizer.eos_token_id, **sampling,
-    )
-    seconds = time.perf_counter() - start
-    used = inputs["input_ids"].shape[1]
-    text = tokenizer.decode(ids[0, used:], skip_special_tokens=True)
-    return Generation(text, used, ids.shape[1] - used, seconds, torch.cuda.max_memory_allocated() if cuda else None)

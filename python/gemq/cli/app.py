@@ -15,6 +15,8 @@ from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.cli import display, options
+from gemq.cli.bench import bench
+from gemq.cli.generation import chat, generate
 from gemq.cli.tune import tune
 from gemq.pipeline import COSTS_FILE, QuantizeConfig
 from gemq.summary import summarize
@@ -192,32 +194,9 @@ def evaluate(
     display.output().print(display.table(data, ["model", "perplexity", "tokens", "tokens/s"], [row]))
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="Packed checkpoint, or a full-precision model.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    device: Device = None,
-    dtype: Dtype = "auto",
-) -> None:
-    """Continue a text with a packed (or full-precision) model."""
-    from transformers import TextStreamer
-
-    def streamer(tokenizer):
-        # only now, after all that could fail, does anything go to standard output
-        display.output().print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
-        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-    result = gemq.generate(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, dtype=dtype,
-        device=device, streamer=streamer,
-    )
-    peak = "" if result.peak_bytes is None else f", peak {display.size(result.peak_bytes)}"
-    speed = f"{result.new_tokens / result.seconds:.1f} tokens/s"
-    display.errors().print(f"{result.new_tokens} tokens in {result.seconds:.2f} s, {speed}{peak}", style="dim")
+app.command()(generate)
+app.command()(chat)
+app.command()(bench)
 
 
 @app.command()

@@ -17,13 +17,13 @@ from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
 from gemq.algorithms.router_tuning import tune_routers
 from gemq.checkpoint import from_pretrained
+from gemq.continuation import generate
 from gemq.demo.picture import Row, draw
 from gemq.errors import CheckpointError
+from gemq.generation import Generation
 from gemq.models import MoeModel, describe
 from gemq.pipeline import (
-    Generation,
     QuantizeConfig,
-    generate,
     load_tokenizer,
     load_unquantized,
     packed_bytes,

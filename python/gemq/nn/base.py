@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gemq.ops import layout_for
+
+
+def unwatched(x: Tensor) -> bool:
+    """Whether nothing but the result is asked of an operation on ``x``: no gradient, no tracing, no tensor subclass.
+
+    Then a module may call its CPU kernel without torch's dispatcher and repeated checks, which take 10 to 50
+    microseconds: as long as a small kernel, some 100 times a token.
+    """
+    return (
+        type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def profiled(name: str):
+    """A span of torch's profiler where it runs, so that kernels called without the dispatcher show up in it."""
+    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else _NO_SPAN
+
+
+_NO_SPAN = nullcontext()
 
 
 class PackedModule(nn.Module):

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from gemq import format as fmt
-from gemq.nn.base import PackedModule
-from gemq.ops import expert_tables, layout_for, moe_lowbit_ffn, pack_experts, unpack_experts
+from gemq.nn.base import PackedModule, profiled, unwatched
+from gemq.ops import backends, checks, expert_tables, layout_for, moe_lowbit_ffn, pack_experts, unpack_experts
 from gemq.ops.packing import dequantize, pack
 from gemq.ops.stacks import convert_experts
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+_IDS = (torch.int32, torch.int64)
 _TABLES = ("bits", "code_offsets", "meta_offsets")
 
 
@@ -129,11 +130,30 @@ class LowBitExperts(PackedModule):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, H] -> [T, H]``: the weighted sum of the routed experts' outputs."""
+        if self.layout == "cpu_tile" and unwatched(hidden_states):
+            out = self._direct(hidden_states, top_k_index, top_k_weights)
+            if out is not None:
+                return out
         return moe_lowbit_ffn(
             hidden_states, self.stack("gate_up_proj"), self.stack("down_proj"), top_k_index, top_k_weights,
             intermediate=self.intermediate, group_size=self.group_sizes["gate_up_proj"],
             down_group_size=self.group_sizes["down_proj"], layout=self.layout,
         )
+
+    def _direct(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        """The kernel without the dispatcher for arguments that are plainly right; None leaves them to the op."""
+        routed = x.shape[:1] + ids.shape[-1:]
+        if not (
+            x.dim() == 2 and x.shape[1] == self.hidden and x.dtype in checks.FLOATS
+            and ids.shape == routed == weights.shape and ids.numel()
+            and ids.dtype in _IDS and weights.dtype in checks.FLOATS and x.is_cpu and ids.is_cpu and weights.is_cpu
+        ):
+            return None
+        with profiled("gemq::moe_lowbit_ffn"):
+            return backends.moe_ffn(
+                x.contiguous(), self.stack("gate_up_proj"), self.stack("down_proj"), ids, weights, self.intermediate,
+                self.group_sizes["gate_up_proj"], self.group_sizes["down_proj"], self.layout,
+            )
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""

@@ -1,0 +1,68 @@
+"""The architectures to measure: four that ship with gemq, or any ``config.json`` of a supported family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gemq.errors import CheckpointError
+from gemq.models.families import check_supported
+
+FOLDER = Path(__file__).parent / "configs"
+# config.json of the published models (without auto_map: no code that comes with a model is ever run)
+PUBLISHED = {
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
+    "qwen1.5-moe": "Qwen/Qwen1.5-MoE-A2.7B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+}
+
+
+def load_config(name: str, layers: int | None = None):
+    """The transformers config of a name of :data:`PUBLISHED` or of a ``config.json`` (or the folder that holds it).
+
+    ``layers`` keeps only that many decoder layers. Raises :class:`CheckpointError` for what is not there or not JSON,
+    :class:`gemq.UnsupportedModelError` for another family, ``ValueError`` for ``layers`` out of range.
+    """
+    from transformers import AutoConfig
+
+    file = FOLDER / f"{name}.json" if name in PUBLISHED else Path(name)
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise CheckpointError(f"model config must be one of {', '.join(PUBLISHED)} or a config.json, got {name!r}")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("it is not an object")
+        data.pop("quantization_config", None)
+        config = AutoConfig.for_model(data.pop("model_type", "none"), **data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no model config: {str(error).splitlines()[0]}") from error
+    check_supported(config)
+    return config if layers is None else _truncated(config, layers)
+
+
+def _truncated(config, layers: int):
+    first = getattr(config, "first_k_dense_replace", 0) + 1
+    if not first <= layers <= config.num_hidden_layers:
+        raise ValueError(f"layers must be in {first}..{config.num_hidden_layers} for this model, got {layers}")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def meta_model(config) -> nn.Module:
+    """The unquantized model without any storage."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def parameters(config) -> int:
+    """Parameters of the unquantized model, counted on the meta device."""
+    return sum(p.numel() for p in meta_model(config).parameters())

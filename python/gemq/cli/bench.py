@@ -1,0 +1,111 @@
+"""``gemq bench``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemq.bench import BenchConfig, BenchResult, run_bench, write_json
+from gemq.bench.measuring import Measurement, Memory
+from gemq.cli import display
+from gemq.cli.generation import Compile, Device, Dtype
+from gemq.generation.memory import GIB
+
+_SHOWN_KERNELS = 12
+
+
+def bench(
+    model_config: Annotated[str, typer.Option(
+        help="mixtral-8x7b, deepseek-v2-lite, qwen1.5-moe, qwen3-30b-a3b, or a config.json.")],
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Required: a config has no weights.")]
+    = False,
+    bits: Annotated[float | None, typer.Option("--bits", "-b", help="Mean bits of the routed experts; 16: baseline.")]
+    = None,
+    mix: Annotated[str | None, typer.Option(help="Instead of --bits, shares of widths: 1:0.3,2:0.4,3:0.3.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Only this many decoder layers.", min=1)] = None,
+    attention_bits: Annotated[int, typer.Option(help="Attention and dense MLPs: 1..8, or 16.")] = 4,
+    shared_bits: Annotated[int | None, typer.Option(help="Shared experts: 1..8, or 16 (DeepSeek: 3, else 4).")]
+    = None,
+    baseline: Annotated[str, typer.Option(help="With --bits 16: grouped_mm, batched_mm, gather, eager or all.")]
+    = "all",
+    tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 200,
+    batch: Annotated[int, typer.Option(help="Rows, 1..64.")] = 1,
+    prompt_length: Annotated[int, typer.Option(help="Random tokens before them.")] = 128,
+    compile: Annotated[Compile, typer.Option(help="How a step runs; auto is graph on CUDA (baseline: compile).")]
+    = Compile.auto,
+    profile_steps: Annotated[int, typer.Option(help="Steps of the breakdown by kernel; 0 leaves it out.", min=0)] = 4,
+    seed: int = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+) -> None:
+    """Decoding speed, memory and kernels of a real architecture with random packed weights.
+
+    [dim]gemq bench --model-config mixtral-8x7b --bits 2.5 --random-weights --json mixtral-2.5.json[/dim]
+    """
+    if not random_weights:
+        raise typer.BadParameter("a config has no weights: say --random-weights")
+    _check_writable(json_file)
+    config = BenchConfig(
+        model_config, bits, None if mix is None else _parse_mix(mix), layers, attention_bits, shared_bits, baseline,
+        tokens, batch, prompt_length, compile.value, device, dtype, seed, profile_steps,
+    )
+    note = display.errors()
+    result = run_bench(config, lambda text: note.print(text, style="dim", highlight=False))
+    if json_file is not None:
+        write_json(result, json_file)
+    _show(result)
+
+
+def _check_writable(file: Path | None) -> None:
+    if file is None:
+        return
+    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise typer.BadParameter(f"--json {file} cannot be written")
+
+
+def _parse_mix(text: str) -> tuple[tuple[int, float], ...]:
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((int(width), float(share)) for width, share in pairs)
+    except ValueError:
+        raise typer.BadParameter(f"--mix must be like 1:0.3,2:0.4,3:0.3, got {text!r}") from None
+
+
+def _show(result: BenchResult) -> None:
+    out = display.output()
+    config = result.config
+    rows = [_row(name, run) for name, run in result.runs.items()]
+    columns = ["run", "tokens/s", "p20", "p80", "ms/step", "first token ms", "weights", "peak", "GB/step", "roofline"]
+    title = (f"{config.model_config}, {result.layers} layers, {result.bits_per_expert:.3g} bits per expert, "
+             f"batch {config.batch}, {result.device}, {result.dtype}")
+    out.print(display.table(title, columns, rows))
+    best = result.runs[result.strongest]
+    if len(rows) > 1:
+        out.print(f"strongest: {result.strongest}", highlight=False)
+    for name, why in result.failures.items():
+        out.print(f"{name} could not run: {why}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"copy bandwidth {best.roofline.bandwidth / 1e9:.1f} GB/s", highlight=False)
+    if best.kernels:
+        kernels = [[k.name[:70], f"{k.microseconds:.1f}", f"{k.calls:g}", f"{100 * k.share:.1f}%"]
+                   for k in best.kernels[:_SHOWN_KERNELS]]
+        out.print(display.table(f"kernels of {result.strongest}", ["kernel", "us/step", "calls", "share"], kernels))
+
+
+def _row(name: str, run: Measurement) -> list[str]:
+    rate = run.tokens_per_second
+    return [
+        f"{name} ({run.mode})", f"{rate['p50']:.1f}", f"{rate['p20']:.1f}", f"{rate['p80']:.1f}",
+        f"{1e3 * run.step_seconds['p50']:.2f}", f"{1e3 * run.first_token_seconds:.0f}",
+        f"{run.memory.weights / GIB:.2f} GiB", _peak(run.memory), f"{run.roofline.bytes_per_step / 1e9:.3f}",
+        f"{100 * run.roofline.share:.0f}%",
+    ]
+
+
+def _peak(memory: Memory) -> str:
+    held = memory.reserved if memory.reserved is not None else memory.resident
+    return "unknown" if held is None else f"{held / GIB:.2f} GiB"
+

@@ -1,0 +1,181 @@
+"""``gemq generate`` and ``gemq chat``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+import gemq
+from gemq.cli import display
+from gemq.generation import ContinuationStreamer, Conversation, Generation, GenerationOptions, stream_row
+from gemq.pipeline import load_any, load_tokenizer
+
+
+class Compile(StrEnum):
+    """How a decoding step runs."""
+
+    auto = "auto"
+    none = "none"
+    compile = "compile"
+    graph = "graph"
+
+
+Model = Annotated[str, typer.Argument(help="Packed checkpoint, or a full-precision model.")]
+NewTokens = Annotated[int, typer.Option(help="At most this many.", min=1)]
+Temperature = Annotated[float | None, typer.Option(help="Sample with it; 0 or none is greedy.")]
+TopK = Annotated[int, typer.Option(help="Sample among the k best tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Sample among the best tokens that reach this probability.")]
+MinP = Annotated[float, typer.Option(help="Sample among tokens this many times as probable as the best.")]
+Penalty = Annotated[float, typer.Option(help="Above 1: against repetition.")]
+Seed = Annotated[int, typer.Option(help="Of the samples.")]
+Mode = Annotated[Compile, typer.Option(help="graph and compile: see docs; auto is graph on CUDA, else none.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: CUDA where there is one).")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the text through the chat template as a message.")] = False,
+    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = None,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
+    seed: Seed = 0,
+    compile: Mode = Compile.auto,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a text with a packed (or full-precision) model, as it is made.
+
+    [dim]gemq generate mixtral-2.5 "The capital of France is" --max-new-tokens 40[/dim]
+    """
+    def streamer(tokenizer):
+        # only now, after all that could fail, does anything go to standard output
+        if not chat:
+            display.output().print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
+        return ContinuationStreamer(tokenizer)
+
+    result = gemq.generate(
+        model, prompt, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, repetition_penalty=repetition_penalty, ignore_eos=ignore_eos, seed=seed, compile=compile.value,
+        dtype=dtype, device=device, streamer=streamer,
+    )
+    _show_figures(result)
+
+
+def _show_figures(result: Generation) -> None:
+    lines = [
+        f"prompt: {result.prompt_tokens} tokens, {result.prompt_rate:,.1f} tokens/s",
+        f"generation: {result.new_tokens} tokens in {result.seconds:.2f} s, {result.rate:,.1f} tokens/s",
+    ]
+    if result.peak_bytes is not None:
+        lines.append(f"peak memory: {display.size(result.peak_bytes)}")
+    display.errors().print("\n".join(lines), style="dim", highlight=False)
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = None,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    compile: Mode = Compile.auto,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk to a model. /clear forgets the conversation, /exit leaves; Ctrl-C stops an answer, at the prompt it leaves.
+
+    [dim]gemq chat mixtral-2.5 --temperature 0.7 --top-p 0.9[/dim]
+    """
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )
+    conversation = Conversation(load_tokenizer(model), system)
+    loaded = load_any(model, dtype, device)
+    note = display.errors()
+    if not conversation.templated:
+        note.print("the tokenizer has no chat template: talking in plain User: and Assistant: lines", style="dim")
+    note.print("/clear forgets, /exit leaves, Ctrl-C stops an answer", style="dim")
+    while (line := _ask()) is not None:
+        if line == "/exit":
+            return
+        if line == "/clear":
+            conversation.clear()
+            note.print("forgotten", style="dim")
+        elif line.startswith("/"):
+            note.print(f"unknown command {line.split()[0]}: /clear or /exit", style="dim", markup=False)
+        elif line:
+            _answer(loaded, conversation, line, options, compile.value)
+
+
+def _ask() -> str | None:
+    """The user's next line; None at the end of the input."""
+    if sys.stdin.isatty():
+        display.errors().print("> ", end="", style="bold")
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _answer(model, conversation: Conversation, line: str, options: GenerationOptions, compile: str) -> None:
+    conversation.add("user", line)
+    tokens = conversation.tokens()
+    room = model.config.max_position_embeddings - len(tokens)
+    if room < 1:
+        conversation.drop_last()
+        display.errors().print(
+            f"the conversation has {len(tokens)} tokens, the model {len(tokens) + room} positions: /clear to go on",
+            style="bold red",
+        )
+        return
+    limited = GenerationOptions(**asdict(options) | {"max_new_tokens": min(options.max_new_tokens, room)})
+    said = _Said(conversation)
+    pieces = stream_row(model, conversation.tokenizer, tokens, limited, compile=compile)
+    try:
+        for piece in pieces:
+            if said.hear(piece):
+                break
+    except KeyboardInterrupt:
+        display.errors().print("\nstopped; Ctrl-C again leaves", style="dim")
+    finally:
+        pieces.close()
+    conversation.add("assistant", said.finish())
+
+
+class _Said:
+    """An answer as it arrives: shown at once, except for what could be the start of a stop text."""
+
+    def __init__(self, conversation: Conversation):
+        self.conversation, self.text, self.shown = conversation, "", 0
+        self.held = max((len(s) for s in conversation.stop), default=0)
+
+    def hear(self, piece: str) -> bool:
+        """Take a piece; whether the answer is over."""
+        self.text, over = self.conversation.cut(self.text + piece)
+        self._show(len(self.text) if over or not self.held else len(self.text) - self.held)
+        return over
+
+    def _show(self, upto: int) -> None:
+        if upto > self.shown:
+            sys.stdout.write(self.text[self.shown : upto])
+            sys.stdout.flush()
+            self.shown = upto
+
+    def finish(self) -> str:
+        """Show the rest and return the whole answer."""
+        self._show(len(self.text))
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        return self.text.strip()

@@ -1,0 +1,146 @@
+"""Attention of one new token over a static cache, from the projections of transformers' own modules.
+
+The same arithmetic as the modules' ``forward``, with what a single token does not need left out: mask building,
+repeated key and value heads, and for latent attention (MLA) the expansion of the whole cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Place(NamedTuple):
+    """Where the new token goes and what it sees.
+
+    ``slot`` int64 ``[1]`` is its index in the cache. ``end`` is a Python number, the length of the cache that is read,
+    or None for all of it. ``mask`` ``[B or 1, 1, 1, end]`` is added to the scores, 0 or minus infinity, in the dtype of
+    the keys; None where every slot up to ``end`` is seen.
+    """
+
+    slot: Tensor
+    end: int | None
+    mask: Tensor | None
+
+
+def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """transformers' RMSNorm in one call."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _store(buffer: Tensor, place: Place, new: Tensor) -> Tensor:
+    """Write ``new [B, heads, D]`` at the slot and return what is read."""
+    if place.end is None:
+        buffer.index_copy_(2, place.slot, new[:, :, None].to(buffer.dtype))
+        return buffer
+    buffer[:, :, place.end - 1] = new
+    return buffer[:, :, : place.end]
+
+
+class GroupedAttention:
+    """Mixtral, Qwen2-MoE and Qwen3-MoE attention: rotary halves, grouped heads, optional norms of query and key."""
+
+    def __init__(self, module: nn.Module, keys: Tensor, values: Tensor):
+        self.module, self.keys, self.values = module, keys, values
+        self.head_dim, self.groups, self.scale = module.head_dim, keys.shape[1], module.scaling
+        self.q_norm, self.k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+
+    @staticmethod
+    def fits(module: nn.Module, keys: Tensor, values: Tensor) -> bool:
+        """Whether this is the attention that ``module`` computes on a cache of these tensors."""
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
+        if not all(hasattr(module, n) for n in names) or getattr(module, "sliding_window", None):
+            return False
+        return keys.shape == values.shape and keys.shape[-1] == module.head_dim
+
+    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], place: Place) -> Tensor:
+        """``[B, 1, H] -> [B, 1, H]``; ``rotary`` is ``(cos, signed sin)``, each ``[B, 1, D]``."""
+        module, batch, size = self.module, x.shape[0], self.head_dim
+        query = module.q_proj(x).view(batch, -1, size)
+        key = module.k_proj(x).view(batch, self.groups, size)
+        value = module.v_proj(x).view(batch, self.groups, size)
+        if self.q_norm is not None:
+            query, key = rms_norm(query, self.q_norm), rms_norm(key, self.k_norm)
+        # query and key turn together; rolling by half and a signed sine are rotate_half
+        both, (cos, sin) = torch.cat((query, key), 1), rotary
+        both = both * cos + both.roll(size // 2, -1) * sin
+        query, key = both[:, : -self.groups], both[:, -self.groups :]
+        keys, values = _store(self.keys, place, key), _store(self.values, place, value)
+        # the heads that share a key are rows of one query matrix, so keys are read once
+        query = query.reshape(batch, self.groups, -1, size)
+        mask = None if place.mask is None else place.mask.expand(batch, self.groups, query.shape[2], -1)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
+        return module.o_proj(out.reshape(batch, 1, -1))
+
+
+class LatentAttention:
+    """DeepSeek-V2's attention on the compressed cache: the expansion of keys and values is folded into the query and
+    the output, so a step reads ``rank + rope`` numbers a cached token instead of expanding all of them again.
+
+    ``kv_b_proj`` is held dequantized in the model's dtype for this, ``heads * (nope + v) * rank`` elements a layer.
+    """
+
+    def __init__(self, module: nn.Module, keys: Tensor, values: Tensor):
+        self.module, self.latents, self.ropes = module, keys, values
+        self.nope, self.rope, self.v_dim = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
+        self.rank, self.scale = module.kv_lora_rank, module.scaling
+        dense = module.kv_b_proj.weight
+        dense = dense.detach() if isinstance(dense, Tensor) else dense(keys.dtype)
+        expand = dense.view(-1, self.nope + self.v_dim, self.rank)
+        self.into_latent = expand[:, : self.nope].contiguous()
+        self.from_latent = expand[:, self.nope :].transpose(1, 2).contiguous()
+
+    @staticmethod
+    def fits(module: nn.Module, keys: Tensor, values: Tensor) -> bool:
+        """Whether ``module`` is a latent attention and the cache holds its latents."""
+        rank = getattr(module, "kv_lora_rank", None)
+        if rank is None or getattr(module.kv_b_proj, "bias", None) is not None:
+            return False
+        return keys.shape[1] == 1 and keys.shape[-1] == rank and values.shape[-1] == module.qk_rope_head_dim
+
+    def _query(self, x: Tensor) -> Tensor:
+        module = self.module
+        if module.q_lora_rank is None:
+            return module.q_proj(x)
+        return module.q_b_proj(rms_norm(module.q_a_proj(x), module.q_a_layernorm))
+
+    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], place: Place) -> Tensor:
+        """``[B, 1, H] -> [B, 1, H]``; ``rotary`` is ``(cos, sin)``, each ``[B, 1, rope / 2]``."""
+        module, batch = self.module, x.shape[0]
+        query = self._query(x).view(batch, -1, self.nope + self.rope)
+        latent, key = module.kv_a_proj_with_mqa(x).view(batch, 1, -1).split((self.rank, self.rope), -1)
+        latent = rms_norm(latent, module.kv_a_layernorm)
+        both = _rotate_pairs(torch.cat((query[..., self.nope :], key), 1), *rotary)
+        latents = _store(self.latents, place, latent)[:, 0]
+        ropes = _store(self.ropes, place, both[:, -1:])[:, 0]
+        # [heads, B, nope] x [heads, nope, rank]
+        folded = torch.bmm(query[..., : self.nope].transpose(0, 1), self.into_latent).transpose(0, 1)
+        scores = torch.baddbmm(both[:, :-1] @ ropes.transpose(1, 2), folded, latents.transpose(1, 2))
+        scores = scores.float() * self.scale
+        if place.mask is not None:
+            scores = scores + place.mask[:, 0]
+        context = scores.softmax(-1).to(latents.dtype) @ latents
+        out = torch.bmm(context.transpose(0, 1), self.from_latent).transpose(0, 1)
+        return module.o_proj(out.reshape(batch, 1, -1))
+
+
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbours ``(x[2i], x[2i + 1])`` in float32, as the complex product does."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def rotary_tables(decoder: nn.Module, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(cos, sin)`` of positions ``0 .. length - 1``, each ``[length, D]``, from the model's own rotary module."""
+    device = decoder.embed_tokens.weight.device
+    found = decoder.rotary_emb(
+        torch.empty(1, 1, dtype=dtype, device=device), torch.arange(length, device=device)[None]
+    )
+    if isinstance(found, Tensor):
+        return found[0].real.contiguous(), found[0].imag.contiguous()
+    cos, sin = (t[0] for t in found)
+    half = sin.shape[-1] // 2
+    return cos.contiguous(), torch.cat((-sin[:, :half], sin[:, half:]), -1)

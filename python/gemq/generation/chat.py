@@ -1,0 +1,72 @@
+"""A conversation as token ids: through the tokenizer's chat template, or in plain words where it has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gemq.errors import CheckpointError
+
+_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+
+@dataclass
+class Conversation:
+    """Messages so far. ``templated`` tells whether the tokenizer has a chat template; without one the text is
+    ``User: ...`` and ``Assistant: ...`` lines, and an answer ends where the model writes the next ``User:``."""
+
+    tokenizer: object
+    system: str | None = None
+    messages: list[dict[str, str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    @property
+    def templated(self) -> bool:
+        """Whether the tokenizer brings a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return () if self.templated else ("\nUser:",)
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def add(self, role: str, content: str) -> None:
+        """Append a message of ``user`` or ``assistant``."""
+        self.messages.append({"role": role, "content": content})
+
+    def drop_last(self) -> None:
+        """Take back the last message."""
+        self.messages.pop()
+
+    def tokens(self) -> list[int]:
+        """The conversation up to where the assistant is to speak. Raises :class:`CheckpointError` if the template
+        refuses it."""
+        if not self.templated:
+            lines = [f"{_NAMES[m['role']]}: {m['content']}" for m in self.messages]
+            return list(self.tokenizer("\n".join([*lines, "Assistant:"]))["input_ids"])
+        return list(self.tokenizer(render(self.tokenizer, self.messages), add_special_tokens=False)["input_ids"])
+
+    def cut(self, answer: str) -> tuple[str, bool]:
+        """``(answer up to the first stop text, whether there is one)``."""
+        found = [at for at in (answer.find(s) for s in self.stop) if at >= 0]
+        return (answer[: min(found)], True) if found else (answer, False)
+
+
+def render(tokenizer, messages: list[dict[str, str]]) -> str:
+    """Messages through the tokenizer's chat template, as text that ends where the assistant is to speak.
+
+    Raises :class:`CheckpointError` if there is no template or it fails on these messages.
+    """
+    import jinja2
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError("the tokenizer has no chat template; leave --chat out, or use gemq chat")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the chat template of the tokenizer failed: {error}") from error

@@ -1,0 +1,55 @@
+"""What a cache takes, what is free, and what would fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gemq.errors import OutOfMemoryError
+
+GIB = 2**30
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Bytes of keys and values that one token of one row takes in the cache of a supported family."""
+    config, size = model.config, model.get_input_embeddings().weight.element_size()
+    if getattr(config, "kv_lora_rank", None) is not None:
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = 2 * config.num_key_value_heads * head
+    return width * config.num_hidden_layers * size
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that could still be taken on a device; None where it cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # what torch holds and does not use
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def check_cache_fits(model: nn.Module, batch: int, length: int, device: torch.device) -> None:
+    """Raise :class:`OutOfMemoryError` if a cache of ``batch`` x ``length`` tokens takes more than is free."""
+    free = free_bytes(device)
+    if free is not None and batch * length * cache_bytes_per_token(model) > free:
+        raise cache_error(model, batch, length, free)
+
+
+def cache_error(model: nn.Module, batch: int, length: int, free: int | None) -> OutOfMemoryError:
+    """The error for a generation that does not fit: what it takes, what there is, and what would fit."""
+    token = cache_bytes_per_token(model)
+    needed = f"a cache of {batch} x {length} tokens takes {batch * length * token / GIB:.2f} GiB"
+    if free is None:
+        return OutOfMemoryError(f"out of memory: {needed}; try fewer or shorter prompts")
+    tokens, rows = free // (batch * token), free // (length * token)
+    fits = f"{tokens} tokens a row (prompt and new ones) would fit" if tokens else "no token would fit"
+    fewer = f", or {rows} rows of {length}" if 0 < rows < batch else ""
+    return OutOfMemoryError(f"out of memory: {needed}, {free / GIB:.2f} GiB are free; at most {fits}{fewer}")

@@ -1,0 +1,93 @@
+"""What a generation is asked for, checked before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Options by the names that transformers uses; the defaults are greedy.
+
+    ``do_sample`` None samples exactly when a ``temperature`` above 0 is given. ``top_k`` 0 and ``top_p`` 1 are off
+    (transformers' own default for ``top_k`` is 50). ``eos_token_id`` None takes the model's; ``ignore_eos`` ends no
+    row before ``max_new_tokens``. ``seed`` fixes the samples: a generation of its own, so that two calls agree
+    whatever ran between them.
+
+    Raises ``ValueError`` or ``TypeError`` naming the option, what was given and what is allowed.
+    """
+
+    max_new_tokens: int = 64
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    ignore_eos: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _whole("max_new_tokens", self.max_new_tokens, 1)
+        _whole("top_k", self.top_k, 0)
+        _whole("seed", self.seed, 0)
+        if self.temperature is not None:
+            _number("temperature", self.temperature, 0.0, math.inf, "at least 0")
+        _number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "above 0", open_low=True)
+        if self.do_sample and self.temperature == 0:
+            raise ValueError("temperature must be above 0 with do_sample, got 0 (leave do_sample out for greedy)")
+        for token in self.eos_tokens or ():
+            _whole("eos_token_id", token, 0)
+        if self.pad_token_id is not None:
+            _whole("pad_token_id", self.pad_token_id, 0)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return bool(self.temperature) if self.do_sample is None else self.do_sample
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...] | None:
+        """``eos_token_id`` as a tuple; None where the model's are to be taken."""
+        if self.ignore_eos:
+            return ()
+        if self.eos_token_id is None:
+            return None
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+
+def _whole(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def _number(name: str, value: float, low: float, high: float, allowed: str, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def ending(options: GenerationOptions, model) -> tuple[tuple[int, ...], int]:
+    """``(end tokens, token that fills ended rows)``, from the options or else the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    eos = options.eos_tokens
+    if eos is None:
+        found = getattr(config, "eos_token_id", None)
+        eos = () if found is None else (found,) if isinstance(found, int) else tuple(found)
+    pad = options.pad_token_id
+    if pad is None:
+        pad = getattr(config, "pad_token_id", None)
+    if pad is None:
+        pad = eos[0] if eos else 0
+    return eos, pad

@@ -1,0 +1,105 @@
+"""One decoding step: the newest tokens in, logits of the next ones out, over a static cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gemq.generation.attention import GroupedAttention, LatentAttention, Place, rms_norm, rotary_tables
+
+_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass
+class Progress:
+    """Where a batch stands, in tensors of fixed address that a step moves on.
+
+    ``slot`` int64 ``[1]`` is the cache index of the newest token, ``positions`` int64 ``[B]`` its position in each
+    row's own text, ``seen`` bool ``[B, L]`` the cached tokens that are no padding (None without padding).
+    ``length`` counts the cached tokens, the newest included, on the host.
+    """
+
+    slot: Tensor
+    positions: Tensor
+    seen: Tensor | None
+    length: int
+
+    def advance(self) -> None:
+        """On to the next token."""
+        self.slot.add_(1)
+        self.positions.add_(1)
+        self.length += 1
+
+
+class LeanStep:
+    """The decoder's layers without what one token does not need: no mask building, no argument capture, rotary tables
+    made once, attention of :mod:`gemq.generation.attention`. MoE blocks, projections and weights are the model's own.
+    """
+
+    def __init__(self, model: nn.Module, cache, limit: int, dynamic: bool):
+        decoder = model.get_decoder()
+        self.embed, self.final, self.head = decoder.embed_tokens, decoder.norm, model.lm_head
+        self.dynamic = dynamic
+        self.rotary = rotary_tables(decoder, limit, self.embed.weight.dtype)
+        self.layers = [
+            (layer.input_layernorm, _attention(layer.self_attn, state), layer.post_attention_layernorm, layer.mlp)
+            for layer, state in zip(decoder.layers, cache.layers, strict=False)
+        ]
+        self.columns = torch.arange(limit, device=self.embed.weight.device)
+
+    @staticmethod
+    def fits(model: nn.Module, cache) -> bool:
+        """Whether the model and its filled cache are of a form that is known here."""
+        decoder = model.get_decoder()
+        rotary = getattr(decoder, "rotary_emb", None)
+        if getattr(rotary, "rope_type", None) not in _FIXED_ROTARY or len(cache.layers) < len(decoder.layers):
+            return False
+        return all(
+            any(kind.fits(layer.self_attn, state.keys, state.values) for kind in (GroupedAttention, LatentAttention))
+            for layer, state in zip(decoder.layers, cache.layers, strict=False)
+        )
+
+    def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
+        """Logits ``[B, V]`` after ``tokens`` int64 ``[B]``."""
+        rotary = tuple(table[progress.positions][:, None] for table in self.rotary)
+        place = self._place(progress)
+        x = self.embed(tokens[:, None])
+        for before, attention, after, mlp in self.layers:
+            x = x + attention(rms_norm(x, before), rotary, place)
+            x = x + mlp(rms_norm(x, after))
+        return self.head(rms_norm(x, self.final))[:, 0]
+
+    def _place(self, progress: Progress) -> Place:
+        seen = progress.seen
+        if self.dynamic:
+            end = progress.length
+            return Place(progress.slot, end, None if seen is None else self._added(seen[:, :end]))
+        visible = (self.columns <= progress.slot)[None]
+        return Place(progress.slot, None, self._added(visible if seen is None else visible & seen))
+
+    def _added(self, visible: Tensor) -> Tensor:
+        """A mask of numbers, once a step: attention would make one from a bool in every layer."""
+        return torch.where(visible, 0.0, -torch.inf).to(self.embed.weight.dtype)[:, None, None]
+
+
+def _attention(module: nn.Module, state) -> GroupedAttention | LatentAttention:
+    kind = GroupedAttention if GroupedAttention.fits(module, state.keys, state.values) else LatentAttention
+    return kind(module, state.keys, state.values)
+
+
+class ModelStep:
+    """transformers' own forward, for models that :class:`LeanStep` does not know."""
+
+    def __init__(self, model: nn.Module, cache, limit: int):
+        self.model, self.cache, self.limit = model, cache, limit
+
+    def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
+        """Logits ``[B, V]`` after ``tokens`` int64 ``[B]``."""
+        mask = None if progress.seen is None else progress.seen[:, : progress.length].long()
+        out = self.model(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=progress.positions[:, None],
+            past_key_values=self.cache, use_cache=True,
+        )
+        return out.logits[:, -1]

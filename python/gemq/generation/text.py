@@ -1,0 +1,198 @@
+"""Text in, text out: encoding, padding, streaming and the figures of a generation."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import TextStreamer
+
+from gemq.generation.decoding import Decoding, Timing
+from gemq.generation.options import GenerationOptions
+
+# tokens of the prompt that new ones are decoded with
+_CONTEXT = 16
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One row's continuation and the speed of its batch.
+
+    ``tokens`` are the new ones, the end token included. ``seconds`` is everything but loading; ``timing`` has its
+    parts. ``peak_bytes`` is the most memory held: allocated on the GPU for a model on CUDA, else the process's
+    resident memory (None where the system does not tell).
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    peak_bytes: int | None
+    tokens: tuple[int, ...]
+    timing: Timing
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens a second, of this row, up to the first new token."""
+        return self.prompt_tokens / self.timing.prefill
+
+    @property
+    def rate(self) -> float:
+        """New tokens a second after the first, of this row; of all its time where there is only one."""
+        return self.timing.steps / self.timing.decode if self.timing.steps else self.new_tokens / self.timing.prefill
+
+
+def encode(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Token ids of each prompt. Raises ``ValueError`` for an empty one."""
+    rows = [list(tokenizer(p, return_token_type_ids=False)["input_ids"]) for p in prompts]
+    check_rows(rows)
+    return rows
+
+
+def check_rows(rows: list[list[int]]) -> None:
+    """Raise ``ValueError`` if there is no row or one is empty."""
+    if not rows:
+        raise ValueError("prompt must not be empty: no prompts were given")
+    for index, row in enumerate(rows):
+        if not row:
+            raise ValueError("prompt must not be empty" + (f" (prompt {index} is)" if len(rows) > 1 else ""))
+
+
+def pad_left(rows: list[list[int]], pad: int = 0) -> tuple[Tensor, Tensor | None]:
+    """``(input_ids [B, T], attention_mask)`` of rows of different lengths; no mask where none is padded."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    if all(len(row) == longest for row in rows):
+        return ids, None
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+
+
+def generate_rows(
+    model: nn.Module, tokenizer, rows: list[list[int]], options: GenerationOptions, *, compile: str = "auto",
+    streamer: Callable | object | None = None,
+) -> list[Generation]:
+    """Continue rows of token ids as one batch.
+
+    ``streamer`` has ``put`` and ``end`` as transformers' have, or is a function of the tokenizer that returns one;
+    transformers' text streamers take one row. On Ctrl-C it is ended, so that nothing is held back, and the interrupt
+    goes on.
+    """
+    ids, mask = pad_left(rows)
+    decoding = Decoding(model, ids, mask, options, compile=compile)
+    if streamer is not None and len(rows) > 1:
+        raise ValueError(f"streaming takes one prompt, got {len(rows)}")
+    cuda = decoding.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(decoding.device)
+    if streamer is not None and not hasattr(streamer, "put"):
+        streamer = streamer(tokenizer)
+    if streamer is not None:
+        streamer.put(ids)
+    found = []
+    try:
+        for tokens in decoding:
+            found.append(tokens)
+            if streamer is not None:
+                streamer.put(tokens)
+    except KeyboardInterrupt:
+        if streamer is not None:
+            streamer.end()
+        raise
+    if streamer is not None:
+        streamer.end()
+    peak = torch.cuda.max_memory_allocated(decoding.device) if cuda else peak_resident_bytes()
+    timing = decoding.timing
+    results = []
+    for row, new in zip(rows, torch.stack(found, 1).tolist(), strict=True):
+        new = _until_end(new, decoding.eos)
+        text = "" if tokenizer is None else continuation(tokenizer, row, new)
+        seconds = timing.prefill + timing.setup + timing.decode
+        results.append(Generation(text, len(row), len(new), seconds, peak, tuple(new), timing))
+    return results
+
+
+def _until_end(tokens: list[int], eos: tuple[int, ...]) -> list[int]:
+    for index, token in enumerate(tokens):
+        if token in eos:
+            return tokens[: index + 1]
+    return tokens
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory this process has held, or None where the unit is unknown."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"linux": peak * 1024, "darwin": peak}.get(sys.platform)
+
+
+def continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text of ``new`` as it follows the prompt: tokenizers of words drop a leading space when decoding alone."""
+    before = tokenizer.decode(prompt[-_CONTEXT:], skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt[-_CONTEXT:], *new], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+
+
+class ContinuationStreamer(TextStreamer):
+    """transformers' text streamer without the prompt, whose last tokens it decodes along for the sake of spaces."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_special_tokens=True)
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt ``[1, T]`` first, then tokens ``[1]``."""
+        if not self.next_tokens_are_prompt:
+            super().put(value)
+            return
+        self.next_tokens_are_prompt = False
+        self.token_cache = value.flatten().tolist()[-_CONTEXT:]
+        self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+
+
+class _Pieces(ContinuationStreamer):
+    """Collects the text that is final."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.pieces: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.pieces.append(text)
+
+    def take(self) -> str:
+        """What has become final since the last call."""
+        text = "".join(self.pieces)
+        self.pieces.clear()
+        return text
+
+
+def stream_row(
+    model: nn.Module, tokenizer, row: list[int], options: GenerationOptions, *, compile: str = "auto"
+) -> Iterator[str]:
+    """The continuation of one row of token ids, in pieces of whole words as they are made.
+
+    Closing the iterator stops the generation; Ctrl-C comes after the text so far. Errors of the arguments come at the
+    call, not at the first piece.
+    """
+    decoding = Decoding(model, torch.tensor([row]), None, options, compile=compile)
+
+    def pieces() -> Iterator[str]:
+        streamer, interrupt = _Pieces(tokenizer), None
+        streamer.put(decoding.prompt)
+        try:
+            for tokens in decoding:
+                streamer.put(tokens)
+                if text := streamer.take():
+                    yield text
+        except KeyboardInterrupt as error:
+            interrupt = error
+        streamer.end()
+        if text := streamer.take():
+            yield text
+        if interrupt is not None:
+            raise interrupt
+
+    return pieces()
