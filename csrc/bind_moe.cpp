@@ -1,9 +1,10 @@
 #include "bind_moe.h"
 
-#include <algorithm>
+#include <limits>
+#include <string>
 
 #include "checks.h"
-#include "gemq/bits.h"
+#include "gemq/tiles.h"
 #include "moe_cpu/moe.h"
 
 namespace gemq {
@@ -14,29 +15,52 @@ T* as(uintptr_t pointer) {
   return reinterpret_cast<T*>(pointer);
 }
 
-// The stack behind five addresses, named in messages with `prefix`. The buffers may be null when no expert
-// stores anything.
-Stack check_stack(const std::string& prefix, uintptr_t codes, uintptr_t meta, uintptr_t bits,
-                  uintptr_t offsets, uintptr_t meta_offsets, int num_experts) {
-  const Stack stack{as<const uint8_t>(codes), as<const uint16_t>(meta), as<const int32_t>(bits),
-                    as<const int64_t>(offsets), as<const int64_t>(meta_offsets)};
+// The stack behind the addresses, each expert n x k, named in messages with `name`. Every expert must lie
+// inside the buffers, which may be null when none stores anything.
+Stack check_stack(const std::string& name, const StackAddress& at, int num_experts, int64_t n, int64_t k,
+                  int group_size) {
+  const Stack stack{as<const uint8_t>(at.codes), as<const uint16_t>(at.meta), as<const int32_t>(at.bits),
+                    as<const int64_t>(at.offsets), as<const int64_t>(at.meta_offsets)};
   if (num_experts == 0) return stack;
-  check_pointer((prefix + "bits").c_str(), bits);
-  check_pointer((prefix + "offsets").c_str(), offsets);
-  check_pointer((prefix + "meta_offsets").c_str(), meta_offsets);
+  check_pointer((name + " expert_bits").c_str(), at.bits);
+  check_pointer((name + " expert_offsets").c_str(), at.offsets);
+  check_pointer((name + " meta_offsets").c_str(), at.meta_offsets);
+  const int64_t rows = ceil_div(n, kCpuRows) * kCpuRows, meta_size = rows * (k / group_size) * 2;
   bool stores = false;
   for (int e = 0; e < num_experts; ++e) {
-    check_range(prefix + "bits[" + std::to_string(e) + "]", stack.bits[e], 0, kMaxBits);
-    if (stack.bits[e] == 0) continue;
+    const int bits = stack.bits[e];
+    const std::string which = "[" + std::to_string(e) + "]";
+    if (bits < 0 || bits > kMaxBits) {
+      bad_value(name + " expert_bits" + which, bits, "an integer in 0.." + std::to_string(kMaxBits));
+    }
+    if (bits == 0) continue;
     stores = true;
-    check_at_least((prefix + "offsets[" + std::to_string(e) + "]").c_str(), stack.code_offsets[e], 0);
-    check_at_least((prefix + "meta_offsets[" + std::to_string(e) + "]").c_str(), stack.meta_offsets[e], 0);
+    const auto inside = [&](const char* table, const char* buffer, int64_t offset, int64_t held,
+                            int64_t size) {
+      if (offset >= 0 && size <= held && offset <= held - size) return;
+      throw std::invalid_argument(
+          name + " " + table + which + " is " + std::to_string(offset) + ", where the " + std::to_string(n) +
+          " x " + std::to_string(k) + " of expert " + std::to_string(e) + " at " + std::to_string(bits) +
+          " bits in cpu_tile are not inside the " + std::to_string(held) + " elements of " + buffer);
+    };
+    inside("expert_offsets", "qweight", stack.code_offsets[e], at.code_bytes, rows * k / 8 * bits);
+    inside("meta_offsets", "meta", stack.meta_offsets[e], at.meta_elements, meta_size);
   }
   if (stores) {
-    check_pointer((prefix + "qweight").c_str(), codes);
-    check_pointer((prefix + "meta").c_str(), meta);
+    check_pointer((name + " qweight").c_str(), at.codes);
+    check_pointer((name + " meta").c_str(), at.meta);
   }
   return stack;
+}
+
+Element check_type(int type) {
+  check_range("type", type, kElementFloat32, kElementBFloat16);
+  return static_cast<Element>(type);
+}
+
+Precision check_precision(int precision) {
+  check_range("precision", precision, kExact, kInt8);
+  return static_cast<Precision>(precision);
 }
 
 void check_tokens(int64_t tokens, int top_k, int num_experts, int threads) {
@@ -49,55 +73,56 @@ void check_tokens(int64_t tokens, int top_k, int num_experts, int threads) {
 
 }  // namespace
 
-void bind_moe_gemm(uintptr_t x, bool x_per_slot, uintptr_t qweight, uintptr_t meta, uintptr_t expert_bits,
-                   uintptr_t expert_offsets, uintptr_t meta_offsets, int num_experts, uintptr_t topk_ids,
-                   uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k, int k, int64_t n,
-                   int group_size, int threads) {
+void bind_moe_gemm(uintptr_t x, bool x_per_slot, const StackAddress& stack, int num_experts,
+                   uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k,
+                   int k, int64_t n, int group_size, int type, int precision, int threads) {
   check_tokens(tokens, top_k, num_experts, threads);
   check_groups("group_size", group_size, "k", k);
-  check_at_least("n", n, 1);
-  const Stack stack =
-      check_stack("expert_", qweight, meta, expert_bits, expert_offsets, meta_offsets, num_experts);
+  check_range("n", n, 1, std::numeric_limits<int32_t>::max());
+  const Element element = check_type(type);
+  const Precision rounding = check_precision(precision);
+  const Stack checked = check_stack("weight", stack, num_experts, n, k, group_size);
   if (tokens == 0) return;
   check_pointer("x", x);
   check_pointer("topk_ids", topk_ids);
   check_pointer("out", out);
-  moe_gemm_cpu({as<const float>(x), x_per_slot, stack, num_experts, as<const int64_t>(topk_ids),
-                as<const float>(topk_weights), as<float>(out), tokens, top_k, k, n, group_size},
-               threads);
+  moe_gemm_cpu(
+      {as<const void>(x), x_per_slot, checked, num_experts, as<const int64_t>(topk_ids),
+       as<const float>(topk_weights), as<void>(out), tokens, top_k, k, n, group_size, element, rounding},
+      threads);
 }
 
-void bind_moe_ffn(uintptr_t x, uintptr_t gate_up_qweight, uintptr_t gate_up_meta, uintptr_t gate_up_bits,
-                  uintptr_t gate_up_offsets, uintptr_t gate_up_meta_offsets, uintptr_t down_qweight,
-                  uintptr_t down_meta, uintptr_t down_bits, uintptr_t down_offsets,
-                  uintptr_t down_meta_offsets, int num_experts, uintptr_t topk_ids, uintptr_t topk_weights,
-                  uintptr_t out, uintptr_t scratch, int64_t tokens, int top_k, int hidden, int intermediate,
-                  int group_size, int down_group_size, int threads) {
+void bind_moe_ffn(uintptr_t x, const StackAddress& gate_up, const StackAddress& down, int num_experts,
+                  uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k,
+                  int hidden, int intermediate, int group_size, int down_group_size, int type, int precision,
+                  int threads) {
   check_tokens(tokens, top_k, num_experts, threads);
   check_groups("group_size", group_size, "hidden", hidden);
   check_groups("down_group_size", down_group_size, "intermediate", intermediate);
-  const Stack gate_up = check_stack("gate_up_", gate_up_qweight, gate_up_meta, gate_up_bits, gate_up_offsets,
-                                    gate_up_meta_offsets, num_experts);
-  const Stack down =
-      check_stack("down_", down_qweight, down_meta, down_bits, down_offsets, down_meta_offsets, num_experts);
+  const Element element = check_type(type);
+  const Precision rounding = check_precision(precision);
+  const Stack first = check_stack("gate_up", gate_up, num_experts, 2 * static_cast<int64_t>(intermediate),
+                                  hidden, group_size);
+  const Stack second = check_stack("down", down, num_experts, hidden, intermediate, down_group_size);
   if (tokens == 0) return;
   check_pointer("x", x);
   check_pointer("topk_ids", topk_ids);
   check_pointer("topk_weights", topk_weights);
   check_pointer("out", out);
-  check_pointer("scratch", scratch);
-  moe_ffn_cpu({as<const float>(x), gate_up, down, num_experts, as<const int64_t>(topk_ids),
-               as<const float>(topk_weights), as<float>(out), as<float>(scratch), tokens, top_k, hidden,
-               intermediate, group_size, down_group_size},
+  moe_ffn_cpu({as<const void>(x), first, second, num_experts, as<const int64_t>(topk_ids),
+               as<const float>(topk_weights), as<void>(out), tokens, top_k, hidden, intermediate, group_size,
+               down_group_size, element, rounding},
               threads);
 }
 
 void bind_lowbit_gemm(uintptr_t x, uintptr_t qweight, uintptr_t meta, uintptr_t out, int64_t tokens, int k,
-                      int64_t n, int bits, int group_size, int threads) {
+                      int64_t n, int bits, int group_size, int type, int precision, int threads) {
   check_tokens(tokens, 1, 1, threads);
   check_groups("group_size", group_size, "k", k);
   check_range("bits", bits, 0, kMaxBits);
   check_at_least("n", n, 1);
+  const Element element = check_type(type);
+  const Precision rounding = check_precision(precision);
   if (tokens == 0) return;
   check_pointer("x", x);
   check_pointer("out", out);
@@ -105,8 +130,8 @@ void bind_lowbit_gemm(uintptr_t x, uintptr_t qweight, uintptr_t meta, uintptr_t 
     check_pointer("qweight", qweight);
     check_pointer("meta", meta);
   }
-  lowbit_gemm_cpu(as<const float>(x), as<const uint8_t>(qweight), as<const uint16_t>(meta), as<float>(out),
-                  tokens, k, n, bits, group_size, threads);
+  lowbit_gemm_cpu(as<const void>(x), as<const uint8_t>(qweight), as<const uint16_t>(meta), as<void>(out),
+                  tokens, k, n, bits, group_size, element, rounding, threads);
 }
 
 }  // namespace gemq

@@ -27,7 +27,7 @@ py::dict build_info() {
   info["openmp"] = false;
 #endif
 #ifdef GEMQ_X86
-  info["cpu_variants"] = py::make_tuple("avx512", "avx2", "portable");
+  info["cpu_variants"] = py::make_tuple("avx512vnni", "avx512", "avx2vnni", "avx2", "portable");
 #else
   info["cpu_variants"] = py::make_tuple("portable");
 #endif
@@ -53,7 +53,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("cuda_built", &cuda_built, "Whether the CUDA kernels are in this build.");
   module.def("build_info", &build_info, "How this extension was built.");
-  module.def("cpu_isa", [] { return kernels().name; }, "The CPU kernels in use: avx512, avx2 or portable.");
+  module.def("cpu_isa", [] { return kernels().name; }, "The variant of the CPU kernels in use.");
   module.def(
       "set_cpu_isa", [](const std::string& name) { set_kernels(name.c_str()); }, arg("name"),
       "Use another variant of the CPU kernels; ValueError if this CPU cannot run it.");
@@ -76,19 +76,22 @@ PYBIND11_MODULE(_C, module) {
              arg("propagate_from"), arg("threads") = 1,
              "GPTQ's column loop inside one group; clip 0 none, 1 paper, 2 mse.");
 
-  module.def("moe_gemm_cpu", &bind_moe_gemm, Unlocked(), arg("x"), arg("x_per_slot"), arg("qweight"),
-             arg("meta"), arg("expert_bits"), arg("expert_offsets"), arg("meta_offsets"), arg("num_experts"),
-             arg("topk_ids"), arg("topk_weights"), arg("out"), arg("tokens"), arg("top_k"), arg("k"),
-             arg("n"), arg("group_size"), arg("threads") = 1,
-             "x times each token's experts; weighted and summed when topk_weights is not 0.");
+  py::class_<StackAddress>(module, "StackAddress", "Addresses and sizes of the tensors of a packed stack.")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>(), arg("codes"),
+           arg("meta"), arg("bits"), arg("offsets"), arg("meta_offsets"), arg("code_bytes"),
+           arg("meta_elements"));
   module.def(
-      "moe_ffn_cpu", &bind_moe_ffn, Unlocked(), arg("x"), arg("gate_up_qweight"), arg("gate_up_meta"),
-      arg("gate_up_bits"), arg("gate_up_offsets"), arg("gate_up_meta_offsets"), arg("down_qweight"),
-      arg("down_meta"), arg("down_bits"), arg("down_offsets"), arg("down_meta_offsets"), arg("num_experts"),
-      arg("topk_ids"), arg("topk_weights"), arg("out"), arg("scratch"), arg("tokens"), arg("top_k"),
-      arg("hidden"), arg("intermediate"), arg("group_size"), arg("down_group_size"), arg("threads") = 1,
-      "gate + up, SiLU(gate) * up, down and the weighted sum; scratch holds tokens * top_k * intermediate.");
+      "moe_gemm_cpu", &bind_moe_gemm, Unlocked(), arg("x"), arg("x_per_slot"), arg("stack"),
+      arg("num_experts"), arg("topk_ids"), arg("topk_weights"), arg("out"), arg("tokens"), arg("top_k"),
+      arg("k"), arg("n"), arg("group_size"), arg("type"), arg("precision"), arg("threads") = 1,
+      "x times each token's experts; weighted and summed when topk_weights is not 0. Type of x and out: 0 "
+      "float32, 1 float16, 2 bfloat16; precision of activations: 0 float32, 1 int16, 2 int8 a group.");
+  module.def("moe_ffn_cpu", &bind_moe_ffn, Unlocked(), arg("x"), arg("gate_up"), arg("down"),
+             arg("num_experts"), arg("topk_ids"), arg("topk_weights"), arg("out"), arg("tokens"),
+             arg("top_k"), arg("hidden"), arg("intermediate"), arg("group_size"), arg("down_group_size"),
+             arg("type"), arg("precision"), arg("threads") = 1,
+             "gate + up, SiLU(gate) * up, down and the weighted sum.");
   module.def("lowbit_gemm_cpu", &bind_lowbit_gemm, Unlocked(), arg("x"), arg("qweight"), arg("meta"),
-             arg("out"), arg("tokens"), arg("k"), arg("n"), arg("bits"), arg("group_size"),
-             arg("threads") = 1, "x [tokens, k] times one cpu_tile matrix [n, k].");
+             arg("out"), arg("tokens"), arg("k"), arg("n"), arg("bits"), arg("group_size"), arg("type"),
+             arg("precision"), arg("threads") = 1, "x [tokens, k] times one cpu_tile matrix [n, k].");
 }

@@ -18,6 +18,8 @@ from gemq import reference
 from gemq._core import core
 
 TOLERANCE = 1e-6
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PRECISIONS = ["exact", "int16", "int8"]
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -50,34 +52,39 @@ def assert_near(out: Tensor, ref: Tensor) -> None:
     assert error <= TOLERANCE * size, f"relative error {error / max(size, 1e-300):.2e}"
 
 
-def addresses(stack: Stack) -> list[int]:
-    return [t.data_ptr() for t in stack]
+def address(stack: Stack):
+    return core().StackAddress(*(t.data_ptr() for t in stack), stack[0].numel(), stack[1].numel())
+
+
+def precision_of(x: Tensor, precision: str) -> tuple[int, int]:
+    """``(type, precision)`` as the kernels number them."""
+    return DTYPES.index(x.dtype), PRECISIONS.index(precision)
 
 
 def moe_gemm(
-    x: Tensor, stack: Stack, ids: Tensor, weights: Tensor | None, n: int, group_size: int, threads: int = 2
+    x: Tensor, stack: Stack, ids: Tensor, weights: Tensor | None, n: int, group_size: int, threads: int = 2,
+    precision: str = "exact",
 ) -> Tensor:
     tokens, top_k = ids.shape
-    out = torch.full((tokens, top_k, n) if weights is None else (tokens, n), float("nan"))
+    out = torch.full((tokens, top_k, n) if weights is None else (tokens, n), float("nan"), dtype=x.dtype)
     core().moe_gemm_cpu(
-        x.data_ptr(), x.dim() == 3, *addresses(stack), stack[2].numel(), ids.data_ptr(),
+        x.data_ptr(), x.dim() == 3, address(stack), stack[2].numel(), ids.data_ptr(),
         0 if weights is None else weights.data_ptr(), out.data_ptr(), tokens, top_k, x.shape[-1], n, group_size,
-        threads,
+        *precision_of(x, precision), threads,
     )
     return out
 
 
 def moe_ffn(
     x: Tensor, gate_up: Stack, down: Stack, ids: Tensor, weights: Tensor, intermediate: int, group_size: int,
-    down_group_size: int, threads: int = 2,
+    down_group_size: int, threads: int = 2, precision: str = "exact",
 ) -> Tensor:
     tokens, top_k = ids.shape
     out = torch.full_like(x, float("nan"))
-    scratch = torch.full((tokens * top_k * intermediate,), float("nan"))
     core().moe_ffn_cpu(
-        x.data_ptr(), *addresses(gate_up), *addresses(down), gate_up[2].numel(), ids.data_ptr(), weights.data_ptr(),
-        out.data_ptr(), scratch.data_ptr(), tokens, top_k, x.shape[1], intermediate, group_size, down_group_size,
-        threads,
+        x.data_ptr(), address(gate_up), address(down), gate_up[2].numel(), ids.data_ptr(), weights.data_ptr(),
+        out.data_ptr(), tokens, top_k, x.shape[1], intermediate, group_size, down_group_size,
+        *precision_of(x, precision), threads,
     )
     return out
 
@@ -129,7 +136,7 @@ def test_every_width_at_every_number_of_tokens(isa: str, bits: int, tokens: int)
     qweight, meta, x, ref = one_width_case(bits)
     out = torch.full((tokens, 33), float("nan"))
     core().lowbit_gemm_cpu(
-        x.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, 384, 33, bits, 128, 2
+        x.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, 384, 33, bits, 128, 0, 0, 2
     )
     assert_near(out, ref[:tokens])
 
@@ -238,21 +245,21 @@ def test_zero_tokens(isa: str) -> None:
     down = random_stack([2, 3], 64, 32, 32, "cpu_tile", seed=0)
     gate_up = random_stack([2, 3], 64, 64, 32, "cpu_tile", seed=0)
     assert moe_ffn(torch.zeros(0, 64), gate_up, down, ids, torch.zeros(0, 2), 32, 32, 32).shape == (0, 64)
-    core().lowbit_gemm_cpu(0, 0, 0, 0, 0, 64, 16, 2, 32, 1)
+    core().lowbit_gemm_cpu(0, 0, 0, 0, 0, 64, 16, 2, 32, 0, 0, 1)
 
 
 def test_bad_arguments_are_refused_by_name() -> None:
     stack = random_stack([2, 3], 16, 64, 32, "cpu_tile", seed=0)
     x, ids = torch.randn(1, 64), torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"expert_bits\[1\] must be in 0\.\.8, got 9"):
+    with pytest.raises(ValueError, match=r"weight expert_bits\[1\] must be an integer in 0\.\.8, got 9"):
         moe_gemm(x, (*stack[:2], torch.tensor([2, 9], dtype=torch.int32), *stack[3:]), ids, None, 16, 32)
-    with pytest.raises(ValueError, match=r"expert_offsets\[0\] must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"weight expert_offsets\[0\] is -1, where the 16 x 64 of expert 0"):
         moe_gemm(x, (*stack[:3], torch.tensor([-1, 0]), stack[4]), ids, None, 16, 32)
     with pytest.raises(ValueError, match="group_size must be 32, 64 or 128, got 16"):
         moe_gemm(x, stack, ids, None, 16, 16)
     with pytest.raises(ValueError, match="k must be a positive multiple of group_size=128, got 64"):
         moe_gemm(x, stack, ids, None, 16, 128)
     with pytest.raises(ValueError, match="out must be an address, got a null pointer"):
-        core().lowbit_gemm_cpu(x.data_ptr(), stack[0].data_ptr(), stack[1].data_ptr(), 0, 1, 64, 16, 2, 32, 1)
-    with pytest.raises(ValueError, match=r"name must be avx512, avx2 or portable and run on this CPU .* got 'sse'"):
+        core().lowbit_gemm_cpu(x.data_ptr(), stack[0].data_ptr(), stack[1].data_ptr(), 0, 1, 64, 16, 2, 32, 0, 0, 1)
+    with pytest.raises(ValueError, match=r"name must be one of avx512vnni, .* and run on this CPU .* got 'sse'"):
         core().set_cpu_isa("sse")

@@ -1,4 +1,4 @@
-// The vector kernels: one text (kernels.cpp), compiled once for each instruction set.
+// The vector kernels: one text, compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,31 +7,54 @@
 
 namespace gemq {
 
-// One block of 16 rows of a cpu_tile matrix against some rows of x.
-struct BlockArgs {
-  const uint8_t* codes;  // the block's
-  const uint16_t* meta;
-  int bits, k, group_size;
-  const float* x;       // [*, k]
-  const float* sums;    // [*, k / group_size], sums of x over each group
-  const int32_t* rows;  // the rows of x and of sums to use
+// What the products read of the activations; a row is a token, or a (token, slot) pair.
+struct RowsView {
+  const float* x;        // [*, k]; null for integers
+  const int8_t* high;    // [*, k]
+  const int8_t* low;     // [*, k]; null for 8-bit integers: x = scale * (256 * high + low), or scale * high
+  const float* scales;   // [*, k / group_size]
+  const float* sums;     // [*, k / group_size]: of x over each group, as the integers give it
+  const int32_t* index;  // the rows to use
   int count;
 };
 
+// One block of 16 rows of a cpu_tile matrix, or two that follow each other, against some rows of activations.
+struct BlockArgs {
+  const uint8_t* codes;  // the first block's
+  const uint16_t* meta;
+  int bits, k, group_size;
+  int blocks;  // 1 or 2
+  RowsView rows;
+};
+
+// Element types of activations and outputs, numbered as in the bindings.
+enum Element : int { kElementFloat32 = 0, kElementFloat16 = 1, kElementBFloat16 = 2 };
+
 struct Kernels {
   const char* name;
-  // out[count][16]
-  void (*block_product)(const BlockArgs& args, float* out);
-  // sums[k / group_size] of one row of x
+  // out[blocks][count][16], with activations in float32
+  void (*exact_product)(const BlockArgs& args, float* out);
+  // The same with integers; null in a variant that gains nothing from them.
+  void (*integer_product)(const BlockArgs& args, float* out);
+  // sums[k / group_size] of one row
   void (*group_sums)(const float* x, int k, int group_size, float* sums);
+  // One row to integers, `low` null for 8 bits, with their scales and sums by group
+  void (*quantize)(const float* x, int k, int group_size, int8_t* high, int8_t* low, float* scales,
+                   float* sums);
   // out[16 * i] = silu(gate) * up for `blocks` runs of 16 contiguous values
   void (*silu_mul)(const float* gate, const float* up, float* out, int blocks);
+  // out += weight * values
+  void (*add_scaled)(const float* values, float weight, int count, float* out);
+  void (*widen)(const void* x, Element type, int64_t count, float* out);
+  void (*narrow)(const float* x, int64_t count, Element type, void* out);
   // GPTQ's column loop in one group of up to 16 rows
   void (*gptq_rows)(const GptqRows& args);
 };
 
 #ifdef GEMQ_X86
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx2Kernels;
 #endif
 extern const Kernels kPortableKernels;
@@ -40,7 +63,8 @@ extern const Kernels kPortableKernels;
 // GEMQ_CPU_ISA names one that it does not.
 const Kernels& kernels();
 
-// Switches to `name` ("avx512", "avx2", "portable"); throws std::invalid_argument if this CPU cannot run it.
+// Switches to `name` ("avx512vnni", "avx512", "avx2vnni", "avx2", "portable"); throws std::invalid_argument
+// if this CPU cannot run it.
 void set_kernels(const char* name);
 
 }  // namespace gemq

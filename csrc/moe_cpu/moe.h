@@ -1,7 +1,7 @@
 // Products of packed experts (cpu_tile layout) on the CPU. Arguments are validated by the bindings.
 #pragma once
 
-#include <cstdint>
+#include "moe_cpu/activations.h"
 
 namespace gemq {
 
@@ -15,38 +15,42 @@ struct Stack {
 };
 
 struct MoeGemmArgs {
-  const float* x;  // [tokens, k], or [tokens, top_k, k] when x_per_slot
+  const void* x;  // [tokens, k], or [tokens, top_k, k] when x_per_slot
   bool x_per_slot;
   Stack stack;
   int num_experts;
   const int64_t* topk_ids;    // [tokens, top_k]; ids outside 0..num_experts-1 contribute zero
   const float* topk_weights;  // [tokens, top_k], or null
-  float* out;                 // [tokens, top_k, n], or [tokens, n] when topk_weights is given
+  void* out;                  // [tokens, top_k, n], or [tokens, n] when topk_weights is given
   int64_t tokens;
   int top_k, k;
   int64_t n;
   int group_size;
+  Element type;  // of x and out
+  Precision precision;
 };
 
 struct MoeFfnArgs {
-  const float* x;  // [tokens, hidden]
-  Stack gate_up;   // 2 * intermediate rows of hidden: the gate's, then up's
-  Stack down;      // hidden rows of intermediate
+  const void* x;  // [tokens, hidden]
+  Stack gate_up;  // 2 * intermediate rows of hidden: the gate's, then up's
+  Stack down;     // hidden rows of intermediate
   int num_experts;
   const int64_t* topk_ids;
   const float* topk_weights;
-  float* out;      // [tokens, hidden]
-  float* scratch;  // [tokens * top_k * intermediate]
+  void* out;  // [tokens, hidden]
   int64_t tokens;
   int top_k, hidden, intermediate;
   int group_size, down_group_size;
+  Element type;  // of x and out
+  Precision precision;
 };
 
 void moe_gemm_cpu(const MoeGemmArgs& args, int threads);
 void moe_ffn_cpu(const MoeFfnArgs& args, int threads);
 
 // x [tokens, k] times one packed matrix of n rows: out [tokens, n].
-void lowbit_gemm_cpu(const float* x, const uint8_t* codes, const uint16_t* meta, float* out, int64_t tokens,
-                     int k, int64_t n, int bits, int group_size, int threads);
+void lowbit_gemm_cpu(const void* x, const uint8_t* codes, const uint16_t* meta, void* out, int64_t tokens,
+                     int k, int64_t n, int bits, int group_size, Element type, Precision precision,
+                     int threads);
 
 }  // namespace gemq

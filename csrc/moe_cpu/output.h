@@ -1,4 +1,5 @@
-// Where products go: one row a pair, or added up into one row a token.
+// Where products go: one row a pair, or added up into one row a token, in the element type that was asked
+// for.
 #pragma once
 
 #include <cstring>
@@ -8,21 +9,44 @@
 namespace gemq {
 
 struct Output {
-  float* out;  // [tokens, top_k, n], or [tokens, n] when weights is given
+  const Kernels& kernels;
+  void* out;  // [tokens, top_k, n], or [tokens, n] when weights is given
+  Element type;
   int64_t n;
   int top_k;
   const float* weights;
+  int64_t rows;        // of out
+  Buffer<float> wide;  // float32 rows where `type` is another
+
+  Output(const Kernels& kernels, void* out, Element type, int64_t n, int top_k, const float* weights,
+         int64_t tokens)
+      : kernels(kernels),
+        out(out),
+        type(type),
+        n(n),
+        top_k(top_k),
+        weights(weights),
+        rows(weights != nullptr ? tokens : tokens * top_k) {
+    if (type != kElementFloat32) wide = Buffer<float>(rows * n);
+  }
+
+  float* floats() const { return type == kElementFloat32 ? static_cast<float*>(out) : wide.get(); }
+
+  // Columns of the given blocks.
+  Range columns(Range blocks) const {
+    const int64_t end = blocks.end * kBlockRows;
+    return {blocks.begin * kBlockRows, end < n ? end : n};
+  }
 
   // Zeros whatever the given blocks of columns will not be overwritten with.
-  void clear(const Routing& routing, int64_t tokens, Range blocks) const {
-    const int64_t first = blocks.begin * kBlockRows;
-    const int64_t last = blocks.end * kBlockRows < n ? blocks.end * kBlockRows : n;
-    if (last <= first) return;
+  void clear(const Routing& routing, Range blocks) const {
+    const Range c = columns(blocks);
+    if (c.end <= c.begin) return;
     const auto zero = [&](int64_t row) {
-      std::memset(out + row * n + first, 0, sizeof(float) * (last - first));
+      std::memset(floats() + row * n + c.begin, 0, sizeof(float) * (c.end - c.begin));
     };
     if (weights != nullptr) {
-      for (int64_t t = 0; t < tokens; ++t) zero(t);
+      for (int64_t row = 0; row < rows; ++row) zero(row);
     } else {
       for (const int32_t pair : routing.skipped) zero(pair);
     }
@@ -30,28 +54,41 @@ struct Output {
 
   // Stores or adds 16 values of `pair`. Only one thread ever has this block, and experts come in order.
   void put(int32_t pair, int64_t block, const float* values) const {
-    const int64_t first = block * kBlockRows;
-    const int width = n - first < kBlockRows ? static_cast<int>(n - first) : kBlockRows;
+    const Range c = columns({block, block + 1});
+    const int width = static_cast<int>(c.end - c.begin);
     if (weights == nullptr) {
-      std::memcpy(out + pair * n + first, values, sizeof(float) * width);
-      return;
+      std::memcpy(floats() + pair * n + c.begin, values, sizeof(float) * width);
+    } else {
+      kernels.add_scaled(values, weights[pair], width, floats() + pair / top_k * n + c.begin);
     }
-    float* at = out + pair / top_k * n + first;
-    for (int i = 0; i < width; ++i) at[i] += weights[pair] * values[i];
+  }
+
+  // Rounds the given blocks of columns to the output's type.
+  void finish(Range blocks) const {
+    const Range c = columns(blocks);
+    if (type == kElementFloat32 || c.end <= c.begin) return;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row * n + c.begin;
+      kernels.narrow(wide.get() + at, c.end - c.begin, type, static_cast<uint16_t*>(out) + at);
+    }
   }
 };
 
-// Every live expert's product for `blocks` of 16 columns; `tile` holds the busiest expert's pairs x 16.
-inline void write_blocks(const Projection& projection, const Routing& routing, int num_experts, Range blocks,
+// Every live expert's product for `blocks` of 16 columns; `tile` holds two blocks of the busiest expert's
+// pairs.
+inline void write_blocks(const Projection& projection, const Routing& routing, Range blocks,
                          const Output& output, float* tile) {
-  for (int e = 0; e < num_experts; ++e) {
-    const int begin = routing.starts[e], end = routing.starts[e + 1];
-    if (begin == end) continue;
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      projection.block(e, block, begin, end, tile);
-      for (int i = begin; i < end; ++i) output.put(routing.pairs[i], block, tile + (i - begin) * kBlockRows);
-    }
+  output.clear(routing, blocks);
+  for (const int e : routing.live) {
+    const int begin = routing.starts[e], end = routing.starts[e + 1], count = end - begin;
+    Projection::in_pairs(blocks, [&](int64_t block, int width) {
+      projection.product(e, block, width, begin, end, tile);
+      for (int i = 0; i < width * count; ++i) {
+        output.put(routing.pairs[begin + i % count], block + i / count, tile + i * kBlockRows);
+      }
+    });
   }
+  output.finish(blocks);
 }
 
 }  // namespace gemq

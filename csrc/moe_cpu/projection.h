@@ -1,39 +1,56 @@
-// One stack of experts against rows of x: the step that the gemm and the fused block are built from.
+// One stack of experts against rows of activations: the step that the gemm and the fused block are built
+// from.
 #pragma once
 
 #include <vector>
 
 #include "gemq/bits.h"
 #include "gemq/parallel.h"
-#include "moe_cpu/kernels.h"
+#include "moe_cpu/activations.h"
 #include "moe_cpu/moe.h"
 #include "moe_cpu/routing.h"
 
 namespace gemq {
 
 constexpr int kBlockRows = 16;
+// Blocks that a kernel takes at a time; tiles have room for that many.
+constexpr int kBlockPair = 2;
 
 struct Projection {
   const Kernels& kernels;
   Stack stack;
-  int k, group_size;
-  const float* x;
-  std::vector<float> sums;    // of x over groups, one row for each row of x
+  Activations& x;
   std::vector<int32_t> rows;  // row of x for each of routing.pairs
 
-  int groups() const { return k / group_size; }
-
-  void sum_row(int64_t row) { kernels.group_sums(x + row * k, k, group_size, sums.data() + row * groups()); }
-
-  // out[count][16] of one block of expert e, for its pairs [begin, end) of the routing.
-  void block(int e, int64_t block, int begin, int end, float* out) const {
+  // out[blocks][count][16] of one or two blocks of expert e, for its pairs [begin, end) of the routing.
+  // `out` must have room for two blocks.
+  void product(int e, int64_t block, int blocks, int begin, int end, float* out) const {
     const int bits = stack.bits[e];
-    const int64_t code_bytes = static_cast<int64_t>(k) * 2 * bits,
-                  halves = static_cast<int64_t>(groups()) * 32;
-    kernels.block_product({stack.codes + stack.code_offsets[e] + block * code_bytes,
-                           stack.meta + stack.meta_offsets[e] + block * halves, bits, k, group_size, x,
-                           sums.data(), rows.data() + begin, end - begin},
-                          out);
+    const int64_t code_bytes = static_cast<int64_t>(x.k()) * 2 * bits,
+                  halves = static_cast<int64_t>(x.groups()) * 2 * kBlockRows;
+    const BlockArgs args{stack.codes + stack.code_offsets[e] + block * code_bytes,
+                         stack.meta + stack.meta_offsets[e] + block * halves,
+                         bits,
+                         x.k(),
+                         x.group_size(),
+                         blocks,
+                         x.view(rows.data() + begin, end - begin)};
+    x.integers() ? kernels.integer_product(args, out) : kernels.exact_product(args, out);
+  }
+
+  // Calls f(first block, how many) for pairs of blocks, which is how the kernels like them.
+  template <class F>
+  static void in_pairs(Range blocks, F&& f) {
+    for (int64_t block = blocks.begin; block < blocks.end; block += kBlockPair) {
+      f(block, blocks.end - block < kBlockPair ? 1 : kBlockPair);
+    }
+  }
+
+  // The rank's share of `rows` output rows in blocks, whole pairs but for the last.
+  static Range share(Team team, int64_t rows) {
+    const int64_t blocks = ceil_div(rows, kBlockRows);
+    const Range pairs = team.share(ceil_div(blocks, kBlockPair));
+    return {pairs.begin * kBlockPair, pairs.end * kBlockPair < blocks ? pairs.end * kBlockPair : blocks};
   }
 };
 

@@ -10,6 +10,7 @@ namespace gemq {
 struct Routing {
   std::vector<int32_t> pairs;    // pairs of live experts
   std::vector<int32_t> starts;   // [num_experts + 1] into pairs
+  std::vector<int32_t> live;     // experts that have pairs
   std::vector<int32_t> skipped;  // pairs that contribute zero
   int most = 0;                  // pairs of the busiest expert
 };
@@ -24,6 +25,7 @@ Routing route(const int64_t* ids, int64_t count, int num_experts, Live&& live) {
     if (used(ids[p])) ++routing.starts[ids[p] + 1];
   }
   for (int e = 0; e < num_experts; ++e) {
+    if (routing.starts[e + 1] > 0) routing.live.push_back(e);
     if (routing.starts[e + 1] > routing.most) routing.most = routing.starts[e + 1];
     routing.starts[e + 1] += routing.starts[e];
   }

@@ -7,19 +7,22 @@ respect to the activations and the routing weights. The layout of the packed wei
 layout        backend                                devices
 ============  =====================================  ==========================
 ``canonical`` torch: dequantize, then multiply       CPU, CUDA
-``cpu_tile``  C++ (AVX-512, AVX2 or portable)        CPU
+``cpu_tile``  C++ (AVX-512, AVX2 or portable), see      CPU
+              :mod:`gemq.ops.cpu`
 ``gpu_tile``  Triton                                 CUDA; CPU under its interpreter
 ============  =====================================  ==========================
 
 Nothing falls back silently: a layout on a device that cannot serve it raises ``ValueError``.
 """
 
+from gemq.ops.cpu import cpu_activations, set_cpu_activations
 from gemq.ops.matmul import lowbit_gemm, moe_lowbit_ffn, moe_lowbit_gemm
 from gemq.ops.packing import dequantize, pack, repack, unpack
 from gemq.ops.routing import topk_routing
 from gemq.ops.stacks import expert_tables, layout_for, pack_experts, unpack_experts
 
 __all__ = [
+    "cpu_activations",
     "dequantize",
     "expert_tables",
     "layout_for",
@@ -29,6 +32,7 @@ __all__ = [
     "pack",
     "pack_experts",
     "repack",
+    "set_cpu_activations",
     "topk_routing",
     "unpack",
     "unpack_experts",

@@ -1,7 +1,7 @@
 """Which kernels run: the layout of the weights decides, and a wrong pairing is an error.
 
-Every backend multiplies exact ``q * s + m`` into float32 sums and rounds once, at the end, to the dtype of ``x``; only
-Triton's takes the activations at float16's 11 significant bits.
+Every backend multiplies exact ``q * s + m`` into float32 sums and rounds once, at the end, to the dtype of ``x``.
+Triton's takes the activations at float16's 11 significant bits, the CPU's as :func:`gemq.ops.set_cpu_activations` says.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gemq import format as fmt
-from gemq._core import core
-from gemq.ops import checks
+from gemq.ops import checks, cpu
 from gemq.ops.packing import dequantize, repack
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -39,10 +38,10 @@ def moe_gemm(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, layout: str
 ) -> Tensor:
     """Forward of :func:`gemq.ops.moe_lowbit_gemm` on checked arguments; on the CPU it checks the offsets too."""
+    if layout == "cpu_tile":
+        return cpu.moe_gemm(x, stack, topk_ids, topk_weights, n, group_size)
     if not x.is_cuda:
         checks.expert_bounds("weight", stack, n, x.shape[-1], group_size, layout)
-    if layout == "cpu_tile":
-        return _moe_gemm_cpu(x, stack, topk_ids, topk_weights, n, group_size)
     if layout == "gpu_tile":
         from gemq.triton_kernels import moe_gemm as triton_moe_gemm
 
@@ -55,11 +54,11 @@ def moe_ffn(
     group_size: int, down_group_size: int, layout: str,
 ) -> Tensor:
     """Forward of :func:`gemq.ops.moe_lowbit_ffn` on checked arguments; on the CPU it checks the offsets too."""
+    if layout == "cpu_tile":
+        return cpu.moe_ffn(x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size)
     if not x.is_cuda:
         checks.expert_bounds("gate_up", gate_up, 2 * intermediate, x.shape[-1], group_size, layout)
         checks.expert_bounds("down", down, x.shape[-1], intermediate, down_group_size, layout)
-    if layout == "cpu_tile":
-        return _moe_ffn_cpu(x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size)
     if layout == "gpu_tile":
         from gemq.triton_kernels import moe_ffn as triton_moe_ffn
 
@@ -79,13 +78,7 @@ def dense_gemm(
     """``[T, k] -> [T, n]`` for one packed matrix."""
     tokens, k = x.shape
     if layout == "cpu_tile":
-        wide = x.float().contiguous()
-        out = wide.new_empty(tokens, n)
-        core().lowbit_gemm_cpu(
-            wide.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, k, n, bits, group_size,
-            torch.get_num_threads(),
-        )
-        return out.to(x.dtype)
+        return cpu.dense_gemm(x, qweight, meta, bits, n, group_size)
     if layout == "gpu_tile":
         from gemq.triton_kernels import lowbit_gemm as triton_lowbit_gemm
 
@@ -165,35 +158,3 @@ def moe_gemm_backward(
     if topk_weights is None:
         return grad_x, grad_scale.new_empty(0)
     return grad_x, grad_scale.to(topk_weights.dtype)
-
-
-def _moe_gemm_cpu(
-    x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int
-) -> Tensor:
-    tokens, top_k = topk_ids.shape
-    wide, ids = x.float().contiguous(), topk_ids.to(torch.int64).contiguous()
-    scale = None if topk_weights is None else topk_weights.float().contiguous()
-    out = wide.new_empty((tokens, top_k, n) if scale is None else (tokens, n))
-    core().moe_gemm_cpu(
-        wide.data_ptr(), x.dim() == 3, *(t.data_ptr() for t in stack), stack[2].numel(), ids.data_ptr(),
-        0 if scale is None else scale.data_ptr(), out.data_ptr(), tokens, top_k, x.shape[-1], n, group_size,
-        torch.get_num_threads(),
-    )
-    return out.to(x.dtype)
-
-
-def _moe_ffn_cpu(
-    x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int,
-    group_size: int, down_group_size: int,
-) -> Tensor:
-    tokens, top_k = topk_ids.shape
-    wide, ids = x.float().contiguous(), topk_ids.to(torch.int64).contiguous()
-    scale = topk_weights.float().contiguous()
-    out = torch.empty_like(wide)
-    scratch = wide.new_empty(tokens * top_k * intermediate)
-    core().moe_ffn_cpu(
-        wide.data_ptr(), *(t.data_ptr() for t in gate_up), *(t.data_ptr() for t in down), gate_up[2].numel(),
-        ids.data_ptr(), scale.data_ptr(), out.data_ptr(), scratch.data_ptr(), tokens, top_k, x.shape[-1],
-        intermediate, group_size, down_group_size, torch.get_num_threads(),
-    )
-    return out.to(x.dtype)

@@ -1,0 +1,148 @@
+// What happens to activations between the products, and the variant's table of kernels. Compiled once for
+// each instruction set, see vectors.h.
+#include "moe_cpu/kernels.h"
+#include "moe_cpu/vectors.h"
+
+namespace gemq {
+namespace {
+
+void group_sums(const float* x, int k, int group_size, float* sums) {
+  for (int c = 0; c < k; c += group_size) {
+    Float lanes = {};
+    for (int i = 0; i < group_size; i += kLanes) lanes += load<Float>(x + c + i);
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+    sums[c / group_size] = sum;
+  }
+}
+
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it holds an integer in its low bits
+
+using Small = int8_t __attribute__((vector_size(kLanes)));
+
+// The largest |x| of a group. NaN and infinity come out as at least infinity's bits: as integers, the bits of
+// floats without their sign are ordered.
+GEMQ_INLINE uint32_t largest(const float* x, int count) {
+  Int most = {};
+  for (int i = 0; i < count; i += kLanes) {
+    const Int size = load<Int>(x + i) & 0x7fffffff;
+    most = size > most ? size : most;
+  }
+  int32_t value = 0;
+  for (int i = 0; i < kLanes; ++i) value = most[i] > value ? most[i] : value;
+  return static_cast<uint32_t>(value);
+}
+
+// q = x / scale to the nearest integer, with scale = max|x| / 127, or / 32512 = 127 * 256 when there are low
+// bytes; |x - scale * q| <= scale / 2. A group that is not finite gets a NaN scale, and so NaN products; one
+// below 2^-100 counts as zero, where 1 / scale would overflow.
+void quantize(const float* x, int k, int group_size, int8_t* high, int8_t* low, float* scales, float* sums) {
+  const float steps = low != nullptr ? 32512.0f : 127.0f;
+  for (int c = 0; c < k; c += group_size, ++scales, ++sums) {
+    const uint32_t size = largest(x + c, group_size);
+    const bool finite = size < 0x7f800000u, tiny = size < 0x0d800000u;
+    const float most = bits_float(size);
+    const float inverse = finite && !tiny ? steps / most : 0.0f;
+    Int sum = {};
+    for (int i = c; i < c + group_size; i += kLanes) {
+      const Float scaled = finite ? load<Float>(x + i) * inverse : Float{};
+      const Int q = (Int)(scaled + kRounder) - 0x4b400000;
+      sum += q;
+      const Int upper = low != nullptr ? (q + 128) >> 8 : q;
+      store(high + i, __builtin_convertvector(upper, Small));
+      if (low != nullptr) store(low + i, __builtin_convertvector(q - (upper << 8), Small));
+    }
+    int32_t total = 0;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    *scales = finite ? (tiny ? 0.0f : most / steps) : bits_float(0x7fc00000u);
+    *sums = *scales * static_cast<float>(total);
+  }
+}
+
+// e^v to a few units in the last place: 2^n * e^r with r in [-ln(2) / 2, ln(2) / 2]. NaN stays NaN.
+GEMQ_INLINE Float exp_float(Float v) {
+  v = v > 88.0f ? broadcast(88.0f) : v;
+  v = v < -87.0f ? broadcast(-87.0f) : v;
+  const Float shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+  const Float n = shifted - 12582912.0f;
+  const Float r = (v - n * 0.693145752f) - n * 1.42860677e-6f;  // ln(2) in two parts, n * the first is exact
+  Float p = r * 1.9841270e-4f + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Int exponent = ((Int)shifted - 0x4b400000 + 127) << 23;
+  return p * (Float)exponent;
+}
+
+void silu_mul(const float* gate, const float* up, float* out, int blocks) {
+  for (int i = 0; i < kRows * blocks; i += kLanes) {
+    const Float g = load<Float>(gate + i);
+    store(out + i, g / (exp_float(-g) + 1.0f) * load<Float>(up + i));
+  }
+}
+
+void add_scaled(const float* values, float weight, int count, float* out) {
+  for (int i = 0; i < count; ++i) out[i] += weight * values[i];
+}
+
+void widen(const void* x, Element type, int64_t count, float* out) {
+  const auto* at = static_cast<const uint16_t*>(x);
+  int64_t i = 0;
+  if (type == kElementBFloat16) {
+    for (; i < count; ++i) out[i] = bits_float(static_cast<uint32_t>(at[i]) << 16);
+    return;
+  }
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load_half(at + i));
+  for (; i < count; ++i) out[i] = half_to_float(at[i]);
+}
+
+void narrow(const float* x, int64_t count, Element type, void* out) {
+  auto* at = static_cast<uint16_t*>(out);
+  int64_t i = 0;
+  if (type == kElementBFloat16) {
+    for (; i < count; ++i) at[i] = float_to_bf16(x[i]);
+    return;
+  }
+#if defined(__AVX512F__)
+  for (; i + kLanes <= count; i += kLanes) {
+    store(at + i, _mm512_cvtps_ph((__m512)load<Float>(x + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#elif defined(__F16C__)
+  for (; i + kLanes <= count; i += kLanes) {
+    store(at + i, _mm256_cvtps_ph((__m256)load<Float>(x + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#endif
+  for (; i < count; ++i) at[i] = float_to_half(x[i]);
+}
+
+}  // namespace
+
+namespace GEMQ_VARIANT {
+void exact_product(const BlockArgs& args, float* out);    // exact.cpp
+void integer_product(const BlockArgs& args, float* out);  // integer.cpp
+void gptq_rows(const GptqRows& args);                     // gptq/rows.cpp
+}  // namespace GEMQ_VARIANT
+
+#ifdef __AVX2__
+#define GEMQ_INTEGER_PRODUCT GEMQ_VARIANT::integer_product
+#else
+#define GEMQ_INTEGER_PRODUCT nullptr
+#endif
+#define GEMQ_TEXT_OF(name) #name
+#define GEMQ_TEXT(name) GEMQ_TEXT_OF(name)
+extern const Kernels GEMQ_KERNELS;
+const Kernels GEMQ_KERNELS = {GEMQ_TEXT(GEMQ_VARIANT),
+                              GEMQ_VARIANT::exact_product,
+                              GEMQ_INTEGER_PRODUCT,
+                              group_sums,
+                              quantize,
+                              silu_mul,
+                              add_scaled,
+                              widen,
+                              narrow,
+                              GEMQ_VARIANT::gptq_rows};
+
+}  // namespace gemq

@@ -1,0 +1,107 @@
+"""The C++ kernels on the CPU: how they round activations, and the calls.
+
+Weights are always the exact ``q * s + m`` of the format. Activations are rounded by groups of ``group_size`` columns
+(the groups that share one ``(s, m)``), row by row, or not at all:
+
+=========  =====================================================  ==========================================
+setting    what is multiplied                                     error of one activation
+=========  =====================================================  ==========================================
+``exact``  float32                                                none
+``int16``  ``scale * q``, ``|q| <= 32512``                        at most ``max|x| / 65024`` over its group
+``int8``   ``scale * q``, ``|q| <= 127``                          at most ``max|x| / 254`` over its group
+``auto``   int8 for up to :data:`DECODE_TOKENS` tokens, then      as above
+           int16
+=========  =====================================================  ==========================================
+
+Both integer settings sum exactly inside a group. In a fused block the inner activations ``SiLU(gate) * up`` are rounded
+the same way. A group with a NaN or an infinity gives NaN; one whose largest value is below ``2 ** -100`` counts as
+zero. The variant without integer dot products (``portable``) computes all settings as ``exact``. Sums over groups
+are float32, and the result is rounded once to the dtype of ``x``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemq._core import core
+
+Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+ACTIVATIONS = ("auto", "exact", "int16", "int8")
+DECODE_TOKENS = 16
+_PRECISION = {"exact": 0, "int16": 1, "int8": 2}
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_setting = "auto"
+
+
+def set_cpu_activations(setting: str) -> str:
+    """Choose how the CPU kernels round activations, for the whole process; returns the setting before.
+
+    ``setting`` is ``auto`` (the default), ``exact``, ``int16`` or ``int8``, as the table in :mod:`gemq.ops.cpu` says.
+    Raises ``ValueError`` for anything else.
+    """
+    global _setting
+    if setting not in ACTIVATIONS:
+        raise ValueError(f"setting must be one of {', '.join(ACTIVATIONS)}, got {setting!r}")
+    before, _setting = _setting, setting
+    return before
+
+
+def cpu_activations() -> str:
+    """The setting of :func:`set_cpu_activations` in force."""
+    return _setting
+
+
+def _precision(tokens: int) -> int:
+    if _setting == "auto":
+        return _PRECISION["int8" if tokens <= DECODE_TOKENS else "int16"]
+    return _PRECISION[_setting]
+
+
+def _address(stack: Stack):
+    codes, meta = stack[:2]
+    return core().StackAddress(*(t.data_ptr() for t in stack), codes.numel(), meta.numel())
+
+
+def moe_gemm(
+    x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    """:func:`gemq.ops.moe_lowbit_gemm` on contiguous ``x``; ``ValueError`` for an expert outside the buffers."""
+    tokens, top_k = topk_ids.shape
+    ids = topk_ids.to(torch.int64).contiguous()
+    scale = None if topk_weights is None else topk_weights.float().contiguous()
+    out = x.new_empty((tokens, top_k, n) if scale is None else (tokens, n))
+    core().moe_gemm_cpu(
+        x.data_ptr(), x.dim() == 3, _address(stack), stack[2].numel(), ids.data_ptr(),
+        0 if scale is None else scale.data_ptr(), out.data_ptr(), tokens, top_k, x.shape[-1], n, group_size,
+        _TYPES[x.dtype], _precision(tokens), torch.get_num_threads(),
+    )
+    return out
+
+
+def moe_ffn(
+    x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int,
+    group_size: int, down_group_size: int,
+) -> Tensor:
+    """:func:`gemq.ops.moe_lowbit_ffn` on contiguous ``x``; ``ValueError`` for an expert outside the buffers."""
+    tokens, top_k = topk_ids.shape
+    ids, scale = topk_ids.to(torch.int64).contiguous(), topk_weights.float().contiguous()
+    out = torch.empty_like(x)
+    core().moe_ffn_cpu(
+        x.data_ptr(), _address(gate_up), _address(down), gate_up[2].numel(), ids.data_ptr(), scale.data_ptr(),
+        out.data_ptr(), tokens, top_k, x.shape[-1], intermediate, group_size, down_group_size, _TYPES[x.dtype],
+        _precision(tokens), torch.get_num_threads(),
+    )
+    return out
+
+
+def dense_gemm(x: Tensor, qweight: Tensor, meta: Tensor, bits: int, n: int, group_size: int) -> Tensor:
+    """:func:`gemq.ops.lowbit_gemm` on contiguous ``x [T, k]``."""
+    tokens, k = x.shape
+    out = x.new_empty(tokens, n)
+    core().lowbit_gemm_cpu(
+        x.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, k, n, bits, group_size,
+        _TYPES[x.dtype], _precision(tokens), torch.get_num_threads(),
+    )
+    return out
