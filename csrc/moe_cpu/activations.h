@@ -31,11 +31,11 @@ public:
         k_(k),
         group_size_(group_size),
         integers_(precision != kExact && kernels.integer_product != nullptr),
+        terms_(precision == kInt16 ? 2 : 1),
         x_(borrowed),
         sums_(rows * groups()) {
     if (integers_) {
-      high_ = Buffer<int8_t>(rows * k);
-      if (precision == kInt16) low_ = Buffer<int8_t>(rows * k);
+      q_ = Buffer<int8_t>(rows * k * terms_);
       scales_ = Buffer<float>(rows * groups());
     } else if (borrowed == nullptr) {
       own_ = Buffer<float>(rows * k);
@@ -52,8 +52,7 @@ public:
   void put(int64_t row, int first, const float* x, int count) {
     const int64_t at = row * k_ + first, group = row * groups() + first / group_size_;
     if (integers_) {
-      kernels_.quantize(x, count, group_size_, high_.get() + at,
-                        low_.get() != nullptr ? low_.get() + at : nullptr, scales_.get() + group,
+      kernels_.quantize(x, count, group_size_, terms_, q_.get() + at * terms_, scales_.get() + group,
                         sums_.get() + group);
       return;
     }
@@ -72,16 +71,17 @@ public:
   }
 
   RowsView view(const int32_t* index, int count) const {
-    return {x_, high_.get(), low_.get(), scales_.get(), sums_.get(), index, count};
+    return {x_, q_.get(), terms_, scales_.get(), sums_.get(), index, count};
   }
 
 private:
   const Kernels& kernels_;
   int k_, group_size_;
   bool integers_;
+  int terms_;
   const float* x_;
   Buffer<float> own_, scales_, sums_;
-  Buffer<int8_t> high_, low_;
+  Buffer<int8_t> q_;
 };
 
 }  // namespace gemq

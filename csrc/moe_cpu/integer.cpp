@@ -62,29 +62,50 @@ GEMQ_INLINE Int dot(Int sum, Bytes codes, Bytes x) {
 template <int P>
 constexpr uint32_t kFieldMask = ((1u << P) - 1) * 0x01010101u;
 
-// sum[term] = fields of one plane of one group . one token. With VNNI the fields stay where they are in their
-// byte, 2^(P * f) times too large, and are shifted down once a group instead of once a vector.
-template <int P, int TERMS>
-GEMQ_INLINE void plane_sums(const uint8_t* codes, int group, const int8_t* const* x, Int* sum) {
-  constexpr int kFields = 8 / P;
-  Int field[TERMS][kFields] = {};
+// With VNNI this many neighbouring fields stay where they are in their byte, 2^(P * f) times too large, each
+// in sums of its own that are shifted down once a group instead of once a vector. Without, 16-bit sums of
+// fields at the top of a byte would saturate.
+template <int P>
+constexpr int kInPlace = !kVnni || P == 8        ? 1
+                         : kLanes == 8 || P == 4 ? 2
+                                                 : 4;
+
+// sum[part][term] = fields of one plane of one group of each part . one token.
+template <int P, int TERMS, int PARTS>
+GEMQ_INLINE void plane_sums(const uint8_t* codes, int64_t part_bytes, int group, const int8_t* x,
+                            Int (*sum)[TERMS]) {
+  constexpr int kFields = 8 / P, kKept = kInPlace<P>;
+  Int field[PARTS][TERMS][kKept] = {};
+#pragma GCC unroll 4
   for (int c = 0; c < group; c += 32 / P, codes += 64) {
     prefetch(codes + kAhead);
-    const Word words = load<Word>(codes);
+    Word words[PARTS];
+#pragma GCC unroll 2
+    for (int p = 0; p < PARTS; ++p) words[p] = load<Word>(codes + p * part_bytes);
 #pragma GCC unroll 8
     for (int f = 0; f < kFields; ++f) {
-      const Word part = kVnni ? words & (kFieldMask<P> << (P * f)) : (words >> (P * f)) & kFieldMask<P>;
+      Bytes activations[TERMS];
 #pragma GCC unroll 2
-      for (int t = 0; t < TERMS; ++t) {
-        field[t][f] = dot<P == 8>(field[t][f], (Bytes)part, four(x[t] + c + 4 * f));
+      for (int t = 0; t < TERMS; ++t) activations[t] = four(x + TERMS * (c + 4 * f) + 4 * t);
+#pragma GCC unroll 2
+      for (int p = 0; p < PARTS; ++p) {
+        const Word part = (words[p] >> (P * (f - f % kKept))) & (kFieldMask<P> << (P * (f % kKept)));
+#pragma GCC unroll 2
+        for (int t = 0; t < TERMS; ++t) {
+          Int& to = field[p][t][f % kKept];
+          to = dot<P == 8>(to, (Bytes)part, activations[t]);
+        }
       }
     }
   }
 #pragma GCC unroll 2
-  for (int t = 0; t < TERMS; ++t) {
-#pragma GCC unroll 8
-    for (int f = kFields - 1; f > 0; --f) field[t][f - 1] += kVnni ? field[t][f] >> P : field[t][f];
-    sum[t] = field[t][0];
+  for (int p = 0; p < PARTS; ++p) {
+#pragma GCC unroll 2
+    for (int t = 0; t < TERMS; ++t) {
+#pragma GCC unroll 4
+      for (int f = kKept - 1; f > 0; --f) field[p][t][f - 1] += field[p][t][f] >> P;
+      sum[p][t] = field[p][t][0];
+    }
   }
 }
 
@@ -94,30 +115,75 @@ GEMQ_INLINE Float add_group(Float total, Int sum, float scale, float x_sum, Floa
   return total + m * x_sum;
 }
 
-// One token against kLanes rows of one block.
-template <int TERMS>
-void one_token(const BlockArgs& a, const uint8_t* codes, const uint16_t* meta, float* out) {
-  const int64_t row = a.rows.index[0], groups = a.k / a.group_size;
-  const int8_t* x[TERMS];
-  x[0] = a.rows.high + row * a.k;
-  if constexpr (TERMS == 2) x[1] = a.rows.low + row * a.k;
+// Where registers of rows lie: their codes and metadata in the tile, their columns of the output. The second
+// of two is so many bytes, float16 elements and floats after the first.
+struct Parts {
+  const uint8_t* codes;
+  const uint16_t* meta;
+  float* out;
+  int64_t code_step, meta_step, out_step;
+};
+
+// One token. BITS and GROUP are constants so that a group's loops unroll; GROUP 0 is any size.
+template <int BITS, int GROUP, int TERMS, int PARTS>
+void one_token(const BlockArgs& a, int token, Parts at) {
+  const int group = GROUP > 0 ? GROUP : a.group_size;
+  const int64_t row = a.rows.index[token], groups = a.k / group;
+  const int8_t* x = a.rows.q + row * a.k * TERMS;
   const float *scales = a.rows.scales + row * groups, *sums = a.rows.sums + row * groups;
-  Float total = {};
-  for (int64_t g = 0; g < groups; ++g, codes += 2 * a.group_size * a.bits, meta += 2 * kRows) {
-    prefetch(meta + kMetaAhead / 2);
-    Int sum[TERMS] = {};
-    for_each_plane(a.bits, a.group_size, codes, [&](auto width, int first, const uint8_t* plane) {
-      Int part[TERMS];
-      plane_sums<decltype(width)::value, TERMS>(plane, a.group_size, x, part);
+  Float total[PARTS] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    Int sum[PARTS][TERMS] = {};
+    for_each_plane(BITS, group, at.codes, [&](auto width, int first, const uint8_t* plane) {
+      Int part[PARTS][TERMS];
+      plane_sums<decltype(width)::value, TERMS, PARTS>(plane, at.code_step, group, x, part);
 #pragma GCC unroll 2
-      for (int t = 0; t < TERMS; ++t) sum[t] += part[t] << first;
+      for (int p = 0; p < PARTS; ++p) {
+#pragma GCC unroll 2
+        for (int t = 0; t < TERMS; ++t) sum[p][t] += part[p][t] << first;
+      }
     });
-    if constexpr (TERMS == 2) sum[0] = (sum[0] << 8) + sum[1];
-    total = add_group(total, sum[0], scales[g], sums[g], load_half(meta), load_half(meta + kRows));
 #pragma GCC unroll 2
-    for (int t = 0; t < TERMS; ++t) x[t] += a.group_size;
+    for (int p = 0; p < PARTS; ++p) {
+      const uint16_t* meta = at.meta + p * at.meta_step;
+      prefetch(meta + kMetaAhead / 2);
+      if constexpr (TERMS == 2) sum[p][0] = (sum[p][0] << 8) + sum[p][1];
+      total[p] = add_group(total[p], sum[p][0], scales[g], sums[g], load_half(meta), load_half(meta + kRows));
+    }
+    at.codes += 2 * group * BITS;
+    at.meta += 2 * kRows;
+    x += group * TERMS;
   }
-  store(out, total);
+#pragma GCC unroll 2
+  for (int p = 0; p < PARTS; ++p) store(at.out + p * at.out_step, total[p]);
+}
+
+template <int TERMS, int PARTS>
+void one_token_of_any_width(const BlockArgs& a, int token, Parts at) {
+  at.out += kRows * token;
+  const auto run = [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    a.group_size == kMaxGroup ? one_token<kBits, kMaxGroup, TERMS, PARTS>(a, token, at)
+                              : one_token<kBits, 0, TERMS, PARTS>(a, token, at);
+  };
+  switch (a.bits) {
+    case 1:
+      return run(Constant<1>());
+    case 2:
+      return run(Constant<2>());
+    case 3:
+      return run(Constant<3>());
+    case 4:
+      return run(Constant<4>());
+    case 5:
+      return run(Constant<5>());
+    case 6:
+      return run(Constant<6>());
+    case 7:
+      return run(Constant<7>());
+    default:
+      return run(Constant<8>());
+  }
 }
 
 // ---- several tokens: a group's codes are unpacked once ----
@@ -152,12 +218,10 @@ template <int TERMS, int T, bool kWide>
 GEMQ_INLINE void panel_times(const Word (*panel)[kSteps], const GroupMeta* meta, const BlockArgs& a,
                              int first_token, int64_t g, float* const* out) {
   const int64_t groups = a.k / a.group_size;
-  const int8_t* x[TERMS][T];
+  const int8_t* x[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-    const int64_t at = static_cast<int64_t>(a.rows.index[first_token + t]) * a.k + g * a.group_size;
-    x[0][t] = a.rows.high + at;
-    if constexpr (TERMS == 2) x[1][t] = a.rows.low + at;
+    x[t] = a.rows.q + (static_cast<int64_t>(a.rows.index[first_token + t]) * a.k + g * a.group_size) * TERMS;
   }
   Int sum[TERMS][T][kParts] = {};
   for (int i = 0; i < a.group_size / 4; ++i) {
@@ -168,7 +232,7 @@ GEMQ_INLINE void panel_times(const Word (*panel)[kSteps], const GroupMeta* meta,
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
       for (int term = 0; term < TERMS; ++term) {
-        const Bytes activations = four(x[term][t] + 4 * i);
+        const Bytes activations = four(x[t] + 4 * (TERMS * i + term));
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p) {
           sum[term][t][p] = dot<kWide>(sum[term][t][p], codes[p], activations);
@@ -190,30 +254,23 @@ GEMQ_INLINE void panel_times(const Word (*panel)[kSteps], const GroupMeta* meta,
   }
 }
 
-// Where a register's worth of rows lies: its codes and metadata in the tile, its column of the output.
-struct Part {
-  const uint8_t* codes;
-  const uint16_t* meta;
-  float* out;
-};
-
 template <int TERMS>
-void many_tokens(const BlockArgs& a, const Part* parts) {
+void many_tokens(const BlockArgs& a, const Parts& at) {
   Word panel[kParts][kSteps];
-  float* const out[kParts] = {parts[0].out, parts[1].out};
+  float* const out[kParts] = {at.out, at.out + at.out_step};
   for (int p = 0; p < kParts; ++p) {
     for (int t = 0; t < a.rows.count; ++t) store(out[p] + kRows * t, Float{});
   }
   for (int64_t g = 0; g < a.k / a.group_size; ++g) {
     GroupMeta meta[kParts];
     for (int p = 0; p < kParts; ++p) {
-      const uint16_t* at = parts[p].meta + 2 * kRows * g;
-      prefetch(at + kMetaAhead / 2);
-      meta[p] = {load_half(at), load_half(at + kRows)};
-      for_each_plane(a.bits, a.group_size, parts[p].codes + 2 * a.group_size * a.bits * g,
-                     [&](auto width, int first, const uint8_t* plane) {
-                       unpack_plane<decltype(width)::value>(plane, a.group_size, first, panel[p]);
-                     });
+      const uint16_t* halves = at.meta + p * at.meta_step + 2 * kRows * g;
+      prefetch(halves + kMetaAhead / 2);
+      meta[p] = {load_half(halves), load_half(halves + kRows)};
+      const uint8_t* codes = at.codes + p * at.code_step + 2 * a.group_size * a.bits * g;
+      for_each_plane(a.bits, a.group_size, codes, [&](auto width, int first, const uint8_t* plane) {
+        unpack_plane<decltype(width)::value>(plane, a.group_size, first, panel[p]);
+      });
     }
     in_runs<kTokens<TERMS>>(a.rows.count, [&](auto count, int t) {
       constexpr int T = decltype(count)::value;
@@ -223,24 +280,36 @@ void many_tokens(const BlockArgs& a, const Part* parts) {
   }
 }
 
+// Up to here a block is read again from the nearest cache for each token, which costs less than unpacking it.
+constexpr int kReread = 3;
+
+// Few tokens: block after block, as memory has them; a pair of blocks would be two streams with gaps between.
+// More: two registers of rows share the loads of activations, two blocks with AVX-512, the halves of a block
+// with AVX2.
 template <int TERMS>
 void product(const BlockArgs& a, float* out) {
+  constexpr int kSplit = kRows / kLanes;
   const int64_t code_bytes = static_cast<int64_t>(a.k) * 2 * a.bits, halves = a.k / a.group_size * 32;
-  Part parts[2 * kRows / kLanes];
-  int count = 0;
+  const int64_t block_out = static_cast<int64_t>(kRows) * a.rows.count;
+  Parts at{a.codes, a.meta, out, 4 * kLanes, kLanes, kLanes};
+  const bool reread = a.rows.count <= kReread;
+  if (kSplit == 1 && !reread) {
+    // a single block is computed twice; the tile has room for the copy that nobody reads
+    at.code_step = a.blocks == 2 ? code_bytes : 0;
+    at.meta_step = a.blocks == 2 ? halves : 0;
+    at.out_step = block_out;
+    return many_tokens<TERMS>(a, at);
+  }
   for (int block = 0; block < a.blocks; ++block) {
-    for (int lane = 0; lane < kRows; lane += kLanes) {
-      parts[count++] = {a.codes + block * code_bytes + 4 * lane, a.meta + block * halves + lane,
-                        out + block * kRows * a.rows.count + lane};
+    if (reread) {
+      for (int t = 0; t < a.rows.count; ++t) one_token_of_any_width<TERMS, kSplit>(a, t, at);
+    } else {
+      many_tokens<TERMS>(a, at);
     }
+    at.codes += code_bytes;
+    at.meta += halves;
+    at.out += block_out;
   }
-  if (a.rows.count == 1) {
-    for (int p = 0; p < count; ++p) one_token<TERMS>(a, parts[p].codes, parts[p].meta, parts[p].out);
-    return;
-  }
-  // a single register of rows is computed twice, into a place that nobody reads
-  if (count == 1) parts[1] = {parts[0].codes, parts[0].meta, out + kRows * a.rows.count};
-  for (int p = 0; p < count; p += kParts) many_tokens<TERMS>(a, parts + p);
 }
 
 }  // namespace
@@ -250,7 +319,7 @@ namespace GEMQ_VARIANT {
 
 #ifdef __AVX2__
 void integer_product(const BlockArgs& a, float* out) {
-  a.rows.low != nullptr ? product<2>(a, out) : product<1>(a, out);
+  a.rows.terms == 2 ? product<2>(a, out) : product<1>(a, out);
 }
 #endif
 

@@ -9,9 +9,11 @@ namespace gemq {
 
 // What the products read of the activations; a row is a token, or a (token, slot) pair.
 struct RowsView {
-  const float* x;        // [*, k]; null for integers
-  const int8_t* high;    // [*, k]
-  const int8_t* low;     // [*, k]; null for 8-bit integers: x = scale * (256 * high + low), or scale * high
+  const float* x;  // [*, k]; null for integers
+  // x = scale * q, q of 8 bits in one byte, or of 16 in two: 256 * high + low. Four columns of high bytes,
+  // then the same four of low ones, then the next four columns.
+  const int8_t* q;  // [*, k / 4, terms, 4]
+  int terms;
   const float* scales;   // [*, k / group_size]
   const float* sums;     // [*, k / group_size]: of x over each group, as the integers give it
   const int32_t* index;  // the rows to use
@@ -38,9 +40,8 @@ struct Kernels {
   void (*integer_product)(const BlockArgs& args, float* out);
   // sums[k / group_size] of one row
   void (*group_sums)(const float* x, int k, int group_size, float* sums);
-  // One row to integers, `low` null for 8 bits, with their scales and sums by group
-  void (*quantize)(const float* x, int k, int group_size, int8_t* high, int8_t* low, float* scales,
-                   float* sums);
+  // One row to integers of one or two bytes, with their scales and sums by group
+  void (*quantize)(const float* x, int k, int group_size, int terms, int8_t* q, float* scales, float* sums);
   // out[16 * i] = silu(gate) * up for `blocks` runs of 16 contiguous values
   void (*silu_mul)(const float* gate, const float* up, float* out, int blocks);
   // out += weight * values

@@ -33,30 +33,49 @@ GEMQ_INLINE uint32_t largest(const float* x, int count) {
   return static_cast<uint32_t>(value);
 }
 
-// q = x / scale to the nearest integer, with scale = max|x| / 127, or / 32512 = 127 * 256 when there are low
+// kLanes integers as bytes, `step` bytes between runs of four.
+GEMQ_INLINE void store_fours(int8_t* to, Int value, int step) {
+  const Small bytes = __builtin_convertvector(value, Small);
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes / 4; ++i) {
+    __builtin_memcpy(to + i * step, reinterpret_cast<const char*>(&bytes) + 4 * i, 4);
+  }
+}
+
+// q = x / scale to the nearest integer, with scale = max|x| / 127, or / 32512 = 127 * 256 when there are two
 // bytes; |x - scale * q| <= scale / 2. A group that is not finite gets a NaN scale, and so NaN products; one
 // below 2^-100 counts as zero, where 1 / scale would overflow.
-void quantize(const float* x, int k, int group_size, int8_t* high, int8_t* low, float* scales, float* sums) {
-  const float steps = low != nullptr ? 32512.0f : 127.0f;
+template <int TERMS>
+void quantize_row(const float* x, int k, int group_size, int8_t* q, float* scales, float* sums) {
+  constexpr float kSteps = TERMS == 2 ? 32512.0f : 127.0f;
   for (int c = 0; c < k; c += group_size, ++scales, ++sums) {
     const uint32_t size = largest(x + c, group_size);
     const bool finite = size < 0x7f800000u, tiny = size < 0x0d800000u;
     const float most = bits_float(size);
-    const float inverse = finite && !tiny ? steps / most : 0.0f;
+    const float inverse = finite && !tiny ? kSteps / most : 0.0f;
     Int sum = {};
     for (int i = c; i < c + group_size; i += kLanes) {
       const Float scaled = finite ? load<Float>(x + i) * inverse : Float{};
-      const Int q = (Int)(scaled + kRounder) - 0x4b400000;
-      sum += q;
-      const Int upper = low != nullptr ? (q + 128) >> 8 : q;
-      store(high + i, __builtin_convertvector(upper, Small));
-      if (low != nullptr) store(low + i, __builtin_convertvector(q - (upper << 8), Small));
+      const Int whole = (Int)(scaled + kRounder) - 0x4b400000;
+      sum += whole;
+      if constexpr (TERMS == 2) {
+        const Int upper = (whole + 128) >> 8;
+        store_fours(q + 2 * i, upper, 8);
+        store_fours(q + 2 * i + 4, whole - (upper << 8), 8);
+      } else {
+        store_fours(q + i, whole, 4);
+      }
     }
     int32_t total = 0;
     for (int i = 0; i < kLanes; ++i) total += sum[i];
-    *scales = finite ? (tiny ? 0.0f : most / steps) : bits_float(0x7fc00000u);
+    *scales = finite ? (tiny ? 0.0f : most / kSteps) : bits_float(0x7fc00000u);
     *sums = *scales * static_cast<float>(total);
   }
+}
+
+void quantize(const float* x, int k, int group_size, int terms, int8_t* q, float* scales, float* sums) {
+  terms == 2 ? quantize_row<2>(x, k, group_size, q, scales, sums)
+             : quantize_row<1>(x, k, group_size, q, scales, sums);
 }
 
 // e^v to a few units in the last place: 2^n * e^r with r in [-ln(2) / 2, ln(2) / 2]. NaN stays NaN.

@@ -1,0 +1,262 @@
+"""The CPU kernels beside what the machine and torch can do, side by side in one run, against the targets.
+
+``python benchmarks/cpu_block.py`` prints a table and writes ``benchmarks/results/cpu-<date>.json``. Every figure is the
+median over pairs: the two things compared alternate, so that other load on the machine meets both. ``--only decode``
+(``torch``, ``prefill``, ``gptq``, ``overhead``) runs a part; ``--threads`` and ``--pairs`` as they say.
+
+* decode: one token through a MoE block; bytes of the packed experts used over time, as a share of the bandwidth of a
+  plain threaded sum over 1 GiB. Experts rotate through enough layers that caches hold none.
+* torch: the same block at 2 bits beside eager bf16 and fp32.
+* prefill: 512 tokens through the block beside torch's bf16 products of the dequantized weights.
+* gptq: a 4096 x 4096 matrix at 2 bits beside the column loop in plain torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from record import ROOT, conditions
+from torch import Tensor
+
+from gemq import format as fmt
+from gemq import ops
+from gemq._core import core
+
+# hidden, ffn, experts, top-k
+SHAPES = {
+    "mixtral-8x7b": (4096, 14336, 8, 2),
+    "small-mixtral": (1024, 3584, 8, 2),
+    "qwen3-30b-a3b": (2048, 768, 128, 8),
+}
+DECODE_TARGETS = {1: 0.65, 2: 0.78, 3: 0.70, 4: 0.85}
+BEYOND_CACHES = 320 << 20
+
+
+def seconds(call: Callable[[], object], least: float = 0.02) -> float:
+    """Time of one call, over as many as fill ``least`` seconds."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        call()
+        calls += 1
+        spent = time.perf_counter() - start
+        if spent >= least:
+            return spent / calls
+
+
+def pairs(first: Callable[[], object], second: Callable[[], object], count: int) -> dict[str, float]:
+    """Both in turns: medians of each, and the median of first / second pair by pair."""
+    first(), second()
+    times = [(seconds(first), seconds(second)) for _ in range(count)]
+    a, b = (statistics.median(t) for t in zip(*times, strict=True))
+    return {"first": a, "second": b, "ratio": statistics.median(x / y for x, y in times)}
+
+
+def filled(size: int) -> Tensor:
+    """Random bytes, one chunk over and over: only speed is measured."""
+    chunk = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8)
+    return chunk.repeat(-(-size // chunk.numel()))[:size].clone()
+
+
+def random_stack(bits: list[int], n: int, k: int) -> tuple[Tensor, ...]:
+    plan = fmt.expert_layout(bits, n, k, 128, "cpu_tile")
+    meta = (torch.rand(plan.meta_elements) * 0.02).half()
+    return filled(plan.code_bytes), meta, *ops.expert_tables(bits, n, k, 128, "cpu_tile")
+
+
+class Block:
+    """Layers of one shape and width, called in turn with ids that move through the experts."""
+
+    def __init__(self, shape: str, bits: int, tokens: int = 1, layers: int | None = None):
+        self.hidden, self.ffn, self.experts, self.top_k = SHAPES[shape]
+        weights = 3 * self.hidden * self.ffn
+        self.expert_bytes = weights * bits // 8 + weights // 128 * 4
+        layers = layers or -(-BEYOND_CACHES // (self.experts * self.expert_bytes))
+        widths = [bits] * self.experts
+        self.stacks = [
+            (random_stack(widths, 2 * self.ffn, self.hidden), random_stack(widths, self.hidden, self.ffn))
+            for _ in range(layers)
+        ]
+        self.turn = itertools.cycle(itertools.product(range(self.experts // self.top_k), range(layers)))
+        self.x = torch.randn(tokens, self.hidden)
+        self.weights = torch.full((tokens, self.top_k), 1 / self.top_k)
+        first = torch.arange(tokens)[:, None] * self.top_k + torch.arange(self.top_k)
+        self.ids = [(first + i * self.top_k) % self.experts for i in range(self.experts // self.top_k)]
+
+    def __call__(self) -> Tensor:
+        i, layer = next(self.turn)
+        return ops.moe_lowbit_ffn(
+            self.x, *self.stacks[layer], self.ids[i], self.weights, intermediate=self.ffn, layout="cpu_tile"
+        )
+
+
+def decode(options: argparse.Namespace) -> list[dict]:
+    gibibyte = torch.ones(1 << 27, dtype=torch.int64)
+    rows = []
+    for shape, bits in itertools.product(SHAPES, DECODE_TARGETS):
+        block = Block(shape, bits)
+        moved = block.top_k * block.expert_bytes
+        for setting in options.activations:
+            ops.set_cpu_activations(setting)
+            found = pairs(gibibyte.sum, block, options.pairs)
+            rows.append({
+                "what": f"decode {shape} {bits} bits {setting}", "ms": 1e3 * found["second"],
+                "GB/s": moved / found["second"] / 1e9, "read GB/s": gibibyte.nbytes / found["first"] / 1e9,
+                "value": found["ratio"] * moved / gibibyte.nbytes, "target": DECODE_TARGETS[bits],
+                "unit": "of the read bandwidth",
+            })
+            show(rows[-1])
+        ops.set_cpu_activations("auto")
+    return rows
+
+
+def dense_call(shape: str, dtype: torch.dtype, tokens: int, experts: int, top_k: int, x: Tensor) -> Callable:
+    """The block on dense weights, expert after expert, as an eager model runs it."""
+    hidden, ffn = SHAPES[shape][:2]
+    gate_up = torch.randn(2 * ffn, hidden).mul_(0.02).to(dtype).repeat(experts, 1, 1)
+    down = torch.randn(hidden, ffn).mul_(0.02).to(dtype).repeat(experts, 1, 1)
+    x = x.to(dtype)
+    turn = itertools.cycle(range(experts // top_k))
+
+    def call() -> Tensor:
+        first = next(turn) * top_k
+        share = tokens if tokens == 1 else tokens * top_k // experts
+        out = torch.zeros_like(x)
+        for e in range(first, first + top_k) if tokens == 1 else range(experts):
+            at = slice(0, share) if tokens == 1 else torch.arange(e * share, (e + 1) * share) % tokens
+            gate, up = torch.nn.functional.linear(x[at], gate_up[e]).chunk(2, dim=-1)
+            out[at] += torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[e]) / top_k
+        return out
+
+    return call
+
+
+def beside_torch(options: argparse.Namespace) -> list[dict]:
+    rows = []
+    for shape, experts in (("mixtral-8x7b", 4), ("small-mixtral", 32), ("qwen3-30b-a3b", 128)):
+        block = Block(shape, 2)
+        for dtype, target in ((torch.bfloat16, 8), (torch.float32, 6)):
+            dense = dense_call(shape, dtype, 1, experts, block.top_k, block.x)
+            found = pairs(dense, block, options.pairs)
+            rows.append({
+                "what": f"decode {shape} 2 bits, torch {str(dtype)[6:]}", "ms": 1e3 * found["second"],
+                "torch ms": 1e3 * found["first"], "value": found["ratio"], "target": target, "unit": "times torch",
+            })
+            show(rows[-1])
+            del dense
+    return rows
+
+
+def prefill(options: argparse.Namespace) -> list[dict]:
+    rows = []
+    for shape, bits in itertools.product(("small-mixtral", "mixtral-8x7b"), (2, 3, 4)):
+        block = Block(shape, bits, tokens=512, layers=1)
+        dense = dense_call(shape, torch.bfloat16, 512, block.experts, block.top_k, block.x)
+        for setting in ("int16", "int8"):
+            ops.set_cpu_activations(setting)
+            found = pairs(dense, block, max(3, options.pairs // 5))
+            flops = 2 * 512 * block.top_k * 3 * block.hidden * block.ffn
+            rows.append({
+                "what": f"prefill 512 {shape} {bits} bits {setting}", "ms": 1e3 * found["second"],
+                "torch ms": 1e3 * found["first"], "GFLOP/s": flops / found["second"] / 1e9, "value": found["ratio"],
+                "target": 1 if setting == "int16" else None, "unit": "times torch bf16",
+            })
+            show(rows[-1])
+        ops.set_cpu_activations("auto")
+    return rows
+
+
+def gptq(options: argparse.Namespace) -> list[dict]:
+    from gemq.algorithms import gptq as algorithm
+    from gemq.reference import gptq_group
+    from gemq.reference.grid import dequantize_codes
+
+    size = 4096
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, size, size, generator=generator) * 0.02
+    x = torch.randn(2 * size, size, generator=generator) * torch.logspace(-1, 0, size)
+    hessian = (x.T @ x)[None]
+    factor, _ = algorithm.inverse_factor(hessian, 0.01)
+    rows = []
+    for clip in ("none", "paper"):
+        config, times, losses = algorithm.GptqConfig(clip=clip), [], []
+        compiled = algorithm.gptq_group
+        for step in (gptq_group, compiled):
+            algorithm.gptq_group = step
+            start = time.perf_counter()
+            codes, meta = algorithm.quantize_columns(weight, factor, torch.tensor([2]), config, 128)
+            times.append(time.perf_counter() - start)
+            losses.append(float(algorithm._relative_output_error(weight, dequantize_codes(codes, meta), hessian)))
+        rows.append({
+            "what": f"gptq 4096 x 4096 2 bits, clip {clip}", "ms": 1e3 * times[1], "torch ms": 1e3 * times[0],
+            "loss": losses[1], "torch loss": losses[0], "value": times[0] / times[1], "target": 10,
+            "unit": "times the torch loop",
+        })
+        show(rows[-1])
+    return rows
+
+
+def overhead(options: argparse.Namespace) -> list[dict]:
+    """What a call costs around the kernels: a block of one group."""
+    stack = random_stack([2] * 8, 256, 128), random_stack([2] * 8, 128, 128)
+    x, ids, weights = torch.randn(1, 128), torch.tensor([[0, 1]]), torch.ones(1, 2)
+
+    def call() -> Tensor:
+        return ops.moe_lowbit_ffn(x, *stack, ids, weights, intermediate=128, layout="cpu_tile")
+
+    with torch.no_grad():
+        call()
+        each = statistics.median(seconds(call, 0.01) for _ in range(4 * options.pairs))
+    row = {"what": "one call of a tiny block", "value": 1e6 * each, "target": None, "unit": "microseconds"}
+    show(row)
+    return [row]
+
+
+def show(row: dict) -> None:
+    """One line of the table."""
+    rest = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k not in ("value", "target"))
+    met = "" if row["target"] is None else f"(target {row['target']}: {'met' if met_by(row) else 'MISSED'})"
+    print(f"{row['what']:45} {row['value']:7.2f} {row['unit']} {met} {rest}", flush=True)
+
+
+def met_by(row: dict) -> bool:
+    """Whether a row reaches its target."""
+    return row["target"] is None or row["value"] >= row["target"]
+
+
+PARTS = {"decode": decode, "torch": beside_torch, "prefill": prefill, "gptq": gptq, "overhead": overhead}
+
+
+def main() -> None:
+    """Run the parts, print, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(PARTS), action="append", help="run this part (may be repeated)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of measurements a figure")
+    parser.add_argument("--activations", nargs="+", default=["int8", "int16", "exact"], help="for decode")
+    parser.add_argument("--output", type=Path, help="where to write (default: benchmarks/results/cpu-<date>.json)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rows = []
+    with torch.no_grad():
+        for name in options.only or PARTS:
+            rows += PARTS[name](options)
+    found = conditions("python benchmarks/cpu_block.py")
+    found |= {"threads": options.threads, "isa": core().cpu_isa(), "load": Path("/proc/loadavg").read_text().split()[0]}
+    output = options.output or ROOT / "benchmarks" / "results" / f"cpu-{datetime.date.today().isoformat()}.json"
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps({"conditions": found, "rows": rows}, indent=1) + "\n")
+    missed = [row["what"] for row in rows if not met_by(row)]
+    print(f"{output}; missed: {', '.join(missed) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
