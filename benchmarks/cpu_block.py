@@ -113,7 +113,7 @@ def decode(options: argparse.Namespace) -> list[dict]:
                 "unit": "of the read bandwidth",
             })
             show(rows[-1])
-        ops.set_cpu_activations("auto")
+        ops.set_cpu_activations("int16")
     return rows
 
 
@@ -169,7 +169,7 @@ def prefill(options: argparse.Namespace) -> list[dict]:
                 "target": 1 if setting == "int16" else None, "unit": "times torch bf16",
             })
             show(rows[-1])
-        ops.set_cpu_activations("auto")
+        ops.set_cpu_activations("int16")
     return rows
 
 
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(PARTS), action="append", help="run this part (may be repeated)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", type=int, default=15, help="pairs of measurements a figure")
-    parser.add_argument("--activations", nargs="+", default=["int8", "int16", "exact"], help="for decode")
+    parser.add_argument("--activations", nargs="+", default=["int16", "int8"], help="for decode")
     parser.add_argument("--output", type=Path, help="where to write (default: benchmarks/results/cpu-<date>.json)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -12,6 +12,19 @@ import pytest
 from tiny_text import WORDS, words
 
 
+@pytest.fixture(autouse=True)
+def exact_activations():
+    """The CPU kernels round no activations unless a test says so: tolerances stay those of float32.
+
+    tests/test_cpu_activations.py is about the default.
+    """
+    from gemq import ops
+
+    before = ops.set_cpu_activations("exact")
+    yield
+    ops.set_cpu_activations(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A fast tokenizer of whole words, 0..95."""

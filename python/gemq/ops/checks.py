@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gemq import format as fmt
 
@@ -105,3 +107,52 @@ def expert_bounds(name: str, stack: tuple[Tensor, ...], n: int, k: int, group_si
                 f"{name} {label}[{e}] is {at.view(np.int64)[e]}, where the {n} x {k} of expert {e} at {widths[e]} bits "
                 f"in {layout} are not inside the {held.numel()} elements of {buffer}"
             )
+
+
+class SeenStacks:
+    """Stacks that passed their checks, recognised by being the very same tensors over the very same memory.
+
+    What the tables hold is not remembered: it is checked wherever they are read.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[list[weakref.ref], tuple, list[tuple[int, int]]]] = {}
+
+    @staticmethod
+    def _memory(stack: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), t.numel()) for t in stack]
+
+    def knows(self, stack: tuple[Tensor, ...], shape: tuple) -> bool:
+        """Whether :meth:`add` was called with these tensors and this shape, and they are as they were."""
+        entry = self._entries.get(id(stack[0])) if len(stack) == 5 else None
+        if entry is None or entry[1] != shape:
+            return False
+        for ref, value in zip(entry[0], stack, strict=True):
+            if ref() is not value:
+                return False
+        return entry[2] == self._memory(stack)
+
+    def add(self, stack: tuple[Tensor, ...], shape: tuple) -> None:
+        """Remember a stack for as long as its first tensor lives."""
+        if any(type(value) is not Tensor for value in stack):
+            return  # tensors that stand for others, as in tracing, may have no memory
+        key = id(stack[0])
+        first = weakref.ref(stack[0], lambda _: self._entries.pop(key, None))
+        self._entries[key] = ([first, *map(weakref.ref, stack[1:])], shape, self._memory(stack))
+
+
+SEEN = SeenStacks()
+
+
+def unwatched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether torch's dispatcher has nothing to do for an op on these: no gradient, tracing, mode or transform.
+
+    Then an op may call its kernel at once, which saves more than a small kernel takes.
+    """
+    tensors = (x, *(t for t in others if t is not None))
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    return all(type(t) in (Tensor, Parameter) and not (grad and t.requires_grad) for t in tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gemq import format as fmt
-from gemq.ops import backends, checks
+from gemq.ops import backends, checks, cpu
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -143,6 +143,11 @@ _lowbit_gemm.register_autograd(_dense_vjp, setup_context=_save_dense)
 
 
 def _check_stack(name: str, stack: Stack, n: int, k: int, group_size: int, layout: str, device: torch.device) -> None:
+    """Checks once what a stack that comes again, call after call, cannot change unseen."""
+    shape = (n, k, group_size, layout, device)
+    tracing = torch.compiler.is_compiling()
+    if not tracing and checks.SEEN.knows(stack, shape):
+        return
     if len(stack) != 5:
         fields = "(qweight, meta, expert_bits, expert_offsets, meta_offsets)"
         raise ValueError(f"{name} must be {fields}, got {len(stack)} entries")
@@ -160,6 +165,8 @@ def _check_stack(name: str, stack: Stack, n: int, k: int, group_size: int, layou
         if value.numel() != bits.numel():
             raise ValueError(f"{name} {label} has {value.numel()} entries for {bits.numel()} experts")
     backends.check(layout, device)
+    if not tracing:
+        checks.SEEN.add(stack, shape)
 
 
 def _check_routing(x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> None:
@@ -209,6 +216,8 @@ def moe_lowbit_gemm(
         raise ValueError(f"x has {x.shape[1]} rows a token, topk_ids {topk_ids.shape[1]} slots")
     stack = (qweight, meta, expert_bits, expert_offsets, meta_offsets)
     _check_stack("weight", stack, n, x.shape[-1], group_size, layout, x.device)
+    if layout == "cpu_tile" and checks.unwatched(x, topk_ids, topk_weights):
+        return cpu.moe_gemm(x.contiguous(), stack, topk_ids, topk_weights, n, group_size)
     return _moe_gemm(x.contiguous(), *stack, topk_ids, topk_weights, n, group_size, layout)
 
 
@@ -244,6 +253,10 @@ def moe_lowbit_ffn(
     _check_stack("down", down, x.shape[-1], intermediate, down_group_size, layout, x.device)
     if gate_up[2].numel() != down[2].numel():
         raise ValueError(f"gate_up has {gate_up[2].numel()} experts, down {down[2].numel()}")
+    if layout == "cpu_tile" and checks.unwatched(x, topk_ids, topk_weights):
+        return cpu.moe_ffn(
+            x.contiguous(), gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size
+        )
     return _moe_ffn(
         x.contiguous(), *gate_up, *down, topk_ids, topk_weights, intermediate, group_size, down_group_size, layout
     )
@@ -278,4 +291,7 @@ def lowbit_gemm(
     checks.size_at_least("qweight", qweight, fmt.codes_bytes(n, k, bits, layout), f"{n} x {k} at {bits} bits")
     checks.size_at_least("meta", meta, fmt.meta_elements(n, k, bits, group_size, layout), f"{n} x {k}")
     backends.check(layout, x.device)
+    if layout == "cpu_tile" and checks.unwatched(x, qweight, meta):
+        flat = x.reshape(-1, k).contiguous()
+        return cpu.dense_gemm(flat, qweight, meta, bits, n, group_size).view(*x.shape[:-1], n)
     return _lowbit_gemm(x.contiguous(), qweight, meta, bits, n, group_size, layout)

@@ -1,0 +1,90 @@
+"""The compiled CPU kernels called directly, in every variant that this CPU runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemq._core import core
+
+TOLERANCE = 1e-6
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PRECISIONS = ["exact", "int16", "int8"]
+Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def variants() -> list[str]:
+    def runs(name: str) -> bool:
+        try:
+            core().set_cpu_isa(name)
+        except ValueError:
+            return False
+        return True
+
+    before = core().cpu_isa()
+    found = [name for name in core().build_info()["cpu_variants"] if runs(name)]
+    core().set_cpu_isa(before)
+    return found
+
+
+@pytest.fixture(params=variants())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = core().cpu_isa()
+    core().set_cpu_isa(request.param)
+    yield request.param
+    core().set_cpu_isa(before)
+
+
+def assert_near(out: Tensor, ref: Tensor) -> None:
+    assert out.shape == ref.shape
+    assert out.isfinite().all(), "some outputs were not written"
+    error, size = (out - ref).norm().item(), ref.norm().item()
+    assert error <= TOLERANCE * size, f"relative error {error / max(size, 1e-300):.2e}"
+
+
+def address(stack: Stack):
+    return core().StackAddress(*(t.data_ptr() for t in stack), stack[0].numel(), stack[1].numel())
+
+
+def precision_of(x: Tensor, precision: str) -> tuple[int, int]:
+    """``(type, precision)`` as the kernels number them."""
+    return DTYPES.index(x.dtype), PRECISIONS.index(precision)
+
+
+def moe_gemm(
+    x: Tensor, stack: Stack, ids: Tensor, weights: Tensor | None, n: int, group_size: int, threads: int = 2,
+    precision: str = "exact",
+) -> Tensor:
+    tokens, top_k = ids.shape
+    out = torch.full((tokens, top_k, n) if weights is None else (tokens, n), float("nan"), dtype=x.dtype)
+    core().moe_gemm_cpu(
+        x.data_ptr(), x.dim() == 3, address(stack), stack[2].numel(), ids.data_ptr(),
+        0 if weights is None else weights.data_ptr(), out.data_ptr(), tokens, top_k, x.shape[-1], n, group_size,
+        *precision_of(x, precision), threads,
+    )
+    return out
+
+
+def moe_ffn(
+    x: Tensor, gate_up: Stack, down: Stack, ids: Tensor, weights: Tensor, intermediate: int, group_size: int,
+    down_group_size: int, threads: int = 2, precision: str = "exact",
+) -> Tensor:
+    tokens, top_k = ids.shape
+    out = torch.full_like(x, float("nan"))
+    core().moe_ffn_cpu(
+        x.data_ptr(), address(gate_up), address(down), gate_up[2].numel(), ids.data_ptr(), weights.data_ptr(),
+        out.data_ptr(), tokens, top_k, x.shape[1], intermediate, group_size, down_group_size,
+        *precision_of(x, precision), threads,
+    )
+    return out
+
+
+def routed(tokens: int, top_k: int, experts: int, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
+    """Ids with some outside 0..experts-1 (-1 and ``experts``), and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator)
+    ids[0, 0] = 1  # at least one pair does something
+    return ids, torch.rand(tokens, top_k, generator=generator), generator
