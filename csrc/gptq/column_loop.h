@@ -1,0 +1,155 @@
+// GPTQ inside one group: the grid of a row, and its columns quantized left to right, each error propagated to
+// the later ones. One text for the CPU, where a value is a vector of rows, and for CUDA, where it is one
+// row's float.
+//
+// Ops names V (the value), I (its 32-bit integers) and a few operations; `w(k)` is column k of the rows.
+#pragma once
+
+#include "gemq/half.h"
+#include "gptq/group.h"
+
+namespace gemq {
+
+constexpr float kTinyHalf = 5.9604644775390625e-8f;  // 2^-24, the smallest float16 above zero
+
+template <class V>
+struct Grid {
+  V s, m;
+};
+
+template <class V>
+GEMQ_HD V lesser(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <class V>
+GEMQ_HD V greater(V a, V b) {
+  return a > b ? a : b;
+}
+
+// To the nearest integer, ties to even, for values in 0..2^22: the sum with 2^23 has no bits behind the
+// point.
+template <class V>
+GEMQ_HD V nearest(V value) {
+  return (value + 8388608.0f) - 8388608.0f;
+}
+
+// log2 and exp2 to about 1e-6, as plain arithmetic that vectorises.
+template <class Ops, class V>
+GEMQ_HD V fast_log2(V x) {
+  using I = typename Ops::I;
+  const I shifted = Ops::bits(x) - 0x3f3504f3;  // mantissa into [sqrt(1/2), sqrt(2))
+  const V exponent = Ops::to_float(shifted >> 23);
+  const V f = Ops::from_bits((shifted & 0x007fffff) + 0x3f3504f3);
+  const V r = (f - 1.0f) / (f + 1.0f), r2 = r * r;
+  return exponent + r * (2.88539008f + r2 * (0.961796694f + r2 * (0.577078016f + r2 * 0.412198583f)));
+}
+
+// For -120 <= x <= 120.
+template <class Ops, class V>
+GEMQ_HD V fast_exp2(V x) {
+  const V shifted = x + 12582912.0f;  // 1.5 * 2^23: an integer in the low bits
+  const V f = x - (shifted - 12582912.0f);
+  const V p =
+      1.0f + f * (0.693147181f +
+                  f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f + f * 0.00133335581f))));
+  return Ops::from_bits(Ops::bits(p) + (Ops::bits(shifted) << 23));
+}
+
+template <class V>
+GEMQ_HD V code_of(V w, const Grid<V>& grid, float max_code) {
+  const V code = (w - grid.m) / grid.s, zero = code - code;
+  return nearest(lesser(greater(code, zero), zero + max_code));
+}
+
+// sum over the group of |error|^norm, with norm 2.4 as the paper's scripts or 2.
+template <class Ops, bool kPaperNorm, class Columns>
+GEMQ_HD typename Ops::V grid_error(const Columns& w, int group, const Grid<typename Ops::V>& grid,
+                                   float max_code) {
+  using V = typename Ops::V;
+  V sum = V{};
+  for (int k = 0; k < group; ++k) {
+    const V value = w(k);
+    const V error = code_of(value, grid, max_code) * grid.s + grid.m - value;
+    const V square = error * error;
+    // 1e-36 keeps the logarithm of an exact hit finite; its term vanishes beside any other
+    if constexpr (kPaperNorm) {
+      sum += fast_exp2<Ops>(greater(1.2f * fast_log2<Ops>(square + 1e-36f), V{} - 120.0f));
+    } else {
+      sum += square;
+    }
+  }
+  return sum;
+}
+
+template <class Ops, class V>
+GEMQ_HD Grid<V> scaled_range(V low, V high, float factor, float max_code) {
+  return {greater(Ops::half(factor * (high - low) / max_code), V{} + kTinyHalf), Ops::half(factor * low)};
+}
+
+template <class Ops, class Columns>
+GEMQ_HD Grid<typename Ops::V> binary_grid(const Columns& w, int group) {
+  using V = typename Ops::V;
+  V sum = V{};
+  for (int k = 0; k < group; ++k) {
+    const V value = w(k);
+    sum += greater(value, -value);
+  }
+  const V s = greater(Ops::half(2.0f * (sum / static_cast<float>(group))), V{} + kTinyHalf);
+  return {s, Ops::half(s * -0.5f)};
+}
+
+GEMQ_HD int factor_count(Clip clip) { return clip == Clip::kNone ? 1 : clip == Clip::kPaper ? 101 : 41; }
+
+// The unscaled range comes first, so that ties keep it.
+GEMQ_HD float factor_at(Clip clip, int index) {
+  if (clip == Clip::kMse) return static_cast<float>(1 - 0.02 * index);
+  return static_cast<float>(index <= 50 ? 1 + 0.002 * index : 1 - 0.002 * (index - 50));
+}
+
+template <class Ops, class Columns>
+GEMQ_HD Grid<typename Ops::V> find_grid(const Columns& w, int group, int bits, Clip clip) {
+  using V = typename Ops::V;
+  if (bits == 1) return binary_grid<Ops>(w, group);
+  const float max_code = static_cast<float>((1 << bits) - 1);
+  V low = V{}, high = V{}, best = V{};
+  for (int k = 0; k < group; ++k) {
+    const V value = w(k);
+    low = lesser(low, value);
+    high = greater(high, value);
+  }
+  Grid<V> grid = scaled_range<Ops>(low, high, 1.0f, max_code);
+  if (clip == Clip::kNone) return grid;
+  for (int index = 0; index < factor_count(clip); ++index) {
+    const Grid<V> tried = scaled_range<Ops>(low, high, factor_at(clip, index), max_code);
+    const V error = clip == Clip::kPaper ? grid_error<Ops, true>(w, group, tried, max_code)
+                                         : grid_error<Ops, false>(w, group, tried, max_code);
+    if (index == 0) {
+      best = error;
+      continue;
+    }
+    grid.s = error < best ? tried.s : grid.s;
+    grid.m = error < best ? tried.m : grid.m;
+    best = lesser(error, best);
+  }
+  return grid;
+}
+
+// Calls put(column, codes as floats, errors) from left to right; w is used up.
+template <class Ops, class Columns, class Put>
+GEMQ_HD void quantize_columns(const Columns& w, const float* factor, int group, int bits, bool propagate,
+                              const Grid<typename Ops::V>& grid, Put&& put) {
+  using V = typename Ops::V;
+  const float max_code = static_cast<float>((1 << bits) - 1);
+  for (int i = 0; i < group; ++i) {
+    const float* row = factor + static_cast<int64_t>(i) * group;
+    const V value = w(i), zero = V{}, one = zero + 1.0f;
+    const V code = bits == 1 ? (value >= zero ? one : zero) : code_of(value, grid, max_code);
+    const V error = (value - (code * grid.s + grid.m)) / row[i];
+    put(i, code, error);
+    if (!propagate) continue;
+    for (int j = i + 1; j < group; ++j) w(j) -= error * row[j];
+  }
+}
+
+}  // namespace gemq
