@@ -5,9 +5,9 @@
 
 namespace gemq {
 
-void bind_gptq_group(uintptr_t block, uintptr_t factor, uintptr_t bits, uintptr_t codes, uintptr_t meta,
-                     uintptr_t errors, int64_t matrices, int64_t n, int group, int clip, int propagate_from,
-                     int threads) {
+void bind_gptq_group(int device, uintptr_t block, uintptr_t factor, uintptr_t bits, uintptr_t codes,
+                     uintptr_t meta, uintptr_t errors, int64_t matrices, int64_t n, int group, int clip,
+                     int propagate_from, int threads, uintptr_t stream) {
   check_pointer("block", block);
   check_pointer("factor", factor);
   check_pointer("bits", bits);
@@ -18,15 +18,24 @@ void bind_gptq_group(uintptr_t block, uintptr_t factor, uintptr_t bits, uintptr_
   check_at_least("n", n, 1);
   if (group != 32 && group != 64 && group != 128) bad_value("group", group, "32, 64 or 128");
   check_range("clip", clip, 0, 2);
+  const GptqGroup args{reinterpret_cast<const float*>(block),
+                       reinterpret_cast<const float*>(factor),
+                       reinterpret_cast<const int32_t*>(bits),
+                       reinterpret_cast<uint8_t*>(codes),
+                       reinterpret_cast<uint16_t*>(meta),
+                       reinterpret_cast<float*>(errors),
+                       matrices,
+                       n,
+                       group,
+                       static_cast<Clip>(clip),
+                       propagate_from};
+  check_range("device", device, 0, 1);
+  if (device == 1) return gptq_group_cuda(args, reinterpret_cast<void*>(stream));
   check_threads(threads);
-  const auto* widths = reinterpret_cast<const int32_t*>(bits);
   for (int64_t matrix = 0; matrix < matrices; ++matrix) {
-    check_range("bits[" + std::to_string(matrix) + "]", widths[matrix], 1, 8);
+    check_range("bits[" + std::to_string(matrix) + "]", args.bits[matrix], 1, 8);
   }
-  gptq_group(reinterpret_cast<const float*>(block), reinterpret_cast<const float*>(factor), widths,
-             reinterpret_cast<uint8_t*>(codes), reinterpret_cast<uint16_t*>(meta),
-             reinterpret_cast<float*>(errors), matrices, n, group, static_cast<Clip>(clip), propagate_from,
-             threads);
+  gptq_group_cpu(args, threads);
 }
 
 }  // namespace gemq

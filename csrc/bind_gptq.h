@@ -4,8 +4,8 @@
 
 namespace gemq {
 
-void bind_gptq_group(uintptr_t block, uintptr_t factor, uintptr_t bits, uintptr_t codes, uintptr_t meta,
-                     uintptr_t errors, int64_t matrices, int64_t n, int group, int clip, int propagate_from,
-                     int threads);
+void bind_gptq_group(int device, uintptr_t block, uintptr_t factor, uintptr_t bits, uintptr_t codes,
+                     uintptr_t meta, uintptr_t errors, int64_t matrices, int64_t n, int group, int clip,
+                     int propagate_from, int threads, uintptr_t stream);
 
 }  // namespace gemq

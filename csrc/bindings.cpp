@@ -71,9 +71,9 @@ PYBIND11_MODULE(_C, module) {
              arg("layout"), arg("inverse") = false, arg("threads") = 1, arg("stream") = 0,
              "Canonical to layout 1 (cpu_tile) or 2 (gpu_tile), or back.");
 
-  module.def("gptq_group_cpu", &bind_gptq_group, Unlocked(), arg("block"), arg("factor"), arg("bits"),
-             arg("codes"), arg("meta"), arg("errors"), arg("matrices"), arg("n"), arg("group"), arg("clip"),
-             arg("propagate_from"), arg("threads") = 1,
+  module.def("gptq_group", &bind_gptq_group, Unlocked(), arg("device"), arg("block"), arg("factor"),
+             arg("bits"), arg("codes"), arg("meta"), arg("errors"), arg("matrices"), arg("n"), arg("group"),
+             arg("clip"), arg("propagate_from"), arg("threads") = 1, arg("stream") = 0,
              "GPTQ's column loop inside one group; clip 0 none, 1 paper, 2 mse.");
 
   py::class_<StackAddress>(module, "StackAddress", "Addresses and sizes of the tensors of a packed stack.")

@@ -40,9 +40,14 @@ GEMQ_HD V fast_log2(V x) {
   using I = typename Ops::I;
   const I shifted = Ops::bits(x) - 0x3f3504f3;  // mantissa into [sqrt(1/2), sqrt(2))
   const V exponent = Ops::to_float(shifted >> 23);
-  const V f = Ops::from_bits((shifted & 0x007fffff) + 0x3f3504f3);
-  const V r = (f - 1.0f) / (f + 1.0f), r2 = r * r;
-  return exponent + r * (2.88539008f + r2 * (0.961796694f + r2 * (0.577078016f + r2 * 0.412198583f)));
+  const V t = Ops::from_bits((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  V p = t * 0.172130747f - 0.269509344f;  // log2(1 + t) / t, a least-squares fit
+  p = p * t + 0.295634105f;
+  p = p * t - 0.359350379f;
+  p = p * t + 0.480629104f;
+  p = p * t - 0.721364045f;
+  p = p * t + 1.44269643f;
+  return exponent + t * p;
 }
 
 // For -120 <= x <= 120.
@@ -62,19 +67,22 @@ GEMQ_HD V code_of(V w, const Grid<V>& grid, float max_code) {
   return nearest(lesser(greater(code, zero), zero + max_code));
 }
 
-// sum over the group of |error|^norm, with norm 2.4 as the paper's scripts or 2.
+// sum over the group of |error|^norm, with norm 2.4 as the paper's scripts or 2. Only compared, so it
+// multiplies by 1 / s where the codes themselves are divided: a tie may fall to either side.
 template <class Ops, bool kPaperNorm, class Columns>
 GEMQ_HD typename Ops::V grid_error(const Columns& w, int group, const Grid<typename Ops::V>& grid,
                                    float max_code) {
   using V = typename Ops::V;
+  const V zero = V{}, most = zero + max_code, inverse = 1.0f / grid.s, shift = grid.m * inverse;
   V sum = V{};
   for (int k = 0; k < group; ++k) {
     const V value = w(k);
-    const V error = code_of(value, grid, max_code) * grid.s + grid.m - value;
+    const V code = nearest(lesser(greater(value * inverse - shift, zero), most));
+    const V error = code * grid.s + grid.m - value;
     const V square = error * error;
     // 1e-36 keeps the logarithm of an exact hit finite; its term vanishes beside any other
     if constexpr (kPaperNorm) {
-      sum += fast_exp2<Ops>(greater(1.2f * fast_log2<Ops>(square + 1e-36f), V{} - 120.0f));
+      sum += fast_exp2<Ops>(greater(1.2f * fast_log2<Ops>(square + 1e-36f), zero - 120.0f));
     } else {
       sum += square;
     }
@@ -135,20 +143,35 @@ GEMQ_HD Grid<typename Ops::V> find_grid(const Columns& w, int group, int bits, C
   return grid;
 }
 
-// Calls put(column, codes as floats, errors) from left to right; w is used up.
+// Calls put(column, codes as floats, errors) from left to right; w is used up. Errors of a few columns go
+// into the later ones together, in the same order, so that those are read and written once.
 template <class Ops, class Columns, class Put>
 GEMQ_HD void quantize_columns(const Columns& w, const float* factor, int group, int bits, bool propagate,
                               const Grid<typename Ops::V>& grid, Put&& put) {
   using V = typename Ops::V;
+  constexpr int kTogether = 4;
   const float max_code = static_cast<float>((1 << bits) - 1);
-  for (int i = 0; i < group; ++i) {
-    const float* row = factor + static_cast<int64_t>(i) * group;
-    const V value = w(i), zero = V{}, one = zero + 1.0f;
-    const V code = bits == 1 ? (value >= zero ? one : zero) : code_of(value, grid, max_code);
-    const V error = (value - (code * grid.s + grid.m)) / row[i];
-    put(i, code, error);
+  for (int first = 0; first < group; first += kTogether) {
+    const float* rows = factor + static_cast<int64_t>(first) * group;
+    V errors[kTogether];
+    GEMQ_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      const float* row = rows + i * group + first;
+      const V value = w(first + i), zero = V{}, one = zero + 1.0f;
+      const V code = bits == 1 ? (value >= zero ? one : zero) : code_of(value, grid, max_code);
+      errors[i] = (value - (code * grid.s + grid.m)) / row[i];
+      put(first + i, code, errors[i]);
+      if (!propagate) continue;
+      GEMQ_UNROLL
+      for (int j = i + 1; j < kTogether; ++j) w(first + j) -= errors[i] * row[j];
+    }
     if (!propagate) continue;
-    for (int j = i + 1; j < group; ++j) w(j) -= error * row[j];
+    for (int j = first + kTogether; j < group; ++j) {
+      V value = w(j);
+      GEMQ_UNROLL
+      for (int i = 0; i < kTogether; ++i) value -= errors[i] * rows[i * group + j];
+      w(j) = value;
+    }
   }
 }
 

@@ -7,27 +7,18 @@
 
 namespace gemq {
 
-void gptq_group(const float* block, const float* factor, const int32_t* bits, uint8_t* codes, uint16_t* meta,
-                float* errors, int64_t matrices, int64_t n, int group, Clip clip, int propagate_from,
-                int threads) {
+void gptq_group_cpu(const GptqGroup& a, int threads) {
+  constexpr int kRows = 16;
   const Kernels& variant = kernels();
-  const int64_t tiles = (n + 15) / 16;
+  const int64_t tiles = (a.n + kRows - 1) / kRows;
   parallel(threads, [&](const Team& team) {
-    const Range jobs = team.share(matrices * tiles);
+    const Range jobs = team.share(a.matrices * tiles);
     for (int64_t job = jobs.begin; job < jobs.end; ++job) {
-      const int64_t matrix = job / tiles, first = job % tiles * 16, row = matrix * n + first;
-      GptqRows args;
-      args.block = block + row * group;
-      args.factor = factor + matrix * group * group;
-      args.rows = static_cast<int>(std::min<int64_t>(16, n - first));
-      args.group = group;
-      args.bits = bits[matrix];
-      args.clip = clip;
-      args.propagate = bits[matrix] >= propagate_from;
-      args.codes = codes + row * group;
-      args.meta = meta + row * 2;
-      args.errors = errors + row * group;
-      variant.gptq_rows(args);
+      const int64_t matrix = job / tiles, first = job % tiles * kRows, row = matrix * a.n + first;
+      variant.gptq_rows({a.block + row * a.group, a.factor + matrix * a.group * a.group,
+                         static_cast<int>(std::min<int64_t>(kRows, a.n - first)), a.group, a.bits[matrix],
+                         a.clip, a.bits[matrix] >= a.propagate_from, a.codes + row * a.group,
+                         a.meta + row * 2, a.errors + row * a.group});
     }
   });
 }

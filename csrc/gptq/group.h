@@ -18,9 +18,23 @@ struct GptqRows {
   float* errors;   // [rows][group]
 };
 
-// All rows of all matrices: block [matrices][n][group], factor [matrices][group][group], bits [matrices].
-void gptq_group(const float* block, const float* factor, const int32_t* bits, uint8_t* codes, uint16_t* meta,
-                float* errors, int64_t matrices, int64_t n, int group, Clip clip, int propagate_from,
-                int threads);
+// All rows of all matrices.
+struct GptqGroup {
+  const float* block;   // [matrices][n][group]
+  const float* factor;  // [matrices][group][group]
+  const int32_t* bits;  // [matrices]
+  uint8_t* codes;       // [matrices][n][group]
+  uint16_t* meta;       // [matrices][n][2]
+  float* errors;        // [matrices][n][group]
+  int64_t matrices, n;
+  int group;
+  Clip clip;
+  int propagate_from;  // the smallest width whose errors are propagated
+};
+
+void gptq_group_cpu(const GptqGroup& args, int threads);
+
+// Launches on `stream` and returns at once; throws std::runtime_error when CUDA refuses.
+void gptq_group_cuda(const GptqGroup& args, void* stream);
 
 }  // namespace gemq
