@@ -11,7 +11,6 @@ struct Ffn {
   const Kernels& kernels;
   const Routing& routing;
   Projection gate_up, down;
-  const Output& output;
 
   // One thread's memory: gate and up tiles, one group of the busiest expert's inner activations, a row of x.
   struct Scratch {
@@ -42,39 +41,7 @@ struct Ffn {
     }
   }
 
-  // What a group of an expert costs, in bytes of memory: its weights, and a token's work on them.
-  int64_t cost(int e) const {
-    const int64_t tokens = routing.starts[e + 1] - routing.starts[e];
-    return gate_up.stack.bits[e] + 1 + 4 * (tokens - 1);
-  }
-
-  // The rank's share of all groups of all live experts, by cost; contiguous, whole groups.
-  void first_half(Team team, const Scratch& s) {
-    const int64_t groups = args.intermediate / args.down_group_size;
-    int64_t total = 0, before = 0;
-    for (const int e : routing.live) total += cost(e) * groups;
-    const Range mine = team.share(total);
-    for (const int e : routing.live) {
-      const int64_t price = cost(e);
-      const auto group_at = [&](int64_t at) {
-        const int64_t group = ceil_div(at > before ? at - before : 0, price);
-        return group < groups ? group : groups;
-      };
-      const int64_t end = group_at(mine.end);
-      for (int64_t group = group_at(mine.begin); group < end; ++group) inner_group(e, group, s);
-      before += price * groups;
-    }
-  }
-
-  void run(Team team, const Scratch& s) {
-    const Range tokens = team.share(args.tokens);
-    for (int64_t row = tokens.begin; row < tokens.end; ++row)
-      gate_up.x.put_row(row, args.x, args.type, s.row);
-    team.barrier();
-    first_half(team, s);
-    team.barrier();
-    write_blocks(down, routing, Projection::share(team, args.hidden), output, s.gate);
-  }
+  int64_t groups() const { return args.intermediate / args.down_group_size; }
 };
 
 }  // namespace
@@ -88,16 +55,22 @@ void moe_ffn_cpu(const MoeFfnArgs& a, int threads) {
   Activations x(variant, a.precision, a.tokens, a.hidden, a.group_size, floats);
   Activations inner(variant, a.precision, pairs, a.intermediate, a.down_group_size);
   const Output output(variant, a.out, a.type, a.hidden, a.top_k, a.topk_weights, a.tokens);
-  Ffn ffn{a,
-          variant,
-          routing,
-          {variant, a.gate_up, x, routing.pairs},
-          {variant, a.down, inner, routing.pairs},
-          output};
+  Ffn ffn{
+      a, variant, routing, {variant, a.gate_up, x, routing.pairs}, {variant, a.down, inner, routing.pairs}};
   for (int32_t& row : ffn.gate_up.rows) row /= a.top_k;
-  const Buffer<float> scratch(ffn.scratch_size() * threads);
-  parallel(threads,
-           [&](Team team) { ffn.run(team, ffn.scratch(scratch.get() + ffn.scratch_size() * team.rank)); });
+  const Buffer<float> memory(ffn.scratch_size() * threads);
+  Phase rows(a.tokens, threads), columns(column_runs(a.hidden), threads);
+  Phase inner_groups(static_cast<int64_t>(routing.live.size()) * ffn.groups(), threads);
+  parallel(threads, [&](Team team) {
+    const Ffn::Scratch own = ffn.scratch(memory.get() + ffn.scratch_size() * team.rank);
+    rows.work(team, [&](int64_t row) { x.put_row(row, a.x, a.type, own.row); });
+    rows.wait();
+    inner_groups.work(team, [&](int64_t item) {
+      ffn.inner_group(routing.live[item / ffn.groups()], item % ffn.groups(), own);
+    });
+    inner_groups.wait();
+    columns.work(team, [&](int64_t run) { write_columns(ffn.down, routing, run, output, own.gate); });
+  });
 }
 
 }  // namespace gemq

@@ -17,12 +17,12 @@ void moe_gemm_cpu(const MoeGemmArgs& a, int threads) {
   const int64_t tile_size = static_cast<int64_t>(routing.most) * kBlockPair * kBlockRows;
   const Buffer<float> tiles((tile_size + a.k) * threads);
   const Output output(variant, a.out, a.type, a.n, a.top_k, a.topk_weights, a.tokens);
+  Phase rows(x_rows, threads), columns(column_runs(a.n), threads);
   parallel(threads, [&](Team team) {
     float* tile = tiles.get() + (tile_size + a.k) * team.rank;
-    const Range rows = team.share(x_rows);
-    for (int64_t row = rows.begin; row < rows.end; ++row) x.put_row(row, a.x, a.type, tile + tile_size);
-    team.barrier();
-    write_blocks(projection, routing, Projection::share(team, a.n), output, tile);
+    rows.work(team, [&](int64_t row) { x.put_row(row, a.x, a.type, tile + tile_size); });
+    rows.wait();
+    columns.work(team, [&](int64_t run) { write_columns(projection, routing, run, output, tile); });
   });
 }
 

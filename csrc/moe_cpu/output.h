@@ -52,7 +52,7 @@ struct Output {
     }
   }
 
-  // Stores or adds 16 values of `pair`. Only one thread ever has this block, and experts come in order.
+  // Stores or adds 16 values of `pair`.
   void put(int32_t pair, int64_t block, const float* values) const {
     const Range c = columns({block, block + 1});
     const int width = static_cast<int>(c.end - c.begin);
@@ -74,10 +74,17 @@ struct Output {
   }
 };
 
-// Every live expert's product for `blocks` of 16 columns; `tile` holds two blocks of the busiest expert's
-// pairs.
-inline void write_blocks(const Projection& projection, const Routing& routing, Range blocks,
-                         const Output& output, float* tile) {
+// Columns of the output are shared out in runs of so many blocks.
+constexpr int kColumnBlocks = 4;
+
+inline int64_t column_runs(int64_t n) { return ceil_div(n, kColumnBlocks * kBlockRows); }
+
+// Every live expert's product for one run of columns; `tile` holds two blocks of the busiest expert's pairs.
+// The order of the experts, and so the result, is the same whichever thread has the run.
+inline void write_columns(const Projection& projection, const Routing& routing, int64_t run,
+                          const Output& output, float* tile) {
+  const int64_t first = run * kColumnBlocks, all = ceil_div(output.n, kBlockRows);
+  const Range blocks{first, first + kColumnBlocks < all ? first + kColumnBlocks : all};
   output.clear(routing, blocks);
   for (const int e : routing.live) {
     const int begin = routing.starts[e], end = routing.starts[e + 1], count = end - begin;

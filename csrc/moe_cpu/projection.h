@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "gemq/bits.h"
-#include "gemq/parallel.h"
+#include "gemq/phase.h"
 #include "moe_cpu/activations.h"
 #include "moe_cpu/moe.h"
 #include "moe_cpu/routing.h"
@@ -44,13 +44,6 @@ struct Projection {
     for (int64_t block = blocks.begin; block < blocks.end; block += kBlockPair) {
       f(block, blocks.end - block < kBlockPair ? 1 : kBlockPair);
     }
-  }
-
-  // The rank's share of `rows` output rows in blocks, whole pairs but for the last.
-  static Range share(Team team, int64_t rows) {
-    const int64_t blocks = ceil_div(rows, kBlockRows);
-    const Range pairs = team.share(ceil_div(blocks, kBlockPair));
-    return {pairs.begin * kBlockPair, pairs.end * kBlockPair < blocks ? pairs.end * kBlockPair : blocks};
   }
 };
 

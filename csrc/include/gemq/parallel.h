@@ -19,14 +19,6 @@ struct Team {
 
   // The rank's share of [0, count): contiguous, so that each thread streams through memory.
   Range share(int64_t count) const { return {count * rank / size, count * (rank + 1) / size}; }
-
-  void barrier() const {
-#ifdef _OPENMP
-    if (size > 1) {
-#pragma omp barrier
-    }
-#endif
-  }
 };
 
 // Whether this process may start a team. A child made by fork() has none of its parent's threads, yet GNU's
