@@ -20,6 +20,7 @@ import datetime
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch import Tensor
 from gemq import format as fmt
 from gemq import ops
 from gemq._core import core
+from gemq.ops import cpu
 
 # hidden, ffn, experts, top-k
 SHAPES = {
@@ -40,15 +42,16 @@ SHAPES = {
 }
 DECODE_TARGETS = {1: 0.65, 2: 0.78, 3: 0.70, 4: 0.85}
 BEYOND_CACHES = 320 << 20
+CLOCK = [time.perf_counter]
 
 
 def seconds(call: Callable[[], object], least: float = 0.02) -> float:
     """Time of one call, over as many as fill ``least`` seconds."""
-    calls, start = 0, time.perf_counter()
+    calls, start = 0, CLOCK[0]()
     while True:
         call()
         calls += 1
-        spent = time.perf_counter() - start
+        spent = CLOCK[0]() - start
         if spent >= least:
             return spent / calls
 
@@ -71,12 +74,15 @@ def pairs(first: Callable[[], object], second: Callable[[], object], count: int,
 def filled(size: int) -> Tensor:
     """Random bytes, one chunk over and over: only speed is measured."""
     chunk = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8)
-    return chunk.repeat(-(-size // chunk.numel()))[:size].clone()
+    out = cpu.empty(size, torch.uint8)
+    for part in out.split(chunk.numel()):
+        part.copy_(chunk[: part.numel()])
+    return out
 
 
 def random_stack(bits: list[int], n: int, k: int) -> tuple[Tensor, ...]:
     plan = fmt.expert_layout(bits, n, k, 128, "cpu_tile")
-    meta = (torch.rand(plan.meta_elements) * 0.02).half()
+    meta = cpu.empty(plan.meta_elements, torch.float16).copy_(torch.rand(plan.meta_elements) * 0.02)
     return filled(plan.code_bytes), meta, *ops.expert_tables(bits, n, k, 128, "cpu_tile")
 
 
@@ -201,16 +207,16 @@ def gptq(options: argparse.Namespace) -> list[dict]:
     for clip in ("none", "mse", "paper"):
         loop, whole, losses = {}, {}, {}
         for step in (torch_group, gptq_group):
-            start, inside, columns = time.perf_counter(), 0.0, weight.clone()
+            start, inside, columns = CLOCK[0](), 0.0, weight.clone()
             codes, metas = torch.empty_like(weight, dtype=torch.uint8), []
             for at in range(0, size, 128):
                 here, later = slice(at, at + 128), slice(at + 128, size)
-                before = time.perf_counter()
+                before = CLOCK[0]()
                 codes[..., here], meta, errors = step(columns[..., here], factor[:, here, here], bits, clip)
-                inside += time.perf_counter() - before
+                inside += CLOCK[0]() - before
                 columns[..., later] -= errors @ factor[:, here, later]
                 metas.append(meta)
-            loop[step], whole[step] = inside, time.perf_counter() - start
+            loop[step], whole[step] = inside, CLOCK[0]() - start
             lost = (dequantize_codes(codes, torch.stack(metas, 2)) - weight)[0]
             losses[step] = float(((lost @ hessian[0]) * lost).sum())
         rows.append({
@@ -259,18 +265,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(PARTS), action="append", help="run this part (may be repeated)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the thread's own time (one thread, on a busy machine)"
+    )
     parser.add_argument("--pairs", type=int, default=15, help="pairs of measurements a figure")
     parser.add_argument("--activations", nargs="+", default=["int16", "int8"], help="for decode")
     parser.add_argument("--output", type=Path, help="where to write (default: benchmarks/results/cpu-<date>.json)")
     options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time sees the calling thread alone: add --threads 1")
+    CLOCK[0] = time.thread_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = []
     with torch.no_grad():
         for name in options.only or PARTS:
             rows += PARTS[name](options)
-    found = conditions("python benchmarks/cpu_block.py")
-    found |= {"threads": options.threads, "isa": core().cpu_isa(), "load": Path("/proc/loadavg").read_text().split()[0]}
+    found = conditions(" ".join(["python benchmarks/cpu_block.py", *sys.argv[1:]]))
+    found |= {"threads": options.threads, "clock": CLOCK[0].__name__, "isa": core().cpu_isa()}
+    found["load"] = Path("/proc/loadavg").read_text().split()[0]
     output = options.output or ROOT / "benchmarks" / "results" / f"cpu-{datetime.date.today().isoformat()}.json"
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps({"conditions": found, "rows": rows}, indent=1) + "\n")

@@ -5,6 +5,7 @@
 #include "bind_gptq.h"
 #include "bind_moe.h"
 #include "bind_pack.h"
+#include "gemq/huge_pages.h"
 #include "moe_cpu/kernels.h"
 
 namespace py = pybind11;
@@ -76,6 +77,11 @@ PYBIND11_MODULE(_C, module) {
              arg("clip"), arg("propagate_from"), arg("threads") = 1, arg("stream") = 0,
              "GPTQ's column loop inside one group; clip 0 none, 1 paper, 2 mse.");
 
+  module.def(
+      "advise_huge_pages",
+      [](uintptr_t at, int64_t bytes) { advise_huge_pages(reinterpret_cast<void*>(at), bytes); }, arg("at"),
+      arg("bytes"),
+      "Ask the system for large pages under memory not yet written; does nothing where it cannot.");
   py::class_<StackAddress>(module, "StackAddress", "Addresses and sizes of the tensors of a packed stack.")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>(), arg("codes"),
            arg("meta"), arg("bits"), arg("offsets"), arg("meta_offsets"), arg("code_bytes"),

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from cpu_kernels import isa  # noqa: F401  (a fixture for all)
 from tiny_text import WORDS, words
 
 

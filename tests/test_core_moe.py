@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from cpu_kernels import Stack, assert_near, isa, moe_ffn, moe_gemm, routed  # noqa: F401  (isa is a fixture)
+from cpu_kernels import Stack, assert_near, moe_ffn, moe_gemm, routed
 from stacks import random_stack
 from torch import Tensor
 

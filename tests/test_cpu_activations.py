@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_kernels import assert_near, isa, moe_ffn, moe_gemm, routed  # noqa: F401  (isa is a fixture)
+from cpu_kernels import assert_near, moe_ffn, moe_gemm, routed
 from stacks import random_stack
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Calls of the CPU kernels that skip torch's dispatcher and checks already made: the same results, the same refusals."""
+"""Calls of the CPU kernels that skip torch's dispatcher and checks already made: same results, same refusals."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_tensors_that_became_others_are_checked_again() -> None:
     qweight = block.gate_up[0]
     data = qweight.data
     qweight.data = data[:-1].clone()
-    with pytest.raises(ValueError, match="not inside the .* elements of qweight"):
+    with pytest.raises(ValueError, match=r"not inside the .* elements of qweight"):
         block()
     qweight.data = data
     assert torch.equal(block(), good)

@@ -122,40 +122,45 @@ struct Parts {
   const uint16_t* meta;
   float* out;
   int64_t code_step, meta_step, out_step;
+  int64_t block_out;  // floats from a block to the next
 };
 
-// One token. BITS and GROUP are constants so that a group's loops unroll; GROUP 0 is any size.
+// One token, block after block. BITS and GROUP are constants so that a group's loops unroll; GROUP 0 is any
+// size.
 template <int BITS, int GROUP, int TERMS, int PARTS>
 void one_token(const BlockArgs& a, int token, Parts at) {
   const int group = GROUP > 0 ? GROUP : a.group_size;
   const int64_t row = a.rows.index[token], groups = a.k / group;
-  const int8_t* x = a.rows.q + row * a.k * TERMS;
   const float *scales = a.rows.scales + row * groups, *sums = a.rows.sums + row * groups;
-  Float total[PARTS] = {};
-  for (int64_t g = 0; g < groups; ++g) {
-    Int sum[PARTS][TERMS] = {};
-    for_each_plane(BITS, group, at.codes, [&](auto width, int first, const uint8_t* plane) {
-      Int part[PARTS][TERMS];
-      plane_sums<decltype(width)::value, TERMS, PARTS>(plane, at.code_step, group, x, part);
+  for (int block = 0; block < a.blocks; ++block, at.out += at.block_out) {
+    const int8_t* x = a.rows.q + row * a.k * TERMS;
+    Float total[PARTS] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+      Int sum[PARTS][TERMS] = {};
+      for_each_plane(BITS, group, at.codes, [&](auto width, int first, const uint8_t* plane) {
+        Int part[PARTS][TERMS];
+        plane_sums<decltype(width)::value, TERMS, PARTS>(plane, at.code_step, group, x, part);
+#pragma GCC unroll 2
+        for (int p = 0; p < PARTS; ++p) {
+#pragma GCC unroll 2
+          for (int t = 0; t < TERMS; ++t) sum[p][t] += part[p][t] << first;
+        }
+      });
+      prefetch(at.meta + kMetaAhead / 2);
 #pragma GCC unroll 2
       for (int p = 0; p < PARTS; ++p) {
-#pragma GCC unroll 2
-        for (int t = 0; t < TERMS; ++t) sum[p][t] += part[p][t] << first;
+        const uint16_t* meta = at.meta + p * at.meta_step;
+        if constexpr (TERMS == 2) sum[p][0] = (sum[p][0] << 8) + sum[p][1];
+        total[p] =
+            add_group(total[p], sum[p][0], scales[g], sums[g], load_half(meta), load_half(meta + kRows));
       }
-    });
-#pragma GCC unroll 2
-    for (int p = 0; p < PARTS; ++p) {
-      const uint16_t* meta = at.meta + p * at.meta_step;
-      prefetch(meta + kMetaAhead / 2);
-      if constexpr (TERMS == 2) sum[p][0] = (sum[p][0] << 8) + sum[p][1];
-      total[p] = add_group(total[p], sum[p][0], scales[g], sums[g], load_half(meta), load_half(meta + kRows));
+      at.codes += 2 * group * BITS;
+      at.meta += 2 * kRows;
+      x += group * TERMS;
     }
-    at.codes += 2 * group * BITS;
-    at.meta += 2 * kRows;
-    x += group * TERMS;
-  }
 #pragma GCC unroll 2
-  for (int p = 0; p < PARTS; ++p) store(at.out + p * at.out_step, total[p]);
+    for (int p = 0; p < PARTS; ++p) store(at.out + p * at.out_step, total[p]);
+  }
 }
 
 template <int TERMS, int PARTS>
@@ -280,35 +285,30 @@ void many_tokens(const BlockArgs& a, const Parts& at) {
   }
 }
 
-// Up to here a block is read again from the nearest cache for each token, which costs less than unpacking it.
-constexpr int kReread = 3;
-
-// Few tokens: block after block, as memory has them; a pair of blocks would be two streams with gaps between.
-// More: two registers of rows share the loads of activations, two blocks with AVX-512, the halves of a block
-// with AVX2.
+// Few tokens: block after block, as memory has them, once for each token; from a near cache that costs less
+// than unpacking. A pair of blocks at a time would be two streams with gaps between. More tokens: two
+// registers of rows share the loads of activations, two blocks with AVX-512, the halves of a block with AVX2.
 template <int TERMS>
 void product(const BlockArgs& a, float* out) {
   constexpr int kSplit = kRows / kLanes;
   const int64_t code_bytes = static_cast<int64_t>(a.k) * 2 * a.bits, halves = a.k / a.group_size * 32;
   const int64_t block_out = static_cast<int64_t>(kRows) * a.rows.count;
-  Parts at{a.codes, a.meta, out, 4 * kLanes, kLanes, kLanes};
-  const bool reread = a.rows.count <= kReread;
-  if (kSplit == 1 && !reread) {
+  Parts at{a.codes, a.meta, out, 4 * kLanes, kLanes, kLanes, block_out};
+  if (a.rows.count <= kFewTokens) {
+    for (int t = 0; t < a.rows.count; ++t) one_token_of_any_width<TERMS, kSplit>(a, t, at);
+  } else if (kSplit == 1) {
     // a single block is computed twice; the tile has room for the copy that nobody reads
     at.code_step = a.blocks == 2 ? code_bytes : 0;
     at.meta_step = a.blocks == 2 ? halves : 0;
     at.out_step = block_out;
-    return many_tokens<TERMS>(a, at);
-  }
-  for (int block = 0; block < a.blocks; ++block) {
-    if (reread) {
-      for (int t = 0; t < a.rows.count; ++t) one_token_of_any_width<TERMS, kSplit>(a, t, at);
-    } else {
+    many_tokens<TERMS>(a, at);
+  } else {
+    for (int block = 0; block < a.blocks; ++block) {
       many_tokens<TERMS>(a, at);
+      at.codes += code_bytes;
+      at.meta += halves;
+      at.out += block_out;
     }
-    at.codes += code_bytes;
-    at.meta += halves;
-    at.out += block_out;
   }
 }
 

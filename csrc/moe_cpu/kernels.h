@@ -20,12 +20,17 @@ struct RowsView {
   int count;
 };
 
-// One block of 16 rows of a cpu_tile matrix, or two that follow each other, against some rows of activations.
+// Tokens up to which kernels take many blocks at a time, and how many; with more tokens they take one or two.
+constexpr int kFewTokens = 3;
+constexpr int kManyBlocks = 8;
+constexpr int kBlockPair = 2;
+
+// Blocks of 16 rows of a cpu_tile matrix that follow each other, against some rows of activations.
 struct BlockArgs {
   const uint8_t* codes;  // the first block's
   const uint16_t* meta;
   int bits, k, group_size;
-  int blocks;  // 1 or 2
+  int blocks;  // see kManyBlocks and kBlockPair
   RowsView rows;
 };
 

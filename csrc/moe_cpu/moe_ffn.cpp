@@ -16,7 +16,7 @@ struct Ffn {
   struct Scratch {
     float *gate, *up, *group, *row;
   };
-  int64_t tile() const { return static_cast<int64_t>(routing.most) * kBlockPair * kBlockRows; }
+  int64_t tile() const { return tile_floats(routing.most); }
   int64_t group() const { return static_cast<int64_t>(routing.most) * args.down_group_size; }
   int64_t scratch_size() const { return 2 * tile() + group() + args.hidden; }
   Scratch scratch(float* at) const { return {at, at + tile(), at + 2 * tile(), at + 2 * tile() + group()}; }
@@ -27,7 +27,7 @@ struct Ffn {
     const int size = args.down_group_size, begin = routing.starts[e], end = routing.starts[e + 1];
     const int count = end - begin;
     const int64_t first = group * size / kBlockRows, up_blocks = args.intermediate / kBlockRows;
-    Projection::in_pairs({first, first + size / kBlockRows}, [&](int64_t block, int width) {
+    Projection::in_runs({first, first + size / kBlockRows}, count, [&](int64_t block, int width) {
       gate_up.product(e, block, width, begin, end, s.gate);
       gate_up.product(e, up_blocks + block, width, begin, end, s.up);
       kernels.silu_mul(s.gate, s.up, s.gate, width * count);

@@ -14,7 +14,7 @@ void moe_gemm_cpu(const MoeGemmArgs& a, int threads) {
   if (!a.x_per_slot) {
     for (int32_t& row : projection.rows) row /= a.top_k;
   }
-  const int64_t tile_size = static_cast<int64_t>(routing.most) * kBlockPair * kBlockRows;
+  const int64_t tile_size = tile_floats(routing.most);
   const Buffer<float> tiles((tile_size + a.k) * threads);
   const Output output(variant, a.out, a.type, a.n, a.top_k, a.topk_weights, a.tokens);
   Phase rows(x_rows, threads), columns(column_runs(a.n), threads);

@@ -75,11 +75,12 @@ struct Output {
 };
 
 // Columns of the output are shared out in runs of so many blocks.
-constexpr int kColumnBlocks = 4;
+constexpr int kColumnBlocks = kManyBlocks;
 
 inline int64_t column_runs(int64_t n) { return ceil_div(n, kColumnBlocks * kBlockRows); }
 
-// Every live expert's product for one run of columns; `tile` holds two blocks of the busiest expert's pairs.
+// Every live expert's product for one run of columns; `tile` holds tile_floats of the busiest
+// expert's pairs.
 // The order of the experts, and so the result, is the same whichever thread has the run.
 inline void write_columns(const Projection& projection, const Routing& routing, int64_t run,
                           const Output& output, float* tile) {
@@ -88,7 +89,7 @@ inline void write_columns(const Projection& projection, const Routing& routing, 
   output.clear(routing, blocks);
   for (const int e : routing.live) {
     const int begin = routing.starts[e], end = routing.starts[e + 1], count = end - begin;
-    Projection::in_pairs(blocks, [&](int64_t block, int width) {
+    Projection::in_runs(blocks, count, [&](int64_t block, int width) {
       projection.product(e, block, width, begin, end, tile);
       for (int i = 0; i < width * count; ++i) {
         output.put(routing.pairs[begin + i % count], block + i / count, tile + i * kBlockRows);

@@ -13,8 +13,14 @@
 namespace gemq {
 
 constexpr int kBlockRows = 16;
-// Blocks that a kernel takes at a time; tiles have room for that many.
-constexpr int kBlockPair = 2;
+
+// Blocks that a kernel takes at a time for so many tokens, and floats that their products need.
+constexpr int blocks_at_once(int tokens) { return tokens <= kFewTokens ? kManyBlocks : kBlockPair; }
+inline int64_t tile_floats(int most_tokens) {
+  const int64_t few = static_cast<int64_t>(kFewTokens) * kManyBlocks,
+                many = static_cast<int64_t>(most_tokens) * kBlockPair;
+  return (few > many ? few : many) * kBlockRows;
+}
 
 struct Projection {
   const Kernels& kernels;
@@ -22,8 +28,8 @@ struct Projection {
   Activations& x;
   std::vector<int32_t> rows;  // row of x for each of routing.pairs
 
-  // out[blocks][count][16] of one or two blocks of expert e, for its pairs [begin, end) of the routing.
-  // `out` must have room for two blocks.
+  // out[blocks][count][16] of some blocks of expert e, for its pairs [begin, end) of the routing. `out` must
+  // have room for tile_floats of the count.
   void product(int e, int64_t block, int blocks, int begin, int end, float* out) const {
     const int bits = stack.bits[e];
     const int64_t code_bytes = static_cast<int64_t>(x.k()) * 2 * bits,
@@ -38,11 +44,12 @@ struct Projection {
     x.integers() ? kernels.integer_product(args, out) : kernels.exact_product(args, out);
   }
 
-  // Calls f(first block, how many) for pairs of blocks, which is how the kernels like them.
+  // Calls f(first block, how many) for as many blocks as the kernels like at a time.
   template <class F>
-  static void in_pairs(Range blocks, F&& f) {
-    for (int64_t block = blocks.begin; block < blocks.end; block += kBlockPair) {
-      f(block, blocks.end - block < kBlockPair ? 1 : kBlockPair);
+  static void in_runs(Range blocks, int tokens, F&& f) {
+    const int step = blocks_at_once(tokens);
+    for (int64_t block = blocks.begin; block < blocks.end; block += step) {
+      f(block, static_cast<int>(blocks.end - block < step ? blocks.end - block : step));
     }
   }
 };

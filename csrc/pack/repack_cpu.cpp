@@ -1,4 +1,5 @@
 #include "gemq/dispatch.h"
+#include "gemq/huge_pages.h"
 #include "gemq/parallel.h"
 #include "pack/repack_rows.h"
 
@@ -28,6 +29,9 @@ void repack_row(const RepackArgs& a, int64_t row) {
 
 void repack_cpu(const RepackArgs& args, int threads) {
   const int64_t groups = args.k / args.group_size;
+  if (args.layout == kCpuTile && !args.inverse) {
+    advise_huge_pages(args.dst_codes, repack_rows(args) * args.k / 8 * args.bits);
+  }
   parallel(threads, [&](Team team) {
     const Range rows = team.share(repack_rows(args));
     with_bits(args.bits, [&](auto bits) {

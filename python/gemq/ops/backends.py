@@ -76,7 +76,7 @@ def dense_gemm(
     x: Tensor, qweight: Tensor, meta: Tensor, bits: int, n: int, group_size: int, layout: str
 ) -> Tensor:
     """``[T, k] -> [T, n]`` for one packed matrix."""
-    tokens, k = x.shape
+    k = x.shape[1]
     if layout == "cpu_tile":
         return cpu.dense_gemm(x, qweight, meta, bits, n, group_size)
     if layout == "gpu_tile":

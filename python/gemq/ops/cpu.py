@@ -52,6 +52,13 @@ def cpu_activations() -> str:
     return _setting
 
 
+def empty(elements: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor to be filled with tiles, on large pages where the system has them."""
+    out = torch.empty(elements, dtype=dtype)
+    core().advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def _address(stack: Stack):
     codes, meta = stack[:2]
     return core().StackAddress(*(t.data_ptr() for t in stack), codes.numel(), meta.numel())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from gemq import format as fmt
-from gemq.ops import checks
+from gemq.ops import checks, cpu
 from gemq.ops.packing import pack, repack, unpack
 
 
@@ -58,8 +60,8 @@ def convert_experts(
     """Flat buffers of a stack in another layout, expert by expert."""
     old = fmt.expert_layout(bits, n, k, group_size, source)
     new = fmt.expert_layout(bits, n, k, group_size, target)
-    out = codes.new_empty(new.code_bytes)
-    out_meta = meta.new_empty(new.meta_elements)
+    allocate = cpu.empty if target == "cpu_tile" else partial(torch.empty, device=codes.device)
+    out, out_meta = allocate(new.code_bytes, dtype=torch.uint8), allocate(new.meta_elements, dtype=torch.float16)
     for e, width in enumerate(bits):
         if width == 0:
             continue
