@@ -6,7 +6,7 @@
 namespace gemq {
 namespace {
 
-constexpr int kThreads = 64;
+constexpr int kRowThreads = 64;
 
 struct ThreadOps {
   using V = float;
@@ -20,13 +20,13 @@ struct ThreadOps {
 // Column k of this thread's row: neighbours in a warp are neighbours in shared memory.
 struct SharedColumns {
   float* at;
-  __device__ float& operator()(int k) const { return at[k * kThreads]; }
+  __device__ float& operator()(int k) const { return at[k * kRowThreads]; }
 };
 
 // blockIdx.y is the matrix; rows do not see each other.
 __global__ void quantize_rows(GptqGroup a) {
   extern __shared__ float memory[];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, matrix = blockIdx.y;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x, matrix = blockIdx.y;
   if (row >= a.n) return;
   const int64_t at = matrix * a.n + row;
   const SharedColumns w{memory + threadIdx.x};
@@ -46,13 +46,13 @@ __global__ void quantize_rows(GptqGroup a) {
 
 void gptq_group_cuda(const GptqGroup& args, void* stream) {
   constexpr int64_t kMostMatrices = 65535, kMostBlocks = 0x7fffffff;
-  const int64_t blocks = ceil_div(args.n, kThreads);
+  const int64_t blocks = ceil_div(args.n, kRowThreads);
   if (args.matrices > kMostMatrices || blocks > kMostBlocks) {
     throw std::runtime_error("gptq_group: too many matrices or rows for one launch");
   }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.matrices));
-  const size_t shared = sizeof(float) * kThreads * args.group;
-  quantize_rows<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(args);
+  const size_t shared = sizeof(float) * kRowThreads * args.group;
+  quantize_rows<<<grid, kRowThreads, shared, static_cast<cudaStream_t>(stream)>>>(args);
   check_cuda(cudaGetLastError(), "gptq_group");
 }
 

@@ -1,6 +1,7 @@
 // The rows that a projection multiplies, as its kernels read them: float32, or integers with a scale a group.
 #pragma once
 
+#include <cstring>
 #include <memory>
 
 #include "moe_cpu/kernels.h"
@@ -32,6 +33,7 @@ public:
         group_size_(group_size),
         integers_(precision != kExact && kernels.integer_product != nullptr),
         terms_(precision == kInt16 ? 2 : 1),
+        rows_(rows),
         x_(borrowed),
         sums_(rows * groups()) {
     if (integers_) {
@@ -50,16 +52,17 @@ public:
 
   // Takes `count` columns, whole groups, of a row from column `first`.
   void put(int64_t row, int first, const float* x, int count) {
-    const int64_t at = row * k_ + first, group = row * groups() + first / group_size_;
-    if (integers_) {
-      kernels_.quantize(x, count, group_size_, terms_, q_.get() + at * terms_, scales_.get() + group,
-                        sums_.get() + group);
-      return;
+    if (!integers_ && own_.get() != nullptr)
+      std::memcpy(own_.get() + row * k_ + first, x, sizeof(float) * count);
+    for (int i = 0; i < count; i += group_size_) {
+      const int64_t at = (first + i) / group_size_ * rows_ + row;
+      if (integers_) {
+        kernels_.quantize(x + i, group_size_, terms_, q_.get() + at * group_size_ * terms_,
+                          scales_.get() + at, sums_.get() + at);
+      } else {
+        sums_.get()[at] = kernels_.group_sum(x + i, group_size_);
+      }
     }
-    if (own_.get() != nullptr && x != own_.get() + at) {
-      for (int i = 0; i < count; ++i) own_.get()[at + i] = x[i];
-    }
-    kernels_.group_sums(x, count, group_size_, sums_.get() + group);
   }
 
   // A row of any element type; `wide` holds k floats.
@@ -71,7 +74,7 @@ public:
   }
 
   RowsView view(const int32_t* index, int count) const {
-    return {x_, q_.get(), terms_, scales_.get(), sums_.get(), index, count};
+    return {x_, q_.get(), terms_, scales_.get(), sums_.get(), rows_, index, count};
   }
 
 private:
@@ -79,6 +82,7 @@ private:
   int k_, group_size_;
   bool integers_;
   int terms_;
+  int64_t rows_;
   const float* x_;
   Buffer<float> own_, scales_, sums_;
   Buffer<int8_t> q_;

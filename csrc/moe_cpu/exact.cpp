@@ -65,7 +65,7 @@ void decode_tokens(const BlockArgs& a, int lane, int first_token, float* out) {
   const int groups = a.k / a.group_size;
   for (int t = 0; t < T; ++t) {
     x[t] = a.rows.x + static_cast<int64_t>(rows[t]) * a.k;
-    sums[t] = a.rows.sums + static_cast<int64_t>(rows[t]) * groups;
+    sums[t] = a.rows.sums + rows[t];
   }
   Float total[T] = {};
   const uint8_t* codes = a.codes + 4 * lane;
@@ -77,7 +77,7 @@ void decode_tokens(const BlockArgs& a, int lane, int first_token, float* out) {
     });
     const Float s = load_half(meta + 2 * kRows * g), m = load_half(meta + 2 * kRows * g + kRows);
     for (int t = 0; t < T; ++t) {
-      total[t] += s * part[t] + m * sums[t][g];
+      total[t] += s * part[t] + m * sums[t][g * a.rows.rows];
       x[t] += a.group_size;
     }
   }

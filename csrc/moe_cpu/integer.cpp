@@ -131,9 +131,10 @@ template <int BITS, int GROUP, int TERMS, int PARTS>
 void one_token(const BlockArgs& a, int token, Parts at) {
   const int group = GROUP > 0 ? GROUP : a.group_size;
   const int64_t row = a.rows.index[token], groups = a.k / group;
-  const float *scales = a.rows.scales + row * groups, *sums = a.rows.sums + row * groups;
+  const int64_t step = a.rows.rows;
   for (int block = 0; block < a.blocks; ++block, at.out += at.block_out) {
-    const int8_t* x = a.rows.q + row * a.k * TERMS;
+    const int8_t* x = a.rows.q + row * group * TERMS;
+    const float *scale = a.rows.scales + row, *x_sum = a.rows.sums + row;
     Float total[PARTS] = {};
     for (int64_t g = 0; g < groups; ++g) {
       Int sum[PARTS][TERMS] = {};
@@ -151,12 +152,13 @@ void one_token(const BlockArgs& a, int token, Parts at) {
       for (int p = 0; p < PARTS; ++p) {
         const uint16_t* meta = at.meta + p * at.meta_step;
         if constexpr (TERMS == 2) sum[p][0] = (sum[p][0] << 8) + sum[p][1];
-        total[p] =
-            add_group(total[p], sum[p][0], scales[g], sums[g], load_half(meta), load_half(meta + kRows));
+        total[p] = add_group(total[p], sum[p][0], *scale, *x_sum, load_half(meta), load_half(meta + kRows));
       }
       at.codes += 2 * group * BITS;
       at.meta += 2 * kRows;
-      x += group * TERMS;
+      x += step * group * TERMS;
+      scale += step;
+      x_sum += step;
     }
 #pragma GCC unroll 2
     for (int p = 0; p < PARTS; ++p) store(at.out + p * at.out_step, total[p]);
@@ -222,11 +224,10 @@ struct GroupMeta {
 template <int TERMS, int T, bool kWide>
 GEMQ_INLINE void panel_times(const Word (*panel)[kSteps], const GroupMeta* meta, const BlockArgs& a,
                              int first_token, int64_t g, float* const* out) {
-  const int64_t groups = a.k / a.group_size;
   const int8_t* x[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-    x[t] = a.rows.q + (static_cast<int64_t>(a.rows.index[first_token + t]) * a.k + g * a.group_size) * TERMS;
+    x[t] = a.rows.q + (g * a.rows.rows + a.rows.index[first_token + t]) * a.group_size * TERMS;
   }
   Int sum[TERMS][T][kParts] = {};
   for (int i = 0; i < a.group_size / 4; ++i) {
@@ -247,7 +248,7 @@ GEMQ_INLINE void panel_times(const Word (*panel)[kSteps], const GroupMeta* meta,
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-    const int64_t at = a.rows.index[first_token + t] * groups + g;
+    const int64_t at = g * a.rows.rows + a.rows.index[first_token + t];
     const float scale = a.rows.scales[at], x_sum = a.rows.sums[at];
 #pragma GCC unroll 2
     for (int p = 0; p < kParts; ++p) {

@@ -12,10 +12,11 @@ struct RowsView {
   const float* x;  // [*, k]; null for integers
   // x = scale * q, q of 8 bits in one byte, or of 16 in two: 256 * high + low. Four columns of high bytes,
   // then the same four of low ones, then the next four columns.
-  const int8_t* q;  // [*, k / 4, terms, 4]
+  const int8_t* q;  // [k / group_size, rows, group_size / 4, terms, 4]
   int terms;
-  const float* scales;   // [*, k / group_size]
-  const float* sums;     // [*, k / group_size]: of x over each group, as the integers give it
+  const float* scales;  // [k / group_size, rows]
+  const float* sums;    // [k / group_size, rows]: of x over each group, as the integers give it
+  int64_t rows;
   const int32_t* index;  // the rows to use
   int count;
 };
@@ -43,10 +44,9 @@ struct Kernels {
   void (*exact_product)(const BlockArgs& args, float* out);
   // The same with integers; null in a variant that gains nothing from them.
   void (*integer_product)(const BlockArgs& args, float* out);
-  // sums[k / group_size] of one row
-  void (*group_sums)(const float* x, int k, int group_size, float* sums);
-  // One row to integers of one or two bytes, with their scales and sums by group
-  void (*quantize)(const float* x, int k, int group_size, int terms, int8_t* q, float* scales, float* sums);
+  float (*group_sum)(const float* x, int group_size);
+  // One group to integers of one or two bytes, with their scale and sum
+  void (*quantize)(const float* x, int group_size, int terms, int8_t* q, float* scale, float* sum);
   // out[16 * i] = silu(gate) * up for `blocks` runs of 16 contiguous values
   void (*silu_mul)(const float* gate, const float* up, float* out, int blocks);
   // out += weight * values

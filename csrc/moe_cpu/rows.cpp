@@ -6,14 +6,12 @@
 namespace gemq {
 namespace {
 
-void group_sums(const float* x, int k, int group_size, float* sums) {
-  for (int c = 0; c < k; c += group_size) {
-    Float lanes = {};
-    for (int i = 0; i < group_size; i += kLanes) lanes += load<Float>(x + c + i);
-    float sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-    sums[c / group_size] = sum;
-  }
+float group_sum(const float* x, int group_size) {
+  Float lanes = {};
+  for (int i = 0; i < group_size; i += kLanes) lanes += load<Float>(x + i);
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
 }
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it holds an integer in its low bits
@@ -46,36 +44,34 @@ GEMQ_INLINE void store_fours(int8_t* to, Int value, int step) {
 // bytes; |x - scale * q| <= scale / 2. A group that is not finite gets a NaN scale, and so NaN products; one
 // below 2^-100 counts as zero, where 1 / scale would overflow.
 template <int TERMS>
-void quantize_row(const float* x, int k, int group_size, int8_t* q, float* scales, float* sums) {
+void quantize_group(const float* x, int group_size, int8_t* q, float* scale, float* total) {
   constexpr float kSteps = TERMS == 2 ? 32512.0f : 127.0f;
-  for (int c = 0; c < k; c += group_size, ++scales, ++sums) {
-    const uint32_t size = largest(x + c, group_size);
-    const bool finite = size < 0x7f800000u, tiny = size < 0x0d800000u;
-    const float most = bits_float(size);
-    const float inverse = finite && !tiny ? kSteps / most : 0.0f;
-    Int sum = {};
-    for (int i = c; i < c + group_size; i += kLanes) {
-      const Float scaled = finite ? load<Float>(x + i) * inverse : Float{};
-      const Int whole = (Int)(scaled + kRounder) - 0x4b400000;
-      sum += whole;
-      if constexpr (TERMS == 2) {
-        const Int upper = (whole + 128) >> 8;
-        store_fours(q + 2 * i, upper, 8);
-        store_fours(q + 2 * i + 4, whole - (upper << 8), 8);
-      } else {
-        store_fours(q + i, whole, 4);
-      }
+  const uint32_t size = largest(x, group_size);
+  const bool finite = size < 0x7f800000u, tiny = size < 0x0d800000u;
+  const float most = bits_float(size);
+  const float inverse = finite && !tiny ? kSteps / most : 0.0f;
+  Int sums = {};
+  for (int i = 0; i < group_size; i += kLanes) {
+    const Float scaled = finite ? load<Float>(x + i) * inverse : Float{};
+    const Int whole = (Int)(scaled + kRounder) - 0x4b400000;
+    sums += whole;
+    if constexpr (TERMS == 2) {
+      const Int upper = (whole + 128) >> 8;
+      store_fours(q + 2 * i, upper, 8);
+      store_fours(q + 2 * i + 4, whole - (upper << 8), 8);
+    } else {
+      store_fours(q + i, whole, 4);
     }
-    int32_t total = 0;
-    for (int i = 0; i < kLanes; ++i) total += sum[i];
-    *scales = finite ? (tiny ? 0.0f : most / kSteps) : bits_float(0x7fc00000u);
-    *sums = *scales * static_cast<float>(total);
   }
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += sums[i];
+  *scale = finite ? (tiny ? 0.0f : most / kSteps) : bits_float(0x7fc00000u);
+  *total = *scale * static_cast<float>(sum);
 }
 
-void quantize(const float* x, int k, int group_size, int terms, int8_t* q, float* scales, float* sums) {
-  terms == 2 ? quantize_row<2>(x, k, group_size, q, scales, sums)
-             : quantize_row<1>(x, k, group_size, q, scales, sums);
+void quantize(const float* x, int group_size, int terms, int8_t* q, float* scale, float* sum) {
+  terms == 2 ? quantize_group<2>(x, group_size, q, scale, sum)
+             : quantize_group<1>(x, group_size, q, scale, sum);
 }
 
 // e^v to a few units in the last place: 2^n * e^r with r in [-ln(2) / 2, ln(2) / 2]. NaN stays NaN.
@@ -156,7 +152,7 @@ extern const Kernels GEMQ_KERNELS;
 const Kernels GEMQ_KERNELS = {GEMQ_TEXT(GEMQ_VARIANT),
                               GEMQ_VARIANT::exact_product,
                               GEMQ_INTEGER_PRODUCT,
-                              group_sums,
+                              group_sum,
                               quantize,
                               silu_mul,
                               add_scaled,

@@ -7,8 +7,7 @@ respect to the activations and the routing weights. The layout of the packed wei
 layout        backend                                devices
 ============  =====================================  ==========================
 ``canonical`` torch: dequantize, then multiply       CPU, CUDA
-``cpu_tile``  C++ (AVX-512, AVX2 or portable), see      CPU
-              :mod:`gemq.ops.cpu`
+``cpu_tile``  C++, see :mod:`gemq.ops.cpu`           CPU
 ``gpu_tile``  Triton                                 CUDA; CPU under its interpreter
 ============  =====================================  ==========================
 

@@ -152,6 +152,8 @@ def unwatched(x: Tensor, *others: Tensor | None) -> bool:
     tensors = (x, *(t for t in others if t is not None))
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
+    if torch.autograd._profiler_enabled():
+        return False  # it shows ops
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     grad = torch.is_grad_enabled()

@@ -97,8 +97,9 @@ def moe_ffn(
 
 
 def dense_gemm(x: Tensor, qweight: Tensor, meta: Tensor, bits: int, n: int, group_size: int) -> Tensor:
-    """:func:`gemq.ops.lowbit_gemm` on contiguous ``x [T, k]``."""
+    """:func:`gemq.ops.lowbit_gemm` on ``x [T, k]``."""
     tokens, k = x.shape
+    x = x.contiguous()
     out = x.new_empty(tokens, n)
     core().lowbit_gemm_cpu(
         x.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, k, n, bits, group_size,
