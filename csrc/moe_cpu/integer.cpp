@@ -260,29 +260,34 @@ GEMQ_INLINE void panel_times(const Word (*panel)[kSteps], const GroupMeta* meta,
   }
 }
 
+// `pairs` pairs of registers of rows, group by group, so that all of them meet a group's activations at once.
 template <int TERMS>
-void many_tokens(const BlockArgs& a, const Parts& at) {
-  Word panel[kParts][kSteps];
-  float* const out[kParts] = {at.out, at.out + at.out_step};
-  for (int p = 0; p < kParts; ++p) {
-    for (int t = 0; t < a.rows.count; ++t) store(out[p] + kRows * t, Float{});
+void many_tokens(const BlockArgs& a, const Parts* at, int pairs) {
+  for (int i = 0; i < pairs * kParts; ++i) {
+    float* out = at[i / kParts].out + i % kParts * at[i / kParts].out_step;
+    for (int t = 0; t < a.rows.count; ++t) store(out + kRows * t, Float{});
   }
   for (int64_t g = 0; g < a.k / a.group_size; ++g) {
-    GroupMeta meta[kParts];
-    for (int p = 0; p < kParts; ++p) {
-      const uint16_t* halves = at.meta + p * at.meta_step + 2 * kRows * g;
-      prefetch(halves + kMetaAhead / 2);
-      meta[p] = {load_half(halves), load_half(halves + kRows)};
-      const uint8_t* codes = at.codes + p * at.code_step + 2 * a.group_size * a.bits * g;
-      for_each_plane(a.bits, a.group_size, codes, [&](auto width, int first, const uint8_t* plane) {
-        unpack_plane<decltype(width)::value>(plane, a.group_size, first, panel[p]);
+    for (int pair = 0; pair < pairs; ++pair) {
+      const Parts& from = at[pair];
+      Word panel[kParts][kSteps];
+      GroupMeta meta[kParts];
+      float* const out[kParts] = {from.out, from.out + from.out_step};
+      for (int p = 0; p < kParts; ++p) {
+        const uint16_t* halves = from.meta + p * from.meta_step + 2 * kRows * g;
+        prefetch(halves + kMetaAhead / 2);
+        meta[p] = {load_half(halves), load_half(halves + kRows)};
+        const uint8_t* codes = from.codes + p * from.code_step + 2 * a.group_size * a.bits * g;
+        for_each_plane(a.bits, a.group_size, codes, [&](auto width, int first, const uint8_t* plane) {
+          unpack_plane<decltype(width)::value>(plane, a.group_size, first, panel[p]);
+        });
+      }
+      in_runs<kTokens<TERMS>>(a.rows.count, [&](auto count, int t) {
+        constexpr int T = decltype(count)::value;
+        if (!kVnni && a.bits == 8) return panel_times<TERMS, T, true>(panel, meta, a, t, g, out);
+        panel_times<TERMS, T, false>(panel, meta, a, t, g, out);
       });
     }
-    in_runs<kTokens<TERMS>>(a.rows.count, [&](auto count, int t) {
-      constexpr int T = decltype(count)::value;
-      if (!kVnni && a.bits == 8) return panel_times<TERMS, T, true>(panel, meta, a, t, g, out);
-      panel_times<TERMS, T, false>(panel, meta, a, t, g, out);
-    });
   }
 }
 
@@ -294,23 +299,28 @@ void product(const BlockArgs& a, float* out) {
   constexpr int kSplit = kRows / kLanes;
   const int64_t code_bytes = static_cast<int64_t>(a.k) * 2 * a.bits, halves = a.k / a.group_size * 32;
   const int64_t block_out = static_cast<int64_t>(kRows) * a.rows.count;
-  Parts at{a.codes, a.meta, out, 4 * kLanes, kLanes, kLanes, block_out};
+  const Parts first{a.codes, a.meta, out, 4 * kLanes, kLanes, kLanes, block_out};
   if (a.rows.count <= kFewTokens) {
-    for (int t = 0; t < a.rows.count; ++t) one_token_of_any_width<TERMS, kSplit>(a, t, at);
-  } else if (kSplit == 1) {
-    // a single block is computed twice; the tile has room for the copy that nobody reads
-    at.code_step = a.blocks == 2 ? code_bytes : 0;
-    at.meta_step = a.blocks == 2 ? halves : 0;
-    at.out_step = block_out;
-    many_tokens<TERMS>(a, at);
-  } else {
-    for (int block = 0; block < a.blocks; ++block) {
-      many_tokens<TERMS>(a, at);
-      at.codes += code_bytes;
-      at.meta += halves;
-      at.out += block_out;
+    for (int t = 0; t < a.rows.count; ++t) one_token_of_any_width<TERMS, kSplit>(a, t, first);
+    return;
+  }
+  constexpr int kStep = kParts / kSplit;  // blocks of a pair
+  Parts at[kSomeBlocks];
+  int pairs = 0;
+  for (int block = 0; block < a.blocks; block += kStep, ++pairs) {
+    at[pairs] = first;
+    at[pairs].codes += block * code_bytes;
+    at[pairs].meta += block * halves;
+    at[pairs].out += block * block_out;
+    if (kSplit == 1) {
+      // a block without another is computed twice; the tile has room for the copy that nobody reads
+      const bool whole = block + 1 < a.blocks;
+      at[pairs].code_step = whole ? code_bytes : 0;
+      at[pairs].meta_step = whole ? halves : 0;
+      at[pairs].out_step = block_out;
     }
   }
+  many_tokens<TERMS>(a, at, pairs);
 }
 
 }  // namespace

@@ -21,17 +21,18 @@ struct RowsView {
   int count;
 };
 
-// Tokens up to which kernels take many blocks at a time, and how many; with more tokens they take one or two.
+// Blocks that kernels take at a time: many for few tokens, and some for more, as many as share a group of the
+// tokens' activations while that is in the nearest cache.
 constexpr int kFewTokens = 3;
 constexpr int kManyBlocks = 8;
-constexpr int kBlockPair = 2;
+constexpr int kSomeBlocks = 4;
 
 // Blocks of 16 rows of a cpu_tile matrix that follow each other, against some rows of activations.
 struct BlockArgs {
   const uint8_t* codes;  // the first block's
   const uint16_t* meta;
   int bits, k, group_size;
-  int blocks;  // see kManyBlocks and kBlockPair
+  int blocks;  // see kManyBlocks and kSomeBlocks
   RowsView rows;
 };
 

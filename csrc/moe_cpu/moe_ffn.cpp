@@ -37,7 +37,7 @@ struct Ffn {
       }
     });
     for (int i = 0; i < count; ++i) {
-      down.x.put(routing.pairs[begin + i], static_cast<int>(group) * size, s.group + i * size, size);
+      down.x.put(begin + i, static_cast<int>(group) * size, s.group + i * size, size);
     }
   }
 
@@ -58,6 +58,8 @@ void moe_ffn_cpu(const MoeFfnArgs& a, int threads) {
   Ffn ffn{
       a, variant, routing, {variant, a.gate_up, x, routing.pairs}, {variant, a.down, inner, routing.pairs}};
   for (int32_t& row : ffn.gate_up.rows) row /= a.top_k;
+  // inner rows lie in the order of the experts: those that a kernel takes are neighbours
+  for (size_t i = 0; i < ffn.down.rows.size(); ++i) ffn.down.rows[i] = static_cast<int32_t>(i);
   const Buffer<float> memory(ffn.scratch_size() * threads);
   Phase rows(a.tokens, threads), columns(column_runs(a.hidden), threads);
   Phase inner_groups(static_cast<int64_t>(routing.live.size()) * ffn.groups(), threads);

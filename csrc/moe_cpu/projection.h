@@ -15,10 +15,10 @@ namespace gemq {
 constexpr int kBlockRows = 16;
 
 // Blocks that a kernel takes at a time for so many tokens, and floats that their products need.
-constexpr int blocks_at_once(int tokens) { return tokens <= kFewTokens ? kManyBlocks : kBlockPair; }
+constexpr int blocks_at_once(int tokens) { return tokens <= kFewTokens ? kManyBlocks : kSomeBlocks; }
 inline int64_t tile_floats(int most_tokens) {
   const int64_t few = static_cast<int64_t>(kFewTokens) * kManyBlocks,
-                many = static_cast<int64_t>(most_tokens) * kBlockPair;
+                many = static_cast<int64_t>(most_tokens) * kSomeBlocks;
   return (few > many ? few : many) * kBlockRows;
 }
 

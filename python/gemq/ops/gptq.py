@@ -28,10 +28,10 @@ def gptq_group(
     for name, value in (("factor", factor), ("bits", bits)):
         if value.device != block.device:
             raise ValueError(f"{name} is on {value.device}, block on {block.device}")
+    block, factor, bits = block.float().contiguous(), factor.float().contiguous(), bits.to(torch.int32).contiguous()
     low, high = torch.aminmax(block)
     if not -FP16_MAX <= float(low) <= float(high) <= FP16_MAX:  # false for NaN, too
         check_weights(block)
-    block, factor, bits = block.float().contiguous(), factor.float().contiguous(), bits.to(torch.int32).contiguous()
     matrices, n, group = block.shape
     codes = torch.empty_like(block, dtype=torch.uint8)
     meta = torch.empty(matrices, n, 2, dtype=torch.float16, device=block.device)
