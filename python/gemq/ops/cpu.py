@@ -12,7 +12,7 @@ setting    what is multiplied                 error of one activation
 =========  =================================  ========================================
 
 ``int16`` is the default: it reaches the speed of memory like ``int8`` at most widths and costs no perplexity that can
-be measured, where ``int8`` costs about 0.1% (docs/performance.md). The integer settings sum exactly inside a group. In
+be measured, where ``int8`` cost up to 0.12% (docs/performance.md). The integer settings sum exactly inside a group. In
 a fused block the inner activations ``SiLU(gate) * up`` are rounded the same way. A group with a NaN or an infinity
 gives NaN; one whose largest value is below ``2 ** -100`` counts as zero. The variant without integer dot products
 (``portable``) computes all settings as ``exact``. Sums over groups are float32, and the result is rounded once to the
