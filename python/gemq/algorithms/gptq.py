@@ -103,7 +103,8 @@ def quantize_columns(
             w[..., start:stop], block, bits, config.clip, config.propagate_from
         )
         metas.append(meta)
-        w[..., stop:] -= errors @ factor[:, start:stop, stop:]
+        # in place: the product is as large as the weights
+        w[..., stop:].baddbmm_(errors, factor[:, start:stop, stop:], alpha=-1)
     return codes, torch.stack(metas, 2)
 
 
