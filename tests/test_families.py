@@ -28,6 +28,11 @@ STRUCTURE = {
     "deepseek_v2": (3, 1, 12, 3, 2.0),
     "qwen2_moe": (2, 0, 8, 0, 128 / 96),
     "qwen3_moe": (2, 0, 8, 0, 0.0),
+    "olmoe": (2, 0, 8, 0, 0.0),
+    "deepseek_v2_groups": (3, 1, 15, 3, 2.0),
+    "deepseek_v3": (3, 1, 15, 3, 2.0),
+    "glm4_moe": (3, 1, 12, 3, 1.0),
+    "qwen3_next": (2, 0, 6, 0, 128 / 96),
 }
 
 # what a new process computes: logits of every folder by every way of loading, and after saving again
@@ -82,7 +87,7 @@ def reloaded(tmp_path_factory):
 
 
 def test_the_tests_know_every_family():
-    assert set(SUPPORTED) == set(FAMILIES)
+    assert {tiny_model(family).config.model_type for family in FAMILIES} == set(SUPPORTED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +109,7 @@ def test_describe_finds_every_part(family):
         assert layer.experts.down_proj.shape == (4, 64, 96)
         assert layer.router.weight.shape == (4, 64)
         assert (layer.shared is None) == (multiple == 0)
-        assert (layer.shared_gate is not None) == (family == "qwen2_moe")
+        assert (layer.shared_gate is not None) == (family in ("qwen2_moe", "qwen3_next"))
         if layer.shared is not None:
             assert layer.shared is model.get_submodule(layer.shared_path)
     # nothing but embeddings, norms, routers and shared gates stays unquantized
@@ -112,7 +117,7 @@ def test_describe_finds_every_part(family):
     names = ("gate_proj", "up_proj", "down_proj")
     found |= {f"{layer.shared_path}.{name}" for layer in moe.moe if layer.shared for name in names}
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert {p.rpartition(".")[2] for p in linears - found} <= {"lm_head", "shared_expert_gate"}
+    assert {p.rpartition(".")[2] for p in linears - found} <= {"lm_head", "shared_expert_gate", "in_proj_ba"}
 
 
 def test_packed_logits_are_the_dequantized_models(case):
@@ -255,14 +260,14 @@ def test_tied_embeddings_are_stored_once(tmp_path):
 
 
 def test_other_model_types_are_refused():
-    from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MiniMaxConfig, MiniMaxForCausalLM
 
     small = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 2}
-    olmoe = OlmoeForCausalLM(OlmoeConfig(**small, num_experts=4))
+    minimax = MiniMaxForCausalLM(MiniMaxConfig(**small, num_local_experts=4))
     llama = LlamaForCausalLM(LlamaConfig(**small))
-    for kind, model in (("olmoe", olmoe), ("llama", llama)):
-        with pytest.raises(UnsupportedModelError, match=f"'{kind}' is not supported yet; supported: deepseek_v2, mix"):
+    for kind, model in (("minimax", minimax), ("llama", llama)):
+        with pytest.raises(UnsupportedModelError, match=f"'{kind}' is not supported yet; supported: deepseek_v2, deep"):
             describe(model)
         with pytest.raises(UnsupportedModelError, match="not supported yet"):
             check_supported(model.config)

@@ -292,8 +292,15 @@ def _stored_state(model, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     state = {k: v for k, v in model.state_dict().items() if k not in tied}
     if dtype is not None:
-        state = {k: v.to(dtype) if v.is_floating_point() and k not in packed else v for k, v in state.items()}
+        as_is = packed | kept_in_float32(model)
+        state = {k: v.to(dtype) if v.is_floating_point() and k not in as_is else v for k, v in state.items()}
     return {k: v.contiguous() for k, v in revert_weight_conversion(model, state).items()}
+
+
+def kept_in_float32(model) -> set[str]:
+    """Tensors that the family keeps in float32 in a 16-bit model: correction biases of routers, which rank experts."""
+    modules = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return {name for name in model.state_dict() if modules & set(name.split("."))}
 
 
 def _config_text(model, dtype: torch.dtype | None) -> str:

@@ -19,7 +19,7 @@ from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
 from gemq.algorithms.sequential import QuantizedWeights
-from gemq.checkpoint import PackedConfig, check_output, from_pretrained, pack_model, save_packed
+from gemq.checkpoint import PackedConfig, check_output, from_pretrained, kept_in_float32, pack_model, save_packed
 from gemq.errors import CheckpointError
 from gemq.format import codes_bytes, default_group_size, expert_layout
 from gemq.models import MoeModel, describe
@@ -236,7 +236,8 @@ def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.
 
 
 def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
-    """Bytes of the checkpoint's tensors: codes, 32 bits per row and group, and 16 bits for all that stays."""
+    """Bytes of the checkpoint's tensors: codes, 32 bits per row and group, 16 bits for all that stays, and 32 for
+    what the family keeps in float32."""
     kept = {id(p): p.numel() for p in moe.model.parameters()}
     total = 0
     for layer in moe.moe:
@@ -249,6 +250,8 @@ def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
     for path, (codes, meta, width) in weights.linears.items():
         kept.pop(id(moe.model.get_submodule(path).weight))
         total += codes_bytes(*codes.shape, width) + 2 * meta.numel()
+    state = moe.model.state_dict()
+    total += sum(4 * state[name].numel() for name in kept_in_float32(moe.model))
     return total + 2 * sum(kept.values())
 
 

@@ -153,6 +153,10 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device, gen
                 value = torch.empty(parameter.shape, dtype=dtype, device=device)
                 _random_parameter(value, path, generator)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                # correction biases of routers; rotary frequencies are made anew below
+                setattr(module, name, torch.zeros_like(buffer, device=device))
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(device)
     model.tie_weights()

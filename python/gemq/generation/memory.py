@@ -20,7 +20,26 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     else:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = 2 * config.num_key_value_heads * head
-    return width * config.num_hidden_layers * size
+    return width * (config.num_hidden_layers - _linear_layers(config)) * size
+
+
+def state_bytes_per_row(model: nn.Module) -> int:
+    """Bytes that one row takes however long it is: the states of linear attention, 0 without it.
+
+    The convolution's last inputs in the model's dtype, and ``key x value`` numbers a head in float32.
+    """
+    config, size = model.config, model.get_input_embeddings().weight.element_size()
+    layers = _linear_layers(config)
+    if not layers:
+        return 0
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    recurrent = values * config.linear_key_head_dim * 4
+    return layers * ((2 * keys + values) * config.linear_conv_kernel_dim * size + recurrent)
+
+
+def _linear_layers(config) -> int:
+    return list(getattr(config, "layer_types", None) or ()).count("linear_attention")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -39,7 +58,7 @@ def free_bytes(device: torch.device) -> int | None:
 def check_cache_fits(model: nn.Module, batch: int, length: int, device: torch.device) -> None:
     """Raise :class:`OutOfMemoryError` if a cache of ``batch`` x ``length`` tokens takes more than is free."""
     free = free_bytes(device)
-    if free is not None and batch * length * cache_bytes_per_token(model) > free:
+    if free is not None and batch * (length * cache_bytes_per_token(model) + state_bytes_per_row(model)) > free:
         raise cache_error(model, batch, length, free)
 
 

@@ -3,7 +3,7 @@
 transformers 5 fuses the experts of a layer into one module, ``mlp.experts``, with ``gate_up_proj [E, 2I, H]``
 (gate first) and ``down_proj [E, H, I]``, called as ``experts(hidden [T, H], top_k_index [T, k],
 top_k_weights [T, k])``. Everything is located by these attributes and shapes; ``SUPPORTED`` lists the
-architectures for which this was tested.
+architectures for which this was tested, ``docs/families.md`` what is special in each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from torch import nn
 
 from gemq.errors import UnsupportedModelError
 
-SUPPORTED = ("deepseek_v2", "mixtral", "qwen2_moe", "qwen3_moe")
+SUPPORTED = (
+    "deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+)
+# known, and different in a way that is not handled
+REFUSED = {
+    "gpt_oss": "its experts have biases, transposed weights with gate and up interleaved, and a clamped activation "
+    "that is not SiLU(gate) * up",
+}
+# the token mixers of a decoder layer, and their linears that stay as they are: Qwen3-Next's in_proj_ba has two rows a
+# head, which set how fast the recurrent state decays
+_MIXERS = ("self_attn", "linear_attn")
+_KEPT_LINEARS = ("in_proj_ba",)
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -111,13 +122,23 @@ def _moe_layer(index: int, path: str, block: nn.Module) -> MoeLayer:
 
 
 def _linears(path: str, module: nn.Module) -> dict[str, nn.Linear]:
-    found = {f"{path}.{name}": child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    return found
+    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    return {f"{path}.{name}": child for name, child in linears.items() if name not in _KEPT_LINEARS}
+
+
+def _mixer(path: str, layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a decoder layer's attention, full or linear."""
+    for name in _MIXERS:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return _linears(f"{path}.{name}", getattr(layer, name))
+    raise UnsupportedModelError(f"{path} is not supported yet: it has none of {', '.join(_MIXERS)}")
 
 
 def check_supported(config) -> None:
     """Raise :class:`UnsupportedModelError` unless the transformers config is of a supported architecture."""
     kind = getattr(config, "model_type", None)
+    if kind in REFUSED:
+        raise UnsupportedModelError(f"model type {kind!r} is not supported: {REFUSED[kind]}")
     if kind not in SUPPORTED:
         raise UnsupportedModelError(f"model type {kind!r} is not supported yet; supported: {', '.join(SUPPORTED)}")
 
@@ -132,7 +153,7 @@ def describe(model: nn.Module) -> MoeModel:
     moe, attention, dense = [], {}, {}
     for index, layer in enumerate(decoder.layers):
         path = f"{prefix}.layers.{index}"
-        attention |= _linears(f"{path}.self_attn", layer.self_attn)
+        attention |= _mixer(path, layer)
         block = layer.mlp
         if hasattr(block, "experts"):
             _refuse_unknown_structure(f"{path}.mlp", block)
