@@ -247,7 +247,7 @@ def test_budget_accounting():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_layer": "c4"}, "per_layer must be one of c2c3, none"),
+        ({"per_layer": "c4"}, "per_layer must be one of c2c3, c2, c3, none"),
         ({"solver": "gurobi"}, "solver must be one of auto, highs, cbc"),
         ({"max_gap": math.nan}, "max_gap must be >= 0"),
         ({"time_limit": 0.0}, "time_limit > 0"),
@@ -289,7 +289,7 @@ def test_time_limit_is_kept(solver):
 
 
 def test_a_wrong_answer_of_the_solver_is_refused():
-    program = allocation._Program(np.ones((4, 2)), (1, 2), (2, 2), total=6, per_layer=True)
+    program = allocation._Program(np.ones((4, 2)), (1, 2), (2, 2), total=6, kept=(1, 2))
     good = np.array([[1, 0], [0, 1], [0, 1], [1, 0]], dtype=float)
     assert program.check(good).tolist() == [0, 1, 1, 0]
     for rows, message in [

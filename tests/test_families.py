@@ -11,16 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packed_models import logits, pack, quantized, relative_error
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, random_windows, tiny_model
 from torch import nn
 
 import gemq
 from gemq.algorithms.progressive import MethodConfig, quantize_progressively
-from gemq.checkpoint import save_packed
+from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
+from gemq.checkpoint import kept_in_float32, save_packed
 from gemq.errors import UnsupportedModelError
+from gemq.integrity import read_header, weight_files
 from gemq.models import SUPPORTED, describe, packed_modules
 from gemq.models.families import check_supported
-from gemq.pipeline import check_budgets
+from gemq.pipeline import QuantizeConfig, check_budgets, packed_bytes
+from gemq.summary import summarize
 
 # layers, first MoE layer, linears of attention and dense MLPs in the model, shared multiple
 STRUCTURE = {
@@ -181,9 +185,10 @@ def test_a_packed_block_compiles_to_one_graph(case):
     assert relative_error(got, expected) <= 1e-6
 
 
-def test_a_whole_packed_model_compiles_to_one_graph():
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next"])
+def test_a_whole_packed_model_compiles_to_one_graph(family):
     torch._dynamo.reset()
-    model = quantized("mixtral", tune=False).packed
+    model = quantized(family, tune=False).packed
     ids = random_windows(2, 12, seed=5)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -271,6 +276,62 @@ def test_other_model_types_are_refused():
             describe(model)
         with pytest.raises(UnsupportedModelError, match="not supported yet"):
             check_supported(model.config)
+
+
+def test_gpt_oss_is_refused_with_the_reason():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16,
+                          num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    with pytest.raises(UnsupportedModelError, match=r"'gpt_oss' is not supported: its experts have biases, transpos"):
+        describe(GptOssForCausalLM(config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuning_moves_every_router_and_nothing_else(family):
+    """In bfloat16, so that the steps are the float32 masters'."""
+    model = tiny_model(family).to(torch.bfloat16)
+    kept = kept_in_float32(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    moe = describe(model)
+    tune_routers(moe, random_windows(4), RouterTuningConfig(learning_rate=1e-3, epochs=2))
+    after = model.state_dict()
+    assert {k for k, v in after.items() if not torch.equal(v, before[k])} == {f"{m.router_path}.weight" for m in moe.moe}
+    assert len(kept) == (2 if family in ("deepseek_v3", "glm4_moe") else 0)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_correction_biases_stay_in_float32(family, tmp_path):
+    made = quantized(family, tune=False)
+    biases = {n: b for n, b in made.packed.named_buffers() if n.endswith("e_score_correction_bias")}
+    save_packed(made.packed, made.config, tmp_path / "model", dtype=torch.bfloat16)
+    dtypes = {n: e.dtype for file in weight_files(tmp_path / "model") for n, e in read_header(file).items()}
+    loaded = dict(gemq.from_pretrained(tmp_path / "model").named_buffers())
+    assert len(biases) == 2
+    for name, bias in biases.items():
+        assert bias.any() and dtypes[name] == "F32" and torch.equal(loaded[name], bias)
+        assert not torch.equal(bias, bias.bfloat16().float())
+    said = packed_bytes(describe(made.dense), made.stage.weights)
+    assert said == summarize(tmp_path / "model").tensor_bytes
+
+
+@pytest.mark.parametrize("family, name", [("qwen3_next", "mtp.layers.0.mlp.gate.weight"),
+                                          ("deepseek_v3", "model.layers.61.mlp.gate.weight"),
+                                          ("glm4_moe", "model.layers.92.mlp.gate.weight")])  # fmt: skip
+def test_layers_of_multi_token_prediction_are_left_out(family, name, tmp_path, tokenizer, text_file):
+    """A published checkpoint has them beside the model; the packed one does not."""
+    source, target = tmp_path / "source", tmp_path / "packed"
+    tiny_model(family).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    (file,) = source.glob("*.safetensors")
+    save_file(load_file(file) | {name: torch.zeros(4, 64)}, file, {"format": "pt"})
+    options = {"calibration": str(text_file), "samples": 4, "length": 16}
+    config = QuantizeConfig(str(source), str(target), **options, method=MethodConfig(budgets=(2.0,), tune=False))
+    (outcome,) = gemq.quantize(config)
+    assert outcome.bits_per_expert <= 2.0 + 1e-9
+    held = {n for f in weight_files(target) for n in read_header(f)}
+    assert name not in held and len(held) > 20
+    assert logits(gemq.from_pretrained(target)).isfinite().all()
 
 
 def _with_bias(model):

@@ -45,12 +45,14 @@ class PackedConfig:
     """What ``quantization_config`` says. Keys of ``expert_bits`` and ``shared_bits`` are decoder layer indices.
 
     ``group_size`` is the preferred one: a matrix whose columns it does not divide uses the next smaller.
+    ``router_bits`` says on which grid the routers lie; they are stored as plain weights all the same.
     """
 
     expert_bits: dict[int, list[int]]
     shared_bits: dict[int, int] = field(default_factory=dict)
     attention_bits: int = UNQUANTIZED
     dense_bits: int = UNQUANTIZED
+    router_bits: int = UNQUANTIZED
     group_size: int = 128
     version: int = FORMAT_VERSION
     budget: float | None = None
@@ -97,7 +99,7 @@ def _refuse(name: str, expected: str, value: Any) -> None:
 
 
 def _check_fields(values: dict[str, Any]) -> None:
-    for name in ("attention_bits", "dense_bits"):
+    for name in ("attention_bits", "dense_bits", "router_bits"):
         _check_width(name, values.get(name, UNQUANTIZED), 1)
     if type(values.get("group_size")) is not int or values["group_size"] not in GROUP_SIZES:
         _refuse("group_size", f"one of {GROUP_SIZES}", values.get("group_size"))
@@ -188,8 +190,8 @@ def pack_model(moe: MoeModel, weights: QuantizedWeights, *, budget: float | None
         group = codes.shape[1] // meta.shape[1]
         modules[path] = LowBitLinear.from_codes(codes, meta, width, group, bias)
     replace_with_packed(moe.model, modules)
-    return PackedConfig(plan.experts, plan.shared, plan.attention, plan.dense, weights.group_size, budget=budget,
-                        method=method)
+    return PackedConfig(plan.experts, plan.shared, plan.attention, plan.dense, plan.router, weights.group_size,
+                        budget=budget, method=method)
 
 
 def check_output(path: str | os.PathLike, source: str | os.PathLike | None = None, overwrite: bool = False) -> Path:

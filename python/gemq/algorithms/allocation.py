@@ -35,7 +35,8 @@ import numpy as np
 from gemq.format import UNQUANTIZED, check_bits
 
 FORMAT, VERSION = "gemq-costs", 1
-PER_LAYER, SOLVERS = ("c2c3", "none"), ("auto", "highs", "cbc")
+# which widths, counted from the highest down, a routed expert of each layer must take (the paper's Table 17)
+PER_LAYER, SOLVERS = {"c2c3": (1, 2), "c2": (1,), "c3": (2,), "none": ()}, ("auto", "highs", "cbc")
 # A real budget times an expert count may miss a whole number of bits by rounding.
 BUDGET_SLACK = 1e-6
 # The solvers' tolerances are absolute, about 1e-6. With coefficients that reach 1 they call a solution optimal
@@ -232,11 +233,10 @@ def _minimum_bits(costs: Costs, per_layer: str, shared: bool) -> int:
     """The fewest bits that one layer can take."""
     num_experts, low = costs.routed.shape[1], costs.candidates[0]
     bits = num_experts * low + (low if shared else 0)
-    if per_layer == "c2c3" and len(costs.candidates) > 1:
-        if num_experts < 2:
-            raise ValueError(f"per_layer='c2c3' needs at least 2 routed experts a layer, got {num_experts}; use 'none'")
-        bits += costs.candidates[-1] + costs.candidates[-2] - 2 * low
-    return bits
+    kept = PER_LAYER[per_layer] if len(costs.candidates) > 1 else ()
+    if num_experts < len(kept):
+        raise ValueError(f"per_layer='c2c3' needs at least 2 routed experts a layer, got {num_experts}; use 'none'")
+    return bits + sum(costs.candidates[-back] - low for back in kept)
 
 
 def feasible_range(
@@ -245,7 +245,7 @@ def feasible_range(
     """The ``(lowest, highest)`` budget in bits per expert that :func:`solve` accepts with these options.
 
     The lowest is what the narrowest widths and the per-layer constraints take. The highest is the widest
-    candidate; with ``c2c3`` a little of it stays unspent, since each layer keeps one expert below it.
+    candidate; with ``c2c3`` or ``c3`` a little of it stays unspent, since each layer keeps one expert below it.
     """
     if per_layer not in PER_LAYER:
         raise ValueError(f"per_layer must be one of {', '.join(PER_LAYER)}, got {per_layer!r}")
@@ -262,7 +262,7 @@ class _Program:
     widths: tuple[int, ...]
     shape: tuple[int, int]  # layers, routed experts a layer
     total: int
-    per_layer: bool
+    kept: tuple[int, ...]  # see PER_LAYER
 
     def build(self, solver: str, scale: float, keep: np.ndarray) -> Any:
         """The python-mip model, its variables row after row; those where ``keep`` ``[rows, B]`` is False stay 0."""
@@ -281,9 +281,9 @@ class _Program:
         for row in index:
             constrain(row, [1.0] * len(row), EQUAL, 1.0)
         constrain(index.ravel(), [float(b) for b in self.widths] * len(index), LESS_OR_EQUAL, float(self.total))
-        for layer in index[: math.prod(self.shape)].reshape(*self.shape, -1) if self.per_layer else ():
-            for column in (layer[:, -1], layer[:, -2]):
-                constrain(column, [1.0] * len(column), GREATER_OR_EQUAL, 1.0)
+        layers = index[: math.prod(self.shape)].reshape(*self.shape, -1)
+        for layer, back in itertools.product(layers, self.kept):
+            constrain(layer[:, -back], [1.0] * len(layer), GREATER_OR_EQUAL, 1.0)
         return model
 
     def check(self, values: np.ndarray) -> np.ndarray:
@@ -294,7 +294,7 @@ class _Program:
             raise RuntimeError("the solver returned an allocation without one width for each expert")
         if int(np.asarray(self.widths)[chosen].sum()) > self.total:
             raise RuntimeError(f"the solver returned an allocation over the budget of {self.total} bits")
-        for back in (1, 2) if self.per_layer else ():
+        for back in self.kept:
             if not (routed == len(self.widths) - back).any(axis=1).all():
                 raise RuntimeError("the solver returned an allocation that breaks a per-layer constraint")
         return chosen
@@ -348,9 +348,9 @@ def solve(
     """The widths with the least predicted loss increase within ``budget`` bits per expert (Eq. 7).
 
     ``per_layer="c2c3"`` keeps, in each layer, at least one routed expert at the highest and one at the second
-    highest candidate (``"none"``, or one candidate: no such constraint). The search ends at a relative gap of
-    ``max_gap`` or after ``time_limit`` seconds, then with the gap it reached: see ``Allocation.gap``. ``solver``
-    is ``"highs"``, ``"cbc"`` or ``"auto"``, HiGHS if it loads and CBC otherwise. The same input gives the same
+    highest candidate (``"c2"``: only the first, ``"c3"``: only the second; ``"none"``, or one candidate: neither).
+    The search ends at a relative gap of ``max_gap`` or after ``time_limit`` seconds, then with the gap it reached:
+    see ``Allocation.gap``. ``solver`` is ``"highs"``, ``"cbc"`` or ``"auto"``, HiGHS if it loads and CBC otherwise. The same input gives the same
     allocation, ties included, unless the time limit ends the search.
 
     With ``fixed_shared_bits`` the shared experts have that width, and the budget and the objective cover the
@@ -377,7 +377,7 @@ def solve(
         widths=costs.candidates,
         shape=(num_layers, num_experts),
         total=total,
-        per_layer=per_layer == "c2c3" and num_widths > 1,
+        kept=PER_LAYER[per_layer] if num_widths > 1 else (),
     )
     name = _pick_solver(solver)
     chosen, objective, bound = program.solve(name, max_gap, time_limit)

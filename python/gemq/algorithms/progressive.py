@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gemq.algorithms.allocation import Allocation, solve
+from gemq.algorithms.allocation import PER_LAYER, Allocation, solve
 from gemq.algorithms.baselines import pmq, uniform
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.importance import PERTURBATIONS, ExpertStatistics, Perturbation, measure
 from gemq.algorithms.originals import Originals
+from gemq.algorithms.router_bits import quantize_routers
 from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
 from gemq.algorithms.sequential import BitPlan, QuantizedWeights, quantize_weights
+from gemq.format import UNQUANTIZED
 from gemq.models import MoeModel
 
 METHODS = ("gemq", "pmq", "uniform")
@@ -31,7 +33,11 @@ class MethodConfig:
     ``budgets`` are bits per expert, visited from the highest to the lowest. ``estimate`` is the model on which the
     coefficients of the second and later budgets are measured: the full-precision one, the one quantized for the
     previous budget, or that with tuned routers (the default when routers are tuned). ``shared_bits`` None lets the
-    program choose; 16 keeps shared experts, attention or dense MLPs unquantized.
+    program choose; 16 keeps shared experts, attention or dense MLPs unquantized. ``router_bits`` below 16 rounds the
+    routers after their tuning.
+
+    In the paper's terms: ``candidates`` is Table 18, ``per_layer`` (none, c2, c3, c2c3) Table 17, ``attention_bits``
+    Table 19, ``router_bits`` Table 20.
     """
 
     budgets: tuple[float, ...] = (2.5,)
@@ -41,6 +47,7 @@ class MethodConfig:
     attention_bits: int = 4
     dense_bits: int = 4
     shared_bits: int | None = None
+    router_bits: int = 16
     tune: bool = True
     estimate: str = "tuned"
     perturbation: str = "gptq"
@@ -55,9 +62,11 @@ class MethodConfig:
             raise ValueError(f"estimate must be one of {', '.join(ESTIMATES)}, got {self.estimate!r}")
         if self.perturbation not in PERTURBATIONS:
             raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
+        if self.per_layer not in PER_LAYER:
+            raise ValueError(f"per_layer must be one of {', '.join(PER_LAYER)}, got {self.per_layer!r}")
         if not self.budgets or any(not 0 <= b <= 8 for b in self.budgets):
             raise ValueError(f"budgets must be bits per expert in 0..8, got {self.budgets}")
-        for name in ("attention_bits", "dense_bits", "shared_bits"):
+        for name in ("attention_bits", "dense_bits", "shared_bits", "router_bits"):
             width = getattr(self, name)
             if width is not None and width != 16 and not 1 <= width <= 8:
                 raise ValueError(f"{name} must be 1..8, or 16 for unquantized, got {width}")
@@ -88,7 +97,7 @@ def _plan(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitPla
             index: int(allocation.shared_bits[row]) if fixed is None else fixed for row, index in enumerate(indices)
         }
     experts = {index: [int(b) for b in allocation.bits[row]] for row, index in enumerate(indices)}
-    return BitPlan(experts, shared, config.attention_bits, config.dense_bits)
+    return BitPlan(experts, shared, config.attention_bits, config.dense_bits, config.router_bits)
 
 
 def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, config: MethodConfig) -> Allocation:
@@ -143,13 +152,18 @@ def quantize_progressively(
                 moe, windows, plan, originals, config.gptq, batch_size=config.batch_size, progress=report
             )
         losses: list[float] = []
+        before = [p.detach().clone() for p in moe.routers]
         if config.tune:
-            before = [p.detach().clone() for p in moe.routers] if config.estimate == "quantized" else None
             with timer.stage("tune routers") as report:
                 losses = tune_routers(moe, router_windows if router_windows is not None else windows, config.router,
                                       report)
+        if config.router_bits < UNQUANTIZED:
+            with timer.stage("quantize routers"):
+                weights.reports |= quantize_routers(
+                    moe, windows, config.router_bits, config.gptq, batch_size=config.batch_size
+                )
         yield StageResult(budget, allocation, plan, weights, statistics, losses, timer.seconds)
-        if config.tune and before is not None:
+        if config.estimate == "quantized":
             with torch.no_grad():
                 for p, value in zip(moe.routers, before, strict=True):
                     p.copy_(value)

@@ -24,13 +24,15 @@ Progress = Callable[[int, int], None]
 class BitPlan:
     """Widths of a model: routed experts and shared expert by decoder layer index, one each for the rest.
 
-    16 leaves attention, dense MLPs or a shared expert as they are.
+    16 leaves attention, dense MLPs, routers or a shared expert as they are. Routers are not quantized with the rest
+    but after their tuning (:func:`gemq.algorithms.router_bits.quantize_routers`).
     """
 
     experts: dict[int, list[int]]
     shared: dict[int, int] = field(default_factory=dict)
     attention: int = 4
     dense: int = 4
+    router: int = UNQUANTIZED
 
 
 @dataclass
@@ -45,7 +47,7 @@ class QuantizedWeights:
     reports: dict[str, GptqReport] = field(default_factory=dict)
 
 
-class _Hessian:
+class Hessian:
     """Sum of ``x x'`` over calibration tokens."""
 
     def __init__(self, size: int, device: torch.device):
@@ -76,13 +78,13 @@ class _Calibration:
 
     def __init__(self, moe: MoeModel, linears: dict, layer: MoeLayer | None):
         self.linears = {
-            path: _Hessian(module.in_features, module.weight.device) for path, (module, _) in linears.items()
+            path: Hessian(module.in_features, module.weight.device) for path, (module, _) in linears.items()
         }
         self.layer = layer
         if layer is not None:
             device = layer.experts.down_proj.device
-            self.inputs = [_Hessian(moe.hidden, device) for _ in range(moe.num_experts)]
-            self.inner = [_Hessian(moe.intermediate, device) for _ in range(moe.num_experts)]
+            self.inputs = [Hessian(moe.hidden, device) for _ in range(moe.num_experts)]
+            self.inner = [Hessian(moe.intermediate, device) for _ in range(moe.num_experts)]
 
     def watch(self, modules: dict, stack: ExitStack) -> None:
         for path, (module, _) in modules.items():
@@ -101,7 +103,7 @@ class _Calibration:
 
 
 def _quantize_stack(
-    weights: Tensor, hessians: list[_Hessian], bits: list[int], config: GptqConfig
+    weights: Tensor, hessians: list[Hessian], bits: list[int], config: GptqConfig
 ) -> tuple[QuantizedStack, dict[int, GptqReport]]:
     """Quantize ``weights [E, n, k]`` in one batch of all experts above 0 bits, writing the result back in place."""
     size = default_group_size(weights.shape[-1], config.group_size)

@@ -50,6 +50,7 @@ class Clip(StrEnum):
     mse = "mse"
 
 
+_CONSTRAINTS = "Per layer an expert at the highest width (c2), the second highest (c3), c2c3 or none (paper: Table 17)."
 _PERTURBATIONS = {Recipe.default: "gptq", Recipe.paper: "rtn"}
 
 
@@ -81,16 +82,17 @@ def quantize(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
     bits: Bits = "2.5",
     method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
-    candidates: Annotated[str, typer.Option(help="Widths an expert may take.")] = "1,2,3",
-    constraints: Annotated[str, typer.Option(help="c2c3 (the paper's, per layer) or none.")] = "c2c3",
+    candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8 (paper: Table 18).")] = "1,2,3",
+    constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
     calibration: Annotated[str, typer.Option(help="Text: wikitext2, c4, file.txt, file.jsonl#field, or a mixture.")]
     = "wikitext2",
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Length = 2048,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is.")] = 4,
+    attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is (paper: Table 19).")] = 4,
     dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
+    router_bits: Annotated[int, typer.Option(help="Routers after tuning: 1..8, or 16 (paper: Table 20).")] = 16,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
     recipe: Annotated[Recipe, typer.Option(help="paper: as the authors' scripts quantize.")] = Recipe.default,
     clip: Annotated[Clip | None, typer.Option(help="Range search (default: the recipe's).")] = None,
@@ -117,7 +119,7 @@ def quantize(
         MethodConfig(
             budgets=options.budgets(bits), method=method.value, candidates=options.widths(candidates),
             per_layer=constraints, attention_bits=attention_bits, dense_bits=dense_bits,
-            shared_bits=options.shared(shared_bits), tune=tune_routers, estimate=estimate,
+            shared_bits=options.shared(shared_bits), router_bits=router_bits, tune=tune_routers, estimate=estimate,
             perturbation=perturbation or _PERTURBATIONS[recipe], batch_size=batch_size,
             gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs),
@@ -138,7 +140,7 @@ def quantize(
 def allocate(
     costs: Annotated[Path, typer.Argument(help=f"{COSTS_FILE}, or the checkpoint folder that holds it.")],
     bits: Bits = "2.5",
-    constraints: Annotated[str, typer.Option(help="c2c3 or none.")] = "c2c3",
+    constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
     solver: Annotated[str, typer.Option(help="auto, highs or cbc.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -210,7 +212,8 @@ def inspect(model: Annotated[Path, typer.Argument(help="Packed checkpoint folder
     rows.append(["files", display.size(summary.file_bytes), f"{100 * summary.file_bytes / total:.1f}%"])
     out.print(
         f"{summary.expert_bits:.3f} bits per routed expert, attention {config.attention_bits}, dense "
-        f"{config.dense_bits}, groups of {config.group_size}, method {config.method}", highlight=False, markup=False,
+        f"{config.dense_bits}, routers {config.router_bits}, groups of {config.group_size}, method {config.method}",
+        highlight=False, markup=False,
     )
     out.print(display.bit_map(config.expert_bits, config.shared_bits))
     out.print(display.table("bytes", ["tensors", "size", "share"], rows))

@@ -40,13 +40,20 @@ def _store(buffer: Tensor, place: Place, new: Tensor) -> Tensor:
     return buffer[:, :, : place.end]
 
 
+def is_plain_norm(norm: nn.Module | None) -> bool:
+    """Whether :func:`rms_norm` is what ``norm`` computes; a norm whose weight is 1 plus the parameter names it ``eps``."""
+    return norm is not None and hasattr(norm, "variance_epsilon")
+
+
 class GroupedAttention:
-    """Mixtral, Qwen2-MoE and Qwen3-MoE attention: rotary halves, grouped heads, optional norms of query and key."""
+    """Rotary halves (of the whole head, or with GLM4-MoE its first part), grouped heads, and optional norms of query
+    and key, over a head or, with OLMoE, over all heads: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and GLM4-MoE."""
 
     def __init__(self, module: nn.Module, keys: Tensor, values: Tensor):
         self.module, self.keys, self.values = module, keys, values
         self.head_dim, self.groups, self.scale = module.head_dim, keys.shape[1], module.scaling
         self.q_norm, self.k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        self.norm_all = self.q_norm is not None and self.q_norm.weight.shape != (self.head_dim,)
 
     @staticmethod
     def fits(module: nn.Module, keys: Tensor, values: Tensor) -> bool:
@@ -54,19 +61,26 @@ class GroupedAttention:
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
         if not all(hasattr(module, n) for n in names) or getattr(module, "sliding_window", None):
             return False
+        norms = [getattr(module, n) for n in ("q_norm", "k_norm") if hasattr(module, n)]
+        if not all(map(is_plain_norm, norms)) or getattr(module.config, "clip_qkv", None) is not None:
+            return False
+        if module.q_proj.out_features != module.o_proj.in_features:
+            # Qwen3-Next: the query's projection has a gate beside it
+            return False
         return keys.shape == values.shape and keys.shape[-1] == module.head_dim
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], place: Place) -> Tensor:
         """``[B, 1, H] -> [B, 1, H]``; ``rotary`` is ``(cos, signed sin)``, each ``[B, 1, D]``."""
         module, batch, size = self.module, x.shape[0], self.head_dim
-        query = module.q_proj(x).view(batch, -1, size)
-        key = module.k_proj(x).view(batch, self.groups, size)
-        value = module.v_proj(x).view(batch, self.groups, size)
-        if self.q_norm is not None:
+        query, key = module.q_proj(x), module.k_proj(x)
+        if self.norm_all:
             query, key = rms_norm(query, self.q_norm), rms_norm(key, self.k_norm)
-        # query and key turn together; rolling by half and a signed sine are rotate_half
-        both, (cos, sin) = torch.cat((query, key), 1), rotary
-        both = both * cos + both.roll(size // 2, -1) * sin
+        query, key = query.view(batch, -1, size), key.view(batch, self.groups, size)
+        value = module.v_proj(x).view(batch, self.groups, size)
+        if self.q_norm is not None and not self.norm_all:
+            query, key = rms_norm(query, self.q_norm), rms_norm(key, self.k_norm)
+        # query and key turn together
+        both = _rotate_halves(torch.cat((query, key), 1), *rotary)
         query, key = both[:, : -self.groups], both[:, -self.groups :]
         keys, values = _store(self.keys, place, key), _store(self.values, place, value)
         # the heads that share a key are rows of one query matrix, so keys are read once
@@ -76,8 +90,16 @@ class GroupedAttention:
         return module.o_proj(out.reshape(batch, 1, -1))
 
 
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first ``cos.shape[-1]`` dimensions; rolling by half and a signed sine are ``rotate_half``."""
+    size = cos.shape[-1]
+    turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
+    turned = turned * cos + turned.roll(size // 2, -1) * sin
+    return turned if rest is None else torch.cat((turned, rest), -1)
+
+
 class LatentAttention:
-    """DeepSeek-V2's attention on the compressed cache: the expansion of keys and values is folded into the query and
+    """DeepSeek-V2's and V3's attention on the compressed cache: the expansion of keys and values is folded into the query and
     the output, so a step reads ``rank + rope`` numbers a cached token instead of expanding all of them again.
 
     ``kv_b_proj`` is held dequantized in the model's dtype for this, ``heads * (nope + v) * rank`` elements a layer.
@@ -87,6 +109,8 @@ class LatentAttention:
         self.module, self.latents, self.ropes = module, keys, values
         self.nope, self.rope, self.v_dim = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
         self.rank, self.scale = module.kv_lora_rank, module.scaling
+        # V3 leaves neighbours that turned together half the vector apart, V2 side by side; the cache holds them so
+        self.apart = hasattr(module.config, "rope_interleave")
         dense = module.kv_b_proj.weight
         dense = dense.detach() if isinstance(dense, Tensor) else dense(keys.dtype)
         expand = dense.view(-1, self.nope + self.v_dim, self.rank)
@@ -99,6 +123,8 @@ class LatentAttention:
         rank = getattr(module, "kv_lora_rank", None)
         if rank is None or getattr(module.kv_b_proj, "bias", None) is not None:
             return False
+        if not getattr(module.config, "rope_interleave", True) or not is_plain_norm(module.kv_a_layernorm):
+            return False
         return keys.shape[1] == 1 and keys.shape[-1] == rank and values.shape[-1] == module.qk_rope_head_dim
 
     def _query(self, x: Tensor) -> Tensor:
@@ -108,12 +134,13 @@ class LatentAttention:
         return module.q_b_proj(rms_norm(module.q_a_proj(x), module.q_a_layernorm))
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], place: Place) -> Tensor:
-        """``[B, 1, H] -> [B, 1, H]``; ``rotary`` is ``(cos, sin)``, each ``[B, 1, rope / 2]``."""
+        """``[B, 1, H] -> [B, 1, H]``; ``rotary`` is ``(cos, sin)``, each ``[B, 1, rope / 2]``, or with V3 twice that
+        with the sine's first half negated."""
         module, batch = self.module, x.shape[0]
         query = self._query(x).view(batch, -1, self.nope + self.rope)
         latent, key = module.kv_a_proj_with_mqa(x).view(batch, 1, -1).split((self.rank, self.rope), -1)
         latent = rms_norm(latent, module.kv_a_layernorm)
-        both = _rotate_pairs(torch.cat((query[..., self.nope :], key), 1), *rotary)
+        both = _rotate_pairs(torch.cat((query[..., self.nope :], key), 1), *rotary, self.apart)
         latents = _store(self.latents, place, latent)[:, 0]
         ropes = _store(self.ropes, place, both[:, -1:])[:, 0]
         # [heads, B, nope] x [heads, nope, rank]
@@ -127,10 +154,13 @@ class LatentAttention:
         return module.o_proj(out.reshape(batch, 1, -1))
 
 
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbours ``(x[2i], x[2i + 1])`` in float32, as the complex product does."""
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, apart: bool) -> Tensor:
+    """Rotate neighbours ``(x[2i], x[2i + 1])`` in float32, as the complex product does; ``apart`` puts the results of
+    all pairs' first numbers before the second ones."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+    cos, sin = cos[..., : even.shape[-1]], sin[..., -even.shape[-1] :]
+    turned = (even * cos - odd * sin, even * sin + odd * cos)
+    return (torch.cat(turned, -1) if apart else torch.stack(turned, -1).flatten(-2)).to(x.dtype)
 
 
 def rotary_tables(decoder: nn.Module, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

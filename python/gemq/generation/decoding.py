@@ -126,7 +126,10 @@ class Decoding:
 
     @torch.inference_mode()
     def _set_up(self) -> None:
-        lean = LeanStep.fits(self.model, self.cache) if self.lean is None else self.lean
+        fits = LeanStep.fits(self.model, self.cache)
+        if self.lean and not fits:
+            raise ValueError("lean=True needs a model of known structure; leave lean out")
+        lean = fits if self.lean is None else self.lean
         if not lean and self.mode != "none":
             if not self.automatic:
                 raise ValueError(f"compile={self.mode!r} needs a model of known structure; use compile='none'")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gemq.generation.attention import GroupedAttention, LatentAttention, Place, rms_norm, rotary_tables
+from gemq.generation.attention import GroupedAttention, LatentAttention, Place, is_plain_norm, rms_norm, rotary_tables
 
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
@@ -56,10 +56,7 @@ class LeanStep:
         rotary = getattr(decoder, "rotary_emb", None)
         if getattr(rotary, "rope_type", None) not in _FIXED_ROTARY or len(cache.layers) < len(decoder.layers):
             return False
-        return all(
-            any(kind.fits(layer.self_attn, state.keys, state.values) for kind in (GroupedAttention, LatentAttention))
-            for layer, state in zip(decoder.layers, cache.layers, strict=False)
-        )
+        return is_plain_norm(decoder.norm) and all(map(_known, decoder.layers, cache.layers))
 
     def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
         """Logits ``[B, V]`` after ``tokens`` int64 ``[B]``."""
@@ -82,6 +79,15 @@ class LeanStep:
     def _added(self, visible: Tensor) -> Tensor:
         """A mask of numbers, once a step: attention would make one from a bool in every layer."""
         return torch.where(visible, 0.0, -torch.inf).to(self.embed.weight.dtype)[:, None, None]
+
+
+def _known(layer: nn.Module, state) -> bool:
+    """Whether a decoder layer and its part of the cache are of a known form; linear attention is not."""
+    if not all(is_plain_norm(getattr(layer, n, None)) for n in ("input_layernorm", "post_attention_layernorm")):
+        return False
+    module = getattr(layer, "self_attn", None)
+    kinds = (GroupedAttention, LatentAttention)
+    return module is not None and any(kind.fits(module, state.keys, state.values) for kind in kinds)
 
 
 def _attention(module: nn.Module, state) -> GroupedAttention | LatentAttention:

@@ -42,6 +42,11 @@ class MoeLayer:
     shared_path: str | None
     shared_gate: nn.Module | None
 
+    @property
+    def router_path(self) -> str:
+        """The router's module path."""
+        return f"{self.path}.gate"
+
 
 @dataclass(frozen=True)
 class MoeModel:

@@ -1,0 +1,181 @@
+"""The variants of the paper's ablations: each changes what it should, and the rest stays the same bytes.
+
+What a width may change: GPTQ is calibrated on what the layers before it give, with a layer's own weights unquantized.
+So in the first layer attention and experts of the same width are the same bytes whatever the others' widths, and from
+the second layer on everything that is quantized may differ. Costs of the first budget come from the full-precision
+model and depend on no width at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from packed_models import logits, quantized
+from tiny_models import random_windows, tiny_model
+
+import gemq
+from gemq.algorithms.allocation import PER_LAYER, Costs, feasible_range, solve
+from gemq.algorithms.progressive import MethodConfig, quantize_progressively
+from gemq.algorithms.router_bits import quantize_routers
+from gemq.algorithms.router_tuning import RouterTuningConfig
+from gemq.checkpoint import save_packed
+from gemq.models import describe
+from gemq.summary import summarize
+
+# learning fast enough that tuned routers differ clearly
+ROUTER = RouterTuningConfig(learning_rate=1e-2)
+
+
+@functools.cache
+def made(family="mixtral", budget=2.0, **options):
+    return quantized(family, budget, router=ROUTER, **options)
+
+
+def state(case):
+    return {k: v.clone() for k, v in case.packed.state_dict().items()}
+
+
+def changed(one, other):
+    """Names of the tensors that differ; both have the same names."""
+    first, second = state(one), state(other)
+    assert set(first) == set(second)
+    return {k for k, v in first.items() if v.shape != second[k].shape or not torch.equal(v, second[k])}
+
+
+def codes(case, layer):
+    """Codes and metadata of every expert of a layer, by expert and projection."""
+    stacks = case.stage.weights.stacks[layer]
+    return {(e, p): (s.bits[e], s.codes[e], s.meta[e]) for p, s in enumerate(stacks) for e in range(len(s.bits))}
+
+
+def same_costs(one, other):
+    a, b = one.stage.statistics.costs, other.stage.statistics.costs
+    assert np.array_equal(a.routed, b.routed) and (a.shared is None or np.array_equal(a.shared, b.shared))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 16])
+def test_attention_bits(bits):
+    """Table 19. Against 4 bits: the same costs and widths, and the first layer's experts are the same bytes."""
+    base, other = made(tune=False), made(tune=False, attention_bits=bits)
+    same_costs(base, other)
+    assert other.config.expert_bits == base.config.expert_bits and other.config.attention_bits == bits
+    if bits < 16:
+        differ = changed(base, other)
+        allowed = ("self_attn", "layers.1.mlp.experts")
+        assert all(any(part in name for part in allowed) for name in differ)
+        assert {n for n in differ if "self_attn" in n} == {n for n in state(base) if "self_attn" in n}
+    else:
+        # unquantized attention is the model's own
+        own = tiny_model("mixtral").state_dict()
+        kept = {k: v for k, v in state(other).items() if "self_attn" in k}
+        assert len(kept) == 8 and all(torch.equal(v, own[k]) for k, v in kept.items())
+    for expert, (width, found, meta) in codes(base, 0).items():
+        assert codes(other, 0)[expert][0] == width
+        assert torch.equal(codes(other, 0)[expert][1], found) and torch.equal(codes(other, 0)[expert][2], meta)
+
+
+@pytest.mark.parametrize("candidates", [(1, 2, 3), (0, 1, 2, 3), (1, 2, 3, 4), (0, 1, 2, 3, 4), (2, 3), (1, 3)], ids=str)
+def test_candidates(candidates):
+    """Table 18. Costs of a width that two sets share are the same; only widths of the set are used."""
+    base, other = made(tune=False), made(budget=2.25, tune=False, candidates=candidates)
+    used = {b for row in other.config.expert_bits.values() for b in row}
+    assert used <= set(candidates) and {candidates[-1], candidates[-2]} <= used
+    one, two = base.stage.statistics.costs, other.stage.statistics.costs
+    assert two.candidates == candidates
+    for width in set(candidates) & {1, 2, 3}:
+        here = two.routed[..., candidates.index(width)]
+        # GPTQ of several widths in one batch may order its sums differently
+        np.testing.assert_allclose(here, one.routed[..., one.candidates.index(width)], rtol=1e-4)
+    attention = [n for n in state(base) if "layers.0.self_attn" in n]
+    assert attention and not set(attention) & {
+        n for n, v in state(other).items() if n in state(base) and not torch.equal(v, state(base)[n])
+    }
+
+
+@pytest.mark.parametrize("per_layer", PER_LAYER)
+def test_constraints(per_layer):
+    """Table 17. The same costs; the program's optimum under just these constraints, found by trying every allocation."""
+    base, other = made(tune=False), made(tune=False, per_layer=per_layer)
+    same_costs(base, other)
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        # the second layer matters a thousandth, so that the constraints bind
+        costs = Costs((1, 2, 3), np.sort(rng.random((2, 3, 3)), -1)[..., ::-1] * [[[1.0]], [[1e-3]]], (0, 1))
+        budget = 2.0
+        best = np.inf
+        for widths in itertools.product((1, 2, 3), repeat=6):
+            layers = (widths[:3], widths[3:])
+            c2 = all(3 in layer for layer in layers)
+            c3 = all(2 in layer for layer in layers)
+            kept = {"none": True, "c2": c2, "c3": c3, "c2c3": c2 and c3}[per_layer]
+            if kept and sum(widths) <= 6 * budget:
+                best = min(best, sum(costs.routed[i // 3, i % 3, b - 1] for i, b in enumerate(widths)))
+        found = solve(costs, budget, per_layer=per_layer, max_gap=0.0)
+        assert found.objective == pytest.approx(best, rel=1e-9)
+        minimum = {"none": 6, "c2": 10, "c3": 8, "c2c3": 12}[per_layer] / 6
+        assert feasible_range(costs, per_layer=per_layer)[0] == pytest.approx(minimum)
+    # experts of the first layer that keep their width keep their bytes
+    for expert, (width, found, _) in codes(base, 0).items():
+        if codes(other, 0)[expert][0] == width:
+            assert torch.equal(codes(other, 0)[expert][1], found)
+
+
+def on_a_grid(weight, bits, group=64):
+    rows = weight.reshape(len(weight), -1, group).flatten(0, 1)
+    return all(len(row.unique()) <= 2**bits for row in rows)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_router_bits(family, bits, tmp_path):
+    """Table 20. Only the routers differ, they lie on a grid of their width near the tuned ones, and are reported."""
+    base, other = made(family), made(family, router_bits=bits)
+    routers = {f"{layer.router_path}.weight" for layer in describe(other.dense).moe}
+    assert changed(base, other) == routers
+    before, after = state(base), state(other)
+    own = tiny_model(family).state_dict()
+    for name in routers:
+        assert on_a_grid(after[name], bits) and not on_a_grid(before[name], 4)
+        assert float((after[name] - before[name]).norm() / before[name].norm()) < 2.0 ** (1 - bits)
+        assert not torch.equal(before[name], own[name]), "routers were to be tuned first"
+        assert other.stage.weights.reports[name.removesuffix(".weight")].tokens == random_windows().numel()
+    assert other.config.router_bits == bits and base.config.router_bits == 16
+    save_packed(other.packed, other.config, tmp_path / "model")
+    loaded = gemq.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(other.packed))
+    assert summarize(tmp_path / "model").config.router_bits == bits
+
+
+def test_routers_of_bits_are_measured_where_the_estimate_says():
+    """``quantized`` measures with the original routers, though routers were tuned and rounded in between."""
+    stages = []
+    for options in ({"tune": False}, {"router_bits": 2, "router": ROUTER}):
+        config = MethodConfig(budgets=(2.25, 2.0), estimate="quantized", **options)
+        stages.append(list(quantize_progressively(describe(tiny_model("mixtral")), random_windows(), config)))
+    one, two = (s[1].statistics.costs.routed for s in stages)
+    assert np.array_equal(one, two)
+
+
+def test_quantizing_routers_leaves_the_rest():
+    model = tiny_model("deepseek_v3").train()
+    moe = describe(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    quantize_routers(moe, random_windows(), 3)
+    after = model.state_dict()
+    assert {k for k, v in after.items() if not torch.equal(v, before[k])} == {f"{m.router_path}.weight" for m in moe.moe}
+    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(ValueError, match=r"bits must be an integer in 1\.\.8, got 16"):
+        quantize_routers(moe, random_windows(), 16)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"router_bits": 12}, "router_bits must be 1..8, or 16 for unquantized, got 12"),
+    ({"per_layer": "c4"}, "per_layer must be one of c2c3, c2, c3, none, got 'c4'"),
+])  # fmt: skip
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MethodConfig(**options)
