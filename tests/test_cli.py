@@ -103,6 +103,16 @@ def test_quantize_several_budgets(gemq_run, model_folder, quick, tmp_path):
         gemq.verify(out_folder / name)
 
 
+def test_the_papers_variants(gemq_run, model_folder, quick, tmp_path):
+    options = {"--constraints": "c2", "--candidates": "1,2,4", "--attention-bits": 3, "--router-bits": 4}
+    arguments = [str(v) for pair in options.items() for v in pair]
+    assert gemq_run("quantize", model_folder, "-o", tmp_path / "out", *quick, *arguments)[0] == 0
+    config = load_packed_config(tmp_path / "out")
+    assert (config.attention_bits, config.router_bits) == (3, 4)
+    assert all(4 in row and set(row) <= {1, 2, 4} for row in config.expert_bits.values())
+    assert "attention 3, dense 4, routers 4" in plain(gemq_run("inspect", tmp_path / "out")[1])
+
+
 @pytest.mark.parametrize("method", ["uniform", "pmq"])
 def test_quantize_by_the_baselines(gemq_run, model_folder, quick, tmp_path, method):
     arguments = ["-o", tmp_path / "out", "--bits", "2.25", "--method", method, "--no-tune-routers"]
@@ -236,6 +246,7 @@ def test_missing_arguments(gemq_run):
         ({"--candidates": "1,x"}, "--candidates must be whole numbers"),
         ({"--candidates": "1,9"}, r"--candidates must be in 0\.\.8"),
         ({"--attention-bits": "12"}, "attention_bits must be 1..8, or 16"),
+        ({"--router-bits": "12"}, "router_bits must be 1..8, or 16"),
         ({"--shared-bits": "few"}, "--shared-bits must be auto or a width"),
         ({"--group-size": "48"}, "group_size must be one of"),
         ({"--method": "magic"}, "magic.*gemq.*pmq.*uniform"),
@@ -289,7 +300,7 @@ def test_unsupported_and_quantized_models(gemq_run, checkpoint, quick, tmp_path)
     from transformers import LlamaConfig
 
     LlamaConfig(hidden_size=32).save_pretrained(tmp_path / "llama")
-    message = "model type 'llama' is not supported yet; supported: deepseek_v2, mixtral"
+    message = "model type 'llama' is not supported yet; supported: deepseek_v2, deepseek_v3, glm4_moe"
     fails(gemq_run("quantize", tmp_path / "llama", "-o", tmp_path / "o", *quick), message)
     fails(gemq_run("quantize", checkpoint, "-o", tmp_path / "o", *quick), "is quantized already")
 

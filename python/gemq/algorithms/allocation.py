@@ -350,8 +350,8 @@ def solve(
     ``per_layer="c2c3"`` keeps, in each layer, at least one routed expert at the highest and one at the second
     highest candidate (``"c2"``: only the first, ``"c3"``: only the second; ``"none"``, or one candidate: neither).
     The search ends at a relative gap of ``max_gap`` or after ``time_limit`` seconds, then with the gap it reached:
-    see ``Allocation.gap``. ``solver`` is ``"highs"``, ``"cbc"`` or ``"auto"``, HiGHS if it loads and CBC otherwise. The same input gives the same
-    allocation, ties included, unless the time limit ends the search.
+    see ``Allocation.gap``. ``solver`` is ``"highs"``, ``"cbc"`` or ``"auto"``, HiGHS if it loads and CBC otherwise. The
+    same input gives the same allocation, ties included, unless the time limit ends the search.
 
     With ``fixed_shared_bits`` the shared experts have that width, and the budget and the objective cover the
     routed experts only; otherwise see :func:`total_bits`.

@@ -41,7 +41,7 @@ def _store(buffer: Tensor, place: Place, new: Tensor) -> Tensor:
 
 
 def is_plain_norm(norm: nn.Module | None) -> bool:
-    """Whether :func:`rms_norm` is what ``norm`` computes; a norm whose weight is 1 plus the parameter names it ``eps``."""
+    """Whether :func:`rms_norm` is what ``norm`` computes; norms that multiply by 1 plus their weight call it ``eps``."""
     return norm is not None and hasattr(norm, "variance_epsilon")
 
 
@@ -99,8 +99,8 @@ def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LatentAttention:
-    """DeepSeek-V2's and V3's attention on the compressed cache: the expansion of keys and values is folded into the query and
-    the output, so a step reads ``rank + rope`` numbers a cached token instead of expanding all of them again.
+    """DeepSeek-V2's and V3's attention on the compressed cache: the expansion of keys and values is folded into the
+    query and the output, so a step reads ``rank + rope`` numbers a cached token instead of expanding all of them again.
 
     ``kv_b_proj`` is held dequantized in the model's dtype for this, ``heads * (nope + v) * rank`` elements a layer.
     """

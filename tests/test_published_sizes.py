@@ -1,0 +1,44 @@
+"""Families at the sizes of their published models, without storage: parameters, parts, a layout for every matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from gemq.bench.architectures import meta_model, parameters
+from gemq.bench.random_model import packed_plan
+from gemq.checkpoint import packed_skeleton
+from gemq.models import describe
+
+# overrides of transformers' defaults, which are those of the published model for the other families
+OLMOE = {"intermediate_size": 1024}
+DEEPSEEK_V2 = {
+    "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 160, "n_shared_experts": 2,
+    "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy", "num_experts_per_tok": 6,
+    "q_lora_rank": 1536, "first_k_dense_replace": 1, "vocab_size": 102400,
+}
+
+
+# billions of parameters as published (without the layers of multi-token prediction), experts, MoE layers, linears
+# of attention and dense MLPs, shared multiple
+@pytest.mark.parametrize("kind, changes, billions, experts, layers, attention, dense, shared", [
+    ("olmoe", OLMOE, 6.92, 64, 16, 4 * 16, 0, 0.0),
+    ("deepseek_v2", DEEPSEEK_V2, 235.7, 160, 59, 5 * 60, 3, 2.0),
+    ("deepseek_v3", {}, 671.0, 256, 58, 5 * 61, 9, 1.0),
+    ("glm4_moe", {}, None, 128, 45, 4 * 46, 3, 1.0),
+    ("qwen3_next", {}, 79.7, 512, 48, 4 * 12 + 2 * 36, 0, 1.0),
+])  # fmt: skip
+def test_a_published_size(kind, changes, billions, experts, layers, attention, dense, shared):
+    config = AutoConfig.for_model(kind, **changes)
+    if billions is not None:
+        assert parameters(config) / 1e9 == pytest.approx(billions, rel=0.002)
+    model = meta_model(config)
+    moe = describe(model)
+    assert (moe.num_experts, len(moe.moe), moe.shared_multiple) == (experts, layers, shared)
+    assert (len(moe.attention), len(moe.dense)) == (attention, dense)
+    modules = packed_skeleton(model, packed_plan(config, ((2, 1.0),), 4, 4), device="meta")
+    assert len(modules) == layers + attention + dense + (3 * layers if shared else 0)
+    buffers = [b for m in modules.values() for b in m.buffers()]
+    assert len(buffers) == 2 * len(modules) + 2 * layers and {b.device for b in buffers} == {torch.device("meta")}
