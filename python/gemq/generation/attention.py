@@ -41,7 +41,7 @@ def _store(buffer: Tensor, place: Place, new: Tensor) -> Tensor:
 
 
 def is_plain_norm(norm: nn.Module | None) -> bool:
-    """Whether :func:`rms_norm` is what ``norm`` computes; norms that multiply by 1 plus their weight call it ``eps``."""
+    """Whether :func:`rms_norm` is what ``norm`` computes; norms that multiply by 1 plus their weight call it `eps`."""
     return norm is not None and hasattr(norm, "variance_epsilon")
 
 
