@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gemq import format as fmt
 from gemq.generation import Decoding
-from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.nn import LowBitExperts
 
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 
@@ -68,9 +68,10 @@ def other_bytes(model: nn.Module, batch: int) -> int:
     for path, module in model.named_modules():
         if path.endswith(".experts"):
             continue
-        tensors = list(module.parameters(recurse=False))
-        if isinstance(module, LowBitLinear):
-            tensors += [module.weight_codes, module.weight_meta]
+        # what a checkpoint holds: parameters, packed weights, correction biases of routers
+        buffers = module.named_buffers(recurse=False)
+        tensors = [b for name, b in buffers if name not in module._non_persistent_buffers_set]
+        tensors += module.parameters(recurse=False)
         for tensor in tensors:
             if id(tensor) not in counted:
                 counted.add(id(tensor))
