@@ -38,6 +38,7 @@ def moe_gemm(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, layout: str
 ) -> Tensor:
     """Forward of :func:`gemq.ops.moe_lowbit_gemm` on checked arguments; on the CPU it checks the offsets too."""
+    checks.expert_ids(topk_ids, stack[2].numel())
     if layout == "cpu_tile":
         return cpu.moe_gemm(x, stack, topk_ids, topk_weights, n, group_size)
     if not x.is_cuda:
@@ -54,6 +55,7 @@ def moe_ffn(
     group_size: int, down_group_size: int, layout: str,
 ) -> Tensor:
     """Forward of :func:`gemq.ops.moe_lowbit_ffn` on checked arguments; on the CPU it checks the offsets too."""
+    checks.expert_ids(topk_ids, gate_up[2].numel())
     if layout == "cpu_tile":
         return cpu.moe_ffn(x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size)
     if not x.is_cuda:
