@@ -261,7 +261,8 @@ def test_a_chat_template_cannot_reach_python(tokenizer, template):
 def test_sizes_nobody_has(folder, changes):
     """A typed error, before memory is taken or a model of a billion layers is begun."""
     edit_json(folder / "config.json", lambda data: data.update(changes))
-    with pytest.raises(GemqError, match=r"could not be loaded|MoE layer|widths for|but the weight files hold|has shape"):
+    message = r"could not be loaded|MoE layer|widths for|but the weight files hold|has shape"
+    with pytest.raises(GemqError, match=message):
         gemq.from_pretrained(folder)
 
 

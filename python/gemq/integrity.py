@@ -42,6 +42,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises :class:`CheckpointError` if there is none."""
     try:
@@ -75,8 +79,11 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(f"{file.name} is truncated or corrupt: its header claims {length} bytes")
-            header = json.loads(handle.read(length), object_pairs_hook=_distinct)
-            header.pop("__metadata__", None)
+            text = handle.read(length).decode("utf-8")
+            header = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+            notes = header.pop("__metadata__", None) or {}
+            if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+                raise ValueError("__metadata__ must map names to texts")
             spans = {name: _entry(entry) for name, entry in header.items()}
     except CheckpointError:
         raise
