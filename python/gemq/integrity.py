@@ -81,8 +81,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
                 raise CheckpointError(f"{file.name} is truncated or corrupt: its header claims {length} bytes")
             text = handle.read(length).decode("utf-8")
             header = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
-            notes = header.pop("__metadata__", None) or {}
-            if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            notes = header.pop("__metadata__", None)
+            if notes is not None and not all(isinstance(note, str) for note in notes.values()):
                 raise ValueError("__metadata__ must map names to texts")
             spans = {name: _entry(entry) for name, entry in header.items()}
     except CheckpointError:
