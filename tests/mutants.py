@@ -156,28 +156,37 @@ class Scratch:
         return found[0] if found else f"the process (exit {done.returncode}): {done.stderr.strip()[-200:]}"
 
 
+class Substitute:
+    """Loads the copy's package and extension before any test module is imported."""
+
+    def __init__(self, extension: str) -> None:
+        self.extension = extension
+
+    def pytest_configure(self) -> None:
+        import importlib.util
+
+        # the finder of the editable install leads to the original sources
+        sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]
+        sys.path.insert(0, str(ROOT / "python"))
+        if self.extension == "-":
+            self.extension = next(str(p) for path in sys.path for p in Path(path).glob("gemq/_C*.so"))
+        import torch  # noqa: F401  (first, as in gemq._core)
+
+        spec = importlib.util.spec_from_file_location("gemq._C", self.extension)
+        sys.modules["gemq._C"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["gemq._C"])
+        import gemq
+
+        if not Path(gemq.__file__).is_relative_to(ROOT):
+            raise SystemExit(f"the tests would run {gemq.__file__}")
+
+
 def run_inside(extension: str, tests: list[str]) -> int:
     """pytest on the package and the extension of the copy this file lies in."""
-    import importlib.util
-
-    # the finder of the editable install leads to the original sources
-    sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]
-    sys.path.insert(0, str(ROOT / "python"))
-    if extension == "-":
-        found = [p for path in sys.path for p in Path(path).glob("gemq/_C*.so")]
-        extension = str(found[0])
-    import torch  # noqa: F401  (first, as in gemq._core)
-
-    spec = importlib.util.spec_from_file_location("gemq._C", extension)
-    sys.modules["gemq._C"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["gemq._C"])
-    import gemq
-
-    if not Path(gemq.__file__).is_relative_to(ROOT):
-        raise SystemExit(f"the tests would run {gemq.__file__}")
     import pytest
 
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--tb=no", "-rfE", *tests]))
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
+    return int(pytest.main([*options, *tests], plugins=[Substitute(extension)]))
 
 
 def main() -> int:
