@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from comparing import assert_close
+from cpu_kernels import address, precision_of
 from stacks import random_stack
 from torch import Tensor
 
@@ -219,14 +220,14 @@ def _raw_gemm(case: Case, generator: torch.Generator) -> None:
     stack = random_stack(case.bits, case.n, case.k, case.group_size, "cpu_tile", case.seed)
     ids, weights = routed(case, generator)
     ids, scaled = ids.long(), bool(case.seed % 2)
-    x = torch.randn(case.tokens, case.k, generator=generator)
+    x = torch.randn(case.tokens, case.k, generator=generator).to(case.dtype)
     shape = (case.tokens, case.n) if scaled else (case.tokens, case.top_k, case.n)
-    out = keep(torch.full(shape, float("nan")), output=True)
-    given = [keep(x), *(keep(t) for t in stack), keep(ids), keep(weights)]
-    at = [t.data_ptr() for t in given]
+    out = keep(torch.full(shape, float("nan"), dtype=case.dtype), output=True)
+    given, kept = [keep(x), keep(ids), keep(weights)], tuple(keep(t) for t in stack)
     core().moe_gemm_cpu(
-        at[0], False, *at[1:6], len(case.bits), at[6], at[7] if scaled else 0, out.data_ptr(), case.tokens,
-        case.top_k, case.k, case.n, case.group_size, 1 + case.seed % 3,
+        given[0].data_ptr(), False, address(kept), len(case.bits), given[1].data_ptr(),
+        given[2].data_ptr() if scaled else 0, out.data_ptr(), case.tokens, case.top_k, case.k, case.n,
+        case.group_size, *precision_of(x, "exact"), 1 + case.seed % 3,
     )
     expected = reference.moe_lowbit_gemm(
         x, *stack, ids, weights if scaled else None, n=case.n, group_size=case.group_size, layout="cpu_tile",
@@ -237,19 +238,19 @@ def _raw_gemm(case: Case, generator: torch.Generator) -> None:
 
 
 def _raw_ffn(case: Case, generator: torch.Generator) -> None:
-    """The compiled block into a buffer and a scratch of ours."""
+    """The compiled block into a buffer of ours."""
     keep = Guarded()
     gate_up, down, options = _block(case, generator)
     ids, weights = routed(case, generator)
     ids = ids.long()
-    x = torch.randn(case.tokens, case.k, generator=generator)
+    x = torch.randn(case.tokens, case.k, generator=generator).to(case.dtype)
     out = keep(torch.full_like(x, float("nan")), output=True)
-    scratch = keep(torch.full((case.tokens * case.top_k * case.n,), float("nan")), output=True)
-    parts = [keep(x), *(keep(t) for t in (*gate_up, *down)), keep(ids), keep(weights)]
-    at = [t.data_ptr() for t in parts]
+    given = [keep(x), keep(ids), keep(weights)]
+    stacks = [tuple(keep(t) for t in stack) for stack in (gate_up, down)]
     core().moe_ffn_cpu(
-        *at[:11], len(case.bits), *at[11:], out.data_ptr(), scratch.data_ptr(), case.tokens, case.top_k, case.k,
-        case.n, case.group_size, options["down_group_size"], 1 + case.seed % 3,
+        given[0].data_ptr(), address(stacks[0]), address(stacks[1]), len(case.bits), given[1].data_ptr(),
+        given[2].data_ptr(), out.data_ptr(), case.tokens, case.top_k, case.k, case.n, case.group_size,
+        options["down_group_size"], *precision_of(x, "exact"), 1 + case.seed % 3,
     )
     assert_close(out, reference.moe_lowbit_ffn(x, gate_up, down, ids, weights, **options, compute_dtype=torch.float64))
     keep.check()
