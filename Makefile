@@ -6,13 +6,16 @@ OUT ?= demo-out
 # rebuilt when what is compiled or pinned changes; Python sources are used in place
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo test lint sanitize benchmark clean
+.PHONY: help demo test lint sanitize sweep fuzz mutants benchmark clean
 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
 	@echo "make test       linters and the test suite"
 	@echo "make lint       linters alone"
 	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sweep      20,000 op calls drawn from seeds, against float64 (CASES=, FIRST=)"
+	@echo "make fuzz       mutated checkpoints for SECONDS=600: the saved weights, or one clear error"
+	@echo "make mutants    plants faults one at a time; at least one test must fail for each (KIND=python or compiled)"
 	@echo "make benchmark  CPU (and, with a GPU, GPU) benchmarks"
 	@echo "make clean      remove the virtual environment and what was built"
 
@@ -43,6 +46,20 @@ sanitize: $(VENV)/.installed
 	GEMQ_SANITIZE=$(SANITIZERS) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  $(BIN)/python tests/run_sanitized.py build/sanitize
+
+CASES ?= 20000
+FIRST ?= 0
+sweep: $(VENV)/.installed
+	GEMQ_SWEEP_CASES=$(CASES) GEMQ_SWEEP_FIRST=$(FIRST) GEMQ_SWEEP_INTERPRETED=$$(( $(CASES) / 50 )) \
+	  $(BIN)/pytest tests/test_op_sweep.py -q
+
+SECONDS ?= 600
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz_checkpoint.py --seconds $(SECONDS)
+
+KIND ?= all
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants.py --kind $(KIND)
 
 benchmark: $(VENV)/.installed
 	$(BIN)/pytest --benchmark-only

@@ -178,3 +178,14 @@ def test_the_papers_recipe_does_not_propagate_below_four_bits() -> None:
     weight, hessian = problem(16, 128, 300, seed=9)
     codes, _, _ = gptq(weight[None], hessian[None], [2], [300], GptqConfig(clip="none", propagate_from=4), 128)
     assert torch.equal(codes[0], round_to_nearest(weight, 2, 128)[0])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_grid_of_weights_of_one_sign_holds_zero(bits: int, sign: int) -> None:
+    """In the reference and in the compiled step."""
+    w = sign * (1 + torch.rand(1, 20, 64, generator=torch.Generator().manual_seed(bits)))
+    _, compiled, _ = gptq_group(w, torch.eye(64)[None], torch.tensor([bits], dtype=torch.int32))
+    for s, m in (find_grid(w, torch.tensor(float(2**bits - 1))), compiled.float().unbind(-1)):
+        end = m if sign > 0 else (2**bits - 1) * s + m
+        assert (end.abs() <= 2**-9 * w.abs().amax()).all()

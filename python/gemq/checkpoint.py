@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from gemq import __version__
 from gemq.algorithms.sequential import QuantizedWeights
-from gemq.errors import CheckpointError
+from gemq.errors import CheckpointError, GemqError
 from gemq.format import GROUP_SIZES, MAX_BITS, UNQUANTIZED
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.integrity import verify as verify_files
@@ -244,8 +244,11 @@ def save_packed(
     try:
         _write(model, config, partial, tokenizer, dtype, max_shard_size, extra_files or {})
         _put_in_place(partial, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            # a full disk comes as this, not as an OSError
+            raise CheckpointError(f"the output {target} could not be written: {error}") from error
         raise
     return target
 
@@ -356,9 +359,10 @@ def from_pretrained(
     weight_files(path)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} could not be loaded: {error}") from error
+    except (GemqError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # the fields of config.json reach code of transformers that checks few of them: it may fail with anything
+        raise CheckpointError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
     model.eval()
     return model if device is None else model.to(device)

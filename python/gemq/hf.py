@@ -14,10 +14,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gemq.checkpoint import PackedConfig, packed_skeleton
 from gemq.errors import CheckpointError
-from gemq.integrity import TensorEntry, check_inside, read_header
+from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.models import packed_modules, prepare, replace_with_packed
 
 _FLOATS = ("F32", "F16", "BF16")
+# a number of layers above this is believed only if there are as many tensors
+_MANY_LAYERS = 1000
 
 
 @register_quantization_config("gemq")
@@ -49,6 +51,11 @@ class GemqQuantizer(HfQuantizer):
     """Builds the packed modules before loading, checks the files against them, prepares the kernels' layout after."""
 
     requires_calibration = True
+
+    def update_attn_implementation(self, config):
+        """The hook that sees the model's config before the model is built, layer by layer."""
+        _check_layers(config)
+        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs):
         files = [Path(f) for f in checkpoint_files or []]
@@ -85,6 +92,15 @@ def attach(model: nn.Module, packed: PackedConfig) -> None:
     model.hf_quantizer = GemqQuantizer(config)
 
 
+def _check_layers(config) -> None:
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers <= _MANY_LAYERS or not Path(config.name_or_path).is_dir():
+        return
+    tensors = sum(len(read_header(file)) for file in weight_files(config.name_or_path))
+    if layers > tensors:
+        raise CheckpointError(f"config.json says {layers} layers, but the weight files hold {tensors} tensors")
+
+
 def check_files(model: nn.Module, files: list[Path]) -> None:
     """Compare the checkpoint's headers with the packed model (on the meta device) before anything is loaded.
 
@@ -117,7 +133,13 @@ def _misfit(name: str, expected: torch.Tensor, found: TensorEntry) -> list[str]:
 
 
 def _check_metadata(model: nn.Module) -> None:
+    """Before the modules leave the canonical layout, where scales and offsets take turns."""
     for path, module in packed_modules(model):
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.dtype == torch.float16 and not bool(torch.isfinite(buffer).all()):
+            if buffer.dtype != torch.float16:
+                continue
+            if not bool(torch.isfinite(buffer).all()):
                 raise CheckpointError(f"{path}.{name} holds NaN or infinity: the checkpoint is corrupt")
+            # the quantizer's smallest scale is float16's smallest number above zero
+            if not bool((buffer[::2] > 0).all()):
+                raise CheckpointError(f"{path}.{name} holds a scale that is not above zero: the checkpoint is corrupt")

@@ -33,10 +33,23 @@ _ELEMENT_BYTES = {
 _READ_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".py", ".jinja", ".model")
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose keys comes twice: readers differ in which of the two they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in found if keys.count(k) > 1)!r} comes twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises :class:`CheckpointError` if there is none."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} has no {file.name}") from None
     except (ValueError, RecursionError) as error:
@@ -66,8 +79,11 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(f"{file.name} is truncated or corrupt: its header claims {length} bytes")
-            header = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
+            text = handle.read(length).decode("utf-8")
+            header = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+            notes = header.pop("__metadata__", None)
+            if notes is not None and not all(isinstance(note, str) for note in notes.values()):
+                raise ValueError("__metadata__ must map names to texts")
             spans = {name: _entry(entry) for name, entry in header.items()}
     except CheckpointError:
         raise
@@ -96,10 +112,12 @@ def _entry(entry: dict[str, Any]) -> tuple[int, TensorEntry]:
 def weight_files(folder: str | os.PathLike) -> list[Path]:
     """The safetensors files that a checkpoint folder is loaded from, by its index or the single file.
 
-    Names that lead out of the folder are refused before anything is opened. Raises :class:`CheckpointError`.
+    Names and links that lead out of the folder are refused before a weight file is opened. Raises
+    :class:`CheckpointError`.
     """
     folder = Path(folder)
     if (folder / WEIGHTS_FILE).is_file():
+        _refuse_link(folder / WEIGHTS_FILE)
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
@@ -112,8 +130,19 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     files = [folder / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing[:5])}, which {INDEX_FILE} names")
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(f"{folder} lacks {', '.join(missing[:5])}{more}, which {INDEX_FILE} names")
+    for file in files:
+        _refuse_link(file)
     return files
+
+
+def _refuse_link(file: Path) -> None:
+    """Raise :class:`CheckpointError` for a link that leads out of its folder; the hub's cache links to its blobs."""
+    real, folder = file.resolve(), file.parent.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if real.parent not in (folder, blobs):
+        raise CheckpointError(f"{file.name} is a link to {real}, which is not in the folder of the checkpoint")
 
 
 def check_inside(files: list[Path], folder: str | os.PathLike) -> None:
@@ -124,6 +153,7 @@ def check_inside(files: list[Path], folder: str | os.PathLike) -> None:
         escapes = ".." in inside.parts or (local and inside is file)
         if escapes or file.suffix != ".safetensors":
             raise CheckpointError(f"{INDEX_FILE} names {str(file)!r}, which is not a .safetensors file of the folder")
+        _refuse_link(file)
 
 
 def _sha256(file: Path) -> str:

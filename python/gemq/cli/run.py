@@ -14,10 +14,15 @@ from gemq.cli.app import app
 from gemq.cli.display import errors
 from gemq.errors import GemqError
 
+# characters of an error message that are shown
+_LONGEST = 2000
+
 
 def _fail(message: str) -> None:
-    # markup off: a tensor or file name may hold square brackets
-    errors().print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    # a tensor or file name may hold square brackets, codes that move a terminal's cursor, or a megabyte
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    shown = shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
+    errors().print(f"error: {shown}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet_libraries() -> None:

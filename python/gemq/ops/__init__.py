@@ -14,6 +14,7 @@ layout        backend                                devices
 Nothing falls back silently: a layout on a device that cannot serve it raises ``ValueError``.
 """
 
+from gemq.ops.checks import set_debug
 from gemq.ops.cpu import cpu_activations, set_cpu_activations
 from gemq.ops.matmul import lowbit_gemm, moe_lowbit_ffn, moe_lowbit_gemm
 from gemq.ops.packing import dequantize, pack, repack, unpack
@@ -32,6 +33,7 @@ __all__ = [
     "pack_experts",
     "repack",
     "set_cpu_activations",
+    "set_debug",
     "topk_routing",
     "unpack",
     "unpack_experts",

@@ -40,6 +40,7 @@ def moe_gemm(
     """Forward of :func:`gemq.ops.moe_lowbit_gemm` on checked arguments; on the CPU it checks the offsets too."""
     if layout == "cpu_tile":
         return cpu.moe_gemm(x, stack, topk_ids, topk_weights, n, group_size)
+    checks.expert_ids(topk_ids, stack[2].numel())
     if not x.is_cuda:
         checks.expert_bounds("weight", stack, n, x.shape[-1], group_size, layout)
     if layout == "gpu_tile":
@@ -56,6 +57,7 @@ def moe_ffn(
     """Forward of :func:`gemq.ops.moe_lowbit_ffn` on checked arguments; on the CPU it checks the offsets too."""
     if layout == "cpu_tile":
         return cpu.moe_ffn(x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size)
+    checks.expert_ids(topk_ids, gate_up[2].numel())
     if not x.is_cuda:
         checks.expert_bounds("gate_up", gate_up, 2 * intermediate, x.shape[-1], group_size, layout)
         checks.expert_bounds("down", down, x.shape[-1], intermediate, down_group_size, layout)

@@ -14,6 +14,31 @@ from gemq import format as fmt
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
+_debug = False
+
+
+def set_debug(on: bool) -> None:
+    """Make the products raise ``ValueError`` on an expert id outside ``0..E - 1`` instead of taking it as padding.
+
+    For finding a router that is wrong; off by default. It holds for the whole process, modules included. Each call
+    reads its ids, which on CUDA waits for the device, so it cannot run while a CUDA graph is captured.
+    """
+    global _debug
+    _debug = bool(on)
+
+
+def expert_ids(topk_ids: Tensor, experts: int) -> None:
+    """In debug mode (:func:`set_debug`), raise ``ValueError`` naming the first id that is no expert's."""
+    if not _debug:
+        return
+    outside = (topk_ids < 0) | (topk_ids >= experts)
+    if bool(outside.any()):
+        token, slot = divmod(int(outside.flatten().int().argmax()), topk_ids.shape[1])
+        raise ValueError(
+            f"topk_ids[{token}, {slot}] is {int(topk_ids[token, slot])}, but the experts are 0..{experts - 1}: "
+            f"{int(outside.sum())} of {outside.numel()} ids are outside (set_debug(False) takes them as padding)"
+        )
+
 
 def tensor(
     name: str,

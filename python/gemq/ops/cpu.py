@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gemq._core import core
+from gemq.ops import checks
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -68,6 +69,7 @@ def moe_gemm(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int
 ) -> Tensor:
     """:func:`gemq.ops.moe_lowbit_gemm` on contiguous ``x``; ``ValueError`` for an expert outside the buffers."""
+    checks.expert_ids(topk_ids, stack[2].numel())
     tokens, top_k = topk_ids.shape
     ids = topk_ids.to(torch.int64).contiguous()
     scale = None if topk_weights is None else topk_weights.float().contiguous()
@@ -85,6 +87,7 @@ def moe_ffn(
     group_size: int, down_group_size: int,
 ) -> Tensor:
     """:func:`gemq.ops.moe_lowbit_ffn` on contiguous ``x``; ``ValueError`` for an expert outside the buffers."""
+    checks.expert_ids(topk_ids, gate_up[2].numel())
     tokens, top_k = topk_ids.shape
     ids, scale = topk_ids.to(torch.int64).contiguous(), topk_weights.float().contiguous()
     out = torch.empty_like(x)

@@ -1,0 +1,232 @@
+"""Faults planted one at a time in a copy of the sources: for each, a quick test must fail (``make mutants``).
+
+A mutant is ``(name, file, old, new, tests)``; ``old`` occurs exactly once in ``file``, which test_mutants.py holds.
+Python mutants run at once, those of C++ after a rebuild of what they touch. First the tests run on the unchanged copy:
+there they must pass, or their failing would say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+# seconds that the tests of one mutant may take; a mutant that hangs is noticed by that
+LONGEST = 300
+
+
+class Mutant(NamedTuple):
+    """One fault: ``old`` in ``file`` becomes ``new``, and one of ``tests`` (as pytest takes them) must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the extension must be built again."""
+        return self.file.startswith("csrc/")
+
+
+ALLOCATION, GPTQ, IMPORTANCE = ("tests/test_allocation.py",), ("tests/test_gptq.py",), ("tests/test_importance.py",)
+BITS, PROGRESSIVE = ("tests/test_core_bits.py",), ("tests/test_progressive.py",)
+CHECKPOINT = ("tests/test_checkpoint.py",)
+MUTANTS = (
+    Mutant("packing: the last codes of a row one bit off", "csrc/include/gemq/bits.h",
+           "if (i < count) value |= static_cast<uint64_t>(codes[i] & ((1 << BITS) - 1)) << (BITS * i);",
+           "if (i < count) value |= static_cast<uint64_t>(codes[i] & ((1 << BITS) - 1)) << (BITS * i + (i > 5));",
+           BITS),
+    Mutant("packing: a row one byte short", "csrc/include/gemq/bits.h",
+           "return (k * bits + 7) / 8; }", "return (k * bits + 6) / 8; }", BITS),
+    Mutant("repacking: padding from one row too late", "csrc/pack/repack_rows.h",
+           "a.dst_meta[to.m] = row < a.n ? a.src_meta[from.m] : 0;",
+           "a.dst_meta[to.m] = row < a.n - 1 ? a.src_meta[from.m] : 0;", BITS),
+    Mutant("dequantizing (kernel body): the group one too far", "csrc/pack/pack_body.h",
+           "const uint32_t pair = shared.pairs[v * kEach >> log2];",
+           "const uint32_t pair = shared.pairs[(v * kEach + kEach) >> log2];",
+           ("tests/test_pack_emulated.py",)),
+    Mutant("compiled GPTQ: propagation leaves out the next columns", "csrc/gptq/column_loop.h",
+           "for (int j = first + kTogether; j < group; ++j) {",
+           "for (int j = first + kTogether + 1; j < group; ++j) {", GPTQ),
+    Mutant("compiled clip search: the scale of the worse grid", "csrc/gptq/column_loop.h",
+           "grid.s = error < best ? tried.s : grid.s;", "grid.s = error < best ? grid.s : tried.s;", GPTQ),
+    Mutant("experts: offsets counted after the expert", "python/gemq/format.py",
+           "        codes.append(code_at)\n        metas.append(meta_at)\n",
+           "        codes.append(code_at + (1 if index else 0))\n        metas.append(meta_at)\n",
+           ("tests/test_ops.py::test_a_stack_comes_back", "tests/test_nn.py")),
+    Mutant("experts: metadata of the expert before", "python/gemq/ops/stacks.py",
+           "        out_meta[new.meta_offsets[e] : new.meta_offsets[e] + part_meta.numel()] = part_meta",
+           "        out_meta[new.meta_offsets[max(e - 1, 0)] :][: part_meta.numel()] = part_meta",
+           ("tests/test_nn.py",)),
+    Mutant("grid: a group's range without zero", "python/gemq/reference/grid.py",
+           "low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)",
+           "low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)", GPTQ),
+    Mutant("grid: clip search keeps the worst", "python/gemq/reference/grid.py",
+           "        better = error < best\n", "        better = (error > best) | best.isinf()\n", GPTQ),
+    Mutant("program: one bit more than the budget", "python/gemq/algorithms/allocation.py",
+           "for b in self.widths] * len(index), LESS_OR_EQUAL, float(self.total))",
+           "for b in self.widths] * len(index), LESS_OR_EQUAL, float(self.total + 1))", ALLOCATION),
+    Mutant("program: one bit less than the budget", "python/gemq/algorithms/allocation.py",
+           "return math.floor((budget * units - reserved) * costs.routed.shape[0] + BUDGET_SLACK)",
+           "return math.floor((budget * units - reserved) * costs.routed.shape[0] + BUDGET_SLACK) - 1", ALLOCATION),
+    Mutant("program: no expert at the second highest width", "python/gemq/algorithms/allocation.py",
+           "for column in (layer[:, -1], layer[:, -2]):", "for column in (layer[:, -1],):", ALLOCATION),
+    Mutant("GPTQ: errors reach the later groups with the wrong sign", "python/gemq/algorithms/gptq.py",
+           "w[..., stop:].baddbmm_(errors, factor[:, start:stop, stop:], alpha=-1)",
+           "w[..., stop:].baddbmm_(errors, factor[:, start:stop, stop:], alpha=1)", GPTQ),
+    Mutant("GPTQ: the factor's columns one group early", "python/gemq/algorithms/gptq.py",
+           "block = factor[:, start:stop, start:stop]", "block = factor[:, : stop - start, : stop - start]", GPTQ),
+    Mutant("coefficients: without the routing weight", "python/gemq/algorithms/importance.py",
+           "change = scale * (out - expert_hidden(gate_up, x) @ down.T)",
+           "change = out - expert_hidden(gate_up, x) @ down.T", IMPORTANCE),
+    Mutant("coefficients: squared after the sum over dimensions", "python/gemq/algorithms/importance.py",
+           "self.routed[expert, b] += float((gradient * change).double().square().sum())",
+           "self.routed[expert, b] += float((gradient * change).double().sum(-1).square().sum())", IMPORTANCE),
+    Mutant("coefficients: the loss averaged over one token too many", "python/gemq/algorithms/importance.py",
+           "(loss / (ids.shape[1] - 1)).backward()", "(loss / ids.shape[1]).backward()", IMPORTANCE),
+    Mutant("progression: from the lowest budget up", "python/gemq/algorithms/progressive.py",
+           "budgets = sorted(config.budgets, reverse=True)", "budgets = sorted(config.budgets)", PROGRESSIVE),
+    Mutant("routing: weights in the order of the experts", "python/gemq/reference/moe.py",
+           'return torch.einsum("tkn,tk->tn", out, scale)', 'return torch.einsum("tkn,tk->tn", out, scale.flip(1))',
+           ("tests/test_core_moe.py",)),
+    Mutant("routing: an id one beyond the experts counts", "python/gemq/ops/backends.py",
+           "valid = (topk_ids >= 0) & (topk_ids < stack[2].numel())",
+           "valid = (topk_ids >= 0) & (topk_ids <= stack[2].numel())", ("tests/test_ops.py",)),
+    Mutant("checkpoint: the digest is not compared", "python/gemq/checkpoint.py",
+           'if data.get("digest") != _digest(stored):', 'if data.get("digest") is None:', CHECKPOINT),
+    Mutant("verify: sums are not compared", "python/gemq/integrity.py",
+           'return None if _sha256(file) == entry.get("sha256") else "differs from its SHA-256"', "return None",
+           CHECKPOINT),
+    Mutant("reader: a header may claim more than the file", "python/gemq/integrity.py",
+           "if 8 + length + end != size:", "if 8 + length + end > size:", CHECKPOINT),
+    Mutant("reader: links are followed", "python/gemq/integrity.py",
+           "if real.parent not in (folder, blobs):", "if not real.name:", ("tests/test_robustness.py",)),
+)
+
+
+class Scratch:
+    """A copy of the tracked sources, whose Python package and, once built, extension the tests import."""
+
+    def __init__(self, folder: Path):
+        self.root, self.extension = folder / "gemq", None
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, self.root / name)
+        link = self.root / "python" / "gemq" / "triton_kernels"
+        if not link.exists():
+            link.symlink_to(self.root / "triton_kernels")
+
+    def build(self) -> None:
+        """Build the extension of the copy, without CUDA; later calls only what changed."""
+        out = self.root / "build" / "mutants"
+        if not (out / "build.ninja").exists():
+            tools = Path(sys.executable).parent
+            where = subprocess.run([sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True)
+            self._do(str(tools / "cmake"), "-S", str(self.root), "-B", str(out), "-G", "Ninja", "-DGEMQ_CUDA=OFF",
+                     "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
+                     f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", f"-Dpybind11_DIR={where.stdout.strip()}")
+        self._do(str(Path(sys.executable).parent / "cmake"), "--build", str(out))
+        (self.extension,) = out.glob("_C*.so")
+
+    def _do(self, *command: str) -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+
+    def failing(self, tests: tuple[str, ...]) -> str | None:
+        """The first test that fails, "a hang" for none in time, or None."""
+        inside = [sys.executable, str(self.root / "tests" / "mutants.py"), "--inside", str(self.extension or "-")]
+        try:
+            done = subprocess.run([*inside, *tests], capture_output=True, text=True, cwd=self.root, timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            return "a hang"
+        if done.returncode == 0:
+            return None
+        found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        return found[0] if found else f"the process (exit {done.returncode}): {done.stderr.strip()[-200:]}"
+
+
+class Substitute:
+    """Loads the copy's package and extension before any test module is imported."""
+
+    def __init__(self, extension: str) -> None:
+        self.extension = extension
+
+    def pytest_configure(self) -> None:
+        import importlib.util
+
+        # the finder of the editable install leads to the original sources
+        sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]
+        sys.path.insert(0, str(ROOT / "python"))
+        if self.extension == "-":
+            self.extension = next(str(p) for path in sys.path for p in Path(path).glob("gemq/_C*.so"))
+        import torch  # noqa: F401  (first, as in gemq._core)
+
+        spec = importlib.util.spec_from_file_location("gemq._C", self.extension)
+        sys.modules["gemq._C"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["gemq._C"])
+        import gemq
+
+        if not Path(gemq.__file__).is_relative_to(ROOT):
+            raise SystemExit(f"the tests would run {gemq.__file__}")
+
+
+def run_inside(extension: str, tests: list[str]) -> int:
+    """pytest on the package and the extension of the copy this file lies in."""
+    import pytest
+
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
+    return int(pytest.main([*options, *tests], plugins=[Substitute(extension)]))
+
+
+def main() -> int:
+    """Plant every mutant, print the table, and fail if one survives."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", choices=("all", "python", "compiled"), default="all")
+    parser.add_argument("--only", help="mutants whose name holds this")
+    parser.add_argument("--no-baseline", action="store_true", help="do not run the tests on the unchanged copy first")
+    options = parser.parse_args()
+    chosen = [
+        m for m in MUTANTS
+        if options.kind in ("all", "compiled" if m.compiled else "python") and (options.only or "") in m.name
+    ]
+    began, survived = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Scratch(Path(folder))
+        if any(m.compiled for m in chosen):
+            scratch.build()
+        if not options.no_baseline:
+            broken = scratch.failing(tuple(sorted({test for m in chosen for test in m.tests})))
+            if broken:
+                raise SystemExit(f"{broken} fails without any mutant")
+        print(f"{'mutant':<60} {'s':>5}  noticed by", flush=True)
+        for mutant in sorted(chosen, key=lambda m: m.compiled):
+            started, file = time.monotonic(), scratch.root / mutant.file
+            good = file.read_text(encoding="utf-8")
+            file.write_text(good.replace(mutant.old, mutant.new), encoding="utf-8")
+            if mutant.compiled:
+                scratch.build()
+            noticed = scratch.failing(mutant.tests)
+            survived += noticed is None
+            file.write_text(good, encoding="utf-8")
+            print(f"{mutant.name:<60} {time.monotonic() - started:5.0f}  {noticed or 'NOTHING'}", flush=True)
+    print(f"{len(chosen)} mutants, {survived} survived, {time.monotonic() - began:.0f} s")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        sys.exit(run_inside(sys.argv[2], sys.argv[3:]))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

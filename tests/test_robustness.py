@@ -1,0 +1,410 @@
+"""Inputs that must not hurt: what a stranger's checkpoint, a full disk or a wrong router may do, and may not."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import struct
+from contextlib import contextmanager
+
+import pytest
+import torch
+from packed_models import logits, quantized
+from safetensors.torch import load_file, save_file
+from stacks import random_stack
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+import gemq
+from gemq import ops
+from gemq.checkpoint import check_output, save_packed
+from gemq.cli.run import run
+from gemq.errors import CheckpointError, GemqError
+from gemq.generation.chat import render
+from gemq.integrity import INDEX_FILE, WEIGHTS_FILE, weight_files
+from gemq.models import packed_modules
+from gemq.reference.grid import round_to_nearest
+
+LOADERS = (gemq.from_pretrained, AutoModelForCausalLM.from_pretrained)
+META = "model.layers.0.block_sparse_moe.experts.down_proj_meta"
+
+
+@pytest.fixture(scope="module")
+def made():
+    return quantized("mixtral", tune=False)
+
+
+@pytest.fixture(scope="module")
+def pristine(made, tmp_path_factory):
+    root = tmp_path_factory.mktemp("pristine")
+    single = save_packed(made.packed, made.config, root / "single", dtype=torch.bfloat16)
+    return single, save_packed(made.packed, made.config, root / "sharded", max_shard_size="12KB")
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    return shutil.copytree(pristine[0], tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(pristine, tmp_path):
+    return shutil.copytree(pristine[1], tmp_path / "shards")
+
+
+def refused(folder, message, loaders=LOADERS):
+    for load in loaders:
+        with pytest.raises(CheckpointError, match=message):
+            load(folder)
+
+
+def edit_json(file, change):
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+@pytest.fixture
+def gemq_run(capsys):
+    """Run a command in this process: ``(exit code, standard output, lines of standard error)``."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, [line for line in err.splitlines() if line.strip()]
+
+    return call
+
+
+# metadata
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [META, "model.layers.0.self_attn.q_proj.weight_meta"])
+def test_scales_that_no_quantizer_writes(folder, value, name):
+    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors[name][6] = value
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    refused(folder, r"_meta holds (NaN or infinity|a scale that is not above zero)")
+
+
+def test_offsets_may_be_zero_but_not_nan(folder):
+    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors[META][7] = 0.0
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    gemq.from_pretrained(folder)
+    tensors[META][7] = float("nan")
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    refused(folder, "holds NaN or infinity")
+
+
+def test_zero_weights_give_scales_above_zero():
+    """What the check relies on: a group of zeros gets the smallest scale, not none."""
+    for bits in range(1, 9):
+        _, meta = round_to_nearest(torch.zeros(2, 64), bits, 32)
+        assert (meta[..., 0] > 0).all()
+
+
+# links
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, monkeypatch):
+    outside = shutil.move(folder / WEIGHTS_FILE, tmp_path / "outside.safetensors")
+    (folder / WEIGHTS_FILE).symlink_to(outside)
+    monkeypatch.setattr("gemq.hf.read_header", lambda file: pytest.fail(f"opened {file}"))
+    refused(folder, r"model\.safetensors is a link to .*outside\.safetensors, which is not in the folder")
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../outside.safetensors"])
+def test_a_shard_that_is_a_link(sharded, tmp_path, target):
+    shard = weight_files(sharded)[1]
+    shutil.move(shard, tmp_path / "outside.safetensors")
+    shard.symlink_to(target)
+    refused(sharded, rf"{shard.name} is a link to .*, which is not in the folder of the checkpoint")
+
+
+def test_links_that_stay_inside(folder, tmp_path):
+    """Within the folder, a link to the folder itself, and the hub's cache: snapshots that link to blobs."""
+    (folder / WEIGHTS_FILE).rename(folder / "weights-1")
+    (folder / WEIGHTS_FILE).symlink_to("weights-1")
+    expected = logits(gemq.from_pretrained(folder))
+    (tmp_path / "link").symlink_to(folder)
+    assert torch.equal(logits(gemq.from_pretrained(tmp_path / "link")), expected)
+    cache = tmp_path / "models--someone--model"
+    snapshot = cache / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(folder, snapshot, symlinks=True)
+    (cache / "blobs").mkdir()
+    (snapshot / "weights-1").rename(cache / "blobs" / "9f86d081")
+    (snapshot / WEIGHTS_FILE).unlink()
+    (snapshot / WEIGHTS_FILE).symlink_to("../../blobs/9f86d081")
+    for load in LOADERS:
+        assert torch.equal(logits(load(snapshot)), expected)
+    (cache / "blobs").rename(cache / "elsewhere")
+    (snapshot / WEIGHTS_FILE).unlink()
+    (snapshot / WEIGHTS_FILE).symlink_to("../../elsewhere/9f86d081")
+    refused(snapshot, "is a link to")
+
+
+# keys that come twice
+
+
+def test_duplicate_keys(folder, sharded):
+    file = folder / "config.json"
+    good = file.read_text()
+    file.write_text(good.replace('"version": 1', '"version": 1, "version": 1'))
+    assert file.read_text() != good
+    refused(folder, r"config\.json is not valid JSON \(the key 'version' comes twice\)", LOADERS[:1])
+    index = sharded / INDEX_FILE
+    name = next(iter(json.loads(index.read_text())["weight_map"]))
+    index.write_text(index.read_text().replace(f'"{name}"', f'"{name}": "x.safetensors", "{name}"', 1))
+    refused(sharded, "comes twice", LOADERS[:1])
+
+
+def test_a_tensor_twice_in_one_header(folder):
+    file = folder / WEIGHTS_FILE
+    raw = file.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = raw[8 : 8 + length].rstrip()
+    entry = header[header.index(b'"lm_head.weight"') :].split(b"}")[0] + b"}"
+    header = header[:-1] + b"," + entry + b"}"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
+    refused(folder, r"the key 'lm_head\.weight' comes twice")
+
+
+def test_missing_shards_are_counted(sharded):
+    files = weight_files(sharded)
+    for file in files:
+        file.unlink()
+    shown = ", ".join(file.name for file in files[:5])
+    more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+    refused(sharded, f"lacks {shown}{more}, which", LOADERS[:1])
+
+
+# code in a checkpoint
+
+
+class Trap:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_checkpoint_is_executed(folder, tmp_path):
+    """Pickles beside the weights or in their place, and the module of an ``auto_map``."""
+    sprung = tmp_path / "sprung"
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin"):
+        torch.save(Trap(sprung), folder / name)
+    (folder / "modeling_trap.py").write_text(f"import os\nos.mkdir({str(sprung)!r})\n")
+    classes = {"AutoConfig": "modeling_trap.Config", "AutoModelForCausalLM": "modeling_trap.Model"}
+    edit_json(folder / "config.json", lambda data: data.update(auto_map=classes))
+    for load in LOADERS:
+        load(folder)
+    (folder / WEIGHTS_FILE).rename(folder / "kept")
+    refused(folder, "neither model.safetensors nor", LOADERS[:1])
+    with pytest.raises((OSError, CheckpointError)):
+        LOADERS[1](folder)
+    shutil.copy(folder / "pytorch_model.bin", folder / WEIGHTS_FILE)
+    refused(folder, r"model\.safetensors is truncated or corrupt: its header claims")
+    assert not sprung.exists()
+
+
+def test_an_unknown_model_type_with_code(folder, tmp_path):
+    sprung = tmp_path / "sprung"
+    (folder / "modeling_trap.py").write_text(f"import os\nos.mkdir({str(sprung)!r})\n")
+    classes = {"AutoConfig": "modeling_trap.Config", "AutoModelForCausalLM": "modeling_trap.Model"}
+    edit_json(folder / "config.json", lambda data: data.update(auto_map=classes, model_type="trap"))
+    refused(folder, "could not be loaded", LOADERS[:1])
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{% include '/etc/passwd' %}",
+        "{{ messages[0]['content'].nothing.at.all }}",
+        "{% if",
+    ],
+)
+def test_a_chat_template_cannot_reach_python(tokenizer, template):
+    import copy
+
+    mine = copy.deepcopy(tokenizer)
+    mine.chat_template = template
+    with pytest.raises(CheckpointError, match="chat template of the tokenizer failed"):
+        render(mine, [{"role": "user", "content": "it"}])
+
+
+# sizes nobody has
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_local_experts": 10**9}, {"num_hidden_layers": 10**9}, {"hidden_size": 2**40}, {"vocab_size": 2**62},
+        {"intermediate_size": 2**63 - 1}, {"num_hidden_layers": -1}, {"num_local_experts": 0}, {"hidden_size": 0},
+        {"num_attention_heads": 0}, {"head_dim": 2**61}, {"num_experts_per_tok": 10**9, "num_local_experts": 10**9},
+    ],
+    ids=str,
+)
+@pytest.mark.timeout(60)
+def test_sizes_nobody_has(folder, changes):
+    """A typed error, before memory is taken or a model of a billion layers is begun."""
+    edit_json(folder / "config.json", lambda data: data.update(changes))
+    message = r"could not be loaded|MoE layer|widths for|but the weight files hold|has shape"
+    with pytest.raises(GemqError, match=message):
+        gemq.from_pretrained(folder)
+
+
+# output
+
+
+@contextmanager
+def no_file_above(size):
+    """Writing beyond ``size`` bytes fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_a_full_disk_in_the_middle_of_the_weights(made, folder, tmp_path, size):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with no_file_above(size), pytest.raises((CheckpointError, OSError), match=r"could not be written|too large"):
+        save_packed(made.packed, made.config, folder, overwrite=True)
+    with no_file_above(size), pytest.raises((CheckpointError, OSError)):
+        save_packed(made.packed, made.config, tmp_path / "new")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_full_disk_at_the_terminal(gemq_run, model_folder, text_file, tmp_path):
+    quick = ["--calibration", text_file, "--samples", 2, "--length", 16, "--bits", 2, "--method", "uniform"]
+    with no_file_above(20_000):
+        code, out, err = gemq_run("quantize", model_folder, "-o", tmp_path / "out", "--no-tune-routers", *quick)
+    assert (code, out) == (2, "")
+    assert "could not be written" in err[-1] and "internal" not in err[-1]
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_output_that_may_not_be_written(tmp_path, monkeypatch):
+    """Also for root, to whom a folder's mode says nothing but a file system that is mounted read-only does."""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
+    with pytest.raises(CheckpointError, match=rf"cannot be written: {tmp_path} is not a writable folder"):
+        check_output(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        check_output(tmp_path / "a" / "b" / "out")
+
+
+# at the terminal
+
+
+def test_names_in_errors_are_escaped(gemq_run, folder):
+    """Markup, colours, cursor movements and line ends of a stranger's tensor name."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    name = "[red]a[/red]\x1b[2J\x1b]0;title\x07\r\nerror: b\u202e" + "x" * 5000
+    tensors[name] = torch.zeros(3)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    code, out, err = gemq_run("eval", folder, "--data", folder / "config.json", "--length", 2)
+    assert (code, out) == (2, "")
+    code, out, err = gemq_run("generate", folder, "it")
+    assert (code, out, len(err)) == (2, "", 1)
+    with pytest.raises(CheckpointError):
+        gemq.from_pretrained(folder)
+
+
+def test_an_error_is_one_printable_line_of_bounded_length(capsys):
+    from gemq.cli.run import _fail
+
+    _fail("the tensor [red]a[/red]\x1b[2J\x1b]0;title\x07\u202e " + "x" * 100_000 + " is missing")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"error: the tensor [red]a[/red]\x1b[2J\x1b]0;title\x07\u202e xxx")
+    assert line.endswith("xxx is missing") and len(line) < 2100 and line.isprintable()
+
+
+# expert ids, and debug mode
+
+STACK = random_stack((2, 0, 3), 64, 64, 32, "cpu_tile", 0)
+OUTSIDE = [-1, 3, 4, -(2**31), 2**31 - 1]
+
+
+@pytest.fixture
+def debug():
+    ops.set_debug(True)
+    yield
+    ops.set_debug(False)
+
+
+def products(layout, ids):
+    """Both products with experts on the ids."""
+    stack, x, weights = random_stack((2, 0, 3), 64, 64, 32, layout, 0), torch.ones(len(ids), 64), torch.ones(ids.shape)
+    down = random_stack((2, 0, 3), 64, 32, 32, layout, 1)
+    return (
+        lambda: ops.moe_lowbit_gemm(x, *stack, ids, weights, n=64, group_size=32, layout=layout),
+        lambda: ops.moe_lowbit_ffn(x, stack, down, ids, weights, intermediate=32, group_size=32, layout=layout),
+    )
+
+
+@pytest.mark.parametrize("layout", ["canonical", "cpu_tile"])
+@pytest.mark.parametrize("bad", OUTSIDE)
+def test_debug_mode_raises_on_ids_outside(layout, bad, debug):
+    ids = torch.tensor([[0, 2], [1, bad], [bad, 0]])
+    for call in products(layout, ids):
+        with pytest.raises(ValueError, match=rf"topk_ids\[1, 1\] is {bad}, but the experts are 0\.\.2: 2 of 6 ids"):
+            call()
+        ops.set_debug(False)
+        assert torch.isfinite(call()).all()
+        ops.set_debug(True)
+    for call in products(layout, ids.clamp(0, 2)):
+        call()
+
+
+def test_debug_mode_reaches_modules(made, debug):
+    """They call their kernels without the op."""
+    experts = next(module for _, module in packed_modules(made.packed) if hasattr(module, "num_experts"))
+    x, weights = torch.ones(2, experts.hidden), torch.ones(2, 2)
+    with torch.no_grad():
+        experts(x, torch.tensor([[0, 1], [2, 3]]), weights)
+        with pytest.raises(ValueError, match=r"topk_ids\[1, 0\] is 4, but the experts are 0\.\.3"):
+            experts(x, torch.tensor([[0, 1], [4, 3]]), weights)
+
+
+# more than 2^31 packed elements
+
+
+@pytest.mark.parametrize("layout", ["canonical", "cpu_tile"])
+@pytest.mark.parametrize("at", [2**31 - 64, 2**32 + 64])
+def test_experts_beyond_32_bits(layout, at):
+    """An expert whose codes begin beyond what 32 bits count. Memory that is not touched is not taken."""
+    small = random_stack((3,), 64, 64, 32, layout, 1)
+    qweight, size = torch.empty(at + small[0].numel(), dtype=torch.uint8), small[0].numel()
+    qweight[at:] = small[0]
+    meta_at = at // 2
+    meta = torch.empty(meta_at + small[1].numel(), dtype=torch.float16)
+    meta[meta_at:] = small[1]
+    assert qweight.numel() == at + size
+    tables = (torch.tensor([3], dtype=torch.int32), torch.tensor([at]), torch.tensor([meta_at]))
+    x, ids = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 1, dtype=torch.int64)
+    options = {"n": 64, "group_size": 32, "layout": layout}
+    got = ops.moe_lowbit_gemm(x, qweight, meta, *tables, ids, **options)
+    assert torch.equal(got, ops.moe_lowbit_gemm(x, *small, ids, **options)) and got.any()
+
+
+def test_a_full_precision_tiny_model_still_saves(tmp_path):
+    """The limit of :func:`no_file_above` is lifted again."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / WEIGHTS_FILE).stat().st_size > 20_000
