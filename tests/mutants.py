@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 # seconds that the tests of one mutant may take; a mutant that hangs is noticed by that
 LONGEST = 300
@@ -163,7 +165,9 @@ class Substitute:
     def __init__(self, extension: str) -> None:
         self.extension = extension
 
-    def pytest_configure(self) -> None:
+    # before the conftest, which imports the package
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(self) -> None:
         import importlib.util
 
         # the finder of the editable install leads to the original sources
@@ -184,8 +188,6 @@ class Substitute:
 
 def run_inside(extension: str, tests: list[str]) -> int:
     """pytest on the package and the extension of the copy this file lies in."""
-    import pytest
-
     options = ["-q", "-x", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
     return int(pytest.main([*options, *tests], plugins=[Substitute(extension)]))
 

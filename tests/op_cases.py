@@ -21,6 +21,8 @@ from gemq import ops, reference
 from gemq._core import core
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# the tolerances are for norms of many roundings; of a few elements, one may be rounded by all it can, or cancel
+FEW, LOOSE = 64, {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 2**-7}
 GUARD = 64  # bytes on each side
 PATTERN = 0xA5
 OPS = ("gemm", "slots", "weighted", "ffn", "dense", "pack", "dequantize", "repack", "raw_gemm", "raw_ffn")
@@ -123,8 +125,17 @@ def _precision(case: Case) -> torch.dtype:
 
 def _finish(case: Case, guarded: Guarded, out: Tensor, expected: Tensor) -> None:
     assert out.dtype == case.dtype
-    assert_close(out, expected, dtype=_precision(case))
+    _close(out, expected, _precision(case))
     guarded.check()
+
+
+def _close(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    if expected.numel() >= FEW:
+        assert_close(out, expected, dtype=dtype)
+        return
+    assert out.shape == expected.shape and bool(out.isfinite().all())
+    error, size = float((out.double() - expected).norm()), float(expected.norm())
+    assert error <= LOOSE[dtype] * size, f"relative error {error / max(size, 1e-300):.2e} of few elements"
 
 
 def _products(case: Case, generator: torch.Generator) -> None:
@@ -233,8 +244,7 @@ def _raw_gemm(case: Case, generator: torch.Generator) -> None:
         x, *stack, ids, weights if scaled else None, n=case.n, group_size=case.group_size, layout="cpu_tile",
         compute_dtype=torch.float64,
     )
-    assert_close(out, expected)
-    keep.check()
+    _finish(case, keep, out, expected)
 
 
 def _raw_ffn(case: Case, generator: torch.Generator) -> None:
@@ -252,8 +262,9 @@ def _raw_ffn(case: Case, generator: torch.Generator) -> None:
         given[2].data_ptr(), out.data_ptr(), case.tokens, case.top_k, case.k, case.n, case.group_size,
         options["down_group_size"], *precision_of(x, "exact"), 1 + case.seed % 3,
     )
-    assert_close(out, reference.moe_lowbit_ffn(x, gate_up, down, ids, weights, **options, compute_dtype=torch.float64))
-    keep.check()
+    _finish(case, keep, out, reference.moe_lowbit_ffn(
+        x, gate_up, down, ids, weights, **options, compute_dtype=torch.float64
+    ))
 
 
 _RUN = {
