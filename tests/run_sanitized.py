@@ -18,24 +18,18 @@ FILES = (
 )  # fmt: skip
 
 
-class Substitute:
-    """Loads the extension before any test module is imported."""
+def substitute(path: Path) -> None:
+    """Load the extension from ``path``, before a conftest or a test module imports gemq."""
+    import torch  # noqa: F401  (first, as in gemq._core)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    spec = importlib.util.spec_from_file_location("gemq._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["gemq._C"] = module
+    from gemq._core import core
 
-    # capture=sys: what a sanitizer says goes straight to the terminal
-    def pytest_configure(self) -> None:
-        import torch  # noqa: F401  (first, as in gemq._core)
-
-        spec = importlib.util.spec_from_file_location("gemq._C", self.path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules["gemq._C"] = module
-        from gemq._core import core
-
-        if Path(core().__file__) != self.path:
-            raise SystemExit(f"the tests would run {core().__file__}")
+    if Path(core().__file__) != path:
+        raise SystemExit(f"the tests would run {core().__file__}")
 
 
 def main(folder: Path, *arguments: str) -> int:
@@ -45,10 +39,12 @@ def main(folder: Path, *arguments: str) -> int:
     found = sorted(folder.glob("_C*.so"))
     if len(found) != 1:
         raise SystemExit(f"{folder} must hold one _C*.so, found {len(found)}")
+    substitute(found[0])
     import pytest
 
+    # capture=sys: what a sanitizer says goes straight to the terminal
     given = arguments or ("-q", "-x", *(str(TESTS / name) for name in FILES))
-    return int(pytest.main(["-p", "no:cacheprovider", "--capture=sys", *given], plugins=[Substitute(found[0])]))
+    return int(pytest.main(["-p", "no:cacheprovider", "--capture=sys", *given]))
 
 
 if __name__ == "__main__":
