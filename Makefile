@@ -48,10 +48,13 @@ sanitize: $(VENV)/.installed
 	  $(BIN)/python tests/run_sanitized.py build/sanitize
 
 CASES ?= 20000
+ROUNDS ?= 5
 FIRST ?= 0
 sweep: $(VENV)/.installed
 	GEMQ_SWEEP_CASES=$(CASES) GEMQ_SWEEP_FIRST=$(FIRST) GEMQ_SWEEP_INTERPRETED=$$(( $(CASES) / 50 )) \
 	  $(BIN)/pytest tests/test_op_sweep.py -q
+	for i in $$(seq $(ROUNDS)); do GEMQ_NEW_EXAMPLES=1 $(BIN)/pytest -q tests/test_core_properties.py \
+	  tests/test_core_bits.py tests/test_fuzz_checkpoint.py tests/test_pack_emulated.py || exit 1; done
 
 SECONDS ?= 600
 fuzz: $(VENV)/.installed

@@ -8,9 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 from cpu_kernels import isa  # noqa: F401  (a fixture for all)
 from tiny_text import WORDS, words
+
+# the same examples at each run, so that a failure is of the change at hand; `make sweep` draws new ones
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+if not os.environ.get("GEMQ_NEW_EXAMPLES"):
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

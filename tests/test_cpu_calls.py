@@ -107,6 +107,7 @@ def test_a_stack_is_checked_for_every_shape_it_is_used_with() -> None:
 
 
 def test_nothing_is_kept_of_a_stack_that_is_gone() -> None:
+    gc.collect()
     before = len(checks.SEEN._entries)
     block = Block()
     block()
