@@ -175,7 +175,9 @@ def test_a_closed_pipe_is_quiet(process):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+# a shell that runs the tests in the background has its children ignore interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gemq.generation import Decoding
 plain = Decoding._step
 def slow(self):

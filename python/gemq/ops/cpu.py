@@ -73,6 +73,9 @@ def moe_gemm(
     tokens, top_k = topk_ids.shape
     ids = topk_ids.to(torch.int64).contiguous()
     scale = None if topk_weights is None else topk_weights.float().contiguous()
+    if n * x.shape[-1] > 8 * stack[0].numel():
+        # no expert can store so many weights; the kernel would say so only after the output was allocated
+        checks.expert_bounds("weight", stack, n, x.shape[-1], group_size, "cpu_tile")
     out = x.new_empty((tokens, top_k, n) if scale is None else (tokens, n))
     core().moe_gemm_cpu(
         x.data_ptr(), x.dim() == 3, _address(stack), stack[2].numel(), ids.data_ptr(),
