@@ -17,6 +17,7 @@ from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.cli import display, options
 from gemq.cli.bench import bench
 from gemq.cli.generation import chat, generate
+from gemq.cli.plan import plan
 from gemq.cli.tune import tune
 from gemq.pipeline import COSTS_FILE, QuantizeConfig
 from gemq.summary import summarize
@@ -109,6 +110,7 @@ def quantize(
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    check: Annotated[bool, typer.Option(help="Refuse to start where memory or disk will not do (gemq plan).")] = True,
 ) -> None:
     """Measure, allocate, quantize, tune the routers, and save a packed checkpoint.
 
@@ -124,6 +126,7 @@ def quantize(
             gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs),
         ),
+        check,
     )
     with display.stages() as report:
         outcomes = gemq.quantize(config, report)
@@ -196,6 +199,7 @@ def evaluate(
     display.output().print(display.table(data, ["model", "perplexity", "tokens", "tokens/s"], [row]))
 
 
+app.command()(plan)
 app.command()(generate)
 app.command()(chat)
 app.command()(bench)
