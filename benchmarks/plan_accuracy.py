@@ -31,10 +31,12 @@ CASES = {
     "weights": ("mixtral", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
                             "num_local_experts": 8, "num_attention_heads": 8, "num_key_value_heads": 4}, 16, 256, 4),
     "activations": ("mixtral", {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8,
-                                "num_local_experts": 8, "num_attention_heads": 8, "num_key_value_heads": 4}, 48, 512, 4),
+                                "num_local_experts": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
+                    48, 512, 4),
     "shared experts": ("deepseek_v2", _DEEPSEEK | {
         "hidden_size": 384, "intermediate_size": 1024, "moe_intermediate_size": 256, "num_hidden_layers": 4,
-        "n_routed_experts": 16, "num_experts_per_tok": 4, "num_attention_heads": 8, "num_key_value_heads": 8}, 24, 512, 8),
+        "n_routed_experts": 16, "num_experts_per_tok": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
+    }, 24, 512, 8),
 }  # fmt: skip
 
 
