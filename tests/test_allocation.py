@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from gemq.algorithms import allocation
-from gemq.algorithms.allocation import Costs, feasible_range, pareto, solve, total_bits
+from gemq.algorithms.allocation import Costs, curve, feasible_range, pareto, solve, total_bits
 from gemq.algorithms.baselines import pmq, uniform
+from gemq.algorithms.program import Program
+from gemq.algorithms.reduction import reduce
 
 GAP = 1e-4
 SOLVERS = ("highs", "cbc")
@@ -157,6 +159,43 @@ def lagrangian_bound(costs, total):
     return dual((low + high) / 2)
 
 
+@pytest.mark.parametrize("kept", [(), (1,), (2,), (1, 2)])
+@pytest.mark.parametrize("candidates", [(1, 2, 3), (0, 2, 8), (0, 4)])
+@pytest.mark.parametrize("decades", [0, 9])
+def test_bounds_hold_and_the_optimum_is_left(kept, candidates, decades):
+    per_layer = {(): "none", (1,): "c2", (2,): "c3", (1, 2): "c2c3"}[kept]
+    for seed in range(6):
+        costs = make_costs(seed, 2, 3, candidates, decades=decades)
+        routed = np.array(costs.routed)
+        if seed == 5:
+            routed = routed.round(1)  # ties, and experts that cost nothing
+        costs = Costs(candidates, routed, costs.layers)
+        rows = routed.reshape(6, -1)
+        least = {}
+        for choice in itertools.product(range(len(candidates)), repeat=6):
+            at = np.array(choice)
+            if all((at.reshape(2, 3) == len(candidates) - back).any(axis=1).all() for back in kept):
+                total = int(np.asarray(candidates)[at].sum())
+                least.setdefault(total, []).append((rows[np.arange(6), at].sum(), choice))
+        low, high = (round(6 * b) for b in feasible_range(costs, per_layer=per_layer))
+        for total in {low, (2 * low + high) // 3, (low + 2 * high) // 3, high}:
+            optimum, choice = min(best for bits, found in least.items() if bits <= total for best in found)
+            found = reduce(rows, candidates, (2, 3), total, kept)
+            assert found.bound <= optimum * (1 + 1e-9) and optimum <= found.objective * (1 + 1e-9)
+            Program(rows, candidates, (2, 3), total, kept).check(np.eye(len(candidates))[found.chosen])
+            assert rows[np.arange(6), found.chosen].sum() == pytest.approx(found.objective)
+            if optimum < found.objective * (1 - 1e-9):
+                assert found.keep[np.arange(6), list(choice)].all()
+
+
+def test_nearly_all_widths_of_a_large_model_are_ruled_out():
+    costs = make_costs(0, 48, 128, (1, 2, 3), spread=1.5)
+    for budget in (1.25, 2.0, 2.75):
+        found = reduce(costs.routed.reshape(-1, 3), (1, 2, 3), (48, 128), round(budget * 48 * 128), (1, 2))
+        assert found.objective * (1 - 1e-2) < found.bound <= found.objective
+        assert found.keep.sum() - len(found.keep) < 0.1 * found.keep.size
+
+
 @pytest.mark.parametrize("spread", [1.0, 3.0, 6.0])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_48_layers_of_128_experts(solver, spread):
@@ -289,7 +328,7 @@ def test_time_limit_is_kept(solver):
 
 
 def test_a_wrong_answer_of_the_solver_is_refused():
-    program = allocation._Program(np.ones((4, 2)), (1, 2), (2, 2), total=6, kept=(1, 2))
+    program = Program(np.ones((4, 2)), (1, 2), (2, 2), total=6, kept=(1, 2))
     good = np.array([[1, 0], [0, 1], [0, 1], [1, 0]], dtype=float)
     assert program.check(good).tolist() == [0, 1, 1, 0]
     for rows, message in [
@@ -307,6 +346,24 @@ def test_pareto_falls_with_the_budget():
     curve = pareto(make_costs(3, 4, 8), [1.5, 2.0, 2.5, 3.0], max_gap=0.0)
     assert [a.budget for a in curve] == [1.5, 2.0, 2.5, 3.0]
     assert all(a.objective >= b.objective for a, b in itertools.pairwise(curve))
+
+
+def test_a_curve_spans_the_feasible_range():
+    costs = make_costs(3, 4, 8, multiple=2.0)
+    found = curve(costs, 6, fixed_shared_bits=4)
+    low, high = feasible_range(costs, fixed_shared_bits=4)
+    assert [a.budget for a in found] == pytest.approx(np.linspace(low, high, 6).tolist())
+    assert all(a.objective >= b.objective for a, b in itertools.pairwise(found))
+    assert all(a.gap <= GAP for a in found)
+    with pytest.raises(ValueError, match="points must be at least 2, got 1"):
+        curve(costs, 1)
+
+
+def test_a_curve_of_a_large_model_takes_seconds():
+    start = time.monotonic()
+    found = curve(make_costs(1, 24, 64, (1, 2, 3), spread=1.5), 12)
+    assert time.monotonic() - start < 60
+    assert all(a.gap <= GAP and a.objective >= b.objective for a, b in itertools.pairwise(found))
 
 
 GOOD = {"candidates": (1, 2), "routed": np.ones((1, 2, 2)), "layers": (0,), "shared": None, "shared_multiple": 0.0}

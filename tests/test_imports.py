@@ -15,7 +15,7 @@ KERNELS = ROOT / "triton_kernels"
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
     ("errors", "format", "_C"),
-    ("_core", "triton_kernels", "reference", "integrity"),
+    ("_core", "triton_kernels", "reference", "integrity", "distributed"),
     ("ops",),
     ("nn",),
     ("models",),
@@ -23,6 +23,7 @@ LAYERS = [
     ("checkpoint",),
     ("hf",),
     ("generation",),
+    ("planning",),
     ("pipeline", "summary", "serving"),
     ("continuation",),
     ("gemq",),

@@ -275,7 +275,7 @@ def _write(model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shar
 
     attach(model, config)
     metadata = {"format": "pt"}
-    save_torch_state_dict(_stored_state(model, dtype), folder, max_shard_size=max_shard_size, metadata=metadata)
+    save_torch_state_dict(stored_state(model, dtype), folder, max_shard_size=max_shard_size, metadata=metadata)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
@@ -291,8 +291,9 @@ def _write(model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shar
     _fsync(folder)
 
 
-def _stored_state(model, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The tensors by the names of the family's own checkpoints, tied ones once, unquantized ones in ``dtype``."""
+def stored_state(model, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The tensors of a packed model as a checkpoint holds them: by the names of the family's own checkpoints, tied
+    ones once, unquantized ones in ``dtype``."""
     packed = {f"{path}.{name}" for path, module in packed_modules(model) for name, _ in module.named_buffers()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     state = {k: v for k, v in model.state_dict().items() if k not in tied}

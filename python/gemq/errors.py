@@ -25,3 +25,7 @@ class DeviceError(GemqError, RuntimeError):
 
 class OutOfMemoryError(GemqError, MemoryError):
     """A model or its cache does not fit; the message says what would."""
+
+
+class ResourceError(GemqError, RuntimeError):
+    """Memory or disk is short for what was asked; the message says what takes how much, and what would fit."""

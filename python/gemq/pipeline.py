@@ -10,11 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from gemq.algorithms.allocation import BUDGET_SLACK, Costs, feasible_range
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
@@ -24,6 +22,7 @@ from gemq.errors import CheckpointError
 from gemq.format import codes_bytes, default_group_size, expert_layout
 from gemq.models import MoeModel, describe
 from gemq.models.families import check_supported
+from gemq.planning import PlanConfig, check, check_budgets, make_plan, this_machine
 
 COSTS_FILE = "gemq_costs.json"
 REPORT_FILE = "gemq_report.json"
@@ -38,6 +37,7 @@ class QuantizeConfig:
     ``model`` is a folder or hub name. With one budget the checkpoint is ``output`` itself, with several
     ``output/<budget>``. ``calibration`` and ``router_text`` are sources of
     :mod:`gemq.algorithms.calibration` (``router_text`` None: the calibration windows). ``length`` is in tokens.
+    ``check`` refuses to start where memory or disk will not do.
     """
 
     model: str
@@ -52,6 +52,7 @@ class QuantizeConfig:
     overwrite: bool = False
     trust_remote_code: bool = False
     method: MethodConfig = field(default_factory=MethodConfig)
+    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def pick_device(device: str | None) -> torch.device:
 def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> list[QuantizeOutcome]:
     """Quantize a model by the whole method and save a packed checkpoint per budget.
 
-    All that can be checked is checked before work starts: output folder, model family, text. The CPU works in
-    float32, CUDA in the model's dtype unless ``config.dtype`` says otherwise.
+    All that can be checked is checked before work starts: output folder, model family, memory and disk, text. The
+    CPU works in float32, CUDA in the model's dtype unless ``config.dtype`` says otherwise.
 
     Raises :class:`gemq.errors.GemqError` or ``ValueError`` with one line that says what to change.
     """
@@ -150,7 +151,10 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
         check_output(target, config.model, config.overwrite)
     device = pick_device(config.device)
     parse_dtype(config.dtype)
-    declared = check_model(config.model, config.trust_remote_code).dtype
+    architecture = check_model(config.model, config.trust_remote_code)
+    declared = architecture.dtype
+    if config.check:
+        check_resources(config, architecture, device)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     windows = calibration_windows(tokenizer, config.calibration, config.samples, config.length, config.seed)
     router = windows
@@ -169,24 +173,13 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
     return outcomes
 
 
-def check_budgets(moe: MoeModel, method: MethodConfig) -> None:
-    """Refuse a budget that no allocation meets, before the long measuring; ``ValueError`` names the range."""
-    if method.method == "uniform":
-        return
-    layers, widths = [layer.index for layer in moe.moe], len(method.candidates)
-    routed = np.zeros((len(layers), moe.num_experts, widths))
-    if method.method == "pmq":
-        low, high = feasible_range(Costs(method.candidates, routed, tuple(layers)))
-    elif not moe.shared_multiple:
-        low, high = feasible_range(Costs(method.candidates, routed, tuple(layers)), per_layer=method.per_layer)
-    else:
-        shared = np.zeros((len(layers), widths))
-        costs = Costs(method.candidates, routed, tuple(layers), shared, moe.shared_multiple)
-        low, high = feasible_range(costs, per_layer=method.per_layer, fixed_shared_bits=method.shared_bits)
-    for budget in method.budgets:
-        if not low - BUDGET_SLACK <= budget <= high + BUDGET_SLACK:
-            raise ValueError(f"the budget must be in {low:.6g}..{high:.6g} bits per expert for this model and these "
-                             f"candidates, got {budget:g}")
+def check_resources(config: QuantizeConfig, architecture, device: torch.device) -> None:
+    """Raise :class:`gemq.errors.ResourceError` if the plan of a transformers config takes more than is free here."""
+    chosen = parse_dtype(config.dtype)
+    dtype = None if isinstance(chosen, str) else chosen
+    options = PlanConfig(config.method, config.samples, config.length, dtype=dtype)
+    machine = this_machine(device, config.output, dtype or torch.float32, rates=False)
+    check(make_plan(architecture, options, machine), architecture)
 
 
 def _target(config: QuantizeConfig, budget: float) -> Path:

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from gemq.algorithms.program import Program
 from gemq.format import UNQUANTIZED, check_bits
 
 FORMAT, VERSION = "gemq-costs", 1
@@ -39,11 +40,6 @@ FORMAT, VERSION = "gemq-costs", 1
 PER_LAYER, SOLVERS = {"c2c3": (1, 2), "c2": (1,), "c3": (2,), "none": ()}, ("auto", "highs", "cbc")
 # A real budget times an expert count may miss a whole number of bits by rounding.
 BUDGET_SLACK = 1e-6
-# The solvers' tolerances are absolute, about 1e-6. With coefficients that reach 1 they call a solution optimal
-# that is 1e-3 off when the coefficients spread over ten decades, and with 1e6 they do not.
-COEFFICIENT_SCALE = 1e6
-# Below this fraction of the largest coefficient an objective is too close to the tolerances: see _Program.solve.
-RESCALE_BELOW = 1e-2
 
 
 def _array(name: str, value: Any, ndim: int) -> np.ndarray:
@@ -254,78 +250,6 @@ def feasible_range(
     return (_minimum_bits(costs, per_layer, shared) + reserved) / units, float(costs.candidates[-1])
 
 
-@dataclass(frozen=True)
-class _Program:
-    """Eq. 7 with one row an expert: the routed ones layer after layer, then one shared expert a layer if chosen."""
-
-    coefficients: np.ndarray  # [rows, B]
-    widths: tuple[int, ...]
-    shape: tuple[int, int]  # layers, routed experts a layer
-    total: int
-    kept: tuple[int, ...]  # see PER_LAYER
-
-    def build(self, solver: str, scale: float, keep: np.ndarray) -> Any:
-        """The python-mip model, its variables row after row; those where ``keep`` ``[rows, B]`` is False stay 0."""
-        from mip import BINARY, EQUAL, GREATER_OR_EQUAL, LESS_OR_EQUAL, LinExpr, Model
-
-        model = Model(solver_name=solver.upper())
-        model.verbose = 0
-        objective = np.where(keep, self.coefficients, 0.0) * scale
-        for value, upper in zip(objective.ravel().tolist(), keep.ravel().astype(float).tolist(), strict=True):
-            model.add_var(obj=value, ub=upper, var_type=BINARY)
-
-        def constrain(indices: np.ndarray, factors: Sequence[float], sense: str, right: float) -> None:
-            model.add_constr(LinExpr([model.vars[i] for i in indices.tolist()], factors, -right, sense))
-
-        index = np.arange(keep.size).reshape(keep.shape)
-        for row in index:
-            constrain(row, [1.0] * len(row), EQUAL, 1.0)
-        constrain(index.ravel(), [float(b) for b in self.widths] * len(index), LESS_OR_EQUAL, float(self.total))
-        layers = index[: math.prod(self.shape)].reshape(*self.shape, -1)
-        for layer, back in itertools.product(layers, self.kept):
-            constrain(layer[:, -back], [1.0] * len(layer), GREATER_OR_EQUAL, 1.0)
-        return model
-
-    def check(self, values: np.ndarray) -> np.ndarray:
-        """The chosen width index by row, from a solution ``[rows, B]``; ``RuntimeError`` if it breaks a constraint."""
-        chosen = values.argmax(axis=1)
-        routed = chosen[: math.prod(self.shape)].reshape(self.shape)
-        if np.abs(values - values.round()).max() > 1e-4 or (values.round().sum(axis=1) != 1).any():
-            raise RuntimeError("the solver returned an allocation without one width for each expert")
-        if int(np.asarray(self.widths)[chosen].sum()) > self.total:
-            raise RuntimeError(f"the solver returned an allocation over the budget of {self.total} bits")
-        for back in self.kept:
-            if not (routed == len(self.widths) - back).any(axis=1).all():
-                raise RuntimeError("the solver returned an allocation that breaks a per-layer constraint")
-        return chosen
-
-    def solve(self, solver: str, max_gap: float, time_limit: float) -> tuple[np.ndarray, float, float]:
-        """``(chosen width index by row, objective, lower bound)``.
-
-        None of the coefficients is negative, so one above the objective of any solution is in no optimum: where such
-        dwarf the objective (an expert that must not have 0 bits), they are dropped, the rest scaled up and re-solved.
-        """
-        end = time.monotonic() + time_limit
-        keep = np.ones(self.coefficients.shape, dtype=bool)
-        best, objective, bound = None, math.inf, 0.0
-        while True:
-            largest = float(self.coefficients[keep].max())
-            scale = COEFFICIENT_SCALE / largest if largest > 0 else 1.0
-            model = self.build(solver, scale, keep)
-            model.max_mip_gap = max_gap
-            status = model.optimize(max_seconds=max(end - time.monotonic(), 1e-3))
-            if model.num_solutions:
-                chosen = self.check(np.array([v.x for v in model.vars]).reshape(keep.shape))
-                value = float(np.take_along_axis(self.coefficients, chosen[:, None], axis=1).sum())
-                best, objective = (chosen, value) if value < objective else (best, objective)
-                bound = max(0.0, model.objective_bound / scale)
-            if best is None:
-                raise RuntimeError(f"{solver} found no allocation in time_limit={time_limit:g} s ({status.name})")
-            if objective == 0 or objective >= RESCALE_BELOW * largest or time.monotonic() >= end:
-                return best, objective, bound
-            keep &= self.coefficients <= objective
-
-
 def _pick_solver(solver: str) -> str:
     """The name of a solver that loads: the one asked for, or of HiGHS and CBC the first."""
     names = SOLVERS[1:] if solver == "auto" else (solver,)
@@ -372,7 +296,7 @@ def solve(
         raise ValueError(f"budget must be in {low:.6g}..{high:.6g} bits per expert for these costs, got {budget}")
 
     rows = costs.routed.reshape(-1, num_widths)
-    program = _Program(
+    program = Program(
         coefficients=np.concatenate([rows, costs.shared]) if shared else rows,
         widths=costs.candidates,
         shape=(num_layers, num_experts),
@@ -398,3 +322,15 @@ def solve(
 def pareto(costs: Costs, budgets: Sequence[float], **options: Any) -> list[Allocation]:
     """:func:`solve` for each of ``budgets`` with the same ``options``: the curve of objective against bits."""
     return [solve(costs, budget, **options) for budget in budgets]
+
+
+def curve(costs: Costs, points: int = 20, **options: Any) -> list[Allocation]:
+    """:func:`pareto` at ``points`` budgets, evenly spaced over :func:`feasible_range`, both ends among them.
+
+    Raises ``ValueError`` for fewer than 2 points, and what :func:`solve` raises.
+    """
+    if points < 2:
+        raise ValueError(f"points must be at least 2, got {points}")
+    within = {name: options[name] for name in ("per_layer", "fixed_shared_bits") if name in options}
+    low, high = feasible_range(costs, **within)
+    return pareto(costs, np.linspace(low, high, points).tolist(), **options)

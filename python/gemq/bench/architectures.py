@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from gemq.errors import CheckpointError
 from gemq.models.families import check_supported
+from gemq.planning.parts import meta_model
 
 FOLDER = Path(__file__).parent / "configs"
 # config.json of the published models (without auto_map: no code that comes with a model is ever run)
@@ -53,14 +51,6 @@ def _truncated(config, layers: int):
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     return config
-
-
-def meta_model(config) -> nn.Module:
-    """The unquantized model without any storage."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def parameters(config) -> int:

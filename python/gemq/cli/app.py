@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 import gemq
-from gemq.algorithms.allocation import Costs, pareto
+from gemq.algorithms.allocation import Costs, curve, pareto
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.cli import display, options
 from gemq.cli.bench import bench
 from gemq.cli.generation import chat, generate
+from gemq.cli.plan import plan
 from gemq.cli.tune import tune
 from gemq.pipeline import COSTS_FILE, QuantizeConfig
 from gemq.summary import summarize
@@ -109,6 +110,7 @@ def quantize(
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    check: Annotated[bool, typer.Option(help="Refuse to start where memory or disk will not do (gemq plan).")] = True,
 ) -> None:
     """Measure, allocate, quantize, tune the routers, and save a packed checkpoint.
 
@@ -124,6 +126,7 @@ def quantize(
             gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs),
         ),
+        check,
     )
     with display.stages() as report:
         outcomes = gemq.quantize(config, report)
@@ -143,14 +146,14 @@ def allocate(
     constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
     solver: Annotated[str, typer.Option(help="auto, highs or cbc.")] = "auto",
+    points: Annotated[int | None, typer.Option("--curve", help="Instead of --bits: this many budgets, lowest to highest.",
+                                               min=2)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Solve the program again for any budget, from the costs that quantize saved."""
     loaded = Costs.load(costs / COSTS_FILE if costs.is_dir() else costs)
-    found = pareto(
-        loaded, list(options.budgets(bits)), per_layer=constraints, solver=solver,
-        fixed_shared_bits=options.shared(shared_bits),
-    )
+    how = {"per_layer": constraints, "solver": solver, "fixed_shared_bits": options.shared(shared_bits)}
+    found = curve(loaded, points, **how) if points else pareto(loaded, list(options.budgets(bits)), **how)
     maps = [{layer: [int(b) for b in row] for layer, row in zip(loaded.layers, a.bits, strict=True)} for a in found]
     if as_json:
         records = [
@@ -164,7 +167,7 @@ def allocate(
              f"{a.seconds:.2f}"] for a in found]
     out = display.output()
     out.print(display.table("allocations", ["budget", "bits/expert", "loss increase", "gap", "solver", "s"], rows))
-    for allocation, expert_bits in zip(found, maps, strict=True):
+    for allocation, expert_bits in zip(found, maps, strict=True) if not points else ():
         shared = allocation.shared_bits
         by_layer = {} if shared is None else {n: int(b) for n, b in zip(loaded.layers, shared, strict=True)}
         out.print(f"budget {allocation.budget:g}")
@@ -196,6 +199,7 @@ def evaluate(
     display.output().print(display.table(data, ["model", "perplexity", "tokens", "tokens/s"], [row]))
 
 
+app.command()(plan)
 app.command()(generate)
 app.command()(chat)
 app.command()(bench)

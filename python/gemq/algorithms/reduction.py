@@ -1,0 +1,141 @@
+"""Which widths can be in an optimum of Eq. 7 at all, by a bound: most cannot, and the solver is spared them.
+
+With a price on every bit in place of the budget, layers fall apart and each takes its least priced widths; the sum,
+less the budget's price, is a lower bound on the optimum (the Lagrangian dual). At the best price the widths that were
+taken, filled up within the budget, are an allocation, hence an upper bound. A width whose being taken would lift the
+lower bound above the upper one is in no optimum, and is dropped. What is left has the same optimum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+# bounds are compared with a margin for the rounding of sums over all experts
+_MARGIN = 1e-9
+_PRICES = 64
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """``keep`` ``[rows, B]`` widths that may be in an optimum, ``chosen`` ``[rows]`` an allocation, ``objective`` its
+    sum, and ``bound``, which no allocation is below."""
+
+    keep: np.ndarray
+    chosen: np.ndarray
+    objective: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """The least priced widths that meet the per-layer constraints. ``penalty`` ``[rows]`` is what the constraints cost
+    the layer of a row, ``locked`` ``[rows]`` where they decide."""
+
+    chosen: np.ndarray
+    locked: np.ndarray
+    penalty: np.ndarray
+    excess: np.ndarray  # [rows, B] priced cost above the row's least
+    value: float
+
+
+def _forced(excess: np.ndarray, kept: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The cheapest experts of each layer to hold the widths that it must: ``excess`` ``[L, E, B]`` above the least.
+
+    Returns their indices ``[L, len(kept)]`` and what they cost ``[L]``.
+    """
+    rows = np.arange(len(excess))
+    columns = [excess[:, :, -back] for back in kept]
+    first = [np.argsort(column, axis=1, kind="stable")[:, :2] for column in columns]
+    if len(kept) == 1:
+        best = first[0][:, :1]
+        return best, columns[0][rows, best[:, 0]]
+    picks, costs = [], []
+    for i in range(2):
+        for j in range(2):
+            a, b = first[0][:, i], first[1][:, j]
+            picks.append(np.stack([a, b], axis=1))
+            costs.append(np.where(a == b, np.inf, columns[0][rows, a] + columns[1][rows, b]))
+    least = np.argmin(costs, axis=0)
+    return np.stack(picks)[least, rows], np.stack(costs)[least, rows]
+
+
+def _price(costs: np.ndarray, widths: np.ndarray, shape: tuple[int, int], kept: tuple[int, ...], price: float):
+    priced = costs + price * widths
+    chosen = priced.argmin(axis=1)
+    excess = priced - priced.min(axis=1, keepdims=True)
+    locked, penalty = np.zeros(len(costs), dtype=bool), np.zeros(len(costs))
+    value = float(priced.min(axis=1).sum())
+    if kept:
+        layers, experts = shape
+        routed = layers * experts
+        picks, extra = _forced(excess[:routed].reshape(layers, experts, -1), kept)
+        for column, back in zip(picks.T, kept, strict=True):
+            rows = np.arange(layers) * experts + column
+            chosen[rows], locked[rows] = len(widths) - back, True
+        penalty[:routed] = np.repeat(extra, experts)
+        value += float(extra.sum())
+    return _Priced(chosen, locked, penalty, excess, value)
+
+
+def _filled(costs: np.ndarray, widths: np.ndarray, found: _Priced, total: int) -> np.ndarray:
+    """``found`` with the bits that are left spent where a bit saves most, each expert widened once at most."""
+    chosen = found.chosen.copy()
+    left = total - int(widths[chosen].sum())
+    rows = np.arange(len(costs))
+    saved = costs[rows, chosen][:, None] - costs
+    more = widths[None, :] - widths[chosen][:, None]
+    ratio = np.where((more > 0) & (saved > 0) & ~found.locked[:, None], saved / np.maximum(more, 1), 0.0)
+    best = ratio.argmax(axis=1)
+    order = np.argsort(-ratio[rows, best], kind="stable")
+    for row in order[: np.count_nonzero(ratio[rows, best])].tolist():
+        need = int(more[row, best[row]])
+        if need <= left:
+            chosen[row] = best[row]
+            left -= need
+        if not left:
+            break
+    return chosen
+
+
+def reduce(
+    costs: np.ndarray, candidates: tuple[int, ...], shape: tuple[int, int], total: int, kept: tuple[int, ...]
+) -> Reduction:
+    """Bounds of the program with ``costs`` ``[rows, B]`` of ascending ``candidates``: the first ``shape`` layers x
+    experts rows are routed ones, and each layer holds one of them at each of the widths ``kept``, counted from the
+    highest down; all widths together are at most ``total``, which must be feasible."""
+    widths = np.asarray(candidates, dtype=np.int64)
+
+    def at(price: float) -> _Priced:
+        return _price(costs, widths, shape, kept, price)
+
+    def bits(found: _Priced) -> int:
+        return int(widths[found.chosen].sum())
+
+    price, best = 0.0, at(0.0)
+    bound, feasible = best.value, best
+    at_best = (price, best)
+    if bits(best) > total:
+        # the least price at which the budget is kept lies between these; prices span many decades
+        high = 2 * float(costs.max())
+        low, feasible = high * 1e-18, at(high)
+        for _ in range(_PRICES):
+            middle = math.sqrt(low * high)
+            found = at(middle)
+            value = found.value - middle * total
+            if value > bound:
+                bound, at_best = value, (middle, found)
+            if bits(found) > total:
+                low = middle
+            else:
+                high, feasible = middle, found
+    chosen = _filled(costs, widths, feasible, total)
+    objective = float(np.take_along_axis(costs, chosen[:, None], axis=1).sum())
+    price, best = at_best
+    margin = _MARGIN * (objective + price * total)
+    lifted = bound + np.maximum(0.0, best.excess - best.penalty[:, None])
+    keep = lifted <= objective + margin
+    np.put_along_axis(keep, chosen[:, None], True, axis=1)
+    return Reduction(keep, chosen, objective, max(0.0, min(bound - margin, objective)))

@@ -1,0 +1,201 @@
+"""What quantizing and running a model takes in memory and on disk: every formula, in bytes, by part.
+
+The letters are those of docs/plan.md: ``P`` parameters, ``Q`` those that are quantized or tuned, ``L`` decoder
+layers, ``M`` MoE layers, ``H`` hidden size, ``I`` width of an expert, ``E`` experts, ``K`` experts a token, ``V``
+vocabulary, ``N`` windows of ``T`` tokens, ``b`` windows a batch, ``B`` candidate widths, ``d`` bytes an element of
+the dtype that is computed in. Hessians and GPTQ are float32 throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gemq.algorithms.progressive import MethodConfig
+from gemq.planning.parts import LayerParts, ModelParts
+
+ENGINES = ("memory", "stream")
+# An interpreter with torch and transformers loaded, measured: 0.75 GB. A CUDA context, as NVIDIA's runtime takes it
+# on current devices: 0.5 GB, an estimate.
+PROCESS, CONTEXT = 750 * 10**6, 500 * 10**6
+# float32 copies of a k x k Hessian that are alive while its factor is computed (gemq.algorithms.gptq), and bytes a
+# weight while its columns are rounded: its float32 copy, clone, dequantized twin and error, and the codes
+FACTOR_COPIES, ROUNDING = 8, 17
+# What allocators hold beyond what is in use, of everything but the process itself: measured, 0 to 18%.
+SLACK = 0.1
+# how much busier than the mean the busiest expert is taken to be
+BUSIEST = 4
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done: calibration ``samples`` of ``length`` tokens, the method, bytes an element computed in
+    (``element``), and whether it runs on the CPU, where memory of the device is memory of the host."""
+
+    samples: int
+    length: int
+    method: MethodConfig
+    element: int
+    on_cpu: bool
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return self.samples * self.length
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one stage takes, by part: on the ``device``, in the ``host``'s memory, on the ``scratch`` disk."""
+
+    device: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    scratch: dict[str, int] = field(default_factory=dict)
+
+
+def graph_bytes(parts: ModelParts, layer: LayerParts, tokens: int, element: int) -> int:
+    """What autograd keeps of one decoder layer whose weights are frozen.
+
+    Two norms keep their input in float32, attention its queries, keys, values and result, a gated MLP gate, up and
+    SiLU(gate), experts also their results, which the routing weights multiply.
+    """
+    kept = 2 * parts.hidden * _FLOAT + 4 * layer.attention * element + 3 * layer.mlp * element
+    if layer.routed:
+        kept += parts.top_k * (3 * parts.intermediate + 2 * parts.hidden) * element
+    return tokens * kept
+
+
+def logits_bytes(parts: ModelParts, tokens: int, element: int) -> int:
+    """Logits in the model's dtype, and in float32 themselves, their log-softmax and two gradients."""
+    return tokens * parts.vocabulary * (element + 4 * _FLOAT)
+
+
+def gptq_bytes(count: int, n: int, k: int) -> int:
+    """Working memory of GPTQ for ``count`` matrices ``n x k`` at once, their Hessians not included."""
+    return count * (FACTOR_COPIES * _FLOAT * k * k + ROUNDING * n * k)
+
+
+def _largest_expert_gptq(parts: ModelParts, count: int) -> int:
+    hidden, inner = parts.hidden, parts.intermediate
+    return max(gptq_bytes(count, 2 * inner, hidden), gptq_bytes(count, hidden, inner))
+
+
+def hessian_bytes(parts: ModelParts) -> int:
+    """Hessians of one decoder layer at most: of every expert's two projections, and of every linear."""
+    experts = parts.experts * (parts.hidden**2 + parts.intermediate**2)
+    return _FLOAT * max(
+        sum(k * k for _, k in layer.linears) + (experts if layer.routed else 0) for layer in parts.layers
+    )
+
+
+def _perturbed_bytes(parts: ModelParts, work: Work) -> int:
+    """One expert, or the shared one, at every candidate width: its inputs, the copies, GPTQ for all widths at once."""
+    widths, d = len(work.method.candidates), work.element
+    busy = min(work.tokens, BUSIEST * work.tokens * parts.top_k // parts.experts)
+    shared = max((layer.mlp for layer in parts.layers if layer.routed), default=0)
+
+    def at(tokens: int, inner: int) -> int:
+        inputs = tokens * (parts.hidden * (d + _FLOAT) + inner * (4 * d + _FLOAT))
+        gptq = max(gptq_bytes(widths, 2 * inner, parts.hidden), gptq_bytes(widths, parts.hidden, inner))
+        if work.method.perturbation == "rtn":
+            gptq = widths * ROUNDING * 2 * inner * parts.hidden
+        return inputs + widths * 3 * inner * parts.hidden * d + gptq
+
+    return max(at(busy, parts.intermediate), at(work.tokens, shared) if shared else 0)
+
+
+def codes_bytes(parts: ModelParts) -> int:
+    """Codes of the whole model, a byte each, and scales, as the quantizer holds them until it packs."""
+    return int((parts.quantizable - parts.moe_layers * parts.experts * parts.hidden) * (1 + 4 / 128))
+
+
+def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
+    """The engine that holds the whole model and a copy of what it quantizes, by stage."""
+    d, tokens, batch = work.element, work.tokens, work.method.batch_size * work.length
+    held = {"weights": parts.parameters * d, "originals": parts.quantizable * d}
+    # inputs, gradient and routing (int64 and a weight) at every MoE layer
+    captured = parts.moe_layers * tokens * (2 * parts.hidden * d + parts.top_k * (8 + d))
+    graph = sum(graph_bytes(parts, layer, batch, d) for layer in parts.layers)
+    measure = max(graph + logits_bytes(parts, batch, d), _perturbed_bytes(parts, work))
+    codes = codes_bytes(parts)
+    step = work.method.router.batch_size * work.length
+    tuning = sum(graph_bytes(parts, layer, step, d) for layer in parts.layers) + logits_bytes(parts, step, d)
+    # what stays unquantized is converted to 16 bits in memory
+    writing = output + ((parts.parameters - parts.quantizable) * 2 if d == _FLOAT else 0)
+    stages = {"load": {"weights": held["weights"]}}
+    if work.method.method != "uniform":
+        stages["measure"] = held | {"captured activations": captured, "working memory": measure}
+    stages["quantize"] = held | {
+        "activations": 3 * tokens * parts.hidden * d, "Hessians": hessian_bytes(parts), "codes": codes,
+        "working memory": _largest_expert_gptq(parts, parts.experts),
+    }
+    if work.method.tune:
+        stages["tune routers"] = held | {"codes": codes, "working memory": tuning}
+    stages["save"] = held | {"codes": codes, "packed": writing}
+    # the checkpoint is read into the host's memory and then moved
+    return {name: _placed(device, work, name == "load") for name, device in stages.items()}
+
+
+def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
+    """The engine that has one decoder layer on the device at a time.
+
+    Three copies of the largest layer (the weights, what they are quantized from, what is read ahead), the
+    activations of one chunk of windows, and GPTQ one expert at a time. Activations wait in a scratch file: the input
+    of every layer, because the reverse sweep needs it again, and the stream of gradients.
+    """
+    d, batch = work.element, work.method.batch_size * work.length
+    layer = 3 * parts.largest_layer * d
+    hidden = batch * parts.hidden * d
+    graph = max(graph_bytes(parts, one, batch, d) for one in parts.layers) + 2 * hidden
+    head = parts.outside * d + logits_bytes(parts, batch, d)
+    stream = work.tokens * parts.hidden * d
+    routing = work.tokens * (2 * parts.hidden * d + parts.top_k * (8 + d))
+    stages: dict[str, Need] = {}
+    if work.method.method != "uniform":
+        device = {"layers": layer, "working memory": max(graph, head, _perturbed_bytes(parts, work))}
+        stages["measure"] = Need(
+            device, {"captured activations": routing},
+            {"layer inputs": len(parts.layers) * stream, "gradients": 2 * stream},
+        )
+    stages["quantize"] = Need(
+        {"layers": layer, "Hessians": hessian_bytes(parts), "working memory": max(
+            graph, _largest_expert_gptq(parts, 1))},
+        {"packed layer": 2 * parts.largest_layer}, {"layer inputs": 2 * stream},
+    )
+    if work.method.tune:
+        step = work.method.router.batch_size * work.length
+        graph = max(graph_bytes(parts, one, step, d) for one in parts.layers)
+        working = max(graph, parts.outside * d + logits_bytes(parts, step, d))
+        stages["tune routers"] = Need(
+            {"layers": layer, "routers": 3 * _FLOAT * parts.moe_layers * parts.experts * parts.hidden,
+             "working memory": working}, {}, {"layer inputs": len(parts.layers) * step * parts.hidden * d},
+        )
+    stages["save"] = Need({}, {"packed layer": 2 * parts.largest_layer}, {})
+    return {name: _merged(need, work) for name, need in stages.items()}
+
+
+def _placed(device: dict[str, int], work: Work, loading: bool) -> Need:
+    # files are mapped while they are converted
+    host = dict(device) | {"files": device["weights"] // work.element * 2} if loading else {}
+    return _merged(Need(device, {} if work.on_cpu and not loading else host), work, shared=loading)
+
+
+def _merged(need: Need, work: Work, shared: bool = False) -> Need:
+    """With the process and slack, on a CPU with the device's memory in the host's (``shared``: it is there)."""
+    host = dict(need.host)
+    if work.on_cpu and not shared:
+        for name, size in need.device.items():
+            host[name] = host.get(name, 0) + size
+    host = {"process": PROCESS} | host | {"allocator": int(SLACK * sum(host.values()))}
+    if work.on_cpu:
+        return Need({}, host, need.scratch)
+    device = {"context": CONTEXT} | need.device | {"allocator": int(SLACK * sum(need.device.values()))}
+    return Need(device, host, need.scratch)
+
+
+def peak(stages: dict[str, Need]) -> dict[str, int]:
+    """The most that any stage takes of ``device``, ``host`` and ``scratch``."""
+    return {
+        place: max((sum(getattr(need, place).values()) for need in stages.values()), default=0)
+        for place in ("device", "host", "scratch")
+    }

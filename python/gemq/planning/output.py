@@ -1,0 +1,87 @@
+"""The files of a packed checkpoint, to the byte, before anything is quantized.
+
+Codes of a matrix are as many bits as its width, so the sum of widths that the budget sets gives their bytes whatever
+the allocation; scales take 32 bits a row and group at every width above 0; everything else stays in 16 bits. The
+headers of the files are written out with the names and shapes that they will have.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gemq.checkpoint import PackedConfig, packed_skeleton, stored_state
+from gemq.format import codes_bytes, meta_elements
+from gemq.models import MoeModel, packed_modules, replace_with_packed
+from gemq.nn import LowBitLinear
+from gemq.nn.experts import PROJECTIONS
+
+# in the order of a file's tensors
+_NAMES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.uint8: "U8", torch.bool: "BOOL",
+}
+_SHARD = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class OutputSize:
+    """Bytes of a checkpoint: its ``tensors``, and its ``files`` of weights (with headers, and the index of shards)."""
+
+    tensors: int
+    files: int
+    count: int
+
+
+def output_size(moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: int = _SHARD) -> OutputSize:
+    """The size of the checkpoint of a model without storage (of :func:`gemq.planning.parts.located`) with these
+    widths; unquantized tensors are stored in ``dtype``, a file holds about ``shard`` bytes. The model is packed by
+    this."""
+    replace_with_packed(moe.model, packed_skeleton(moe.model, config, device="meta"))
+    state = stored_state(moe.model, dtype)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if size + tensor.nbytes > shard and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    tensors = sum(t.nbytes for t in state.values())
+    files = tensors + sum(_header_bytes(shard) for shard in shards)
+    if len(shards) > 1:
+        files += sum(len(name) + 45 for name in state)
+    return OutputSize(tensors, files, len(shards))
+
+
+def _header_bytes(tensors: dict[str, torch.Tensor]) -> int:
+    types = list(_NAMES)
+    order = sorted(tensors.items(), key=lambda item: (types.index(item[1].dtype), item[0]))
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in order:
+        end = at + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8
+
+
+def resident_bytes(model: nn.Module, layout: str, dtype: torch.dtype) -> int:
+    """Bytes of a packed model without storage once it is ready to run: codes and scales in ``layout``, the rest in
+    ``dtype``."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    total = sum(p.numel() * size for p in model.parameters())
+    for _, module in packed_modules(model):
+        if isinstance(module, LowBitLinear):
+            n, k, group = module.out_features, module.in_features, module.group_size
+            total += codes_bytes(n, k, module.bits, layout) + 2 * meta_elements(n, k, module.bits, group, layout)
+            continue
+        for name in PROJECTIONS:
+            n, k = module.shape(name)
+            for bits in module.bits:
+                total += codes_bytes(n, k, bits, layout)
+                total += 2 * meta_elements(n, k, bits, module.group_sizes[name], layout)
+    return total

@@ -1,0 +1,226 @@
+"""All predictions together: sizes, memory, disk and time of quantizing and of running a model, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+from gemq.algorithms.progressive import MethodConfig
+from gemq.errors import ResourceError
+from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
+from gemq.planning import memory
+from gemq.planning.machine import Machine
+from gemq.planning.memory import ENGINES, Need, Work
+from gemq.planning.output import OutputSize, output_size, resident_bytes
+from gemq.planning.parts import ModelParts, count_parts, located
+from gemq.planning.seconds import stage_operations
+from gemq.planning.widths import planned_widths
+
+# what gemq quantize runs
+ENGINE = "memory"
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is planned: calibration ``samples`` of ``length`` tokens, the method, the engine; ``dtype`` that is
+    computed in (None: float32 on a CPU, the model's on a GPU), and for running the result ``rows`` sequences of
+    ``context`` tokens."""
+
+    method: MethodConfig = field(default_factory=MethodConfig)
+    samples: int = 128
+    length: int = 2048
+    engine: str = ENGINE
+    dtype: torch.dtype | None = None
+    context: int = 4096
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        for name, least in (("samples", 1), ("length", 2), ("context", 1), ("rows", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Bytes of a packed model that runs: its ``weights`` in the layout of the device's kernels, the ``cache``, and
+    the logits and hidden states of a prompt; ``read`` is what one decoded token of one row reads of them."""
+
+    weights: int
+    cache: int
+    working: int
+    read: int
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        return self.weights + self.cache + self.working
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What is missing: ``place`` (device memory, memory, disk), the stage that needs most of it, bytes needed by
+    part, and bytes free."""
+
+    place: str
+    stage: str
+    parts: dict[str, int]
+    free: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes needed in all."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predictions. ``outputs`` and ``inference`` are by budget; ``stages`` and ``seconds`` by stage, seconds of
+    one budget; None where the machine's rates are not known."""
+
+    config: PlanConfig
+    machine: Machine
+    model_type: str
+    parts: ModelParts
+    outputs: dict[float, OutputSize]
+    inference: dict[float, Inference]
+    stages: dict[str, Need]
+    seconds: dict[str, float] | None
+    dtype: str
+
+    @property
+    def disk(self) -> dict[str, int]:
+        """What is on the output's disk at most: all checkpoints, and the scratch file."""
+        scratch = memory.peak(self.stages)["scratch"]
+        return {"checkpoints": sum(o.files for o in self.outputs.values())} | ({"scratch": scratch} if scratch else {})
+
+    def shortages(self) -> list[Shortage]:
+        """Everything that does not fit, as far as the machine's free bytes are known."""
+        free = {"device": self.machine.device_free, "host": self.machine.host_free}
+        found = []
+        for place, label in (("device", "device memory"), ("host", "memory")):
+            stage, need = max(self.stages.items(), key=lambda item: sum(getattr(item[1], place).values()))
+            needed = getattr(need, place)
+            if free[place] is not None and sum(needed.values()) > free[place]:
+                found.append(Shortage(label, stage, needed, free[place]))
+        if self.machine.disk_free is not None and sum(self.disk.values()) > self.machine.disk_free:
+            found.append(Shortage("disk", "save", self.disk, self.machine.disk_free))
+        return found
+
+    def to_dict(self) -> dict:
+        """As JSON; budgets are strings there, sizes bytes."""
+        return {
+            "schema": 1,
+            "model_type": self.model_type,
+            "parameters": self.parts.parameters,
+            "options": asdict(replace(self.config, dtype=None)) | {"dtype": self.dtype},
+            "machine": asdict(self.machine),
+            "outputs": {f"{b:g}": asdict(o) for b, o in self.outputs.items()},
+            "inference": {f"{b:g}": asdict(i) | {"total": i.total} for b, i in self.inference.items()},
+            "stages": {name: asdict(need) for name, need in self.stages.items()},
+            "peak": memory.peak(self.stages) | {"disk": sum(self.disk.values())},
+            "seconds": self.seconds,
+            "fits": not self.shortages(),
+        }
+
+
+def computed_dtype(config, dtype: torch.dtype | None, on_cpu: bool) -> torch.dtype:
+    """The dtype that quantizing computes in: ``dtype``, else float32 on a CPU and the model's own on a GPU."""
+    if dtype is not None:
+        return dtype
+    declared = getattr(config, "dtype", None)
+    return torch.float32 if on_cpu else declared if isinstance(declared, torch.dtype) else torch.bfloat16
+
+
+def _stored_dtype(config) -> torch.dtype:
+    declared = getattr(config, "dtype", None)
+    return declared if declared in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def make_plan(config, options: PlanConfig, machine: Machine) -> Plan:
+    """Predict everything for the model of a transformers ``config``; no weight is read.
+
+    Raises :class:`gemq.errors.UnsupportedModelError` for a model that gemq does not know, ``ValueError`` for a budget
+    that no allocation meets.
+    """
+    moe = located(config)
+    parts, stored = count_parts(moe), _stored_dtype(config)
+    dtype = computed_dtype(config, options.dtype, machine.on_cpu)
+    work = Work(options.samples, options.length, options.method, dtype.itemsize, machine.on_cpu)
+    outputs, inference = {}, {}
+    for budget in sorted(options.method.budgets, reverse=True):
+        outputs[budget], inference[budget] = _packed(config, options, machine, budget, stored)
+    largest = max(o.files for o in outputs.values())
+    stages = _needs(options.engine, parts, work, largest)
+    seconds = None
+    if machine.rates is not None:
+        operations = stage_operations(parts, work, options.engine, largest, stored.itemsize)
+        seconds = {name: found.seconds(machine.rates) for name, found in operations.items()}
+    name = str(dtype).removeprefix("torch.")
+    return Plan(options, machine, config.model_type, parts, outputs, inference, stages, seconds, name)
+
+
+def _needs(engine: str, parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
+    return {"memory": memory.in_memory, "stream": memory.streaming}[engine](parts, work, output)
+
+
+def _packed(config, options: PlanConfig, machine: Machine, budget: float, stored: torch.dtype):
+    """Sizes of one budget's checkpoint, on disk and running."""
+    moe = located(config)
+    parts = count_parts(moe)
+    widths = planned_widths(moe, options.method, budget)
+    size = output_size(moe, widths, stored)
+    model = moe.model.to(stored)
+    weights = resident_bytes(model, "cpu_tile" if machine.on_cpu else "gpu_tile", stored)
+    cache = options.rows * (options.context * cache_bytes_per_token(model) + state_bytes_per_row(model))
+    # of the prompt: hidden states and the widest inner activation of every token, and the last token's logits
+    inner = max(parts.top_k * 3 * parts.intermediate, max(3 * layer.mlp for layer in parts.layers))
+    working = options.rows * (options.context * (4 * parts.hidden + inner) * stored.itemsize + parts.vocabulary * 8)
+    experts = sum(
+        sum(row) * parts.expert // 8 + sum(b > 0 for b in row) * parts.expert * 4 // 128
+        for row in widths.expert_bits.values()
+    )
+    embeddings = parts.vocabulary * parts.hidden * stored.itemsize
+    read = size.tensors - experts * (parts.experts - parts.top_k) // parts.experts - embeddings
+    return size, Inference(weights, cache, working, read)
+
+
+def check(plan: Plan, config) -> None:
+    """Raise :class:`gemq.errors.ResourceError` if something does not fit: what takes how much, and what would fit."""
+    found = plan.shortages()
+    if not found:
+        return
+    what = "; ".join(_sentence(shortage) for shortage in found)
+    ways = [text for text in _what_would_fit(plan, config) if text]
+    fits = " or ".join(ways) + " would fit" if ways else "no smaller calibration would fit"
+    raise ResourceError(f"{what}. {fits[0].upper()}{fits[1:]}; --no-check goes on all the same")
+
+
+def _sentence(shortage: Shortage) -> str:
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sorted(shortage.parts.items(), key=lambda i: -i[1]))
+    return (f"{shortage.stage} needs {shortage.needed / 1e9:.2f} GB of {shortage.place} ({parts}), "
+            f"{shortage.free / 1e9:.2f} GB are free")
+
+
+def _what_would_fit(plan: Plan, config) -> Iterator[str]:
+    """Smaller calibrations that fit, each by one change."""
+    options = plan.config
+
+    def fits(**changes) -> bool:
+        changed = replace(options, **changes)
+        work = Work(changed.samples, changed.length, changed.method,
+                    computed_dtype(config, options.dtype, plan.machine.on_cpu).itemsize, plan.machine.on_cpu)
+        largest = max(o.files for o in plan.outputs.values())
+        stages = _needs(changed.engine, plan.parts, work, largest)
+        return not replace(plan, config=changed, stages=stages).shortages()
+
+    low, high = 0, options.samples
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(samples=middle) else (low, middle)
+    yield f"--samples {low} instead of {options.samples}" if low else ""
+    small = replace(options.method, batch_size=1)
+    yield "--batch-size 1" if options.method.batch_size > 1 and fits(method=small) else ""

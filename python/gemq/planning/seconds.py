@@ -1,0 +1,111 @@
+"""How long quantizing takes: operations counted by stage, divided by the rates of a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemq.planning.machine import Rates
+from gemq.planning.memory import Work
+from gemq.planning.parts import LayerParts, ModelParts
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of ``products`` and ``factors``, weights ``rounded``, bytes ``read`` and written."""
+
+    products: float = 0.0
+    factors: float = 0.0
+    rounded: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(
+            self.products + other.products, self.factors + other.factors, self.rounded + other.rounded,
+            self.moved + other.moved,
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        """One after another: nothing is taken to overlap."""
+        return (self.products / rates.matmul + self.factors / rates.factor + self.rounded / rates.rounding
+                + self.moved / rates.disk)
+
+
+def layer_forward(parts: ModelParts, layer: LayerParts, tokens: int, length: int) -> float:
+    """A decoder layer on ``tokens`` tokens in windows of ``length``: 2 for each weight a token meets, and scores and
+    values of attention over the whole window."""
+    return tokens * (2 * parts.active(layer) + 4 * length * layer.attention)
+
+
+def forward(parts: ModelParts, tokens: int, length: int) -> float:
+    """All decoder layers and the head."""
+    body = sum(layer_forward(parts, layer, tokens, length) for layer in parts.layers)
+    return body + 2 * tokens * parts.hidden * parts.vocabulary
+
+
+def _gptq(n: int, k: int, count: float = 1.0) -> Operations:
+    # the factor; the lazy updates of later columns, and the output error: n k^2 multiply-adds each, about
+    return Operations(3 * n * k * k * count, 8 / 3 * k**3 * count, n * k * count)
+
+
+def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
+    """Eq. 6: forward and backward (again forward where a layer is recomputed), every expert at every width on its
+    tokens and the GPTQ that makes it so."""
+    widths, tokens = sum(b > 0 for b in work.method.candidates), work.tokens
+    total = Operations((3 if recompute else 2) * forward(parts, tokens, work.length))
+    for layer in parts.layers:
+        if not layer.routed:
+            continue
+        blocks = [(parts.intermediate, parts.experts, parts.top_k)]
+        if layer.mlp:
+            blocks.append((layer.mlp, 1, 1))
+        for inner, count, share in blocks:
+            run = 2 * 3 * parts.hidden * inner * tokens * share
+            total += Operations((1 + widths) * run)
+            if work.method.perturbation == "gptq":
+                total += Operations(run + 2 * tokens * share * (parts.hidden**2 + inner**2))
+                total += _gptq(2 * inner, parts.hidden, count * widths) + _gptq(parts.hidden, inner, count * widths)
+            else:
+                total += Operations(rounded=3 * parts.hidden * inner * count * widths)
+    return total
+
+
+def quantizing(parts: ModelParts, work: Work) -> Operations:
+    """Two runs of every layer, Hessians, and GPTQ of every matrix."""
+    tokens, total = work.tokens, Operations()
+    for layer in parts.layers:
+        total += Operations(2 * layer_forward(parts, layer, tokens, work.length))
+        for n, k in layer.linears:
+            total += Operations(2 * tokens * k * k) + _gptq(n, k)
+        if layer.routed:
+            routed = tokens * parts.top_k
+            hidden, inner = parts.hidden, parts.intermediate
+            total += Operations(routed * (2 * hidden**2 + 2 * inner**2 + 4 * hidden * inner))
+            total += _gptq(2 * inner, hidden, parts.experts) + _gptq(hidden, inner, parts.experts)
+    return total
+
+
+def tuning(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
+    """Forward and backward of every window, ``epochs`` times."""
+    passes = (3 if recompute else 2) * work.method.router.epochs
+    return Operations(passes * forward(parts, work.tokens, work.length))
+
+
+def stage_operations(parts: ModelParts, work: Work, engine: str, output: int, element: int) -> dict[str, Operations]:
+    """Operations of one budget by stage. ``element`` is the bytes an element of the model's files has."""
+    stream = engine == "stream"
+    weights = parts.parameters * element
+    activations = len(parts.layers) * work.tokens * parts.hidden * work.element if stream else 0
+    found = {} if stream else {"load": Operations(moved=weights)}
+    if work.method.method != "uniform":
+        # forward and reverse sweep; layer inputs written once and read once
+        found["measure"] = measuring(parts, work, recompute=stream)
+        found["measure"] += Operations(moved=2 * (weights + activations) if stream else 0)
+    found["quantize"] = quantizing(parts, work) + Operations(moved=weights if stream else 0)
+    if work.method.tune:
+        found["tune routers"] = tuning(parts, work, recompute=stream)
+        if stream:
+            windows = work.samples * work.method.router.epochs / work.method.router.batch_size
+            # packed layers are read for every step, forward and back
+            found["tune routers"] += Operations(moved=2 * output * windows)
+    found["save"] = Operations(moved=output)
+    return found
