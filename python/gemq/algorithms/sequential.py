@@ -151,7 +151,7 @@ def _quantize_layer(
     for name, hessians in (("gate_up_proj", seen.inputs), ("down_proj", seen.inner)):
         stack, reports = quantize_stack(getattr(layer.experts, name), hessians, bits, config)
         stacks.append(stack)
-        for e, report in reports.items():
+        for e, report in sorted(reports.items()):
             result.reports[f"{layer.path}.experts.{e}.{name}"] = report
     result.stacks[layer.index] = tuple(stacks)
 

@@ -51,8 +51,8 @@ class Scratch:
                 folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
-    def writing(self, name: str, durable_: bool = False) -> Iterator[Writer]:
-        """Write the array ``name``; it exists once the block ends. ``durable_``: also for a later process."""
+    def writing(self, name: str, lasting: bool = False) -> Iterator[Writer]:
+        """Write the array ``name``; it exists once the block ends. ``lasting``: also for a later process."""
         if self.folder is None:
             writer = Writer()
             yield writer
@@ -64,10 +64,10 @@ class Scratch:
             writer = Writer(handle)
             yield writer
         with durable.explained(final):
-            if durable_:
+            if lasting:
                 durable.sync(partial)
             durable.rename(partial, final)
-        if durable_:
+        if lasting:
             durable.seal_json(self._file(name, ".index"), writer.index)
         self._indices[name] = writer.index
 

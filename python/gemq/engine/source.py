@@ -85,7 +85,8 @@ class Source:
         self._fill_computed_buffers()
         self.loaded: set[int] = set()
 
-    def _unit(self, name: str) -> int:
+    def unit_of(self, name: str) -> int:
+        """The decoder layer of a parameter, or :data:`OUTSIDE`."""
         prefix = f"{self.moe.decoder_path}.layers."
         return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else OUTSIDE
 
@@ -101,7 +102,7 @@ class Source:
                     target = original
                 if target in state:
                     self._where[original] = file
-                    self._units[self._unit(target)].parameters.setdefault(target, []).append(original)
+                    self._units[self.unit_of(target)].parameters.setdefault(target, []).append(original)
                     self._as_stored(target, _DTYPES.get(entry.dtype))
         found = {name for unit in self._units.values() for name in unit.parameters}
         missing = sorted(set(state) - found - self._tied)
