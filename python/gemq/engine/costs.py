@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gemq.algorithms.gptq import gptq_at_widths
 from gemq.algorithms.importance import Perturbation
-from gemq.algorithms.layerwise import Routed, expert_hidden
+from gemq.algorithms.layerwise import expert_hidden
 from gemq.algorithms.sequential import Hessian
 from gemq.engine.layers import Trace
 from gemq.format import default_group_size

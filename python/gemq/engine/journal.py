@@ -80,29 +80,31 @@ class RunDirectory:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The settings of a run directory: of ``manifest.json``, or of the one before if that is torn; else None."""
+    """``settings`` and ``command`` of a run directory: of ``manifest.json``, or of the one before if that is torn;
+    else None."""
     for name in (MANIFEST, PREVIOUS):
         try:
             data = json.loads((path / name).read_text(encoding="utf-8"))
-            if data["sha256"] == digest(data["settings"]):
-                return data["settings"]
+            if data.pop("sha256") == digest(data) and data.keys() == {"settings", "command"}:
+                return data
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
 
 
-def _write_manifest(path: Path, settings: dict[str, Any], keep: dict[str, Any] | None) -> None:
-    for name, value in ((PREVIOUS, keep), (MANIFEST, settings)):
+def _write_manifest(path: Path, now: dict[str, Any], before: dict[str, Any] | None) -> None:
+    for name, value in ((PREVIOUS, before), (MANIFEST, now)):
         if value is not None:
-            text = json.dumps({"settings": value, "sha256": digest(value)}, indent=1) + "\n"
+            text = json.dumps({**value, "sha256": digest(value)}, indent=1) + "\n"
             durable.write_atomic(path / name, text.encode())
 
 
 @contextmanager
 def opened(
-    path: Path, settings: dict[str, Any], *, changed: str = "refuse", on_disk: bool = True, log: Path | None = None
+    path: Path, settings: dict[str, Any], command: dict[str, Any] | None = None, *, changed: str = "refuse",
+    on_disk: bool = True, log: Path | None = None,
 ) -> Iterator[RunDirectory]:
-    """Lock a run directory, new or begun with the same settings.
+    """Lock a run directory, new or begun with the same settings; ``command`` is kept for whoever resumes.
 
     Other settings are refused with the differences (``changed="refuse"``), accepted, so that the stages they touch are
     done again (``"redo"``), or everything begun is thrown away (``"restart"``). ``on_disk``: activations are kept in
@@ -118,13 +120,13 @@ def opened(
             raise CheckpointError(f"the run directory {path} holds other things than a run: {', '.join(foreign[:3])}")
     with durable.explained(path):
         path.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(settings, default=str))
+    now = json.loads(json.dumps({"settings": settings, "command": command or {}}, default=str))
     with durable.locked(path):
-        _begin(path, settings, changed)
+        _begin(path, now, changed)
         yield RunDirectory(path, on_disk, log)
 
 
-def _begin(path: Path, settings: dict[str, Any], changed: str) -> None:
+def _begin(path: Path, now: dict[str, Any], changed: str) -> None:
     before = read_manifest(path)
     if before is None and changed != "restart" and any((path / n).exists() for n in (MANIFEST, PREVIOUS)):
         raise CheckpointError(f"the manifest of {path} is unreadable; --restart begins anew")
@@ -132,11 +134,11 @@ def _begin(path: Path, settings: dict[str, Any], changed: str) -> None:
         for name in ("stages", "scratch", "log.jsonl"):
             durable.remove(path / name)
     elif before is not None:
-        lines = differences(before, settings)
+        lines = differences(before["settings"], now["settings"])
         if lines and changed == "refuse":
             raise CheckpointError(
                 f"{path} was begun with other settings: {'; '.join(lines)}. Give the same, or --redo to do only what "
                 f"this touches again, or --restart to begin anew"
             )
-    if before != settings:
-        _write_manifest(path, settings, before)
+    if before is None or before["settings"] != now["settings"]:
+        _write_manifest(path, now, before)

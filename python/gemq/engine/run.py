@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gemq import durable
@@ -50,10 +49,11 @@ class Engine:
     def __init__(
         self, open_source: Callable[[], Source], run: RunDirectory, identity: Any, windows: Tensor,
         router_windows: Tensor, method: MethodConfig, progress: StageProgress | None = None,
+        source: Source | None = None,
     ):
         self.open_source, self.run, self.identity, self.method = open_source, run, identity, method
         self.windows, self.router_windows = windows, router_windows
-        self.source = open_source()
+        self.source = source or open_source()
         self._progress = progress or (lambda stage, done, total: None)
         self._budget = group_budget(self.source)
         self._seconds: dict[str, float] = {}

@@ -59,14 +59,21 @@ class Source:
     """A model whose decoder layers are read on demand.
 
     ``moe`` describes the skeleton; its parameters are on the meta device until :meth:`load`. ``dtype`` is that of
-    computing, but parameters that the family keeps in float32 stay so.
+    computing ("auto": the model's own), but parameters that the family keeps in float32 stay so. Raises
+    :class:`CheckpointError` for files that are missing, malformed, or lack weights of the model.
     """
 
     def __init__(
-        self, path: str, config, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+        self, path: str, config, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool = False
     ):
-        self.folder, self.dtype, self.device = local_folder(path), dtype, device
+        self.folder, self.device = local_folder(path), device
         self.files = weight_files(self.folder)
+        self._headers = {file: read_header(file) for file in self.files}
+        # what a config leaves open, the weights say
+        self.declared: torch.dtype = getattr(config, "dtype", None) or self._first_float()
+        self.dtype = self.declared if dtype == "auto" else dtype
+        dtype = self.dtype
+        self._made_of = (str(self.folder), config, dtype, device, trust_remote_code)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype
@@ -85,6 +92,14 @@ class Source:
         self._fill_computed_buffers()
         self.loaded: set[int] = set()
 
+    def again(self) -> Source:
+        """A second skeleton of the same model."""
+        return Source(*self._made_of)
+
+    def _first_float(self) -> torch.dtype:
+        entries = (entry for header in self._headers.values() for entry in header.values())
+        return next(_DTYPES[e.dtype] for e in entries if e.dtype in _DTYPES)
+
     def unit_of(self, name: str) -> int:
         """The decoder layer of a parameter, or :data:`OUTSIDE`."""
         prefix = f"{self.moe.decoder_path}.layers."
@@ -95,8 +110,8 @@ class Source:
         state = self.model.state_dict()
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        for file in self.files:
-            for original, entry in read_header(file).items():
+        for file, header in self._headers.items():
+            for original, entry in header.items():
                 target, _ = rename_source_key(original, renamings, converters, self.model.base_model_prefix, state)
                 if target not in state and original in state:
                     target = original
