@@ -57,3 +57,9 @@ def model_folder(tmp_path_factory, tokenizer):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(model_folder, text_file):
+    """What QuantizeConfig needs to know of the tiny model and its text."""
+    return {"model": str(model_folder), "calibration": str(text_file), "samples": 6, "length": 16}

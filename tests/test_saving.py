@@ -9,7 +9,7 @@ import torch
 from packed_models import logits, quantized
 
 import gemq
-from gemq import checkpoint
+from gemq import durable
 from gemq.checkpoint import check_output, save_packed
 from gemq.errors import CheckpointError
 from gemq.integrity import MANIFEST_FILE, WEIGHTS_FILE, read_header, weight_files

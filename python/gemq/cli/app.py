@@ -132,7 +132,8 @@ def quantize(
     if resume is None and (model is None or output is None):
         raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
     config = QuantizeConfig(
-        model or "", output or "", calibration, samples, length, seed, router_text, device, dtype, overwrite, trust_remote_code,
+        model or "", output or "", calibration, samples, length, seed, router_text, device, dtype, overwrite,
+        trust_remote_code,
         MethodConfig(
             budgets=options.budgets(bits), method=method.value, candidates=options.widths(candidates),
             per_layer=constraints, attention_bits=attention_bits, dense_bits=dense_bits,
