@@ -31,6 +31,7 @@ import transformers
 import gemq
 from gemq import durable
 from gemq.algorithms.progressive import MethodConfig
+from gemq.engine.fingerprint import of_code
 from gemq.pipeline import QuantizeConfig
 
 # the model and the text lie beside each trial's folder, so that all trials name them alike
@@ -138,7 +139,9 @@ def run(base: Path, events: str, moments: int, seed: int) -> dict:
     trials = [(e, None) for e in spread(len(laboratory.events), events)]
     trials += [(None, drawn.uniform(0, laboratory.seconds)) for _ in range(moments)]
     failures = []
-    for event, moment in trials:
+    for number, (event, moment) in enumerate(trials):
+        if number % 50 == 0:
+            print(f"{number} of {len(trials)} trials, {len(failures)} failed", file=sys.stderr, flush=True)
         problem = laboratory.trial(event, moment)
         if problem:
             where = f"event {event} ({laboratory.events[event]})" if event is not None else f"{moment:.3f} s"
@@ -170,6 +173,8 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # read once: an edit during the hours of a long run is not another code
+    of_code()
     with tempfile.TemporaryDirectory() as folder:
         status = forked(lambda: prepare(Path(folder)), Path(folder))
         assert status == 0, status

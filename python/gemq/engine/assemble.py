@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,16 +46,20 @@ class Assembly:
         """Write the shards, and their index if there are several."""
         sizes = stored_tensors(self.model, self._state(), self.dtype)
         split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD)
-        shards = {name: _Shard(folder / name, {t: sizes[t] for t in names})
-                  for name, names in split.filename_to_tensors.items()}
-        for unit in range(OUTSIDE, len(self.source.moe.layers)):
-            for name, value in self._unit(unit):
-                shards[split.tensor_to_filename[name]].put(name, value)
-        for shard in shards.values():
-            shard.close()
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with durable.explained(folder), ExitStack() as stack:
+            shards = {
+                name: stack.enter_context(closing(_Shard(folder / name, {t: sizes[t] for t in names})))
+                for name, names in split.filename_to_tensors.items()
+            }
+            for unit in range(OUTSIDE, len(self.source.moe.layers)):
+                for name, value in self._unit(unit):
+                    shards[split.tensor_to_filename[name]].put(name, value)
+            left = [name for shard in shards.values() for name in shard.left]
+            if left:
+                raise AssertionError(f"tensors that were not written: {left[:5]}")
+            if split.is_sharded:
+                index = {"metadata": {**split.metadata, "format": "pt"}, "weight_map": split.tensor_to_filename}
+                (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     def _state(self) -> dict[str, Tensor]:
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -96,19 +101,25 @@ class _Shard:
             end += size
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._left, self._start = set(tensors), 8 + len(text)
-        self._handle: BinaryIO = path.open("wb")
+        self.left, self._start = set(tensors), 8 + len(text)
         durable.passing(f"write {path.name}")
-        self._handle.write(len(text).to_bytes(8, "little") + text)
-        self._handle.truncate(self._start + end)
+        # unbuffered: a failed write must not be tried again on closing
+        self._handle: BinaryIO = path.open("wb", buffering=0)
+        self._write(len(text).to_bytes(8, "little") + text)
 
     def put(self, name: str, value: Tensor) -> None:
+        """Write one tensor where the header says."""
         durable.passing("write shard")
         self._handle.seek(self._start + self._at[name])
-        self._handle.write(value.contiguous().view(-1).view(torch.uint8).numpy())
-        self._left.remove(name)
+        self._write(value.contiguous().view(-1).view(torch.uint8).numpy())
+        self.left.remove(name)
+
+    def _write(self, data) -> None:
+        data = memoryview(data)
+        while len(data):
+            # one call writes 2 GiB at most
+            data = data[self._handle.write(data) :]
 
     def close(self) -> None:
+        """Close the file, whatever is in it."""
         self._handle.close()
-        if self._left:
-            raise AssertionError(f"tensors that were not written: {sorted(self._left)[:5]}")
