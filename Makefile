@@ -6,7 +6,7 @@ OUT ?= demo-out
 # rebuilt when what is compiled or pinned changes; Python sources are used in place
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo test lint sanitize sweep fuzz mutants benchmark clean
+.PHONY: help demo test lint sanitize sweep fuzz kills mutants benchmark clean
 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
@@ -15,6 +15,7 @@ help:
 	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make sweep      20,000 op calls drawn from seeds, against float64 (CASES=, FIRST=)"
 	@echo "make fuzz       mutated checkpoints for SECONDS=600: the saved weights, or one clear error"
+	@echo "make kills      ends gemq quantize at every write and rename and at 100 random moments; each must resume alike"
 	@echo "make mutants    plants faults one at a time; at least one test must fail for each (KIND=python or compiled)"
 	@echo "make benchmark  CPU (and, with a GPU, GPU) benchmarks"
 	@echo "make clean      remove the virtual environment and what was built"
@@ -59,6 +60,11 @@ sweep: $(VENV)/.installed
 SECONDS ?= 600
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz_checkpoint.py --seconds $(SECONDS)
+
+KILLS ?= all
+RANDOM ?= 100
+kills: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/engine_kills.py --events $(KILLS) --random $(RANDOM)
 
 KIND ?= all
 mutants: $(VENV)/.installed

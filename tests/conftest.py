@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 from cpu_kernels import isa  # noqa: F401  (a fixture for all)
-from tiny_text import WORDS, words
+from tiny_text import word_tokenizer, words
 
 # the same examples at each run, so that a failure is of the change at hand; `make sweep` draws new ones
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -38,13 +38,7 @@ def exact_activations():
 @pytest.fixture(scope="session")
 def tokenizer():
     """A fast tokenizer of whole words, 0..95."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0, "</s>": 1} | {word: 2 + i for i, word in enumerate(WORDS)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +60,9 @@ def model_folder(tmp_path_factory, tokenizer):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(model_folder, text_file):
+    """What QuantizeConfig needs to know of the tiny model and its text."""
+    return {"model": str(model_folder), "calibration": str(text_file), "samples": 6, "length": 16}

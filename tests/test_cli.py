@@ -225,7 +225,7 @@ def test_version(gemq_run):
 
 
 def test_missing_arguments(gemq_run):
-    fails(gemq_run("quantize"), "(?i)missing argument 'model'")
+    fails(gemq_run("quantize"), "give a MODEL and --output, or --resume")
     fails(gemq_run("nonsense"), "No such command 'nonsense'")
     code, out, err = gemq_run()
     assert (code, err) == (2, "")

@@ -15,14 +15,14 @@ KERNELS = ROOT / "triton_kernels"
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
     ("errors", "format", "_C"),
-    ("_core", "triton_kernels", "reference", "integrity", "distributed"),
+    ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
     ("ops",),
     ("nn",),
     ("models",),
     ("algorithms",),
     ("checkpoint",),
     ("hf",),
-    ("generation",),
+    ("generation", "engine"),
     ("planning",),
     ("pipeline", "summary", "serving"),
     ("continuation",),

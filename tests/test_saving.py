@@ -9,7 +9,7 @@ import torch
 from packed_models import logits, quantized
 
 import gemq
-from gemq import checkpoint
+from gemq import durable
 from gemq.checkpoint import check_output, save_packed
 from gemq.errors import CheckpointError
 from gemq.integrity import MANIFEST_FILE, WEIGHTS_FILE, read_header, weight_files
@@ -85,7 +85,7 @@ def test_a_failing_save_leaves_the_old_checkpoint(made, folder, tmp_path, monkey
     if place == "config":
         monkeypatch.setattr("gemq.checkpoint.write_manifest", fail)
     if place == "rename":
-        monkeypatch.setattr("gemq.checkpoint.os.replace", rename)
+        monkeypatch.setattr("gemq.durable.os.replace", rename)
     extra = {"notes.json": fail} if place == "extra" else {}
     before = snapshot(folder)
     with pytest.raises(type(error)):
@@ -98,16 +98,16 @@ def test_a_failing_save_leaves_the_old_checkpoint(made, folder, tmp_path, monkey
 
 def test_config_is_written_last(made, tmp_path, monkeypatch):
     synced = []
-    fsync = checkpoint._fsync
+    sync = durable.sync
 
     def record(path):
         if path.is_file():
             synced.append(path.name)
             # nothing is loadable before everything else is on the disk
             assert (path.parent / "config.json").exists() == (path.name == "config.json")
-        fsync(path)
+        sync(path)
 
-    monkeypatch.setattr(checkpoint, "_fsync", record)
+    monkeypatch.setattr(durable, "sync", record)
     save_packed(made.packed, made.config, tmp_path / "model", extra_files={"x.json": lambda path: path.touch()})
     assert set(synced[:-1]) == {WEIGHTS_FILE, MANIFEST_FILE, "generation_config.json", "x.json"}
     assert synced[-1] == "config.json"

@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from gemq import __version__
-from gemq.algorithms.sequential import QuantizedWeights
+from gemq import __version__, durable
+from gemq.algorithms.sequential import BitPlan, QuantizedWeights
 from gemq.errors import CheckpointError, GemqError
 from gemq.format import GROUP_SIZES, MAX_BITS, UNQUANTIZED
 from gemq.integrity import read_json, weight_files, write_manifest
@@ -38,6 +38,7 @@ from gemq.models import MoeModel, describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 
 FORMAT_VERSION = 1
+MAX_SHARD = "5GB"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class PackedConfig:
         data["expert_bits"] = {str(k): v for k, v in self.expert_bits.items()}
         data["shared_bits"] = {str(k): v for k, v in self.shared_bits.items()}
         return {"quant_method": "gemq", **data, "digest": _digest(data)}
+
+    @classmethod
+    def of_plan(cls, plan: BitPlan, group_size: int, budget: float | None, method: str | None) -> PackedConfig:
+        """The widths of a plan."""
+        return cls(plan.experts, plan.shared, plan.attention, plan.dense, plan.router, group_size,
+                   budget=budget, method=method)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
@@ -133,8 +140,13 @@ def _layer_bits(name: str, value: Any, kind: type) -> dict[int, Any]:
     return result
 
 
-def packed_skeleton(model: nn.Module, config: PackedConfig, device: str | None = None) -> dict[str, nn.Module]:
-    """Empty packed modules for an unquantized model, by module path. Raises :class:`CheckpointError` on a misfit."""
+def packed_skeleton(
+    model: nn.Module, config: PackedConfig, device: str | None = None, under: str = ""
+) -> dict[str, nn.Module]:
+    """Empty packed modules for an unquantized model, by module path; ``under`` is a path prefix to keep to.
+
+    Raises :class:`CheckpointError` on a misfit.
+    """
     moe = describe(model)
     modules: dict[str, nn.Module] = {}
     if set(config.expert_bits) != {layer.index for layer in moe.moe}:
@@ -148,14 +160,16 @@ def packed_skeleton(model: nn.Module, config: PackedConfig, device: str | None =
             raise CheckpointError(
                 f"quantization_config.expert_bits[{layer.index}] has {len(bits)} widths for {moe.num_experts} experts"
             )
-        modules[f"{layer.path}.experts"] = LowBitExperts(
-            moe.hidden, moe.intermediate, bits, config.group_size, device=device
-        )
+        if f"{layer.path}.experts".startswith(under):
+            modules[f"{layer.path}.experts"] = LowBitExperts(
+                moe.hidden, moe.intermediate, bits, config.group_size, device=device
+            )
     for path, (linear, width) in _linear_widths(moe, config).items():
-        modules[path] = LowBitLinear(
-            linear.in_features, linear.out_features, width, config.group_size, linear.bias is not None,
-            linear.weight.dtype, device,
-        )
+        if path.startswith(under):
+            modules[path] = LowBitLinear(
+                linear.in_features, linear.out_features, width, config.group_size, linear.bias is not None,
+                linear.weight.dtype, device,
+            )
     return modules
 
 
@@ -178,20 +192,24 @@ def pack_model(moe: MoeModel, weights: QuantizedWeights, *, budget: float | None
 
     The modules are left in the canonical layout; :func:`gemq.models.prepare` makes them ready to run.
     """
-    plan = weights.plan
-    modules: dict[str, nn.Module] = {}
+    replace_with_packed(moe.model, packed_parts(moe, weights))
+    return PackedConfig.of_plan(weights.plan, weights.group_size, budget, method)
+
+
+def packed_parts(moe: MoeModel, weights: QuantizedWeights) -> dict[str, LowBitExperts | LowBitLinear]:
+    """Packed modules of all that ``weights`` holds, which may be a part of the model, by module path."""
+    modules: dict[str, LowBitExperts | LowBitLinear] = {}
     for layer in moe.moe:
-        gate_up, down = weights.stacks[layer.index]
-        modules[f"{layer.path}.experts"] = LowBitExperts.from_stacks(
-            gate_up, down, moe.hidden, moe.intermediate, weights.group_size
-        )
+        if layer.index in weights.stacks:
+            gate_up, down = weights.stacks[layer.index]
+            modules[f"{layer.path}.experts"] = LowBitExperts.from_stacks(
+                gate_up, down, moe.hidden, moe.intermediate, weights.group_size
+            )
     for path, (codes, meta, width) in weights.linears.items():
         bias = moe.model.get_submodule(path).bias
         group = codes.shape[1] // meta.shape[1]
         modules[path] = LowBitLinear.from_codes(codes, meta, width, group, bias)
-    replace_with_packed(moe.model, modules)
-    return PackedConfig(plan.experts, plan.shared, plan.attention, plan.dense, plan.router, weights.group_size,
-                        budget=budget, method=method)
+    return modules
 
 
 def check_output(path: str | os.PathLike, source: str | os.PathLike | None = None, overwrite: bool = False) -> Path:
@@ -226,14 +244,15 @@ def _is_packed(folder: Path) -> bool:
 
 def save_packed(
     model: nn.Module, config: PackedConfig, path: str | os.PathLike, *, tokenizer=None,
-    dtype: torch.dtype | None = None, max_shard_size: str = "5GB",
+    dtype: torch.dtype | None = None, max_shard_size: str = MAX_SHARD,
     extra_files: dict[str, Callable[[Path], None]] | None = None, overwrite: bool = False,
+    weights: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a packed model (of :func:`pack_model`) as a checkpoint folder, with a manifest for :func:`gemq.verify`.
 
     Everything is written to ``<path>.partial`` beside it and renamed at the end; what was there before stays until
     then. ``dtype`` (float16 or bfloat16) is that of the tensors that stay unquantized. ``extra_files`` maps file
-    names to functions that write them.
+    names to functions that write them; ``weights`` writes the weight files of a model that is not in memory.
     """
     target = check_output(path, overwrite=overwrite)
     final = target.resolve()
@@ -242,7 +261,7 @@ def save_packed(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        _write(model, config, partial, tokenizer, dtype, max_shard_size, extra_files or {})
+        _write(model, config, partial, tokenizer, dtype, max_shard_size, extra_files or {}, weights)
         _put_in_place(partial, final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -257,25 +276,30 @@ def _put_in_place(partial: Path, final: Path) -> None:
     if final.exists():
         # aside first: the old checkpoint comes back if the new one cannot take its place
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        os.replace(final, aside / "old")
+        durable.rename(final, aside / "old")
         try:
-            os.replace(partial, final)
+            durable.rename(partial, final)
         except BaseException:
-            os.replace(aside / "old", final)
+            durable.rename(aside / "old", final)
             raise
         finally:
             shutil.rmtree(aside)
     else:
-        os.replace(partial, final)
-    _fsync(final.parent)
+        durable.rename(partial, final)
 
 
-def _write(model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shard_size: str, extra: dict) -> None:
+def _write(
+    model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shard_size: str, extra: dict,
+    weights: Callable[[Path], None] | None,
+) -> None:
     from gemq.hf import attach
 
     attach(model, config)
-    metadata = {"format": "pt"}
-    save_torch_state_dict(stored_state(model, dtype), folder, max_shard_size=max_shard_size, metadata=metadata)
+    if weights is not None:
+        weights(folder)
+    else:
+        metadata = {"format": "pt"}
+        save_torch_state_dict(stored_state(model, dtype), folder, max_shard_size=max_shard_size, metadata=metadata)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
@@ -285,18 +309,24 @@ def _write(model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shar
     text = _config_text(model, dtype).encode()
     write_manifest(folder, {"config.json": text})
     for file in [p for p in folder.rglob("*") if p.is_file()]:
-        _fsync(file)
+        durable.sync(file)
     (folder / "config.json").write_bytes(text)
-    _fsync(folder / "config.json")
-    _fsync(folder)
+    durable.sync(folder / "config.json")
+    durable.sync(folder)
 
 
 def stored_state(model, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The tensors of a packed model as a checkpoint holds them: by the names of the family's own checkpoints, tied
-    ones once, unquantized ones in ``dtype``."""
-    packed = {f"{path}.{name}" for path, module in packed_modules(model) for name, _ in module.named_buffers()}
+    """The tensors of a packed model as a checkpoint holds them: as :func:`stored_tensors`, tied ones once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    state = {k: v for k, v in model.state_dict().items() if k not in tied}
+    return stored_tensors(model, {k: v for k, v in model.state_dict().items() if k not in tied}, dtype)
+
+
+def stored_tensors(
+    model, state: dict[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Some or all of a packed model's tensors as a checkpoint has them: by the names of the family's own checkpoints,
+    unquantized ones in ``dtype``."""
+    packed = {f"{path}.{name}" for path, module in packed_modules(model) for name, _ in module.named_buffers()}
     if dtype is not None:
         as_is = packed | kept_in_float32(model)
         state = {k: v.to(dtype) if v.is_floating_point() and k not in as_is else v for k, v in state.items()}
@@ -314,14 +344,6 @@ def _config_text(model, dtype: torch.dtype | None) -> str:
     config.dtype = dtype or model.dtype
     config.architectures = [type(model).__name__]
     return config.to_json_string()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load_packed_config(path: str | os.PathLike) -> PackedConfig:

@@ -18,6 +18,9 @@ from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
 from gemq.algorithms.sequential import QuantizedWeights
 from gemq.checkpoint import PackedConfig, check_output, from_pretrained, kept_in_float32, pack_model, save_packed
+from gemq.engine.journal import CHANGED, read_manifest
+from gemq.engine.session import RunOptions, Session, written_by
+from gemq.engine.source import Source
 from gemq.errors import CheckpointError
 from gemq.format import codes_bytes, default_group_size, expert_layout
 from gemq.models import MoeModel, describe
@@ -28,6 +31,9 @@ COSTS_FILE = "gemq_costs.json"
 REPORT_FILE = "gemq_report.json"
 # tensors that stay unquantized are stored in 16 bits
 _STORED = {torch.float32: torch.bfloat16}
+# fields of QuantizeConfig that say how a run works, and those that say where things are: known by content instead
+RUN_OPTIONS = ("stream", "scratch", "run_dir", "changed", "keep_run", "log", "check")
+_PLACES = ("model", "output", "calibration", "router_text", "overwrite", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,13 @@ class QuantizeConfig:
     ``output/<budget>``. ``calibration`` and ``router_text`` are sources of
     :mod:`gemq.algorithms.calibration` (``router_text`` None: the calibration windows). ``length`` is in tokens.
     ``check`` refuses to start where memory or disk will not do.
+
+    ``stream`` reads one decoder layer at a time from disk and works in ``run_dir`` (default: ``output`` with ``.run``
+    after it), which a second call with the same options continues and which is deleted at the end unless
+    ``keep_run``. ``scratch`` says where calibration activations are: on ``disk`` there, or in ``memory``, from which a
+    second call cannot take them. ``changed`` is what to do if ``run_dir`` was begun with other options
+    (:func:`gemq.engine.journal.opened`). ``log`` is a file for JSON lines about every stage. ``stream=False`` holds
+    the whole model in memory and cannot be resumed.
     """
 
     model: str
@@ -52,7 +65,18 @@ class QuantizeConfig:
     overwrite: bool = False
     trust_remote_code: bool = False
     method: MethodConfig = field(default_factory=MethodConfig)
+    stream: bool = True
+    scratch: str = "disk"
+    run_dir: str | None = None
+    changed: str = "refuse"
+    keep_run: bool = False
+    log: str | None = None
     check: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("scratch", ("disk", "memory")), ("changed", CHANGED)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -142,28 +166,37 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
     """Quantize a model by the whole method and save a packed checkpoint per budget.
 
     All that can be checked is checked before work starts: output folder, model family, memory and disk, text. The
-    CPU works in float32, CUDA in the model's dtype unless ``config.dtype`` says otherwise.
+    CPU works in float32, CUDA in the model's dtype unless ``config.dtype`` says otherwise. A call that was ended,
+    however it was, is continued by the same call.
 
     Raises :class:`gemq.errors.GemqError` or ``ValueError`` with one line that says what to change.
     """
     targets = {b: _target(config, b) for b in config.method.budgets}
+    begun = config.stream and read_manifest(run_directory(config)) is not None
     for target in targets.values():
-        check_output(target, config.model, config.overwrite)
+        if not (begun and written_by(target, REPORT_FILE)):
+            check_output(target, config.model, config.overwrite)
     device = pick_device(config.device)
-    parse_dtype(config.dtype)
-    architecture = check_model(config.model, config.trust_remote_code)
-    declared = architecture.dtype
-    if config.check:
-        check_resources(config, architecture, device)
+    dtype = parse_dtype(config.dtype)
+    declared = check_model(config.model, config.trust_remote_code)
+    if config.check and not begun:
+        check_resources(config, declared, device)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     windows = calibration_windows(tokenizer, config.calibration, config.samples, config.length, config.seed)
     router = windows
     if config.router_text is not None:
         router = calibration_windows(tokenizer, config.router_text, config.samples, config.length, config.seed)
-    dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
-    model = load_unquantized(config.model, dtype, config.trust_remote_code)
-    declared = declared or next(model.parameters()).dtype
-    stored = _STORED.get(declared, declared)
+    if dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32
+    if config.stream:
+        source = Source(config.model, declared, dtype, device, config.trust_remote_code)
+        check_budgets(source.moe, config.method)
+        command = asdict(config)
+        options = {k: v for k, v in command.items() if k not in (*RUN_OPTIONS, *_PLACES)}
+        session = Session(source, windows, router, config.method, options, command)
+        return _quantize_streamed(config, session, tokenizer, targets, progress)
+    model = load_unquantized(config.model, str(dtype).removeprefix("torch."), config.trust_remote_code)
+    stored = stored_dtype(declared.dtype or next(model.parameters()).dtype)
     model = model.to(device).eval()
     moe = describe(model)
     check_budgets(moe, config.method)
@@ -182,6 +215,39 @@ def check_resources(config: QuantizeConfig, architecture, device: torch.device) 
     check(make_plan(architecture, options, machine), architecture)
 
 
+def run_directory(config: QuantizeConfig) -> Path:
+    """Where a streamed run keeps what it has done."""
+    output = Path(config.output)
+    return Path(config.run_dir) if config.run_dir else output.with_name(output.name + ".run")
+
+
+def _quantize_streamed(
+    config: QuantizeConfig, session: Session, tokenizer, targets: dict[float, Path], progress: StageProgress | None
+) -> list[QuantizeOutcome]:
+    run = RunOptions(
+        run_directory(config), config.scratch == "disk", config.changed, config.keep_run,
+        Path(config.log) if config.log else None,
+    )
+    outcomes = []
+    with session.working(run, progress) as work:
+        for result in work.results():
+            target = targets[result.budget]
+            stored = stored_dtype(session.source.declared)
+            assembly, packed, name = work.assembly(result, stored)
+            if written_by(target, REPORT_FILE) != name:
+                save_packed(
+                    assembly.model, packed, target, tokenizer=tokenizer, dtype=stored, weights=assembly.write,
+                    extra_files=_extra_files(config, result, result.reports, name), overwrite=config.overwrite,
+                )
+            outcomes.append(_outcome(result, target, result.reports))
+    return outcomes
+
+
+def stored_dtype(declared: torch.dtype) -> torch.dtype:
+    """The dtype of a checkpoint's unquantized tensors, given that of the full-precision model."""
+    return _STORED.get(declared, declared)
+
+
 def _target(config: QuantizeConfig, budget: float) -> Path:
     return Path(config.output) if len(config.method.budgets) == 1 else Path(config.output) / f"{budget:g}"
 
@@ -194,13 +260,22 @@ def save_stage(
     ``stored`` is the dtype of the tensors that stay unquantized.
     """
     packed, packed_config = _packed_copy(model, stage, config.method.method)
-    extra: dict[str, Callable[[Path], Any]] = {REPORT_FILE: lambda path: _write_report(path, config, stage)}
-    if stage.statistics is not None:
-        extra[COSTS_FILE] = stage.statistics.costs.save
+    extra = _extra_files(config, stage, stage.weights.reports, None)
     save_packed(
         packed, packed_config, target, tokenizer=tokenizer, dtype=stored, extra_files=extra, overwrite=config.overwrite
     )
-    fallbacks = sum(r.fallback != "" for r in stage.weights.reports.values())
+    return _outcome(stage, target, stage.weights.reports)
+
+
+def _extra_files(config: QuantizeConfig, stage, matrices: dict, run: str | None) -> dict[str, Callable[[Path], Any]]:
+    extra = {REPORT_FILE: lambda path: _write_report(path, config, stage, matrices, run)}
+    if stage.statistics is not None:
+        extra[COSTS_FILE] = stage.statistics.costs.save
+    return extra
+
+
+def _outcome(stage, target: Path, matrices: dict) -> QuantizeOutcome:
+    fallbacks = sum(r.fallback != "" for r in matrices.values())
     size = sum(f.stat().st_size for f in target.glob("*.safetensors"))
     return QuantizeOutcome(
         stage.budget, target, stage.allocation.bits_per_expert, stage.allocation.gap, size, stage.seconds, fallbacks
@@ -248,18 +323,19 @@ def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
     return total + 2 * sum(kept.values())
 
 
-def _write_report(path: Path, config: QuantizeConfig, stage: StageResult) -> None:
-    """What was done, readable by people and scripts: options, allocation, per-matrix GPTQ reports, seconds."""
+def _write_report(path: Path, config: QuantizeConfig, stage, matrices: dict, run: str | None) -> None:
+    """What was done, readable by people and scripts: options, allocation, per-matrix GPTQ reports. Nothing in it
+    differs between a run that was interrupted and one that was not: times are in the log."""
     report = {
-        "options": asdict(config),
+        "options": {k: v for k, v in asdict(config).items() if k not in RUN_OPTIONS},
         "budget": stage.budget,
         "bits_per_expert": stage.allocation.bits_per_expert,
         "objective": _finite(stage.allocation.objective),
         "gap": _finite(stage.allocation.gap),
         "solver": stage.allocation.solver,
-        "seconds": stage.seconds,
         "router_losses": stage.router_losses,
-        "matrices": {name: asdict(r) for name, r in stage.weights.reports.items()},
+        "matrices": {name: asdict(r) for name, r in matrices.items()},
+        "run": run,
     }
     path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
 

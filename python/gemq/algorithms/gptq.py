@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,16 +67,16 @@ def inverse_factor(hessian: Tensor, damping: float, retries: int = 4) -> tuple[T
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
     # a column that no token excites neither takes part in nor disturbs the propagation
-    dead = torch.diag_embed(torch.where(diagonal == 0, mean[:, None].clamp(min=1e-30), 0.0))
-    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    dead = torch.where(diagonal == 0, mean[:, None].clamp(min=1e-30), 0.0)
     factors = torch.full_like(hessian, float("nan"))
     used = torch.full_like(mean, float("nan"))
     todo = torch.arange(len(hessian), device=hessian.device)
     for attempt in range(retries + 1):
         level = damping * 10**attempt
-        lower, info = torch.linalg.cholesky_ex(
-            hessian[todo] + dead[todo] + (level * mean[todo].clamp(min=1e-30))[:, None, None] * eye
-        )
+        damped = hessian[todo]
+        damped.diagonal(dim1=-2, dim2=-1).add_(dead[todo]).add_((level * mean[todo].clamp(min=1e-30))[:, None])
+        lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
         upper, info_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         done = (info == 0) & (info_inverse == 0) & torch.isfinite(upper).all(-1).all(-1)
         factors[todo[done]], used[todo[done]] = upper[done], level
@@ -119,11 +120,7 @@ def gptq(
     Returns ``(codes uint8 [E, n, k], meta float16 [E, n, k // group_size, 2], reports)``.
     """
     weight, hessian = weight.float(), hessian.float()
-    factor, damping = inverse_factor(hessian, config.damping)
-    enough = torch.tensor([t >= config.min_tokens for t in tokens], device=weight.device)
-    solved = enough & torch.isfinite(damping)
-    # an identity factor propagates nothing
-    factor[~solved] = torch.eye(weight.shape[-1], device=weight.device)
+    factor, damping, solved = solved_factor(hessian, tokens, config)
     widths = torch.tensor(bits, device=weight.device)
     codes, meta = quantize_columns(weight, factor, widths, config, group_size)
     for e in torch.where(~solved)[0].tolist():
@@ -134,6 +131,36 @@ def gptq(
         for e in range(len(bits))
     ]
     return codes, meta, reports
+
+
+def solved_factor(hessian: Tensor, tokens: list[int], config: GptqConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors ``[E, k, k]`` and damping ``[E]`` of :func:`inverse_factor`, and which matrices GPTQ can take.
+
+    Those with fewer than ``config.min_tokens`` tokens, or whose Hessian stays indefinite, are to be rounded to
+    nearest; their factor is the identity, which propagates nothing.
+    """
+    factor, damping = inverse_factor(hessian, config.damping)
+    enough = torch.tensor([t >= config.min_tokens for t in tokens], device=hessian.device)
+    solved = enough & torch.isfinite(damping)
+    factor[~solved] = torch.eye(hessian.shape[-1], device=hessian.device)
+    return factor, damping, solved
+
+
+def gptq_at_widths(
+    weight: Tensor, hessian: Tensor, widths: Sequence[int], tokens: list[int], config: GptqConfig, group_size: int
+) -> Iterator[Tensor]:
+    """``weight [E, n, k]`` quantized to each width of 1..8 in turn and back, all matrices in one batch a width.
+
+    As :func:`gptq`, but the Hessians ``[E, k, k]`` are factorised once for all widths.
+    """
+    weight = weight.float()
+    factor, _, solved = solved_factor(hessian.float(), tokens, config)
+    for width in widths:
+        bits = torch.full((len(weight),), width, device=weight.device)
+        codes, meta = quantize_columns(weight, factor, bits, config, group_size)
+        for e in torch.where(~solved)[0].tolist():
+            codes[e], meta[e] = round_to_nearest(weight[e], width, group_size, config.clip)
+        yield dequantize_codes(codes, meta)
 
 
 def _relative_output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def measure(
     for p in frozen:
         p.requires_grad_(True)
     moe.model.train(was_training)
-    return _statistics(moe, rows, candidates)
+    return statistics_of(moe, rows, candidates)
 
 
 def _layer_costs(
@@ -219,7 +219,8 @@ def _layer_costs(
     sums.tokens = sum(len(c.routed.x) for c in captures)
 
 
-def _statistics(moe: MoeModel, rows: list[_LayerCosts], candidates: tuple[int, ...]) -> ExpertStatistics:
+def statistics_of(moe: MoeModel, rows: list, candidates: tuple[int, ...]) -> ExpertStatistics:
+    """The statistics of a model from its MoE layers' sums, in layer order."""
     tokens = np.array([[row.tokens] for row in rows], dtype=float)
     costs = Costs(
         candidates=candidates,

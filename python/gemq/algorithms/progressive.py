@@ -85,7 +85,8 @@ class StageResult:
     seconds: dict[str, float]
 
 
-def _plan(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitPlan:
+def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitPlan:
+    """The widths of everything, once those of the experts are chosen."""
     indices = [layer.index for layer in moe.moe]
     shared = {}
     if moe.moe[0].shared is not None:
@@ -113,7 +114,8 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
     return solve(statistics.costs, budget, per_layer=config.per_layer, fixed_shared_bits=fixed)
 
 
-def _must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:
+def must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:
+    """Whether budget number ``step`` needs coefficients that are not there."""
     if config.method == "uniform":
         return False
     return statistics is None or (step > 0 and config.estimate != "fp")
@@ -137,7 +139,7 @@ def quantize_progressively(
     budgets = sorted(config.budgets, reverse=True)
     for step, budget in enumerate(budgets):
         timer = _Timer(progress)
-        if _must_measure(config, step, statistics):
+        if must_measure(config, step, statistics):
             with timer.stage("measure") as report:
                 statistics = measure(
                     moe, windows, config.candidates, originals,
@@ -146,7 +148,7 @@ def quantize_progressively(
                 )
         with timer.stage("allocate"):
             allocation = allocate(moe, statistics, budget, config)
-        plan = _plan(moe, allocation, config)
+        plan = plan_of(moe, allocation, config)
         with timer.stage("quantize") as report:
             weights = quantize_weights(
                 moe, windows, plan, originals, config.gptq, batch_size=config.batch_size, progress=report

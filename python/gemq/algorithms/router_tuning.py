@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemq.algorithms.perplexity import token_losses
 from gemq.models import MoeModel
@@ -24,13 +24,45 @@ class RouterTuningConfig:
     batch_size: int = 1
 
 
+@dataclass
+class TuningState:
+    """Where tuning is after ``len(losses)`` steps: master weights and AdamW's moments, per router."""
+
+    losses: list[float]
+    masters: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+
+
+def _state(losses: list[float], optimizer: torch.optim.AdamW, masters: list[Tensor]) -> TuningState:
+    moments = [optimizer.state[m] for m in masters]
+    return TuningState(losses, masters, [m["exp_avg"] for m in moments], [m["exp_avg_sq"] for m in moments])
+
+
+@torch.no_grad()
+def _continue(
+    state: TuningState, optimizer: torch.optim.AdamW, masters: list[Tensor], routers: list[nn.Parameter]
+) -> None:
+    for master, router, *values in zip(
+        masters, routers, state.masters, state.first, state.second, strict=True
+    ):
+        value, first, second = (v.to(master.device) for v in values)
+        master.copy_(value)
+        router.copy_(value)
+        optimizer.state[master] = {
+            "step": torch.tensor(float(len(state.losses))), "exp_avg": first.clone(), "exp_avg_sq": second.clone()
+        }
+
+
 def tune_routers(
-    moe: MoeModel, windows: Tensor, config: RouterTuningConfig | None = None, progress: Progress | None = None
+    moe: MoeModel, windows: Tensor, config: RouterTuningConfig | None = None, progress: Progress | None = None, *,
+    start: TuningState | None = None, keep: Callable[[TuningState], None] | None = None,
 ) -> list[float]:
     """Minimise the token-mean cross-entropy of ``windows`` int64 ``[N, T]`` over the router weights, in place.
 
     Master weights are float32 whatever the model's dtype: a bfloat16 weight above 1/32 would not move by a step of
-    1e-4. Returns the loss of every step. The model's frozen and training state is put back.
+    1e-4. Returns the loss of every step. The model's frozen and training state is put back. ``keep`` is called with the
+    state after every step, and tuning continues after that of ``start``, to the same result.
     """
     config = config or RouterTuningConfig()
     model, device = moe.model, next(moe.model.parameters()).device
@@ -45,21 +77,26 @@ def tune_routers(
         p.requires_grad_(True)
     # evaluation mode: no dropout or router jitter, gradients flow all the same
     model.eval()
-    losses, steps = [], config.epochs * -(-len(windows) // config.batch_size)
-    for _ in range(config.epochs):
-        for at in range(0, len(windows), config.batch_size):
-            with torch.enable_grad():
-                loss = token_losses(model, windows[at : at + config.batch_size].to(device)).mean()
-                gradients = torch.autograd.grad(loss, routers)
-            for master, gradient in zip(masters, gradients, strict=True):
-                master.grad = gradient.float()
-            optimizer.step()
-            with torch.no_grad():
-                for p, master in zip(routers, masters, strict=True):
-                    p.copy_(master)
-            losses.append(float(loss.detach()))
-            if progress:
-                progress(len(losses), steps)
+    if start is not None:
+        _continue(start, optimizer, masters, routers)
+    batches = -(-len(windows) // config.batch_size)
+    losses, steps = list(start.losses) if start else [], config.epochs * batches
+    for step in range(len(losses), steps):
+        at = step % batches * config.batch_size
+        with torch.enable_grad():
+            loss = token_losses(model, windows[at : at + config.batch_size].to(device)).mean()
+            gradients = torch.autograd.grad(loss, routers)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient.float()
+        optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(routers, masters, strict=True):
+                p.copy_(master)
+        losses.append(float(loss.detach()))
+        if keep:
+            keep(_state(losses, optimizer, masters))
+        if progress:
+            progress(len(losses), steps)
     for p, value in required.items():
         p.requires_grad_(value)
     model.train(was_training)

@@ -60,7 +60,7 @@ class Hessian:
         self.tokens += len(x)
 
 
-def _layer_linears(moe: MoeModel, index: int, plan: BitPlan) -> dict[str, tuple[nn.Linear, int]]:
+def layer_linears(moe: MoeModel, index: int, plan: BitPlan) -> dict[str, tuple[nn.Linear, int]]:
     """The plain linears of a decoder layer that are to be quantized, with their widths."""
     prefix = f"{moe.decoder_path}.layers.{index}."
     found = {p: (m, plan.attention) for p, m in moe.attention.items() if p.startswith(prefix)}
@@ -102,7 +102,7 @@ class _Calibration:
                 self.inner[e].add(expert_hidden(self.layer.experts.gate_up_proj[e], x))
 
 
-def _quantize_stack(
+def quantize_stack(
     weights: Tensor, hessians: list[Hessian], bits: list[int], config: GptqConfig
 ) -> tuple[QuantizedStack, dict[int, GptqReport]]:
     """Quantize ``weights [E, n, k]`` in one batch of all experts above 0 bits, writing the result back in place."""
@@ -124,26 +124,34 @@ def _quantize_stack(
     return QuantizedStack(codes, meta, list(bits)), reports
 
 
-def _quantize_layer(
-    linears: dict, layer: MoeLayer | None, seen: _Calibration, plan: BitPlan, config: GptqConfig,
+def quantize_linears(
+    linears: dict[str, tuple[nn.Linear, int]], hessians: dict[str, Hessian], config: GptqConfig,
     result: QuantizedWeights,
 ) -> None:
+    """Quantize the plain linears of a layer into ``result``, and write the dequantized weights back."""
     for path, (module, width) in linears.items():
         size = default_group_size(module.in_features, config.group_size)
-        hessian = seen.linears[path]
+        hessian = hessians[path]
         codes, meta, (report,) = gptq(
             module.weight[None], hessian.value[None], [width], [hessian.tokens], config, size
         )
         result.linears[path] = (codes[0], meta[0], width)
         result.reports[path] = report
         module.weight.copy_(dequantize_codes(codes[0], meta[0], module.weight.dtype))
+
+
+def _quantize_layer(
+    linears: dict, layer: MoeLayer | None, seen: _Calibration, plan: BitPlan, config: GptqConfig,
+    result: QuantizedWeights,
+) -> None:
+    quantize_linears(linears, seen.linears, config, result)
     if layer is None:
         return
     bits, stacks = plan.experts[layer.index], []
     for name, hessians in (("gate_up_proj", seen.inputs), ("down_proj", seen.inner)):
-        stack, reports = _quantize_stack(getattr(layer.experts, name), hessians, bits, config)
+        stack, reports = quantize_stack(getattr(layer.experts, name), hessians, bits, config)
         stacks.append(stack)
-        for e, report in reports.items():
+        for e, report in sorted(reports.items()):
             result.reports[f"{layer.path}.experts.{e}.{name}"] = report
     result.stacks[layer.index] = tuple(stacks)
 
@@ -168,7 +176,7 @@ def quantize_weights(
     result = QuantizedWeights(plan, config.group_size)
     by_index = {layer.index: layer for layer in moe.moe}
     for index, module in enumerate(moe.layers):
-        linears, layer = _layer_linears(moe, index, plan), by_index.get(index)
+        linears, layer = layer_linears(moe, index, plan), by_index.get(index)
         seen = _Calibration(moe, linears, layer)
         with ExitStack() as stack:
             seen.watch(linears, stack)

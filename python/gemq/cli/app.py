@@ -18,6 +18,7 @@ from gemq.cli import display, options
 from gemq.cli.bench import bench
 from gemq.cli.generation import chat, generate
 from gemq.cli.plan import plan
+from gemq.cli.resume import resumed
 from gemq.cli.tune import tune
 from gemq.pipeline import COSTS_FILE, QuantizeConfig
 from gemq.summary import summarize
@@ -79,8 +80,9 @@ Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of the full-precision model.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name of the full-precision model.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     bits: Bits = "2.5",
     method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
     candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8 (paper: Table 18).")] = "1,2,3",
@@ -111,13 +113,29 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     check: Annotated[bool, typer.Option(help="Refuse to start where memory or disk will not do (gemq plan).")] = True,
+    stream: Annotated[bool, typer.Option(help="Read one layer at a time from disk; --no-stream cannot be resumed.")]
+    = True,
+    scratch: Annotated[str, typer.Option(help="Where activations are kept: disk or memory.")] = "disk",
+    run_dir: Annotated[str | None, typer.Option(help="Folder of unfinished work (default: OUTPUT.run).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run of this folder with its options.")] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Options changed: do again what that touches.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what the run directory holds.")] = False,
+    keep_run: Annotated[bool, typer.Option("--keep-run", help="Leave the run directory when done.")] = False,
+    log: Annotated[str | None, typer.Option(help="File for JSON lines about every stage.")] = None,
 ) -> None:
     """Measure, allocate, quantize, tune the routers, and save a packed checkpoint.
 
+    The same command, given again after it was ended, continues where it was.
+
     [dim]gemq quantize mistralai/Mixtral-8x7B-v0.1 --bits 2.5 -o mixtral-2.5[/dim]
     """
+    if redo and restart:
+        raise typer.BadParameter("--redo and --restart exclude each other")
+    if resume is None and (model is None or output is None):
+        raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
     config = QuantizeConfig(
-        model, output, calibration, samples, length, seed, router_text, device, dtype, overwrite, trust_remote_code,
+        model or "", output or "", calibration, samples, length, seed, router_text, device, dtype, overwrite,
+        trust_remote_code,
         MethodConfig(
             budgets=options.budgets(bits), method=method.value, candidates=options.widths(candidates),
             per_layer=constraints, attention_bits=attention_bits, dense_bits=dense_bits,
@@ -126,8 +144,10 @@ def quantize(
             gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs),
         ),
-        check,
+        stream, scratch, run_dir, "redo" if redo else "restart" if restart else "refuse", keep_run, log, check,
     )
+    if resume is not None:
+        config = resumed(resume, config, context)
     with display.stages() as report:
         outcomes = gemq.quantize(config, report)
     rows = [
@@ -146,8 +166,9 @@ def allocate(
     constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
     solver: Annotated[str, typer.Option(help="auto, highs or cbc.")] = "auto",
-    points: Annotated[int | None, typer.Option("--curve", help="Instead of --bits: this many budgets, lowest to highest.",
-                                               min=2)] = None,
+    points: Annotated[int | None, typer.Option(
+        "--curve", min=2, help="Instead of --bits: this many budgets, lowest to highest."
+    )] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Solve the program again for any budget, from the costs that quantize saved."""

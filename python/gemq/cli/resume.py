@@ -1,0 +1,68 @@
+"""``gemq quantize --resume``: the options of a run directory, with which those on the line must agree."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from gemq.algorithms.gptq import GptqConfig
+from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.router_tuning import RouterTuningConfig
+from gemq.engine.journal import read_manifest
+from gemq.errors import CheckpointError
+from gemq.pipeline import QuantizeConfig
+
+# which fields of the config an option decides
+_FIELDS = {
+    "model": ("model",), "output": ("output",), "bits": ("method.budgets",), "method": ("method.method",),
+    "candidates": ("method.candidates",), "constraints": ("method.per_layer",), "calibration": ("calibration",),
+    "samples": ("samples",), "length": ("length",), "seed": ("seed",), "attention_bits": ("method.attention_bits",),
+    "dense_bits": ("method.dense_bits",), "shared_bits": ("method.shared_bits",),
+    "router_bits": ("method.router_bits",), "group_size": ("method.gptq.group_size",),
+    "recipe": ("method.gptq.clip", "method.gptq.propagate_from", "method.perturbation"),
+    "clip": ("method.gptq.clip",), "perturbation": ("method.perturbation",), "damping": ("method.gptq.damping",),
+    "tune_routers": ("method.tune",), "router_text": ("router_text",), "router_lr": ("method.router.learning_rate",),
+    "router_epochs": ("method.router.epochs",), "estimate": ("method.estimate",),
+    "batch_size": ("method.batch_size",), "device": ("device",), "dtype": ("dtype",), "stream": ("stream",),
+    "trust_remote_code": ("trust_remote_code",),
+}
+
+
+def _field(config: dict[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        config = config[name]
+    return list(config) if isinstance(config, tuple) else config
+
+
+def stored_config(folder: Path) -> QuantizeConfig:
+    """The options that a run directory was begun with. Raises :class:`CheckpointError` if it is none."""
+    found = read_manifest(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} is not a run directory that can be resumed: it has no readable manifest")
+    command = dict(found["command"])
+    method = dict(command.pop("method"))
+    gptq, router = GptqConfig(**method.pop("gptq")), RouterTuningConfig(**method.pop("router"))
+    for name in ("budgets", "candidates"):
+        method[name] = tuple(method[name])
+    return QuantizeConfig(**command, method=MethodConfig(**method, gptq=gptq, router=router))
+
+
+def resumed(folder: Path, given: QuantizeConfig, context: typer.Context) -> QuantizeConfig:
+    """The stored options; :class:`CheckpointError` names those on the command line that differ from them."""
+    config = stored_config(folder)
+    stored, wanted = asdict(config), asdict(given)
+    explicit = [n for n in context.params if context.get_parameter_source(n).name == "COMMANDLINE"]
+    if "redo" in explicit or "restart" in explicit:
+        raise CheckpointError("--resume takes the options of the run, so --redo and --restart have nothing to do")
+    conflicts = [
+        f"--{name.replace('_', '-')} ({_field(stored, path)} there, {_field(wanted, path)} here)"
+        for name in explicit for path in _FIELDS.get(name, ())
+        if _field(stored, path) != _field(wanted, path)
+    ]
+    if conflicts:
+        raise CheckpointError(f"{folder} was begun with other options: {', '.join(conflicts)}")
+    free = {n: getattr(given, n) for n in ("overwrite", "scratch", "keep_run", "log") if n in explicit}
+    return replace(config, run_dir=str(folder), changed="refuse", **free)

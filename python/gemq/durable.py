@@ -1,0 +1,156 @@
+"""Files that survive a kill: written under a temporary name, synced, renamed, the folder synced.
+
+A *sealed* file is ``b"gemqseal"``, the SHA-256 of what follows, and the payload: one that is torn or was changed is
+seen as absent. Every write, sync and rename passes :func:`passing`, where a test may stop the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from gemq.errors import CheckpointError
+
+_MAGIC = b"gemqseal"
+_watcher: Callable[[str], None] | None = None
+
+
+def watch(watcher: Callable[[str], None] | None) -> None:
+    """Call ``watcher(event)`` before every write, sync and rename of this module; None ends it."""
+    global _watcher
+    _watcher = watcher
+
+
+def passing(event: str) -> None:
+    """Say that a write, sync or rename is about to happen."""
+    if _watcher is not None:
+        _watcher(event)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
+    passing(f"sync {path.name}")
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within one file system, and sync the folder."""
+    passing(f"rename {target.name}")
+    os.replace(source, target)
+    sync(target.parent)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` while ``path`` is written into an error that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path} could not be written: {reason}; what was finished is kept, the same command continues"
+        ) from error
+
+
+def write_atomic(path: Path, *parts: bytes) -> None:
+    """Replace ``path`` by the parts one after another, all or nothing. Raises :class:`CheckpointError`."""
+    partial = path.with_name(path.name + ".tmp")
+    with explained(path):
+        try:
+            with partial.open("wb") as handle:
+                for part in parts:
+                    passing(f"write {path.name}")
+                    handle.write(part)
+            sync(partial)
+            rename(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def seal(path: Path, payload: bytes) -> None:
+    """Write a sealed file."""
+    write_atomic(path, _MAGIC + hashlib.sha256(payload).digest(), payload)
+
+
+def unseal(path: Path) -> bytes | None:
+    """The payload of a sealed file; None if it is absent, torn or changed."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    payload = data[len(_MAGIC) + 32 :]
+    whole = data[: len(_MAGIC)] == _MAGIC and hashlib.sha256(payload).digest() == data[len(_MAGIC) : len(_MAGIC) + 32]
+    return payload if whole else None
+
+
+def seal_json(path: Path, value: Any) -> None:
+    """Write JSON; floats come back exactly."""
+    seal(path, json.dumps(value).encode())
+
+
+def unseal_json(path: Path) -> Any | None:
+    """What :func:`seal_json` wrote, or None."""
+    payload = unseal(path)
+    return None if payload is None else json.loads(payload)
+
+
+def seal_tensors(path: Path, tensors: dict[str, Tensor], notes: Any) -> None:
+    """Write tensors by name, and JSON notes."""
+    seal(path, save({k: v.contiguous() for k, v in tensors.items()}, {"notes": json.dumps(notes)}))
+
+
+def unseal_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
+    """What :func:`seal_tensors` wrote, on the CPU, or None."""
+    payload = unseal(path)
+    if payload is None:
+        return None
+    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+    # a safetensors file without tensors is one that `load` reads, too
+    return {k: torch.as_tensor(v) for k, v in load(payload).items()}, json.loads(header["__metadata__"]["notes"])
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        passing(f"delete {path.name}")
+        shutil.rmtree(path)
+    elif path.exists():
+        passing(f"delete {path.name}")
+        path.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder/lock``; :class:`CheckpointError` names the process that has it.
+
+    The lock is the kernel's and ends with the process that holds it, however that ends.
+    """
+    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise CheckpointError(f"another process ({owner}) is working in {folder}; wait for it or stop it") from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,125 @@
+"""Write the weights of a packed checkpoint layer by layer, byte for byte as if the whole model were in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+
+from gemq import durable
+from gemq.checkpoint import MAX_SHARD, PackedConfig, packed_skeleton, stored_tensors
+from gemq.engine.source import OUTSIDE, Source
+from gemq.engine.stages import Quantized
+from gemq.integrity import INDEX_FILE
+from gemq.models import replace_with_packed
+
+# as safetensors names dtypes, in the order in which it writes them: wide ones first
+_SPELLED = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
+_RANK = {dtype: rank for rank, dtype in enumerate(_SPELLED)}
+
+
+class Assembly:
+    """A packed twin of ``source`` without weights, and how to fill and write it."""
+
+    def __init__(
+        self, source: Source, quantized: Quantized, routers: dict[int, Tensor], config: PackedConfig,
+        dtype: torch.dtype,
+    ):
+        self.source, self.quantized, self.routers, self.dtype = source, quantized, routers, dtype
+        with torch.device("meta"):
+            self.model = type(source.model)(copy.deepcopy(source.model.config))
+        replace_with_packed(self.model, packed_skeleton(self.model, config, "meta"))
+        self.model.generation_config = source.model.generation_config
+        self.model.eval()
+
+    def write(self, folder: Path) -> None:
+        """Write the shards, and their index if there are several."""
+        sizes = stored_tensors(self.model, self._state(), self.dtype)
+        split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD)
+        with durable.explained(folder), ExitStack() as stack:
+            shards = {
+                name: stack.enter_context(closing(_Shard(folder / name, {t: sizes[t] for t in names})))
+                for name, names in split.filename_to_tensors.items()
+            }
+            for unit in range(OUTSIDE, len(self.source.moe.layers)):
+                for name, value in self._unit(unit):
+                    shards[split.tensor_to_filename[name]].put(name, value)
+            left = [name for shard in shards.values() for name in shard.left]
+            if left:
+                raise AssertionError(f"tensors that were not written: {left[:5]}")
+            if split.is_sharded:
+                index = {"metadata": {**split.metadata, "format": "pt"}, "weight_map": split.tensor_to_filename}
+                (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    def _state(self) -> dict[str, Tensor]:
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        return {name: value for name, value in self.model.state_dict().items() if name not in tied}
+
+    @torch.no_grad()
+    def _unit(self, unit: int) -> Iterator[tuple[str, Tensor]]:
+        """The finished tensors of a decoder layer, or of the rest, by their names in the checkpoint."""
+        buffers: dict[str, Tensor] = {}
+        if unit != OUTSIDE:
+            modules: dict[str, nn.Module] = self.quantized.record(unit).modules
+            buffers = {f"{p}.{leaf}": b for p, m in modules.items() for leaf, b in m.named_buffers()}
+        self.source.load(unit)
+        for layer in self.source.moe.moe:
+            if layer.index == unit and unit in self.routers:
+                layer.router.weight.copy_(self.routers[unit])
+        state = {}
+        for name in self._state():
+            if self.source.unit_of(name) == unit:
+                value = buffers[name] if name in buffers else self.source.model.get_parameter_or_buffer(name)
+                state[name] = value.detach().cpu()
+        self.source.drop(unit)
+        yield from stored_tensors(self.model, state, self.dtype).items()
+
+
+class _Shard:
+    """One safetensors file whose tensors arrive in any order."""
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor]):
+        header: dict = {"__metadata__": {"format": "pt"}}
+        self._at, end = {}, 0
+        for name in sorted(tensors, key=lambda n: (_RANK[tensors[n].dtype], n)):
+            value = tensors[name]
+            size = value.numel() * value.element_size()
+            header[name] = {
+                "dtype": _SPELLED[value.dtype], "shape": list(value.shape), "data_offsets": [end, end + size]
+            }
+            self._at[name] = end
+            end += size
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.left, self._start = set(tensors), 8 + len(text)
+        durable.passing(f"write {path.name}")
+        # unbuffered: a failed write must not be tried again on closing
+        self._handle: BinaryIO = path.open("wb", buffering=0)
+        self._write(len(text).to_bytes(8, "little") + text)
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write one tensor where the header says."""
+        durable.passing("write shard")
+        self._handle.seek(self._start + self._at[name])
+        self._write(value.contiguous().view(-1).view(torch.uint8).numpy())
+        self.left.remove(name)
+
+    def _write(self, data) -> None:
+        data = memoryview(data)
+        while len(data):
+            # one call writes 2 GiB at most
+            data = data[self._handle.write(data) :]
+
+    def close(self) -> None:
+        """Close the file, whatever is in it."""
+        self._handle.close()

@@ -1,0 +1,193 @@
+"""Eq. 6 for all experts of one layer and all candidate widths, from a trace of the experts' calls.
+
+The same sums as :func:`gemq.algorithms.importance.measure`. Experts are taken in groups so that Hessians and
+quantized copies stay within a share of the layer; an expert's widths are multiplied in one product, and only the
+tokens routed to it are evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gemq.algorithms.gptq import gptq_at_widths
+from gemq.algorithms.importance import Perturbation
+from gemq.algorithms.layerwise import expert_hidden
+from gemq.algorithms.sequential import Hessian
+from gemq.engine.layers import Trace
+from gemq.format import default_group_size
+from gemq.reference.grid import dequantize_codes, round_to_nearest
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass
+class LayerCosts:
+    """One layer's sums: ``routed`` and ``error`` ``[E, B]``, ``shared`` ``[B]``, ``count`` and ``weight`` ``[E]``."""
+
+    routed: np.ndarray
+    error: np.ndarray
+    shared: np.ndarray
+    count: np.ndarray
+    weight: np.ndarray
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, experts: int, widths: int) -> LayerCosts:
+        """Nothing seen yet."""
+        return cls(
+            np.zeros((experts, widths)), np.zeros((experts, widths)), np.zeros(widths), np.zeros(experts),
+            np.zeros(experts),
+        )
+
+    def to_json(self) -> dict:
+        """As the journal keeps it; doubles come back exactly."""
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict) -> LayerCosts:
+        """The inverse of :meth:`to_json`."""
+        return cls(**{k: np.array(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+def hessians_of(
+    weights: Tensor, rows: Iterable[list[Tensor]], hidden: int, intermediate: int
+) -> list[tuple[Hessian, Hessian]]:
+    """Hessians of both projections of some experts ``weights [G, 2I, H]``; ``rows`` gives per batch the inputs of
+    each. In batches, one after another: the sums are those of a hook that sees batch by batch."""
+    device = weights.device
+    found = [(Hessian(hidden, device), Hessian(intermediate, device)) for _ in weights]
+    for batch in rows:
+        for (inputs, inner), gate_up, x in zip(found, weights, batch, strict=True):
+            if len(x):
+                inputs.add(x)
+                inner.add(expert_hidden(gate_up, x))
+    return found
+
+
+def _at_widths(
+    weight: Tensor, hessians: list[Hessian], widths: list[int], perturbation: Perturbation
+) -> list[Tensor]:
+    """``weight [G, n, k]`` quantized to every width above 0 and back."""
+    config = perturbation.config
+    size = default_group_size(weight.shape[-1], config.group_size)
+    if perturbation.kind == "rtn":
+        return [dequantize_codes(*round_to_nearest(weight, b, size), dtype=weight.dtype) for b in widths]
+    hessian, tokens = torch.stack([h.value for h in hessians]), [h.tokens for h in hessians]
+    found = gptq_at_widths(weight, hessian, widths, tokens, config, size)
+    return [w.to(weight.dtype) for w in found]
+
+
+def _perturbed(
+    base: Pair, widths: list[int], perturbation: Perturbation, rows: Callable[[], Iterable[list[Tensor]]]
+) -> list[Pair]:
+    """Per expert of a group its projections at all widths, stacked: ``[B * 2I, H]`` and ``[B, H, I]``."""
+    gate_up, down = base
+    hessians: list[tuple[Hessian, Hessian]] = []
+    if perturbation.kind == "gptq" and widths:
+        hessians = hessians_of(gate_up, rows(), gate_up.shape[-1], down.shape[-1])
+    first = _at_widths(gate_up, [h[0] for h in hessians], widths, perturbation)
+    second = _at_widths(down, [h[1] for h in hessians], widths, perturbation)
+    return [
+        (torch.cat([w[e] for w in first]), torch.stack([w[e] for w in second])) if widths else None
+        for e in range(len(gate_up))
+    ]
+
+
+def _changes(x: Tensor, base: Pair, quantized: Pair | None, widths: tuple[int, ...]) -> list[Tensor]:
+    """``E(x) - E^b(x)`` of one expert for every width, ``[t, H]`` each; an expert of 0 bits gives nothing."""
+    out = expert_hidden(base[0], x) @ base[1].T
+    if quantized is None:
+        return [out for _ in widths]
+    kept = sum(b > 0 for b in widths)
+    gate, up = (x @ quantized[0].T).unflatten(-1, (kept, -1)).chunk(2, dim=-1)
+    inner = (nn.functional.silu(gate) * up).transpose(0, 1)
+    results = iter(torch.bmm(inner, quantized[1].transpose(1, 2)))
+    return [out - next(results) if b else out for b in widths]
+
+
+def _add(sums: LayerCosts, expert: int, column: int, change: Tensor, gradient: Tensor, window: Tensor) -> None:
+    sums.routed[expert, column] += float((gradient * change).double().square().sum())
+    per_token = change.double().square().sum(-1)
+    by_window = torch.zeros(int(window[-1]) + 1, dtype=torch.float64, device=per_token.device)
+    by_window.index_add_(0, window, per_token)
+    sums.error[expert, column] += float(by_window.sqrt().sum())
+
+
+def _group_costs(
+    sums: LayerCosts, group: range, base: Pair, trace: Trace, candidates: tuple[int, ...], perturbation: Perturbation,
+    length: int,
+) -> None:
+    widths = [b for b in candidates if b]
+    gate_up, down = (w[group.start : group.stop] for w in base)
+    quantized = _perturbed(
+        (gate_up, down), widths, perturbation, lambda: ([r.rows(e)[0] for e in group] for r, _ in trace)
+    )
+    for routed, gradient in trace:
+        for at, expert in enumerate(group):
+            x, token = routed.rows(expert)
+            if not len(token):
+                continue
+            scale = routed.weight_of(expert, token)
+            sums.count[expert] += len(token)
+            sums.weight[expert] += float(scale.double().sum())
+            g = gradient[token].float()
+            for column, change in enumerate(_changes(x, (gate_up[at], down[at]), quantized[at], candidates)):
+                _add(sums, expert, column, scale * change, g, token // length)
+
+
+def _shared_costs(
+    sums: LayerCosts, shared: tuple[Tensor, Tensor, Tensor], gate: nn.Module | None, trace: Trace,
+    candidates: tuple[int, ...], perturbation: Perturbation,
+) -> None:
+    widths = [b for b in candidates if b]
+    base = (torch.cat(shared[:2]), shared[2])
+    (quantized,) = _perturbed(
+        (base[0][None], base[1][None]), widths, perturbation, lambda: ([r.x] for r, _ in trace)
+    )
+    for routed, gradient in trace:
+        scale = 1.0 if gate is None else torch.sigmoid(gate(routed.x))
+        for column, change in enumerate(_changes(routed.x, base, quantized, candidates)):
+            sums.shared[column] += float((gradient.float() * (scale * change)).double().square().sum())
+
+
+@torch.no_grad()
+def layer_costs(
+    base: Pair, shared: tuple[Tensor, Tensor, Tensor] | None, shared_gate: nn.Module | None, trace: Trace,
+    candidates: tuple[int, ...], perturbation: Perturbation, length: int, budget: int,
+) -> LayerCosts:
+    """Eq. 6 of one layer.
+
+    Args:
+        base: the experts that are perturbed, ``[E, 2I, H]`` and ``[E, H, I]``.
+        shared: gate, up and down of the shared expert, if there is one, and ``shared_gate`` its sigmoid gate.
+        trace: the calls of the experts and the gradients at their output.
+        candidates: widths 0..8.
+        length: tokens of a window.
+        budget: bytes that Hessians and quantized copies of a group of experts may take, beyond one expert's.
+    """
+    sums = LayerCosts.zeros(len(base[0]), len(candidates))
+    per_group = experts_at_once(base, budget, len(candidates))
+    for start in range(0, len(base[0]), per_group):
+        group = range(start, min(start + per_group, len(base[0])))
+        _group_costs(sums, group, base, trace, candidates, perturbation, length)
+    if shared is not None:
+        _shared_costs(sums, shared, shared_gate, trace, candidates, perturbation)
+    sums.tokens = sum(len(routed.x) for routed, _ in trace)
+    return sums
+
+
+def experts_at_once(base: Pair, budget: int, widths: int = 1) -> int:
+    """How many experts are quantized together, by sizes alone: the grouping must not depend on the machine."""
+    _, double, hidden = base[0].shape
+    intermediate = double // 2
+    weights = 3 * hidden * intermediate
+    # quantized copies, and what GPTQ works with: a copy of the larger projection, codes, the result, the error;
+    # per Hessian the damped one, factors and their inverse
+    working = 4 * (widths * weights + 3 * 2 * hidden * intermediate)
+    hessians = 4 * (hidden**2 + intermediate**2 + 4 * max(hidden, intermediate) ** 2)
+    return max(1, min(len(base[0]), budget // (working + hessians)))

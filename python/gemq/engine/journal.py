@@ -1,0 +1,144 @@
+"""The run directory: what it was started with, what is finished, and who works in it.
+
+::
+
+    manifest.json            settings (fingerprint.py) with their SHA-256; manifest.previous.json is the one before
+    lock                     held by the process that works here
+    log.jsonl                a line per finished piece of work, for machines
+    stages/<name>-<key>/     sealed files, one per layer; the key is a digest of all that the stage depends on
+    scratch/<name>-<key>/    activations of the stage that is running
+
+A stage whose options, or whose predecessors' options, changed has another key, so what did not change is found and
+what did is made anew. A sealed file that is torn counts as absent.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gemq import durable
+from gemq.engine.fingerprint import differences, digest
+from gemq.errors import CheckpointError
+
+MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
+CHANGED = ("refuse", "redo", "restart")
+_OWN = {MANIFEST, PREVIOUS, "lock", "log.jsonl", "stages", "scratch"}
+
+
+class Stage:
+    """The files of one stage."""
+
+    def __init__(self, folder: Path, scratch: Path | None, name: str, key: str):
+        self.folder, self.scratch, self.name, self.key = folder, scratch, name, key
+
+    def file(self, name: str) -> Path:
+        """The path of a sealed file of the stage."""
+        return self.folder / name
+
+
+class RunDirectory:
+    """A run directory that this process has locked; made by :func:`opened`."""
+
+    def __init__(self, path: Path, on_disk: bool, log: Path | None):
+        self.path, self.on_disk = path, on_disk
+        self._logs = [path / "log.jsonl", *([log] if log else [])]
+
+    def stage(self, name: str, *depends: Any) -> Stage:
+        """The stage of this name and these dependencies; other stages' scratch files are deleted."""
+        key = digest(name, *depends)
+        label = f"{name}-{key[:16]}"
+        folder, scratch = self.path / "stages" / label, self.path / "scratch"
+        with durable.explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch.mkdir(exist_ok=True)
+            for other in scratch.iterdir():
+                if other.name != label:
+                    durable.remove(other)
+        return Stage(folder, scratch / label if self.on_disk else None, name, key)
+
+    def finished(self, stage: Stage) -> None:
+        """The stage needs its scratch files no longer."""
+        durable.remove(self.path / "scratch" / stage.folder.name)
+
+    def log(self, **event: Any) -> None:
+        """Append a line to the log."""
+        line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
+        for path in self._logs:
+            with durable.explained(path), path.open("a", encoding="utf-8") as handle:
+                handle.write(line)
+
+    def delete(self) -> None:
+        """Remove all of it: the run is over."""
+        durable.remove(self.path / MANIFEST)
+        durable.remove(self.path / PREVIOUS)
+        durable.remove(self.path)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """``settings`` and ``command`` of a run directory: of ``manifest.json``, or of the one before if that is torn;
+    else None."""
+    for name in (MANIFEST, PREVIOUS):
+        try:
+            data = json.loads((path / name).read_text(encoding="utf-8"))
+            if data.pop("sha256") == digest(data) and data.keys() == {"settings", "command"}:
+                return data
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _write_manifest(path: Path, now: dict[str, Any], before: dict[str, Any] | None) -> None:
+    for name, value in ((PREVIOUS, before), (MANIFEST, now)):
+        if value is not None:
+            text = json.dumps({**value, "sha256": digest(value)}, indent=1) + "\n"
+            durable.write_atomic(path / name, text.encode())
+
+
+@contextmanager
+def opened(
+    path: Path, settings: dict[str, Any], command: dict[str, Any] | None = None, *, changed: str = "refuse",
+    on_disk: bool = True, log: Path | None = None,
+) -> Iterator[RunDirectory]:
+    """Lock a run directory, new or begun with the same settings; ``command`` is kept for whoever resumes.
+
+    Other settings are refused with the differences (``changed="refuse"``), accepted, so that the stages they touch are
+    done again (``"redo"``), or everything begun is thrown away (``"restart"``). ``on_disk``: activations are kept in
+    files. Raises :class:`CheckpointError`.
+    """
+    if changed not in CHANGED:
+        raise ValueError(f"changed must be one of {', '.join(CHANGED)}, got {changed!r}")
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"the run directory {path} exists and is not a folder")
+    if path.is_dir():
+        foreign = sorted({p.name.removesuffix(".tmp") for p in path.iterdir()} - _OWN)
+        if foreign:
+            raise CheckpointError(f"the run directory {path} holds other things than a run: {', '.join(foreign[:3])}")
+    with durable.explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+    now = json.loads(json.dumps({"settings": settings, "command": command or {}}, default=str))
+    with durable.locked(path):
+        _begin(path, now, changed)
+        yield RunDirectory(path, on_disk, log)
+
+
+def _begin(path: Path, now: dict[str, Any], changed: str) -> None:
+    before = read_manifest(path)
+    if before is None and changed != "restart" and any((path / n).exists() for n in (MANIFEST, PREVIOUS)):
+        raise CheckpointError(f"the manifest of {path} is unreadable; --restart begins anew")
+    if changed == "restart":
+        for name in ("stages", "scratch", "log.jsonl"):
+            durable.remove(path / name)
+    elif before is not None:
+        lines = differences(before["settings"], now["settings"])
+        if lines and changed == "refuse":
+            raise CheckpointError(
+                f"{path} was begun with other settings: {'; '.join(lines)}. Give the same, or --redo to do only what "
+                f"this touches again, or --restart to begin anew"
+            )
+    if before is None or before["settings"] != now["settings"]:
+        _write_manifest(path, now, before)

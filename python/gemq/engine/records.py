@@ -1,0 +1,94 @@
+"""A quantized decoder layer as it is kept in a run directory: packed buffers by module path, widths, reports.
+
+The buffers are those of the checkpoint (canonical layout). Read back they give the packed modules, or the dequantized
+weights, bit for bit those that the quantizer left in the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemq import durable
+from gemq.algorithms.gptq import GptqReport
+from gemq.algorithms.sequential import BitPlan, QuantizedWeights
+from gemq.checkpoint import PackedConfig, packed_parts, packed_skeleton
+from gemq.engine.source import Source
+from gemq.models import MoeModel
+from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.ops import unpack, unpack_experts
+from gemq.reference.grid import dequantize_codes
+
+_STACKS = ("gate_up_proj", "down_proj")
+
+
+@dataclass
+class LayerRecord:
+    """Packed modules of one decoder layer by module path, and GPTQ's report per matrix."""
+
+    modules: dict[str, LowBitExperts | LowBitLinear]
+    reports: dict[str, GptqReport] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write it, sealed. Raises :class:`gemq.errors.CheckpointError`."""
+        tensors = {
+            f"{name}.{leaf}": buffer.cpu()
+            for name, module in self.modules.items()
+            for leaf, buffer in module.named_buffers()
+        }
+        reports = {name: list(asdict(report).values()) for name, report in self.reports.items()}
+        durable.seal_tensors(path, tensors, reports)
+
+
+def record_of(moe: MoeModel, weights: QuantizedWeights) -> LayerRecord:
+    """Pack what was quantized of a loaded decoder layer."""
+    return LayerRecord(packed_parts(moe, weights), weights.reports)
+
+
+def empty_modules(moe: MoeModel, index: int, plan: BitPlan, group_size: int) -> dict:
+    """Packed modules without contents for one decoder layer of a full-precision skeleton."""
+    config = PackedConfig.of_plan(plan, group_size, None, None)
+    return packed_skeleton(moe.model, config, "meta", f"{moe.decoder_path}.layers.{index}.")
+
+
+def read_record(path: Path, moe: MoeModel, index: int, plan: BitPlan, group_size: int) -> LayerRecord | None:
+    """What :meth:`LayerRecord.save` wrote; None if it is absent, torn or of other widths."""
+    found = durable.unseal_tensors(path)
+    if found is None:
+        return None
+    tensors, reports = found
+    modules = empty_modules(moe, index, plan, group_size)
+    for name, module in modules.items():
+        for leaf, buffer in list(module.named_buffers()):
+            value = tensors.get(f"{name}.{leaf}")
+            if value is None or value.shape != buffer.shape:
+                return None
+            setattr(module, leaf, value)
+    return LayerRecord(modules, {name: GptqReport(*values) for name, values in reports.items()})
+
+
+@torch.no_grad()
+def lay_over(record: LayerRecord, source: Source) -> None:
+    """Put the dequantized weights of a record into the loaded layer of ``source``."""
+    for path, module in record.modules.items():
+        target = source.model.get_submodule(path)
+        if isinstance(module, LowBitLinear):
+            target.weight.copy_(_linear(module, target.weight.dtype))
+            continue
+        for name in _STACKS:
+            weight, (n, k) = getattr(target, name), module.shape(name)
+            parts = unpack_experts(
+                getattr(module, f"{name}_codes"), getattr(module, f"{name}_meta"), module.bits, n, k,
+                module.group_sizes[name],
+            )
+            for e, part in enumerate(parts):
+                weight[e].zero_() if part is None else weight[e].copy_(dequantize_codes(*part, weight.dtype))
+
+
+def _linear(module: LowBitLinear, dtype: torch.dtype) -> Tensor:
+    n, k = module.out_features, module.in_features
+    codes = unpack(module.weight_codes.view(n, -1), module.bits, k)
+    return dequantize_codes(codes, module.weight_meta.view(n, -1, 2), dtype)

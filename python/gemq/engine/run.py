@@ -1,0 +1,147 @@
+"""The whole method on a model that stays on disk, resumably: what :mod:`gemq.algorithms.progressive` does in memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gemq import durable
+from gemq.algorithms.allocation import Allocation
+from gemq.algorithms.gptq import GptqReport
+from gemq.algorithms.importance import ExpertStatistics, Perturbation
+from gemq.algorithms.progressive import MethodConfig, StageProgress, allocate, must_measure, plan_of
+from gemq.algorithms.sequential import BitPlan
+from gemq.engine.fingerprint import of_windows
+from gemq.engine.journal import RunDirectory, Stage
+from gemq.engine.layers import Weights
+from gemq.engine.source import Source
+from gemq.engine.stages import Quantized, Sweep, group_budget, measure, put_routers, quantize, round_routers
+from gemq.engine.tuning import tune_packed
+from gemq.format import UNQUANTIZED
+
+
+@dataclass(frozen=True)
+class StreamedResult:
+    """One budget's outcome; the weights are on disk. ``routers`` are those that changed, by decoder layer."""
+
+    budget: float
+    allocation: Allocation
+    plan: BitPlan
+    quantized: Quantized
+    routers: dict[int, Tensor]
+    reports: dict[str, GptqReport]
+    statistics: ExpertStatistics | None
+    router_losses: list[float]
+    seconds: dict[str, float]
+    key: str
+
+
+class Engine:
+    """One run: ``open_source`` makes a fresh skeleton of the model, ``identity`` says what it and the code are."""
+
+    def __init__(
+        self, open_source: Callable[[], Source], run: RunDirectory, identity: Any, windows: Tensor,
+        router_windows: Tensor, method: MethodConfig, progress: StageProgress | None = None,
+        source: Source | None = None,
+    ):
+        self.open_source, self.run, self.identity, self.method = open_source, run, identity, method
+        self.windows, self.router_windows = windows, router_windows
+        self.source = source or open_source()
+        self._progress = progress or (lambda stage, done, total: None)
+        self._budget = group_budget(self.source)
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def _stage(self, name: str, label: str, *depends: Any) -> Iterator[tuple[Stage, Sweep]]:
+        """The files of a stage, timed and logged; ``label`` is unique within the run, ``name`` for people."""
+        stage = self.run.stage(label, self.identity, *depends)
+        start = time.perf_counter()
+        self._progress(name, 0, 1)
+        self.run.log(stage=label, event="start")
+        yield stage, Sweep(
+            self.windows, self.method.batch_size, stage, lambda done, total: self._progress(name, done, total),
+            lambda **event: self.run.log(stage=label, **event), self._budget,
+        )
+        self._seconds[name] = time.perf_counter() - start
+        # kilobytes on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.run.log(stage=label, event="end", seconds=round(self._seconds[name], 3), peak_bytes=peak)
+        self.run.finished(stage)
+        self._progress(name, 1, 1)
+
+    def results(self) -> Iterator[StreamedResult]:
+        """Run Algorithm 1 over the budgets, from the highest, and yield each one's result.
+
+        As :func:`gemq.algorithms.progressive.quantize_progressively`; finished work is found in the run directory.
+        """
+        method, statistics, measured_key, previous = self.method, None, "", None
+        for step, budget in enumerate(sorted(method.budgets, reverse=True)):
+            self._seconds = {}
+            if must_measure(method, step, statistics):
+                statistics, measured_key = self._measure(previous if method.estimate != "fp" else None)
+            result = self._budget_of(budget, statistics, measured_key)
+            yield result
+            previous = result
+
+    def _measure(self, previous: StreamedResult | None) -> tuple[ExpertStatistics, str]:
+        method, weights = self.method, Weights(self.source)
+        if previous is not None:
+            routers = previous.routers if method.estimate == "tuned" else {}
+
+            def overlay(index: int) -> None:
+                previous.quantized.lay_over(index)
+                put_routers(self.source, routers, index)
+
+            weights.overlay = overlay
+        options = [method.candidates, method.perturbation, asdict(method.gptq), method.batch_size, method.estimate]
+        before = previous.key if previous else ""
+        if previous is not None and method.estimate == "quantized":
+            before = previous.quantized.stage.key
+        with self._stage("measure", "measure", of_windows(self.windows), options, before) as (stage, sweep):
+            found = measure(weights, sweep, method.candidates, Perturbation(method.perturbation, method.gptq))
+        return found, stage.key
+
+    def _allocate(self, budget: float, statistics: ExpertStatistics | None, measured: str) -> tuple[Allocation, str]:
+        method = self.method
+        options = [budget, method.method, method.candidates, method.per_layer, method.shared_bits]
+        with self._stage("allocate", "allocate", options, measured) as (stage, _):
+            data = durable.unseal_json(stage.file("allocation"))
+            if data is None:
+                found = allocate(self.source.moe, statistics, budget, method)
+                data = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(found).items()}
+                durable.seal_json(stage.file("allocation"), data)
+        arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in data.items()}
+        return Allocation(**arrays), stage.key
+
+    def _budget_of(self, budget: float, statistics: ExpertStatistics | None, measured: str) -> StreamedResult:
+        method = self.method
+        allocation, _ = self._allocate(budget, statistics, measured)
+        plan = plan_of(self.source.moe, allocation, method)
+        widths = [plan.experts, plan.shared, plan.attention, plan.dense]
+        options = [of_windows(self.windows), widths, asdict(method.gptq), method.batch_size]
+        with self._stage("quantize", "quantize", options) as (stage, sweep):
+            quantized = quantize(self.source, sweep, plan, method.gptq)
+            reports = quantized.reports()
+        key, routers, losses = stage.key, {}, []
+        if method.tune:
+            options = [of_windows(self.router_windows), asdict(method.router)]
+            with self._stage("tune routers", "tune-routers", options, key) as (stage, sweep):
+                tuned = tune_packed(
+                    self.open_source(), quantized, self.router_windows, method.router, stage, sweep.progress
+                )
+            key, routers, losses = stage.key, tuned.routers, tuned.losses
+        if method.router_bits < UNQUANTIZED:
+            options = [of_windows(self.windows), method.router_bits, asdict(method.gptq), method.batch_size]
+            with self._stage("quantize routers", "quantize-routers", options, key) as (stage, sweep):
+                routers, rounded = round_routers(quantized, routers, sweep, method.router_bits, method.gptq)
+            key, reports = stage.key, reports | rounded
+        return StreamedResult(
+            budget, allocation, plan, quantized, routers, reports, statistics, losses, dict(self._seconds), key
+        )

@@ -1,0 +1,112 @@
+"""From a model's folder and options to an engine at work in its run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemq.algorithms.progressive import MethodConfig, StageProgress
+from gemq.checkpoint import PackedConfig
+from gemq.engine import fingerprint
+from gemq.engine.assemble import Assembly
+from gemq.engine.journal import RunDirectory, opened
+from gemq.engine.run import Engine, StreamedResult
+from gemq.engine.source import Source
+from gemq.errors import CheckpointError
+from gemq.integrity import verify
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a run works; none of it changes what comes out.
+
+    ``log`` is a second place for the JSON lines; ``keep`` leaves the directory behind.
+    """
+
+    path: Path
+    on_disk: bool = True
+    changed: str = "refuse"
+    keep: bool = False
+    log: Path | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that decides the result: a source, its text, the method; ``options`` and ``command`` are what a user gave,
+    to be compared and to be resumed with."""
+
+    source: Source
+    windows: Tensor
+    router_windows: Tensor
+    method: MethodConfig
+    options: dict[str, Any] = field(default_factory=dict)
+    command: dict[str, Any] = field(default_factory=dict)
+
+    def identity(self, progress: StageProgress | None = None) -> dict[str, Any]:
+        """Model, code and arithmetic by content."""
+        report = (lambda done, total: progress("read the model", done, total)) if progress else None
+        source = self.source
+        return {
+            "model": fingerprint.of_model(source.folder, source.files, report),
+            "code": fingerprint.of_code(),
+            "computing": {"dtype": str(source.dtype).removeprefix("torch."), "device": source.device.type},
+        }
+
+    @contextmanager
+    def working(self, run: RunOptions, progress: StageProgress | None = None) -> Iterator[Work]:
+        """Lock the run directory and give the engine; the directory is deleted when the block ends well.
+
+        Raises :class:`gemq.errors.CheckpointError` for another process there, or a run of other settings.
+        """
+        identity = self.identity(progress)
+        data = {"calibration": fingerprint.of_windows(self.windows),
+                "router": fingerprint.of_windows(self.router_windows)}
+        settings = {**identity, "data": data, "options": self.options}
+        with opened(
+            run.path, settings, self.command, changed=run.changed, on_disk=run.on_disk, log=run.log
+        ) as directory:
+            engine = Engine(
+                self.source.again, directory, identity, self.windows, self.router_windows, self.method, progress,
+                self.source,
+            )
+            yield Work(engine, directory, identity)
+            if not run.keep:
+                directory.delete()
+
+
+@dataclass(frozen=True)
+class Work:
+    """An engine in its directory."""
+
+    engine: Engine
+    directory: RunDirectory
+    identity: dict[str, Any]
+
+    def results(self) -> Iterator[StreamedResult]:
+        """Every budget's result."""
+        return self.engine.results()
+
+    def assembly(self, result: StreamedResult, dtype: torch.dtype) -> tuple[Assembly, PackedConfig, str]:
+        """What writes the checkpoint of a result, its config, and the run's name for it."""
+        method, source = self.engine.method, self.engine.source
+        config = PackedConfig.of_plan(result.plan, method.gptq.group_size, result.budget, method.method)
+        name = fingerprint.digest(self.identity, result.key, result.budget, str(dtype))
+        return Assembly(source, result.quantized, result.routers, config, dtype), config, name
+
+
+def written_by(target: Path, report: str) -> str | None:
+    """The run's name of a finished, whole checkpoint of this engine, from its report; None for anything else."""
+    try:
+        name = json.loads((target / report).read_text(encoding="utf-8")).get("run")
+        if name is not None:
+            verify(target)
+    except (OSError, ValueError, AttributeError, CheckpointError):
+        return None
+    return name

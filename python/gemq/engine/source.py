@@ -1,0 +1,210 @@
+"""A full-precision model on disk: a skeleton without weights, into which one decoder layer at a time is read.
+
+Names in the checkpoint (per-expert matrices of hub checkpoints, older prefixes) become the model's own through
+transformers' conversion mapping, one parameter at a time, so a layer never exists twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import logging as transformers_logging
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from gemq.checkpoint import kept_in_float32
+from gemq.errors import CheckpointError
+from gemq.integrity import read_header, weight_files
+from gemq.models import MoeModel, describe
+
+# all that is not in a decoder layer: embeddings, the last norm, the head
+OUTSIDE = -1
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass
+class _Unit:
+    """The tensors of one decoder layer, or of the rest: parameter name to the checkpoint names it is made of."""
+
+    parameters: dict[str, list[str]] = field(default_factory=dict)
+
+
+def local_folder(path: str) -> Path:
+    """``path`` if it is a folder, else the hub's snapshot of that name. Raises :class:`CheckpointError`."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"the weights of {path!r} could not be fetched: {reason}") from error
+
+
+class Source:
+    """A model whose decoder layers are read on demand.
+
+    ``moe`` describes the skeleton; its parameters are on the meta device until :meth:`load`. ``dtype`` is that of
+    computing ("auto": the model's own), but parameters that the family keeps in float32 stay so. Raises
+    :class:`CheckpointError` for files that are missing, malformed, or lack weights of the model.
+    """
+
+    def __init__(
+        self, path: str, config, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool = False
+    ):
+        self.folder, self.device = local_folder(path), device
+        self.files = weight_files(self.folder)
+        self._headers = {file: read_header(file) for file in self.files}
+        # what a config leaves open, the weights say
+        self.declared: torch.dtype = getattr(config, "dtype", None) or self._first_float()
+        self.dtype = self.declared if dtype == "auto" else dtype
+        dtype = self.dtype
+        self._made_of = (str(self.folder), config, dtype, device, trust_remote_code)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype
+            )
+        self.model.eval().requires_grad_(False)
+        if (self.folder / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        self.moe: MoeModel = describe(self.model)
+        self._float32 = kept_in_float32(self.model)
+        self._tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        self._mapping = get_model_conversion_mapping(self.model)
+        self._where: dict[str, Path] = {}
+        self._stored: dict[str, torch.dtype] = {}
+        self._units: dict[int, _Unit] = {index: _Unit() for index in range(OUTSIDE, len(self.moe.layers))}
+        self._index_files()
+        self._fill_computed_buffers()
+        self.loaded: set[int] = set()
+
+    def again(self) -> Source:
+        """A second skeleton of the same model."""
+        return Source(*self._made_of)
+
+    def _first_float(self) -> torch.dtype:
+        entries = (entry for header in self._headers.values() for entry in header.values())
+        return next(_DTYPES[e.dtype] for e in entries if e.dtype in _DTYPES)
+
+    def unit_of(self, name: str) -> int:
+        """The decoder layer of a parameter, or :data:`OUTSIDE`."""
+        prefix = f"{self.moe.decoder_path}.layers."
+        return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else OUTSIDE
+
+    def _index_files(self) -> None:
+        """Which checkpoint tensors make which parameter, by the headers alone; all must be there."""
+        state = self.model.state_dict()
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        for file, header in self._headers.items():
+            for original, entry in header.items():
+                target, _ = rename_source_key(original, renamings, converters, self.model.base_model_prefix, state)
+                if target not in state and original in state:
+                    target = original
+                if target in state:
+                    self._where[original] = file
+                    self._units[self.unit_of(target)].parameters.setdefault(target, []).append(original)
+                    self._as_stored(target, _DTYPES.get(entry.dtype))
+        found = {name for unit in self._units.values() for name in unit.parameters}
+        missing = sorted(set(state) - found - self._tied)
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise CheckpointError(f"{self.folder} lacks weights of the model: {', '.join(missing[:5])}{more}")
+
+    def _as_stored(self, target: str, dtype: torch.dtype | None) -> None:
+        """Conversion then runs on what is stored, which is often half as large as what is computed with."""
+        parameter = self.model.get_parameter_or_buffer(target)
+        if dtype is not None and parameter.is_floating_point():
+            self._stored[target] = dtype
+            self._put(target, torch.empty_like(parameter, dtype=dtype))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        is_buffer = leaf in module._buffers
+        setattr(module, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
+
+    def _fill_computed_buffers(self) -> None:
+        """Buffers that no checkpoint holds (rotary frequencies) from the family's own initialisation."""
+        for module in self.model.modules():
+            names = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
+            for name in names:
+                setattr(module, name, torch.empty_like(getattr(module, name), device=self.device))
+            if names:
+                self.model._init_weights(module)
+
+    def load(self, unit: int) -> None:
+        """Read a decoder layer (or :data:`OUTSIDE`) onto the device, as it is stored, in the dtype of computing.
+
+        Raises :class:`CheckpointError` for tensors that are truncated or misshapen.
+        """
+        parameters = self._units[unit].parameters
+        # one stack of experts at a time, the small rest together
+        stacks = [name for name in parameters if len(parameters[name]) > 1 or ".experts." in name]
+        rest = [name for name in parameters if name not in stacks]
+        for group in [[name] for name in stacks] + ([rest] if rest else []):
+            self._convert(group, parameters)
+            for name in group:
+                value = self.model.get_parameter_or_buffer(name)
+                if value.is_meta:
+                    raise CheckpointError(f"{self.folder}: {name} could not be made of {parameters[name][:3]}")
+                dtype = value.dtype
+                if value.is_floating_point():
+                    dtype = torch.float32 if name in self._float32 else self.dtype
+                self._put(name, value.detach().to(self.device, dtype))
+        if unit == OUTSIDE:
+            self.model.tie_weights()
+            self.model.requires_grad_(False)
+        self.loaded.add(unit)
+
+    def _convert(self, names: list[str], parameters: dict[str, list[str]]) -> None:
+        originals = [original for name in names for original in parameters[name]]
+        shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            with ExitStack() as stack:
+                handles = {
+                    file: stack.enter_context(safe_open(file, framework="pt"))
+                    for file in sorted({self._where[o] for o in originals})
+                }
+                slices = {o: handles[self._where[o]].get_slice(o) for o in originals}
+                # the mapping collects tensors, so each conversion has its own
+                found, _ = convert_and_load_state_dict_in_model(
+                    self.model, slices,
+                    LoadStateDictConfig(weight_mapping=copy.deepcopy(self._mapping), device_map={"": "cpu"}), None,
+                )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder} could not be read: {error}") from error
+        finally:
+            if shown:
+                transformers_logging.enable_progress_bar()
+            # noted for saving, which is a twin's affair
+            self.model._weight_conversions = None
+        wrong = sorted(name for name, *_ in found.mismatched_keys) + sorted(found.conversion_errors)
+        if wrong:
+            raise CheckpointError(f"{self.folder} does not fit its config: {', '.join(wrong[:5])}")
+
+    def drop(self, unit: int) -> None:
+        """Forget the weights of a unit."""
+        for name in [*self._units[unit].parameters, *(self._tied if unit == OUTSIDE else ())]:
+            value = self.model.get_parameter_or_buffer(name)
+            self._put(name, torch.empty_like(value, device="meta", dtype=self._stored.get(name, value.dtype)))
+        self.loaded.discard(unit)
+
+    def layer_bytes(self, size: int = 2) -> int:
+        """Bytes of the largest decoder layer at ``size`` bytes a weight."""
+        return max(sum(p.numel() for p in layer.parameters()) * size for layer in self.moe.layers)
