@@ -22,7 +22,7 @@ from gemq.cli.run import run
 from gemq.integrity import WEIGHTS_FILE
 from gemq.pipeline import load_tokenizer
 
-COMMANDS = ("quantize", "allocate", "eval", "generate", "chat", "bench", "inspect", "verify", "demo")
+COMMANDS = ("quantize", "plan", "allocate", "eval", "generate", "chat", "bench", "inspect", "verify", "demo")
 GEMQ = [sys.executable, "-m", "gemq"]
 
 
@@ -149,6 +149,18 @@ def test_allocate_json(gemq_run, checkpoint):
     saved = load_packed_config(checkpoint).expert_bits
     assert {int(k): v for k, v in records[1]["expert_bits"].items()} == saved
     assert records[0]["shared_bits"] is None
+
+
+def test_allocate_a_curve(gemq_run, checkpoint):
+    code, out, err = gemq_run("allocate", checkpoint, "--curve", "5", "--json")
+    assert code == 0 and err == ""
+    records = json.loads(out)
+    # two of four experts at 2 and 3 bits, the others at 1
+    assert [r["budget"] for r in records] == pytest.approx([1.75, 2.0625, 2.375, 2.6875, 3.0])
+    assert all(a["objective"] >= b["objective"] for a, b in itertools.pairwise(records))
+    code, out, _ = gemq_run("allocate", checkpoint, "--curve", "3")
+    assert code == 0 and "1.75" in out and "bits per layer and expert" not in out
+    fails(gemq_run("allocate", checkpoint, "--curve", "1"), "curve")
 
 
 @pytest.mark.parametrize("kind", ["packed", "full"])

@@ -117,7 +117,7 @@ def test_parts_of_a_model(family):
 
 def test_published_models_by_hand():
     config = load_config("mixtral-8x7b")
-    plan = make_plan(config, PlanConfig(MethodConfig(budgets=(2.5, 2.0))), other_machine("h100", torch.bfloat16))
+    plan = make_plan(config, PlanConfig(MethodConfig(budgets=(2.5, 2.0)), engine="memory"), other_machine("h100", torch.bfloat16))
     experts, attention = 32 * 8 * 3 * 4096 * 14336, 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
     rest = 2 * (2 * 32000 * 4096 + 32 * 8 * 4096 + 65 * 4096)
     for budget, size in plan.outputs.items():
@@ -140,6 +140,9 @@ def test_streaming_takes_less(name):
     whole, stream = peak(in_memory(parts, work, 0)), peak(streaming(parts, work, 0))
     assert stream["device"] < whole["device"] / 2
     assert stream["scratch"] >= len(parts.layers) * 128 * 2048 * parts.hidden * 2 > whole["scratch"] == 0
+    # the layer three times over in 16 bits, and what depends on the batch alone
+    batch = 4 * 2048 * (4 * 4 * max(parts.intermediate, parts.layers[-1].mlp) + 12 * parts.hidden) * 2
+    assert stream["device"] < 1.1 * max(3 * 2 * parts.largest_layer + batch + 2e9, 8e9) + 5e8
     more = replace(work, samples=256)
     assert peak(streaming(parts, more, 0))["scratch"] == 2 * stream["scratch"]
     for engine in ("memory", "stream"):
@@ -164,7 +167,7 @@ def small_machine(**free) -> Machine:
 
 def test_a_shortage_says_what_would_fit():
     config = tiny_model("mixtral").config
-    options = PlanConfig(MethodConfig(batch_size=1), samples=4096, length=512)
+    options = PlanConfig(MethodConfig(batch_size=1), samples=4096, length=512, engine="memory")
     full = make_plan(config, options, small_machine(host_free=10**12))
     check(full, config)
     most = full.to_dict()["peak"]["host"]
@@ -182,6 +185,26 @@ def test_a_shortage_says_what_would_fit():
         check(make_plan(config, options, small_machine(host_free=1000)), config)
     with pytest.raises(ResourceError, match=r"save needs 0.00 GB of disk \(checkpoints 0.00\), 0.00 GB are free"):
         check(make_plan(config, options, small_machine(disk_free=1000)), config)
+
+
+def test_scratch_files_take_disk_or_memory():
+    config, machine = tiny_model("mixtral").config, small_machine(host_free=10**12, disk_free=10**12)
+    on_disk, held = (make_plan(config, PlanConfig(scratch=where), machine) for where in ("disk", "memory"))
+    size = peak(on_disk.stages)["scratch"]
+    assert size == on_disk.disk["scratch"] >= 3 * 128 * 2048 * 64 * 4 and "scratch" not in held.disk
+    assert peak(held.stages)["host"] == pytest.approx(peak(on_disk.stages)["host"] + size)
+    with pytest.raises(ValueError, match="scratch must be one of disk, memory, got 'tape'"):
+        PlanConfig(scratch="tape")
+
+
+def test_processes_share_what_they_can():
+    config, machine = tiny_model("mixtral").config, small_machine(host_free=10**12)
+    alone, shared = (make_plan(config, PlanConfig(engine="memory", ranks=n), machine).stages for n in (1, 4))
+    assert shared["measure"].host["captured activations"] == pytest.approx(
+        alone["measure"].host["captured activations"] * (1 / 4 + 1 / 2)
+    )
+    assert shared["quantize"].host["Hessians"] * 4 == pytest.approx(alone["quantize"].host["Hessians"], abs=4)
+    assert shared["quantize"].host["weights"] == alone["quantize"].host["weights"]
 
 
 def test_this_machine(tmp_path):

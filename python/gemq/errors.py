@@ -27,5 +27,13 @@ class OutOfMemoryError(GemqError, MemoryError):
     """A model or its cache does not fit; the message says what would."""
 
 
+class DistributedError(GemqError, RuntimeError):
+    """A process of a job of several ended or does not answer; the others end with this."""
+
+
+class FailedElsewhereError(DistributedError):
+    """Rank 0 failed, said why, and the others end with it."""
+
+
 class ResourceError(GemqError, RuntimeError):
     """Memory or disk is short for what was asked; the message says what takes how much, and what would fit."""

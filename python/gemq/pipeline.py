@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemq import distributed
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
@@ -169,23 +170,15 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
     CPU works in float32, CUDA in the model's dtype unless ``config.dtype`` says otherwise. A call that was ended,
     however it was, is continued by the same call.
 
+    The processes of a job (:mod:`gemq.distributed`) share the work; rank 0 checks, reads the text and saves.
+
     Raises :class:`gemq.errors.GemqError` or ``ValueError`` with one line that says what to change.
     """
     targets = {b: _target(config, b) for b in config.method.budgets}
-    begun = config.stream and read_manifest(run_directory(config)) is not None
-    for target in targets.values():
-        if not (begun and written_by(target, REPORT_FILE)):
-            check_output(target, config.model, config.overwrite)
     device = pick_device(config.device)
-    dtype = parse_dtype(config.dtype)
-    declared = check_model(config.model, config.trust_remote_code)
-    if config.check and not begun:
-        check_resources(config, declared, device)
+    windows, router, declared = distributed.on_first(lambda: _prepare(config, targets, device))
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    windows = calibration_windows(tokenizer, config.calibration, config.samples, config.length, config.seed)
-    router = windows
-    if config.router_text is not None:
-        router = calibration_windows(tokenizer, config.router_text, config.samples, config.length, config.seed)
+    dtype = parse_dtype(config.dtype)
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
     if config.stream:
@@ -202,16 +195,45 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
     check_budgets(moe, config.method)
     outcomes = []
     for stage in quantize_progressively(moe, windows, config.method, router_windows=router, progress=progress):
-        outcomes.append(save_stage(config, model, tokenizer, stage, targets[stage.budget], stored))
+        target = targets[stage.budget]
+        outcomes.append(
+            distributed.on_first(lambda s=stage, t=target: save_stage(config, model, tokenizer, s, t, stored))
+        )
     return outcomes
+
+
+def _prepare(config: QuantizeConfig, targets: dict[float, Path], device: torch.device):
+    """Every check that can be made before weights are read; then the windows to calibrate and to tune routers on, and
+    the model's transformers config."""
+    if config.stream and distributed.world().size > 1:
+        raise ValueError("stream must be off (--no-stream) where several processes share a run, got on")
+    begun = config.stream and read_manifest(run_directory(config)) is not None
+    for target in targets.values():
+        if not (begun and written_by(target, REPORT_FILE)):
+            check_output(target, config.model, config.overwrite)
+    parse_dtype(config.dtype)
+    architecture = check_model(config.model, config.trust_remote_code)
+    if config.check and not begun:
+        check_resources(config, architecture, device)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    windows = calibration_windows(tokenizer, config.calibration, config.samples, config.length, config.seed)
+    router = windows
+    if config.router_text is not None:
+        router = calibration_windows(tokenizer, config.router_text, config.samples, config.length, config.seed)
+    return windows, router, architecture
 
 
 def check_resources(config: QuantizeConfig, architecture, device: torch.device) -> None:
     """Raise :class:`gemq.errors.ResourceError` if the plan of a transformers config takes more than is free here."""
     chosen = parse_dtype(config.dtype)
     dtype = None if isinstance(chosen, str) else chosen
-    options = PlanConfig(config.method, config.samples, config.length, dtype=dtype)
-    machine = this_machine(device, config.output, dtype or torch.float32, rates=False)
+    options = PlanConfig(
+        config.method, config.samples, config.length, "stream" if config.stream else "memory", dtype,
+        scratch=config.scratch, ranks=distributed.world().size,
+    )
+    folder = run_directory(config) if config.stream else config.output
+    here = distributed.processes_here()
+    machine = this_machine(device, folder, dtype or torch.float32, rates=False, processes=here)
     check(make_plan(architecture, options, machine), architecture)
 
 

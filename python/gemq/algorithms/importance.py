@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gemq import distributed
 from gemq.algorithms.allocation import Costs
 from gemq.algorithms.gptq import GptqConfig, gptq
 from gemq.algorithms.layerwise import Routed, expert_hidden, watch_experts
@@ -123,6 +124,11 @@ class _LayerCosts:
         self.weight = np.zeros(moe.num_experts)
         self.tokens = 0
 
+    def complete(self) -> None:
+        """Every process has measured its own experts: all get the rest (zero here, so the sums are exact)."""
+        for name in ("routed", "error", "shared", "count", "weight"):
+            setattr(self, name, sum(distributed.gather(getattr(self, name))))
+
     def add_expert(
         self, expert: int, captures: list[_Capture], base: tuple[Tensor, Tensor], weights: list[tuple[Tensor, Tensor]],
         window: int,
@@ -180,10 +186,11 @@ def measure(
     for p in frozen:
         p.requires_grad_(False)
     moe.model.eval()
-    steps, done = -(-len(windows) // batch_size) + len(moe.moe), 0
+    batches = distributed.batches(windows, batch_size)
+    steps, done = len(batches) + len(moe.moe), 0
     captured: list[list[_Capture]] = [[] for _ in moe.moe]
-    for at in range(0, len(windows), batch_size):
-        for index, capture in enumerate(_capture_batch(moe, windows[at : at + batch_size].to(device))):
+    for batch in batches:
+        for index, capture in enumerate(_capture_batch(moe, batch.to(device))):
             captured[index].append(capture)
         done += 1
         if progress:
@@ -192,7 +199,9 @@ def measure(
     with torch.no_grad():
         for layer, captures in zip(moe.moe, captured, strict=True):
             rows.append(_LayerCosts(moe, candidates))
-            _layer_costs(layer, captures, originals, rows[-1], perturbation or Perturbation(), windows.shape[1])
+            everyones = _of_all(captures, distributed.rounds(windows, batch_size), device)
+            _layer_costs(layer, everyones, originals, rows[-1], perturbation or Perturbation(), windows.shape[1])
+            rows[-1].complete()
             captures.clear()
             done += 1
             if progress:
@@ -203,18 +212,30 @@ def measure(
     return statistics_of(moe, rows, candidates)
 
 
+def _of_all(captures: list[_Capture], rounds: int, device: torch.device) -> list[_Capture]:
+    """One layer's captures of all processes, in the order of the batches."""
+    found = []
+    for turn in range(rounds):
+        one = captures[turn] if turn < len(captures) else None
+        mine = None if one is None else {"gradient": one.gradient, **one.routed.tensors()}
+        for tensors in distributed.exchange(mine, device):
+            gradient = tensors["gradient"]
+            found.append(_Capture(Routed(tensors["x"], tensors["ids"], tensors["weights"]), gradient))
+    return found
+
+
 def _layer_costs(
     layer: MoeLayer, captures: list[_Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation,
     window: int,
 ) -> None:
     gate_up, down = originals.experts(layer)
-    for e in range(len(gate_up)):
+    for e in distributed.share(len(gate_up)):
         base = (gate_up[e], down[e])
         weights = perturbation.ffn(
             *base, sums.candidates, lambda e=e: torch.cat([c.routed.rows(e)[0] for c in captures])
         )
         sums.add_expert(e, captures, base, weights, window)
-    if layer.shared is not None:
+    if layer.shared is not None and distributed.world().first:
         _shared_costs(layer, captures, originals, sums, perturbation)
     sums.tokens = sum(len(c.routed.x) for c in captures)
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemq import distributed
 from gemq.models import MoeLayer, MoeModel
 
 
 @dataclass
 class LayerCalls:
-    """The input of the first decoder layer and every layer's keyword arguments, per batch of windows."""
+    """The input of the first decoder layer and every layer's keyword arguments, per batch of this process's windows."""
 
     hidden: list[Tensor] = field(default_factory=list)
     kwargs: list[list[dict[str, Any]]] = field(default_factory=list)
@@ -46,12 +47,13 @@ def _recording(moe: MoeModel, calls: LayerCalls) -> Iterator[None]:
 
 @torch.no_grad()
 def capture_layer_calls(moe: MoeModel, windows: Tensor, batch_size: int) -> LayerCalls:
-    """Run only the embeddings and note how the model would call each decoder layer (no layer is executed)."""
+    """Run only the embeddings and note how the model would call each decoder layer (no layer is executed), for this
+    process's batches."""
     calls = LayerCalls()
     device = next(moe.model.parameters()).device
     with _recording(moe, calls):
-        for at in range(0, len(windows), batch_size):
-            moe.decoder(input_ids=windows[at : at + batch_size].to(device), use_cache=False)
+        for batch in distributed.batches(windows, batch_size):
+            moe.decoder(input_ids=batch.to(device), use_cache=False)
     return calls
 
 
@@ -68,6 +70,10 @@ class Routed:
     x: Tensor
     ids: Tensor
     weights: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as they travel between processes."""
+        return {"x": self.x, "ids": self.ids, "weights": self.weights}
 
     def rows(self, expert: int) -> tuple[Tensor, Tensor]:
         """Inputs ``[t, H]`` of the tokens routed to ``expert`` and their indices ``[t]``."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gemq import distributed
 from gemq.algorithms.allocation import PER_LAYER, Allocation, solve
 from gemq.algorithms.baselines import pmq, uniform
 from gemq.algorithms.gptq import GptqConfig
@@ -102,16 +103,18 @@ def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitP
 
 
 def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, config: MethodConfig) -> Allocation:
-    """Widths for ``budget`` by the configured method; ``uniform`` needs no statistics."""
+    """Widths for ``budget`` by the configured method; ``uniform`` needs no statistics. Rank 0 solves, for all."""
     if config.method == "uniform":
         return uniform(len(moe.moe), moe.num_experts, budget)
     if statistics is None:
         raise ValueError(f"method {config.method!r} needs statistics")
     if config.method == "pmq":
-        return pmq(statistics.frequency, statistics.weight, statistics.error, config.candidates, budget)
+        sums = (statistics.frequency, statistics.weight, statistics.error)
+        return distributed.on_first(lambda: pmq(*sums, config.candidates, budget))
     has_shared = moe.moe[0].shared is not None
     fixed = config.shared_bits if has_shared else None
-    return solve(statistics.costs, budget, per_layer=config.per_layer, fixed_shared_bits=fixed)
+    options = {"per_layer": config.per_layer, "fixed_shared_bits": fixed}
+    return distributed.on_first(lambda: solve(statistics.costs, budget, **options))
 
 
 def must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:

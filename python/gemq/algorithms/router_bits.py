@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq
 from gemq.algorithms.layerwise import capture_layer_calls, run_layer
 from gemq.algorithms.sequential import Hessian
@@ -35,9 +36,14 @@ def quantize_routers(
         if index in by_index:
             layer = by_index[index]
             weight, hessian = layer.router.weight, Hessian(moe.hidden, layer.router.weight.device)
-            handle = layer.router.register_forward_pre_hook(lambda m, args, h=hessian: h.add(args[0]))
-            for batch, kwargs in zip(hidden, calls.kwargs, strict=True):
-                run_layer(module, batch, kwargs[index])
+            seen: dict[str, Tensor] = {}
+            handle = layer.router.register_forward_pre_hook(lambda m, args, s=seen: s.update(x=args[0]))
+            for turn in range(distributed.rounds(windows, batch_size)):
+                mine = turn < len(hidden)
+                if mine:
+                    run_layer(module, hidden[turn], calls.kwargs[turn][index])
+                for tensors in distributed.exchange(seen if mine else None, weight.device):
+                    hessian.add(tensors["x"])
             handle.remove()
             size = default_group_size(moe.hidden, config.group_size)
             codes, meta, (report,) = gptq(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gemq import distributed
 from gemq.algorithms.perplexity import token_losses
 from gemq.models import MoeModel
 
@@ -54,11 +55,36 @@ def _continue(
         }
 
 
+def _accumulate(model: nn.Module, batch: Tensor, routers: list[nn.Parameter], masters: list[Tensor]) -> float:
+    """Set the masters' gradients to the mean over the windows ``[B, T]`` of all processes; returns the mean loss."""
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    mine, mean = distributed.batches(batch, 1), 0.0
+    for turn in range(distributed.rounds(batch, 1)):
+        seen = _gradients(model, mine[turn], routers) if turn < len(mine) else None
+        for tensors in distributed.exchange(seen, batch.device):
+            mean += float(tensors["loss"]) / len(batch)
+            for index, master in enumerate(masters):
+                master.grad += tensors[str(index)].float() / len(batch)
+    return mean
+
+
+def _gradients(model: nn.Module, window: Tensor, routers: list[nn.Parameter]) -> dict[str, Tensor]:
+    """The loss of one window ``[1, T]`` and its gradients by the routers, numbered in their order."""
+    with torch.enable_grad():
+        loss = token_losses(model, window).mean()
+        gradients = torch.autograd.grad(loss, routers)
+    return {"loss": loss.detach()} | {str(index): gradient for index, gradient in enumerate(gradients)}
+
+
 def tune_routers(
     moe: MoeModel, windows: Tensor, config: RouterTuningConfig | None = None, progress: Progress | None = None, *,
     start: TuningState | None = None, keep: Callable[[TuningState], None] | None = None,
 ) -> list[float]:
     """Minimise the token-mean cross-entropy of ``windows`` int64 ``[N, T]`` over the router weights, in place.
+
+    A step's gradient is the mean over its windows, each of which runs alone: several processes share a step's windows,
+    and sum them in the same order.
 
     Master weights are float32 whatever the model's dtype: a bfloat16 weight above 1/32 would not move by a step of
     1e-4. Returns the loss of every step. The model's frozen and training state is put back. ``keep`` is called with the
@@ -83,16 +109,12 @@ def tune_routers(
     losses, steps = list(start.losses) if start else [], config.epochs * batches
     for step in range(len(losses), steps):
         at = step % batches * config.batch_size
-        with torch.enable_grad():
-            loss = token_losses(model, windows[at : at + config.batch_size].to(device)).mean()
-            gradients = torch.autograd.grad(loss, routers)
-        for master, gradient in zip(masters, gradients, strict=True):
-            master.grad = gradient.float()
+        loss = _accumulate(model, windows[at : at + config.batch_size].to(device), routers, masters)
         optimizer.step()
         with torch.no_grad():
             for p, master in zip(routers, masters, strict=True):
                 p.copy_(master)
-        losses.append(float(loss.detach()))
+        losses.append(loss)
         if keep:
             keep(_state(losses, optimizer, masters))
         if progress:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq
 from gemq.algorithms.layerwise import Routed, capture_layer_calls, expert_hidden, run_layer, watch_experts
 from gemq.algorithms.originals import Originals
+from gemq.algorithms.sharing import share_linears, share_stack
 from gemq.format import UNQUANTIZED, default_group_size
 from gemq.models import MoeLayer, MoeModel
 from gemq.nn.experts import QuantizedStack
@@ -74,32 +76,49 @@ def layer_linears(moe: MoeModel, index: int, plan: BitPlan) -> dict[str, tuple[n
 
 
 class _Calibration:
-    """Hessians of one decoder layer, gathered while it runs with its original weights."""
+    """Hessians of one decoder layer, gathered while it runs with its original weights.
+
+    Of several processes each runs its own batches and sums the Hessians of its own matrices, over the batches of all
+    in their order.
+    """
 
     def __init__(self, moe: MoeModel, linears: dict, layer: MoeLayer | None):
-        self.linears = {
-            path: Hessian(module.in_features, module.weight.device) for path, (module, _) in linears.items()
-        }
+        self._device = next(moe.model.parameters()).device
+        here = distributed.world()
+        owned = list(linears)[here.rank :: here.size]
+        self.linears = {path: Hessian(linears[path][0].in_features, self._device) for path in owned}
         self.layer = layer
-        if layer is not None:
-            device = layer.experts.down_proj.device
-            self.inputs = [Hessian(moe.hidden, device) for _ in range(moe.num_experts)]
-            self.inner = [Hessian(moe.intermediate, device) for _ in range(moe.num_experts)]
+        self._batch: dict[str, Tensor] = {}
+        self.experts = distributed.share(moe.num_experts if layer is not None else 0)
+        self.inputs = [Hessian(moe.hidden, self._device) for _ in self.experts]
+        self.inner = [Hessian(moe.intermediate, self._device) for _ in self.experts]
 
     def watch(self, modules: dict, stack: ExitStack) -> None:
         for path, (module, _) in modules.items():
-            hessian = self.linears[path]
-            handle = module.register_forward_pre_hook(lambda m, args, h=hessian: h.add(args[0]))
+            handle = module.register_forward_pre_hook(lambda m, args, p=path: self._batch.update({p: args[0]}))
             stack.callback(handle.remove)
         if self.layer is not None:
-            stack.enter_context(watch_experts(self.layer, self._experts))
+            stack.enter_context(watch_experts(self.layer, self._see))
 
-    def _experts(self, routed: Routed, output: Tensor) -> None:
-        for e in range(len(self.inputs)):
+    def _see(self, routed: Routed, output: Tensor) -> None:
+        self._batch |= routed.tensors()
+
+    def end_batch(self, ran: bool) -> None:
+        """Sum what the layer saw in a batch, here (if it ``ran`` one) and in the other processes."""
+        batch, self._batch = self._batch, {}
+        for tensors in distributed.exchange(batch if ran else None, self._device):
+            for path, hessian in self.linears.items():
+                if path in tensors:
+                    hessian.add(tensors[path])
+            if self.layer is not None:
+                self._add_experts(Routed(tensors["x"], tensors["ids"], tensors["weights"]))
+
+    def _add_experts(self, routed: Routed) -> None:
+        for at, e in enumerate(self.experts):
             x, token = routed.rows(e)
             if len(token):
-                self.inputs[e].add(x)
-                self.inner[e].add(expert_hidden(self.layer.experts.gate_up_proj[e], x))
+                self.inputs[at].add(x)
+                self.inner[at].add(expert_hidden(self.layer.experts.gate_up_proj[e], x))
 
 
 def quantize_stack(
@@ -144,12 +163,20 @@ def _quantize_layer(
     linears: dict, layer: MoeLayer | None, seen: _Calibration, plan: BitPlan, config: GptqConfig,
     result: QuantizedWeights,
 ) -> None:
-    quantize_linears(linears, seen.linears, config, result)
+    own = QuantizedWeights(plan, config.group_size)
+    quantize_linears({path: linears[path] for path in seen.linears}, seen.linears, config, own)
+    found, reports = share_linears(linears, own.linears, own.reports)
+    result.linears |= found
+    result.reports |= reports
     if layer is None:
         return
     bits, stacks = plan.experts[layer.index], []
     for name, hessians in (("gate_up_proj", seen.inputs), ("down_proj", seen.inner)):
-        stack, reports = quantize_stack(getattr(layer.experts, name), hessians, bits, config)
+        weights, part = getattr(layer.experts, name), seen.experts
+        own = slice(part.start, part.stop)
+        # a slice is a view: what is written back reaches the layer
+        stack, reports = quantize_stack(weights[own], hessians, bits[own], config)
+        stack, reports = share_stack(weights, bits, part, stack, reports)
         stacks.append(stack)
         for e, report in sorted(reports.items()):
             result.reports[f"{layer.path}.experts.{e}.{name}"] = report
@@ -180,8 +207,10 @@ def quantize_weights(
         seen = _Calibration(moe, linears, layer)
         with ExitStack() as stack:
             seen.watch(linears, stack)
-            for batch, kwargs in zip(hidden, calls.kwargs, strict=True):
-                run_layer(module, batch, kwargs[index])
+            for turn in range(distributed.rounds(windows, batch_size)):
+                if turn < len(hidden):
+                    run_layer(module, hidden[turn], calls.kwargs[turn][index])
+                seen.end_batch(ran=turn < len(hidden))
         _quantize_layer(linears, layer, seen, plan, config, result)
         hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
         if progress:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import gemq
+from gemq import distributed
 from gemq.algorithms.allocation import Costs, curve, pareto
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
@@ -20,7 +21,7 @@ from gemq.cli.generation import chat, generate
 from gemq.cli.plan import plan
 from gemq.cli.resume import resumed
 from gemq.cli.tune import tune
-from gemq.pipeline import COSTS_FILE, QuantizeConfig
+from gemq.pipeline import COSTS_FILE, QuantizeConfig, pick_device
 from gemq.summary import summarize
 
 app = typer.Typer(
@@ -106,6 +107,7 @@ def quantize(
     router_text: Annotated[str | None, typer.Option(help="Text for that (default: the calibration windows).")] = None,
     router_lr: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
     router_epochs: Annotated[int, typer.Option(min=1)] = 1,
+    router_batch: Annotated[int, typer.Option(help="Windows a step (paper: 1); processes share them.", min=1)] = 1,
     estimate: Annotated[str, typer.Option(help="Model of later budgets' costs: fp, quantized or tuned.")] = "tuned",
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
     device: Device = None,
@@ -113,8 +115,9 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     check: Annotated[bool, typer.Option(help="Refuse to start where memory or disk will not do (gemq plan).")] = True,
-    stream: Annotated[bool, typer.Option(help="Read one layer at a time from disk; --no-stream cannot be resumed.")]
-    = True,
+    stream: Annotated[bool | None, typer.Option(
+        "--stream/--no-stream", help="Read one layer at a time from disk (default, but for torchrun); --no-stream "
+        "cannot be resumed.")] = None,
     scratch: Annotated[str, typer.Option(help="Where activations are kept: disk or memory.")] = "disk",
     run_dir: Annotated[str | None, typer.Option(help="Folder of unfinished work (default: OUTPUT.run).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run of this folder with its options.")] = None,
@@ -128,11 +131,13 @@ def quantize(
     The same command, given again after it was ended, continues where it was.
 
     [dim]gemq quantize mistralai/Mixtral-8x7B-v0.1 --bits 2.5 -o mixtral-2.5[/dim]
+    [dim]torchrun --nproc-per-node 4 -m gemq quantize ...[/dim] shares the work among processes.
     """
     if redo and restart:
         raise typer.BadParameter("--redo and --restart exclude each other")
     if resume is None and (model is None or output is None):
         raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
+    device = device or distributed.own_device()
     config = QuantizeConfig(
         model or "", output or "", calibration, samples, length, seed, router_text, device, dtype, overwrite,
         trust_remote_code,
@@ -142,14 +147,16 @@ def quantize(
             shared_bits=options.shared(shared_bits), router_bits=router_bits, tune=tune_routers, estimate=estimate,
             perturbation=perturbation or _PERTURBATIONS[recipe], batch_size=batch_size,
             gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
-            router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs),
+            router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
         ),
-        stream, scratch, run_dir, "redo" if redo else "restart" if restart else "refuse", keep_run, log, check,
+        distributed.launched().size == 1 if stream is None else stream, scratch, run_dir, "redo" if redo else "restart" if restart else "refuse", keep_run, log, check,
     )
     if resume is not None:
         config = resumed(resume, config, context)
-    with display.stages() as report:
+    with distributed.job(pick_device(config.device)) as place, display.stages() as report:
         outcomes = gemq.quantize(config, report)
+    if not place.first:
+        return
     rows = [
         [str(o.path), f"{o.bits_per_expert:.3f}", f"{o.gap:.1e}", display.size(o.bytes),
          f"{sum(o.seconds.values()):.1f}", str(o.fallbacks)]

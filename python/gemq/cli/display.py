@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from gemq import distributed
+
 # dark to bright with the width, legible on light and dark grounds
 _COLOURS = {0: "grey50", 1: "blue", 2: "cyan", 3: "green", 4: "yellow", 5: "yellow", 6: "red", 7: "red", 8: "magenta"}
 
@@ -33,7 +35,10 @@ def errors() -> Console:
 
 @contextmanager
 def stages() -> Iterator:
-    """A progress display over named stages: yields ``report(stage, done, total)``."""
+    """A progress display over named stages: yields ``report(stage, done, total)``. Of several processes, rank 0's."""
+    if not distributed.world().first:
+        yield lambda stage, done, total: None
+        return
     columns = (
         TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),

@@ -10,9 +10,10 @@ import warnings
 
 import typer
 
+from gemq import distributed
 from gemq.cli.app import app
 from gemq.cli.display import errors
-from gemq.errors import GemqError
+from gemq.errors import FailedElsewhereError, GemqError
 
 # characters of an error message that are shown
 _LONGEST = 2000
@@ -22,7 +23,9 @@ def _fail(message: str) -> None:
     # a tensor or file name may hold square brackets, codes that move a terminal's cursor, or a megabyte
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     shown = shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
-    errors().print(f"error: {shown}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    place = distributed.launched()
+    who = f"rank {place.rank}: " if place.size > 1 and not shown.startswith("rank ") else ""
+    errors().print(f"error: {who}{shown}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet_libraries() -> None:
@@ -50,6 +53,9 @@ def run(arguments: list[str], debug: bool = False) -> int:
         # `gemq inspect ... | head`: leave quietly, also at the interpreter's own flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except FailedElsewhereError:
+        # rank 0 has said why
+        return 2
     except Exception as error:
         if debug:
             traceback.print_exc()

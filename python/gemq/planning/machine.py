@@ -141,11 +141,14 @@ def free_disk_bytes(path: str | os.PathLike) -> int | None:
         return None
 
 
-def this_machine(device: torch.device, output: str | os.PathLike, dtype: torch.dtype, rates: bool) -> Machine:
-    """What is free here, and with ``rates`` how fast it is."""
-    on_cpu = device.type == "cpu"
+def this_machine(
+    device: torch.device, output: str | os.PathLike, dtype: torch.dtype, rates: bool, processes: int = 1
+) -> Machine:
+    """What is free here for each of several ``processes``, and with ``rates`` how fast it is."""
+    on_cpu, host = device.type == "cpu", free_host_bytes()
     return Machine(
-        str(device), on_cpu, None if on_cpu else free_bytes(device), free_host_bytes(), free_disk_bytes(output),
+        str(device), on_cpu, None if on_cpu else free_bytes(device), None if host is None else host // processes,
+        free_disk_bytes(output),
         measure_rates(device, dtype) if rates else None,
     )
 

@@ -30,13 +30,19 @@ _FLOAT = 4
 @dataclass(frozen=True)
 class Work:
     """What is to be done: calibration ``samples`` of ``length`` tokens, the method, bytes an element computed in
-    (``element``), and whether it runs on the CPU, where memory of the device is memory of the host."""
+    (``element``), whether it runs on the CPU, where memory of the device is memory of the host, and among how many
+    processes (``ranks``) windows and experts are shared."""
 
     samples: int
     length: int
     method: MethodConfig
     element: int
     on_cpu: bool
+    ranks: int = 1
+
+    def shared(self, size: int) -> int:
+        """One process's part."""
+        return -(-size // self.ranks)
 
     @property
     def tokens(self) -> int:
@@ -114,20 +120,23 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     d, tokens, batch = work.element, work.tokens, work.method.batch_size * work.length
     held = {"weights": parts.parameters * d, "originals": parts.quantizable * d}
     # inputs, gradient and routing (int64 and a weight) at every MoE layer
-    captured = parts.moe_layers * tokens * (2 * parts.hidden * d + parts.top_k * (8 + d))
+    layer = tokens * (2 * parts.hidden * d + parts.top_k * (8 + d))
+    # of several processes, each keeps its own windows', and one layer's of all
+    captured = work.shared(parts.moe_layers * layer) + (layer if work.ranks > 1 else 0)
     graph = sum(graph_bytes(parts, layer, batch, d) for layer in parts.layers)
     measure = max(graph + logits_bytes(parts, batch, d), _perturbed_bytes(parts, work))
     codes = codes_bytes(parts)
-    step = work.method.router.batch_size * work.length
-    tuning = sum(graph_bytes(parts, layer, step, d) for layer in parts.layers) + logits_bytes(parts, step, d)
+    # a step's windows run one by one
+    tuning = sum(graph_bytes(parts, layer, work.length, d) for layer in parts.layers)
+    tuning += logits_bytes(parts, work.length, d)
     # what stays unquantized is converted to 16 bits in memory
     writing = output + ((parts.parameters - parts.quantizable) * 2 if d == _FLOAT else 0)
     stages = {"load": {"weights": held["weights"]}}
     if work.method.method != "uniform":
         stages["measure"] = held | {"captured activations": captured, "working memory": measure}
     stages["quantize"] = held | {
-        "activations": 3 * tokens * parts.hidden * d, "Hessians": hessian_bytes(parts), "codes": codes,
-        "working memory": _largest_expert_gptq(parts, parts.experts),
+        "activations": work.shared(3 * tokens * parts.hidden * d), "Hessians": work.shared(hessian_bytes(parts)),
+        "codes": codes, "working memory": _largest_expert_gptq(parts, work.shared(parts.experts)),
     }
     if work.method.tune:
         stages["tune routers"] = held | {"codes": codes, "working memory": tuning}
@@ -136,41 +145,72 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     return {name: _placed(device, work, name == "load") for name, device in stages.items()}
 
 
-def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
-    """The engine that has one decoder layer on the device at a time.
+def _group_bytes(parts: ModelParts, widths: int, inner: int) -> int:
+    """Quantized copies of one expert at ``widths`` widths, what GPTQ works with, and its Hessians."""
+    weights = parts.hidden * inner
+    hessians = parts.hidden**2 + inner**2 + 4 * max(parts.hidden, inner) ** 2
+    return _FLOAT * ((3 * widths + 6) * weights + hessians)
 
-    Three copies of the largest layer (the weights, what they are quantized from, what is read ahead), the
-    activations of one chunk of windows, and GPTQ one expert at a time. Activations wait in a scratch file: the input
-    of every layer, because the reverse sweep needs it again, and the stream of gradients.
-    """
-    d, batch = work.element, work.method.batch_size * work.length
-    layer = 3 * parts.largest_layer * d
-    hidden = batch * parts.hidden * d
-    graph = max(graph_bytes(parts, one, batch, d) for one in parts.layers) + 2 * hidden
-    head = parts.outside * d + logits_bytes(parts, batch, d)
+
+def _streamed_measuring(parts: ModelParts, work: Work) -> Need:
+    d, batch, widths = work.element, work.method.batch_size * work.length, len(work.method.candidates)
+    shared = max((layer.mlp for layer in parts.layers if layer.routed), default=0)
+    inner = max(parts.intermediate, shared)
+    # experts are taken in groups that fit half a layer in 16 bits, one at least; then a batch's tokens at all widths
+    group = max(parts.largest_layer, _group_bytes(parts, widths, inner))
+    changes = batch * widths * (4 * inner + parts.hidden) * d
+    graph = max(graph_bytes(parts, layer, batch, d) for layer in parts.layers) + 3 * batch * parts.hidden * d
+    layer = {"layer": parts.largest_layer * d, "working memory": max(graph, group + changes)}
+    head = {"layer": parts.outside * d, "working memory": logits_bytes(parts, work.length, d)}
     stream = work.tokens * parts.hidden * d
-    routing = work.tokens * (2 * parts.hidden * d + parts.top_k * (8 + d))
+    scratch = {
+        "layer inputs": (len(parts.layers) + 1) * stream, "gradients": 2 * stream,
+        "expert inputs": work.tokens * (2 * parts.hidden * d + parts.top_k * (8 + d)),
+    }
+    return Need(max(layer, head, key=lambda parts: sum(parts.values())), {}, scratch)
+
+
+def _streamed_quantizing(parts: ModelParts, work: Work) -> Need:
+    d, batch = work.element, work.method.batch_size * work.length
+    group = max(parts.largest_layer, _group_bytes(parts, 1, parts.intermediate))
+    linears = [shape for layer in parts.layers for shape in layer.linears]
+    linear = max((gptq_bytes(1, n, k) for n, k in linears), default=0)
+    hessians = _FLOAT * max(sum(k * k for _, k in layer.linears) for layer in parts.layers)
+    run = max(graph_bytes(parts, layer, batch, d) for layer in parts.layers)
+    device = {
+        "layer": parts.largest_layer * d, "codes": int(1.03 * parts.largest_layer), "Hessians": hessians,
+        "working memory": max(group, linear, run),
+    }
+    routing = parts.hidden * d + parts.top_k * (8 + d)
+    scratch = {"layer inputs": 2 * work.tokens * parts.hidden * d, "expert inputs": work.tokens * routing}
+    return Need(device, {"packed layer": 2 * parts.largest_layer}, scratch)
+
+
+def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
+    """The engine that has one decoder layer on the device at a time, or embeddings and head.
+
+    Activations wait in scratch files: the input of every layer, because the reverse sweep needs it again, gradients,
+    and what one layer's experts were called with. Routers are tuned on the packed model, layers recomputed.
+    """
+    d = work.element
     stages: dict[str, Need] = {}
     if work.method.method != "uniform":
-        device = {"layers": layer, "working memory": max(graph, head, _perturbed_bytes(parts, work))}
-        stages["measure"] = Need(
-            device, {"captured activations": routing},
-            {"layer inputs": len(parts.layers) * stream, "gradients": 2 * stream},
-        )
-    stages["quantize"] = Need(
-        {"layers": layer, "Hessians": hessian_bytes(parts), "working memory": max(
-            graph, _largest_expert_gptq(parts, 1))},
-        {"packed layer": 2 * parts.largest_layer}, {"layer inputs": 2 * stream},
-    )
+        stages["measure"] = _streamed_measuring(parts, work)
+    stages["quantize"] = _streamed_quantizing(parts, work)
     if work.method.tune:
-        step = work.method.router.batch_size * work.length
-        graph = max(graph_bytes(parts, one, step, d) for one in parts.layers)
-        working = max(graph, parts.outside * d + logits_bytes(parts, step, d))
-        stages["tune routers"] = Need(
-            {"layers": layer, "routers": 3 * _FLOAT * parts.moe_layers * parts.experts * parts.hidden,
-             "working memory": working}, {}, {"layer inputs": len(parts.layers) * step * parts.hidden * d},
-        )
-    stages["save"] = Need({}, {"packed layer": 2 * parts.largest_layer}, {})
+        graph = max(graph_bytes(parts, one, work.length, d) for one in parts.layers)
+        inputs = len(parts.layers) * work.length * parts.hidden * d
+        stages["tune routers"] = Need({
+            "packed": output + (parts.outside * (d - 2)), "layer inputs": inputs,
+            "routers": 3 * _FLOAT * parts.moe_layers * parts.experts * parts.hidden,
+            "working memory": graph + parts.expert * d + logits_bytes(parts, work.length, d),
+        })
+    stages["save"] = Need({}, {"packed layer": 2 * parts.largest_layer})
+    # a layer is read in 16 bits before it is converted
+    stages = {
+        name: Need(need.device, need.host | {"reading": 2 * parts.largest_layer}, need.scratch)
+        for name, need in stages.items()
+    }
     return {name: _merged(need, work) for name, need in stages.items()}
 
 

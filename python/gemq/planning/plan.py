@@ -19,14 +19,14 @@ from gemq.planning.seconds import stage_operations
 from gemq.planning.widths import planned_widths
 
 # what gemq quantize runs
-ENGINE = "memory"
+ENGINE = "stream"
 
 
 @dataclass(frozen=True)
 class PlanConfig:
     """What is planned: calibration ``samples`` of ``length`` tokens, the method, the engine; ``dtype`` that is
     computed in (None: float32 on a CPU, the model's on a GPU), and for running the result ``rows`` sequences of
-    ``context`` tokens."""
+    ``context`` tokens. ``scratch`` files are on the disk or in memory. Memory is that of one of ``ranks`` processes."""
 
     method: MethodConfig = field(default_factory=MethodConfig)
     samples: int = 128
@@ -35,11 +35,15 @@ class PlanConfig:
     dtype: torch.dtype | None = None
     context: int = 4096
     rows: int = 1
+    scratch: str = "disk"
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
-        for name, least in (("samples", 1), ("length", 2), ("context", 1), ("rows", 1)):
+        if self.scratch not in ("disk", "memory"):
+            raise ValueError(f"scratch must be one of disk, memory, got {self.scratch!r}")
+        for name, least in (("samples", 1), ("length", 2), ("context", 1), ("rows", 1), ("ranks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -93,9 +97,13 @@ class Plan:
 
     @property
     def disk(self) -> dict[str, int]:
-        """What is on the output's disk at most: all checkpoints, and the scratch file."""
+        """What is on the output's disk at most: all checkpoints, the scratch files, and for an engine that streams the
+        quantized layers once more."""
+        written = sum(o.files for o in self.outputs.values())
         scratch = memory.peak(self.stages)["scratch"]
-        return {"checkpoints": sum(o.files for o in self.outputs.values())} | ({"scratch": scratch} if scratch else {})
+        found = {"checkpoints": written, "quantized layers": written if self.config.engine == "stream" else 0,
+                 "scratch": scratch}
+        return {name: size for name, size in found.items() if size}
 
     def shortages(self) -> list[Shortage]:
         """Everything that does not fit, as far as the machine's free bytes are known."""
@@ -149,12 +157,12 @@ def make_plan(config, options: PlanConfig, machine: Machine) -> Plan:
     moe = located(config)
     parts, stored = count_parts(moe), _stored_dtype(config)
     dtype = computed_dtype(config, options.dtype, machine.on_cpu)
-    work = Work(options.samples, options.length, options.method, dtype.itemsize, machine.on_cpu)
+    work = Work(options.samples, options.length, options.method, dtype.itemsize, machine.on_cpu, options.ranks)
     outputs, inference = {}, {}
     for budget in sorted(options.method.budgets, reverse=True):
         outputs[budget], inference[budget] = _packed(config, options, machine, budget, stored)
     largest = max(o.files for o in outputs.values())
-    stages = _needs(options.engine, parts, work, largest)
+    stages = _needs(options, parts, work, largest)
     seconds = None
     if machine.rates is not None:
         operations = stage_operations(parts, work, options.engine, largest, stored.itemsize)
@@ -163,8 +171,11 @@ def make_plan(config, options: PlanConfig, machine: Machine) -> Plan:
     return Plan(options, machine, config.model_type, parts, outputs, inference, stages, seconds, name)
 
 
-def _needs(engine: str, parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
-    return {"memory": memory.in_memory, "stream": memory.streaming}[engine](parts, work, output)
+def _needs(options: PlanConfig, parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
+    stages = {"memory": memory.in_memory, "stream": memory.streaming}[options.engine](parts, work, output)
+    if options.scratch == "memory":
+        stages = {name: Need(need.device, need.host | need.scratch) for name, need in stages.items()}
+    return stages
 
 
 def _packed(config, options: PlanConfig, machine: Machine, budget: float, stored: torch.dtype):
@@ -212,9 +223,10 @@ def _what_would_fit(plan: Plan, config) -> Iterator[str]:
     def fits(**changes) -> bool:
         changed = replace(options, **changes)
         work = Work(changed.samples, changed.length, changed.method,
-                    computed_dtype(config, options.dtype, plan.machine.on_cpu).itemsize, plan.machine.on_cpu)
+                    computed_dtype(config, options.dtype, plan.machine.on_cpu).itemsize, plan.machine.on_cpu,
+                    options.ranks)
         largest = max(o.files for o in plan.outputs.values())
-        stages = _needs(changed.engine, plan.parts, work, largest)
+        stages = _needs(changed, plan.parts, work, largest)
         return not replace(plan, config=changed, stages=stages).shortages()
 
     low, high = 0, options.samples

@@ -42,14 +42,14 @@ def forward(parts: ModelParts, tokens: int, length: int) -> float:
     return body + 2 * tokens * parts.hidden * parts.vocabulary
 
 
-def _gptq(n: int, k: int, count: float = 1.0) -> Operations:
+def _gptq(n: int, k: int, count: float = 1.0, factors: float | None = None) -> Operations:
     # the factor; the lazy updates of later columns, and the output error: n k^2 multiply-adds each, about
-    return Operations(3 * n * k * k * count, 8 / 3 * k**3 * count, n * k * count)
+    return Operations(3 * n * k * k * count, 8 / 3 * k**3 * (count if factors is None else factors), n * k * count)
 
 
 def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
     """Eq. 6: forward and backward (again forward where a layer is recomputed), every expert at every width on its
-    tokens and the GPTQ that makes it so."""
+    tokens and the GPTQ that makes it so. What recomputes also factorises a Hessian once for all widths."""
     widths, tokens = sum(b > 0 for b in work.method.candidates), work.tokens
     total = Operations((3 if recompute else 2) * forward(parts, tokens, work.length))
     for layer in parts.layers:
@@ -63,7 +63,9 @@ def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
             total += Operations((1 + widths) * run)
             if work.method.perturbation == "gptq":
                 total += Operations(run + 2 * tokens * share * (parts.hidden**2 + inner**2))
-                total += _gptq(2 * inner, parts.hidden, count * widths) + _gptq(parts.hidden, inner, count * widths)
+                factors = count if recompute else count * widths
+                total += _gptq(2 * inner, parts.hidden, count * widths, factors)
+                total += _gptq(parts.hidden, inner, count * widths, factors)
             else:
                 total += Operations(rounded=3 * parts.hidden * inner * count * widths)
     return total
@@ -103,9 +105,5 @@ def stage_operations(parts: ModelParts, work: Work, engine: str, output: int, el
     found["quantize"] = quantizing(parts, work) + Operations(moved=weights if stream else 0)
     if work.method.tune:
         found["tune routers"] = tuning(parts, work, recompute=stream)
-        if stream:
-            windows = work.samples * work.method.router.epochs / work.method.router.batch_size
-            # packed layers are read for every step, forward and back
-            found["tune routers"] += Operations(moved=2 * output * windows)
     found["save"] = Operations(moved=output)
     return found

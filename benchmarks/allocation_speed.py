@@ -1,6 +1,6 @@
 """Seconds to solve Eq. 7 for a model of Qwen3-30B-A3B's shape, and for a curve of 20 budgets.
 
-    python benchmarks/bench_allocation.py --json benchmarks/results/allocation-<date>.json
+    python benchmarks/allocation_speed.py --json benchmarks/results/allocation-<date>.json
 
 48 layers of 128 experts at 1, 2 or 3 bits are 18,432 binary variables. The coefficients are random: log-normal between
 layers and between experts of a layer, falling by e^1.4 a bit, times 0.5 to 2.
@@ -51,7 +51,7 @@ def main() -> None:
             print(rows[-1])
     if options.json:
         load = f"{os.getloadavg()[0]:.2f}"
-        result = {"conditions": conditions("python benchmarks/bench_allocation.py") | {"load": load}, "rows": rows}
+        result = {"conditions": conditions("python benchmarks/allocation_speed.py") | {"load": load}, "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
