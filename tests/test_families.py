@@ -23,7 +23,8 @@ from gemq.errors import UnsupportedModelError
 from gemq.integrity import read_header, weight_files
 from gemq.models import SUPPORTED, describe, packed_modules
 from gemq.models.families import check_supported
-from gemq.pipeline import QuantizeConfig, check_budgets, packed_bytes
+from gemq.pipeline import QuantizeConfig, check_budgets
+from gemq.planning.output import packed_bytes
 from gemq.summary import summarize
 
 # layers, first MoE layer, linears of attention and dense MLPs in the model, shared multiple

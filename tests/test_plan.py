@@ -117,7 +117,8 @@ def test_parts_of_a_model(family):
 
 def test_published_models_by_hand():
     config = load_config("mixtral-8x7b")
-    plan = make_plan(config, PlanConfig(MethodConfig(budgets=(2.5, 2.0)), engine="memory"), other_machine("h100", torch.bfloat16))
+    options = PlanConfig(MethodConfig(budgets=(2.5, 2.0)), engine="memory")
+    plan = make_plan(config, options, other_machine("h100", torch.bfloat16))
     experts, attention = 32 * 8 * 3 * 4096 * 14336, 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
     rest = 2 * (2 * 32000 * 4096 + 32 * 8 * 4096 + 65 * 4096)
     for budget, size in plan.outputs.items():

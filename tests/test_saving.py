@@ -14,7 +14,7 @@ from gemq.checkpoint import check_output, save_packed
 from gemq.errors import CheckpointError
 from gemq.integrity import MANIFEST_FILE, WEIGHTS_FILE, read_header, weight_files
 from gemq.models import describe
-from gemq.pipeline import packed_bytes
+from gemq.planning.output import packed_bytes
 from gemq.summary import summarize
 
 

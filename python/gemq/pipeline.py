@@ -17,14 +17,12 @@ from gemq import distributed
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
-from gemq.algorithms.sequential import QuantizedWeights
-from gemq.checkpoint import PackedConfig, check_output, from_pretrained, kept_in_float32, pack_model, save_packed
+from gemq.checkpoint import PackedConfig, check_output, from_pretrained, pack_model, save_packed
 from gemq.engine.journal import CHANGED, read_manifest
 from gemq.engine.session import RunOptions, Session, written_by
 from gemq.engine.source import Source
 from gemq.errors import CheckpointError
-from gemq.format import codes_bytes, default_group_size, expert_layout
-from gemq.models import MoeModel, describe
+from gemq.models import describe
 from gemq.models.families import check_supported
 from gemq.planning import PlanConfig, check, check_budgets, make_plan, this_machine
 
@@ -323,26 +321,6 @@ def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.
     twin.tie_weights()
     twin.generation_config = model.generation_config
     return twin.eval(), config
-
-
-def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
-    """Bytes of the checkpoint's tensors: codes, 32 bits per row and group, 16 bits for all that stays, and 32 for
-    what the family keeps in float32."""
-    kept = {id(p): p.numel() for p in moe.model.parameters()}
-    total = 0
-    for layer in moe.moe:
-        for name, stack in zip(("gate_up_proj", "down_proj"), weights.stacks[layer.index], strict=True):
-            parameter = getattr(layer.experts, name)
-            kept.pop(id(parameter))
-            n, k = parameter.shape[1:]
-            plan = expert_layout(stack.bits, n, k, default_group_size(k, weights.group_size), "canonical")
-            total += plan.code_bytes + 2 * plan.meta_elements
-    for path, (codes, meta, width) in weights.linears.items():
-        kept.pop(id(moe.model.get_submodule(path).weight))
-        total += codes_bytes(*codes.shape, width) + 2 * meta.numel()
-    state = moe.model.state_dict()
-    total += sum(4 * state[name].numel() for name in kept_in_float32(moe.model))
-    return total + 2 * sum(kept.values())
 
 
 def _write_report(path: Path, config: QuantizeConfig, stage, matrices: dict, run: str | None) -> None:

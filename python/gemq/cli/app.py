@@ -149,7 +149,8 @@ def quantize(
             gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
         ),
-        distributed.launched().size == 1 if stream is None else stream, scratch, run_dir, "redo" if redo else "restart" if restart else "refuse", keep_run, log, check,
+        distributed.launched().size == 1 if stream is None else stream, scratch, run_dir,
+        "redo" if redo else "restart" if restart else "refuse", keep_run, log, check,
     )
     if resume is not None:
         config = resumed(resume, config, context)

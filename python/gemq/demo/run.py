@@ -26,9 +26,9 @@ from gemq.pipeline import (
     QuantizeConfig,
     load_tokenizer,
     load_unquantized,
-    packed_bytes,
     save_stage,
 )
+from gemq.planning.output import packed_bytes
 
 ASSETS = Path(__file__).parent
 Progress = Callable[[str, int, int], None]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gemq.checkpoint import PackedConfig, packed_skeleton, stored_state
-from gemq.format import codes_bytes, meta_elements
+from gemq.algorithms.sequential import QuantizedWeights
+from gemq.checkpoint import PackedConfig, kept_in_float32, packed_skeleton, stored_state
+from gemq.format import codes_bytes, default_group_size, expert_layout, meta_elements
 from gemq.models import MoeModel, packed_modules, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
@@ -55,6 +56,26 @@ def output_size(moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: 
     if len(shards) > 1:
         files += sum(len(name) + 45 for name in state)
     return OutputSize(tensors, files, len(shards))
+
+
+def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
+    """Bytes of the checkpoint's tensors: codes, 32 bits per row and group, 16 bits for all that stays, and 32 for
+    what the family keeps in float32."""
+    kept = {id(p): p.numel() for p in moe.model.parameters()}
+    total = 0
+    for layer in moe.moe:
+        for name, stack in zip(("gate_up_proj", "down_proj"), weights.stacks[layer.index], strict=True):
+            parameter = getattr(layer.experts, name)
+            kept.pop(id(parameter))
+            n, k = parameter.shape[1:]
+            plan = expert_layout(stack.bits, n, k, default_group_size(k, weights.group_size), "canonical")
+            total += plan.code_bytes + 2 * plan.meta_elements
+    for path, (codes, meta, width) in weights.linears.items():
+        kept.pop(id(moe.model.get_submodule(path).weight))
+        total += codes_bytes(*codes.shape, width) + 2 * meta.numel()
+    state = moe.model.state_dict()
+    total += sum(4 * state[name].numel() for name in kept_in_float32(moe.model))
+    return total + 2 * sum(kept.values())
 
 
 def _header_bytes(tensors: dict[str, torch.Tensor]) -> int:
