@@ -6,13 +6,16 @@ OUT ?= demo-out
 # rebuilt when what is compiled or pinned changes; Python sources are used in place
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo test lint sanitize sweep fuzz kills mutants benchmark clean
+.PHONY: help demo test lint sanitize clang portable compat sweep fuzz kills mutants benchmark clean
 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
 	@echo "make test       linters and the test suite"
 	@echo "make lint       linters alone"
 	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make clang      the same tests on a build by Clang (needs clang++)"
+	@echo "make portable   the same tests on the kernels as ARM runs them (needs a cross compiler and qemu-user)"
+	@echo "make compat     the suite on other versions of torch, triton and transformers (SETS=transformers-5.0.0)"
 	@echo "make sweep      20,000 op calls drawn from seeds, against float64 (CASES=, FIRST=)"
 	@echo "make fuzz       mutated checkpoints for SECONDS=600: the saved weights, or one clear error"
 	@echo "make kills      ends gemq quantize at every write and rename and at 100 random moments; each must resume alike"
@@ -37,7 +40,7 @@ lint: $(VENV)/.installed
 test: lint
 	$(BIN)/pytest tests -q
 
-# a build of its own (libstdc++ is named so that the sanitizer finds the function that throws), loaded in place of the installed extension by tests/run_sanitized.py
+# a build of its own (libstdc++ is named so that the sanitizer finds the function that throws), loaded in place of the installed extension by tests/run_build.py
 SANITIZERS := address,undefined
 sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGEMQ_CUDA=OFF \
@@ -46,7 +49,26 @@ sanitize: $(VENV)/.installed
 	$(BIN)/cmake --build build/sanitize
 	GEMQ_SANITIZE=$(SANITIZERS) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  $(BIN)/python tests/run_sanitized.py build/sanitize
+	  $(BIN)/python tests/run_build.py build/sanitize
+
+# Debian: clang, libomp-dev
+CLANG ?= clang++
+clang: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/clang -G Ninja -DCMAKE_BUILD_TYPE=Release -DGEMQ_CUDA=OFF -DCMAKE_CXX_COMPILER=$(CLANG) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/clang
+	$(BIN)/python tests/run_build.py build/clang
+
+# Debian: g++-aarch64-linux-gnu, qemu-user
+PORTABLE_CXX ?= aarch64-linux-gnu-g++
+EMULATOR ?= qemu-aarch64
+portable: $(VENV)/.installed
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/run_portable.py --compiler "$(PORTABLE_CXX)" --emulator "$(EMULATOR)"
+
+SETS ?= torch
+compat: $(VENV)/.installed
+	$(BIN)/python tests/compat.py --only $(SETS) --json build/compat.json
 
 CASES ?= 20000
 ROUNDS ?= 5

@@ -1,4 +1,4 @@
-"""Run the suite on other versions of torch, triton and transformers, each in a throw-away environment (``make compat``).
+"""Run the suite on other versions of torch, triton and transformers, in throw-away environments (``make compat``).
 
     python tests/compat.py [--only NAME ...] [--folder DIR] [--json FILE]
 
@@ -36,6 +36,7 @@ KERNELS = (
     "test_triton_kernels.py", "test_triton_prefill.py", "test_tuning.py", "test_op_sweep.py", "test_benchmarks.py",
     "test_ops.py", "test_gpu_run.py",
 )  # fmt: skip
+HEADING = "{torch:<12} {triton:<7} {transformers:<13} {suite:<7} {passed:>7} {failed:>7} {skipped:>8} {seconds:>8}"
 SUITES = {"all": (), "models": MODELS, "kernels": KERNELS}
 
 
@@ -55,8 +56,7 @@ class Versions(NamedTuple):
 
 SETS = (
     Versions("2.8.0", "3.4.0", "5.0.0", "all"),
-    Versions("2.13.0", "3.9.0", "5.0.0", "all"),
-    *(Versions("2.13.0", "3.9.0", v, "models") for v in ("5.4.0", "5.10.4", "5.16.1", "5.20.2")),
+    *(Versions("2.13.0", "3.9.0", v, "models") for v in ("5.0.0", "5.10.4", "5.20.2")),
     Versions("2.13.0", "3.9.0", "5.23.0", "all"),
     *(Versions("2.13.0", v, "5.23.0", "kernels") for v in ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0")),
 )
@@ -105,7 +105,8 @@ def run(versions: Versions, python: Path, extra: list[str]) -> dict:
         tests = [f"tests/{name}" for name in SUITES[versions.suite]] or ["tests"]
         # the archives are built by the suite of the checkout itself
         skipped = ("--deselect", "tests/test_build.py::test_the_archives_hold_what_they_should")
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *skipped, *tests, *extra]
+        options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}", *skipped)
+        command = [python, "-m", "pytest", *options, *tests, *extra]
         env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
         began = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -147,11 +148,11 @@ def main() -> int:
         package = wheel(Path(scratch))
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"{'torch':<12} {'triton':<7} {'transformers':<13} {'suite':<8} passed failed skipped      s", flush=True)
+        names = ("torch", "triton", "transformers", "suite", "passed", "failed", "skipped", "seconds")
+        print(HEADING.format(**{name: name for name in names}), flush=True)
         for versions in chosen:
             rows.append(row := run(versions, environment(versions, folder, package), options.pytest))
-            print(f"{row['torch']:<12} {row['triton']:<7} {row['transformers']:<13} {row['suite']:<8} {row['passed']:6d} "
-                  f"{row['failed']:6d} {row['skipped']:7d} {row['seconds']:6d}", flush=True)  # fmt: skip
+            print(HEADING.format(**row), flush=True)
             if options.folder is None:
                 shutil.rmtree(folder / versions.name)
     if options.json is not None:

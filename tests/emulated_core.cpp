@@ -1,7 +1,9 @@
-// The launchers of the extension behind a pipe, so that they can run on another processor, or its emulator: calls
-// come in on standard input, buffers and all, and results go out on standard output. Numbers are little-endian.
+// The launchers of the extension behind a pipe, so that they can run on another processor, or its emulator:
+// calls come in on standard input, buffers and all, and results go out on standard output. Numbers are
+// little-endian.
 //
-// Call:   name, count of arguments (u32), then for each 'i' and an int64, or 'b' with the buffer's address modulo 64
+// Call:   name, count of arguments (u32), then for each 'i' and an int64, or 'b' with the buffer's address
+// modulo 64
 //         (u64), its size (u64) and its bytes.
 // Answer: 0 and all buffers, or 1 (a value is wrong) or 2 (anything else) and a text.
 #include <cstdint>

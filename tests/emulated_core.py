@@ -41,9 +41,11 @@ class StackAddress(NamedTuple):
 
     def buffers(self, experts: int) -> list:
         """The seven arguments of the launcher."""
-        tables = (Buffer(self.bits, 4 * experts), Buffer(self.offsets, 8 * experts), Buffer(self.meta_offsets, 8 * experts))
-        return [Buffer(self.codes, self.code_bytes), Buffer(self.meta, 2 * self.meta_elements), *tables,
-                self.code_bytes, self.meta_elements]  # fmt: skip
+        return [
+            Buffer(self.codes, self.code_bytes), Buffer(self.meta, 2 * self.meta_elements),
+            Buffer(self.bits, 4 * experts), Buffer(self.offsets, 8 * experts), Buffer(self.meta_offsets, 8 * experts),
+            self.code_bytes, self.meta_elements,
+        ]  # fmt: skip
 
 
 def element(kind: int) -> int:
@@ -108,8 +110,8 @@ class EmulatedCore:
                    stream)  # fmt: skip
 
     def repack(
-        self, device, src_codes, src_meta, dst_codes, dst_meta, n, k, bits, group_size, layout, inverse=False, threads=1,
-        stream=0,
+        self, device, src_codes, src_meta, dst_codes, dst_meta, n, k, bits, group_size, layout, inverse=False,
+        threads=1, stream=0,
     ) -> None:
         ends = ["canonical", LAYOUTS[layout] if 0 <= layout < len(LAYOUTS) else "canonical"]
         source, target = reversed(ends) if inverse else ends
@@ -133,9 +135,10 @@ class EmulatedCore:
         precision, threads=1,
     ) -> None:
         pairs, size = tokens * top_k, element(type)
+        out_size = size * n * (tokens if topk_weights else pairs)
         self._call("moe_gemm_cpu", Buffer(x, size * k * (pairs if x_per_slot else tokens)), int(x_per_slot),
-                   *stack.buffers(num_experts), num_experts, Buffer(topk_ids, 8 * pairs), Buffer(topk_weights, 4 * pairs),
-                   Buffer(out, size * n * (tokens if topk_weights else pairs)), tokens, top_k, k, n, group_size, type,
+                   *stack.buffers(num_experts), num_experts, Buffer(topk_ids, 8 * pairs),
+                   Buffer(topk_weights, 4 * pairs), Buffer(out, out_size), tokens, top_k, k, n, group_size, type,
                    precision, threads)  # fmt: skip
 
     def moe_ffn_cpu(
@@ -143,9 +146,9 @@ class EmulatedCore:
         group_size, down_group_size, type, precision, threads=1,
     ) -> None:
         pairs, rows = tokens * top_k, tokens * hidden * element(type)
-        self._call("moe_ffn_cpu", Buffer(x, rows), *gate_up.buffers(num_experts), *down.buffers(num_experts), num_experts,
-                   Buffer(topk_ids, 8 * pairs), Buffer(topk_weights, 4 * pairs), Buffer(out, rows), tokens, top_k, hidden,
-                   intermediate, group_size, down_group_size, type, precision, threads)  # fmt: skip
+        self._call("moe_ffn_cpu", Buffer(x, rows), *gate_up.buffers(num_experts), *down.buffers(num_experts),
+                   num_experts, Buffer(topk_ids, 8 * pairs), Buffer(topk_weights, 4 * pairs), Buffer(out, rows), tokens,
+                   top_k, hidden, intermediate, group_size, down_group_size, type, precision, threads)  # fmt: skip
 
     def lowbit_gemm_cpu(
         self, x, qweight, meta, out, tokens, k, n, bits, group_size, type, precision, threads=1

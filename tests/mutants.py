@@ -8,6 +8,7 @@ there they must pass, or their failing would say nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # seconds that the tests of one mutant may take; a mutant that hangs is noticed by that
-LONGEST = 300
+LONGEST = 900
 
 
 class Mutant(NamedTuple):
@@ -37,6 +38,11 @@ class Mutant(NamedTuple):
     def compiled(self) -> bool:
         """Whether the extension must be built again."""
         return self.file.startswith("csrc/")
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether its tests run in Triton's interpreter."""
+        return self.file.startswith("triton_kernels/")
 
 
 ALLOCATION, GPTQ, IMPORTANCE = ("tests/test_allocation.py",), ("tests/test_gptq.py",), ("tests/test_importance.py",)
@@ -61,6 +67,16 @@ MUTANTS = (
            "for (int j = first + kTogether + 1; j < group; ++j) {", GPTQ),
     Mutant("compiled clip search: the scale of the worse grid", "csrc/gptq/column_loop.h",
            "grid.s = error < best ? tried.s : grid.s;", "grid.s = error < best ? grid.s : tried.s;", GPTQ),
+    Mutant("products: metadata of the block before", "csrc/moe_cpu/projection.h",
+           "stack.meta + stack.meta_offsets[e] + block * halves,",
+           "stack.meta + stack.meta_offsets[e] + (block > 0 ? block - 1 : 0) * halves,", ("tests/test_core_moe.py",)),
+    Mutant("products: many tokens against the columns of the group before", "csrc/moe_cpu/exact.cpp",
+           "panel_all(panel, a, static_cast<int64_t>(g) * a.group_size, out);",
+           "panel_all(panel, a, static_cast<int64_t>(g > 0 ? g - 1 : 0) * a.group_size, out);",
+           ("tests/test_core_moe.py",)),
+    Mutant("Triton: metadata of the next group", "triton_kernels/body.py",
+           "at = _threads(tl.minimum(g, last_group) * 64, RUN)",
+           "at = _threads(tl.minimum(g + 1, last_group) * 64, RUN)", ("tests/triton_cases.py::test_padded_columns",)),
     Mutant("experts: offsets counted after the expert", "python/gemq/format.py",
            "        codes.append(code_at)\n        metas.append(meta_at)\n",
            "        codes.append(code_at + (1 if index else 0))\n        metas.append(meta_at)\n",
@@ -108,6 +124,9 @@ MUTANTS = (
            "valid = (topk_ids >= 0) & (topk_ids <= stack[2].numel())", ("tests/test_ops.py",)),
     Mutant("checkpoint: the digest is not compared", "python/gemq/checkpoint.py",
            'if data.get("digest") != _digest(stored):', 'if data.get("digest") is None:', CHECKPOINT),
+    Mutant("checkpoint: correction biases rounded like weights", "python/gemq/checkpoint.py",
+           "as_is = packed | kept_in_float32(model)", "as_is = packed",
+           ("tests/test_families.py::test_correction_biases_stay_in_float32",)),
     Mutant("verify: sums are not compared", "python/gemq/integrity.py",
            'return None if _sha256(file) == entry.get("sha256") else "differs from its SHA-256"', "return None",
            CHECKPOINT),
@@ -149,11 +168,13 @@ class Scratch:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
 
-    def failing(self, tests: tuple[str, ...]) -> str | None:
-        """The first test that fails, "a hang" for none in time, or None."""
+    def failing(self, tests: tuple[str, ...], interpreted: bool, seconds: float | None = LONGEST) -> str | None:
+        """The first test that fails, "a hang" for none in ``seconds``, or None. In Triton's interpreter if asked."""
         inside = [sys.executable, str(self.root / "tests" / "mutants.py"), "--inside", str(self.extension or "-")]
+        env = os.environ | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+        run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=self.root, env=env)
         try:
-            done = subprocess.run([*inside, *tests], capture_output=True, text=True, cwd=self.root, timeout=LONGEST)
+            done = run([*inside, *tests], timeout=seconds)
         except subprocess.TimeoutExpired:
             return "a hang"
         if done.returncode == 0:
@@ -212,9 +233,10 @@ def main() -> int:
         if any(m.compiled for m in chosen):
             scratch.build()
         if not options.no_baseline:
-            broken = scratch.failing(tuple(sorted({test for m in chosen for test in m.tests})))
-            if broken:
-                raise SystemExit(f"{broken} fails without any mutant")
+            for interpreted in {m.interpreted for m in chosen}:
+                tests = {test for m in chosen if m.interpreted == interpreted for test in m.tests}
+                if broken := scratch.failing(tuple(sorted(tests)), interpreted, None):
+                    raise SystemExit(f"{broken} fails without any mutant")
         print(f"{'mutant':<60} {'s':>5}  noticed by", flush=True)
         for mutant in sorted(chosen, key=lambda m: m.compiled):
             started, file = time.monotonic(), scratch.root / mutant.file
@@ -222,7 +244,7 @@ def main() -> int:
             file.write_text(good.replace(mutant.old, mutant.new), encoding="utf-8")
             if mutant.compiled:
                 scratch.build()
-            noticed = scratch.failing(mutant.tests)
+            noticed = scratch.failing(mutant.tests, mutant.interpreted)
             survived += noticed is None
             file.write_text(good, encoding="utf-8")
             print(f"{mutant.name:<60} {time.monotonic() - started:5.0f}  {noticed or 'NOTHING'}", flush=True)

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from substitution import Substitute
 
 TESTS = Path(__file__).resolve().parent
 SOURCES = (
@@ -46,24 +47,11 @@ def build(compiler: str, folder: Path) -> Path:
     return program
 
 
-class Substitute:
-    """Puts the emulated kernels in the place of the extension before any test module is imported."""
+def emulated(command: list[str]):
+    """The stand-in for the extension; imports gemq."""
+    from emulated_core import EmulatedCore
 
-    def __init__(self, command: list[str]) -> None:
-        self.command = command
-
-    # before the conftest, which imports the package
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_load_initial_conftests(self) -> None:
-        sys.path.insert(0, str(TESTS))
-        from emulated_core import EmulatedCore
-
-        self.core = sys.modules["gemq._C"] = EmulatedCore(self.command)
-        from gemq._core import core
-
-        core.cache_clear()
-        if core() is not self.core:
-            raise SystemExit("the tests would not run the emulated kernels")
+    return EmulatedCore(command)
 
 
 def main() -> int:
@@ -78,7 +66,7 @@ def main() -> int:
             return 2
     with tempfile.TemporaryDirectory() as folder:
         program = build(options.compiler, Path(folder))
-        substitute = Substitute([*shlex.split(options.emulator), str(program)])
+        substitute = Substitute(lambda: emulated([*shlex.split(options.emulator), str(program)]))
         arguments = given or ["-q", *(str(TESTS / name) for name in FILES)]
         status = int(pytest.main(["-p", "no:cacheprovider", *arguments], plugins=[substitute]))
         described = subprocess.run(["file", "-b", str(program)], capture_output=True, text=True).stdout.split(",")[:2]

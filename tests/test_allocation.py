@@ -200,9 +200,9 @@ def test_nearly_all_widths_of_a_large_model_are_ruled_out():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_48_layers_of_128_experts(solver, spread):
     costs = make_costs(0, 48, 128, (1, 2, 3), spread=spread)
-    start = time.monotonic()
+    start = time.process_time()  # of the solver alone, whatever else the machine does
     result = solve(costs, 2.0, solver=solver)
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start
     print(f"{solver}, spread {spread}: {seconds:.2f} s, gap {result.gap:.1e}")
     assert seconds < 30
     assert result.gap <= GAP

@@ -9,6 +9,7 @@ from stacks import random_stack
 from torch import Tensor
 
 from gemq import ops, reference
+from gemq._core import core
 
 STEPS = {"int16": 32512.0, "int8": 127.0}
 precisions = pytest.mark.parametrize("precision", STEPS)
@@ -196,7 +197,10 @@ def test_the_setting() -> None:
         assert ops.cpu_activations() == setting
         results[setting] = op(x)
     near, far = ((results[s] - results["exact"]).norm() / results["exact"].norm() for s in ("int16", "int8"))
-    assert near < 1e-4 < far < 2e-2
+    if core().cpu_isa() == "portable":
+        assert near == far == 0  # it multiplies in float32 whatever the setting
+    else:
+        assert near < 1e-4 < far < 2e-2
     for bad in ("auto", "fp32", None):
         with pytest.raises(ValueError, match="setting must be one of exact, int16, int8, got"):
             ops.set_cpu_activations(bad)

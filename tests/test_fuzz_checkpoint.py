@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 
 import pytest
 import torch
@@ -17,24 +15,22 @@ from gemq.checkpoint import PackedConfig
 from gemq.errors import CheckpointError
 from gemq.integrity import read_header
 
-SECONDS = float(os.environ.get("GEMQ_FUZZ_SECONDS", "20"))
+# `make fuzz` draws others for as long as it is told
+CASES = 800
 # cases that once found something: __metadata__ that is no object, and NaN in a header
 KNOWN = (807, 1419, 106_095)
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_checkpoints(tmp_path):
     fuzzer = Fuzzer(tmp_path)
     for seed in KNOWN:
         fuzzer.run(seed)
-    ends, seed = time.monotonic() + SECONDS, 0
-    while time.monotonic() < ends or seed < 30:
+    for seed in range(CASES):
         fuzzer.run(seed)
-        seed += 1
     assert {outcome.split(":")[0] for outcome in fuzzer.outcomes} == set(KINDS)
-    assert sum(fuzzer.outcomes.values()) == seed + len(KNOWN)
+    assert sum(fuzzer.outcomes.values()) == CASES + len(KNOWN)
 
 
 @given(

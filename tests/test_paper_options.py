@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
 from packed_models import logits, quantized
+from safetensors.torch import load_file
 from tiny_models import random_windows, tiny_model
+from tiny_text import words
 
 import gemq
 from gemq.algorithms.allocation import PER_LAYER, Costs, feasible_range, solve
@@ -23,7 +26,9 @@ from gemq.algorithms.progressive import MethodConfig, quantize_progressively
 from gemq.algorithms.router_bits import quantize_routers
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.checkpoint import save_packed
+from gemq.integrity import WEIGHTS_FILE
 from gemq.models import describe
+from gemq.pipeline import QuantizeConfig
 from gemq.summary import summarize
 
 # learning fast enough that tuned routers differ clearly
@@ -171,6 +176,63 @@ def test_quantizing_routers_leaves_the_rest():
     assert model.training and not any(m._forward_pre_hooks for m in model.modules())
     with pytest.raises(ValueError, match=r"bits must be an integer in 1\.\.8, got 16"):
         quantize_routers(moe, random_windows(), 16)
+
+
+def test_the_estimate_changes_later_budgets_alone():
+    """The model that costs are measured on: the first budget is the same bytes whichever it is."""
+    stages = {}
+    for estimate in ("fp", "quantized", "tuned"):
+        config = MethodConfig(budgets=(2.25, 2.0), estimate=estimate, router=ROUTER)
+        found = list(quantize_progressively(describe(tiny_model("mixtral")), random_windows(), config))
+        stages[estimate] = found
+    for first, second in itertools.combinations(stages.values(), 2):
+        assert np.array_equal(first[0].statistics.costs.routed, second[0].statistics.costs.routed)
+        assert first[0].plan == second[0].plan and first[0].router_losses == second[0].router_losses
+        for layer, stacks in first[0].weights.stacks.items():
+            for one, two in zip(stacks, second[0].weights.stacks[layer], strict=True):
+                assert all(map(torch.equal, one.codes, two.codes)) and all(map(torch.equal, one.meta, two.meta))
+        assert not np.array_equal(first[1].statistics.costs.routed, second[1].statistics.costs.routed)
+    fp, own = stages["fp"]
+    assert np.array_equal(fp.statistics.costs.routed, own.statistics.costs.routed)
+
+
+CALIBRATION = {
+    "seed": {"seed": 1}, "samples": {"samples": 9}, "length": {"length": 24},
+    "sources": {"calibration": "{text}@0.75,{other}@0.25"}, "weights": {"calibration": "{text}@0.25,{other}@0.75"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated(model_folder, text_file, tmp_path_factory):
+    """Checkpoints by name: of the same options twice, and with one choice of calibration text changed."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    other = folder / "other.txt"
+    other.write_text(" ".join(words(2000, seed=7).split()[::-1]))
+    made = {}
+    for name, changes in {"base": {}, "again": {}, **CALIBRATION}.items():
+        options = {"calibration": "{text}", "samples": 8, "length": 16, "seed": 0} | changes
+        options["calibration"] = options["calibration"].format(text=text_file, other=other)
+        config = QuantizeConfig(str(model_folder), str(folder / name), **options, method=MethodConfig(tune=False))
+        (outcome,) = gemq.quantize(config)
+        made[name] = load_file(outcome.path / WEIGHTS_FILE), json.loads((outcome.path / "config.json").read_text())
+    return made
+
+
+@pytest.mark.parametrize("name", ["again", *CALIBRATION])
+def test_calibration_text(calibrated, name):
+    """Its seed, size and mixture change what is quantized, and no tensor or option besides; nothing else is random."""
+    (base, config), (other, other_config) = calibrated["base"], calibrated[name]
+    unquantized = {n for n in base if not n.endswith(("_codes", "_meta"))}
+    assert {n for n in other if not n.endswith(("_codes", "_meta"))} == unquantized and len(unquantized) > 5
+    differ = {n for n in base if other[n].shape != base[n].shape or not torch.equal(other[n], base[n])}
+    if name == "again":
+        assert not differ and config == other_config
+    else:
+        assert any(n.endswith("_codes") for n in differ) and not differ & unquantized
+        same = {"expert_bits", "digest"}
+        one, two = (c["quantization_config"] for c in (config, other_config))
+        assert {k: v for k, v in one.items() if k not in same} == {k: v for k, v in two.items() if k not in same}
+        assert sum(map(sum, one["expert_bits"].values())) == sum(map(sum, two["expert_bits"].values()))
 
 
 @pytest.mark.parametrize("options, message", [
