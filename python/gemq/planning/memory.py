@@ -123,7 +123,7 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     # what stays unquantized is converted to 16 bits in memory
     writing = output + ((parts.parameters - parts.quantizable) * 2 if d == _FLOAT else 0)
     stages = {"load": {"weights": held["weights"]}}
-    if work.method.method != "uniform":
+    if work.method.measures:
         stages["measure"] = held | {"captured activations": captured, "working memory": measure}
     stages["quantize"] = held | {
         "activations": 3 * tokens * parts.hidden * d, "Hessians": hessian_bytes(parts), "codes": codes,
@@ -151,7 +151,7 @@ def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     stream = work.tokens * parts.hidden * d
     routing = work.tokens * (2 * parts.hidden * d + parts.top_k * (8 + d))
     stages: dict[str, Need] = {}
-    if work.method.method != "uniform":
+    if work.method.measures:
         device = {"layers": layer, "working memory": max(graph, head, _perturbed_bytes(parts, work))}
         stages["measure"] = Need(
             device, {"captured activations": routing},
