@@ -77,7 +77,7 @@ def _pick(records: list[dict], budget: float | None) -> dict:
 
 def _table(content: Any) -> tuple[tuple[int, ...] | None, tuple[tuple[int, ...], ...]]:
     """Decoder layers, if they are named, and a row of widths for each."""
-    if isinstance(content, (np.ndarray, list)):
+    if isinstance(content, list) or (isinstance(content, np.ndarray) and content.ndim == 2):
         return None, tuple(_row(f"row {i}", row) for i, row in enumerate(content))
     if not isinstance(content, dict) or not content:
         raise _Malformed("it maps no layers to widths ({layer: {expert: bits}}, {layer: [bits]} or [layer, expert])")
@@ -95,7 +95,8 @@ def _row(name: str, row: Any) -> tuple[int, ...]:
         if missing:
             raise _Malformed(f"{name} has no width for expert {min(missing)}")
         row = [by_expert[e] for e in range(len(row))]
-    if not isinstance(row, (list, np.ndarray)) or not len(row):
+    plain = isinstance(row, list) or (isinstance(row, np.ndarray) and row.ndim == 1)
+    if not plain or not len(row):
         raise _Malformed(f"{name} must be widths by expert, got {_shown(row)}")
     return tuple(_width(name, width) for width in row)
 

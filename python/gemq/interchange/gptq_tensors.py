@@ -68,8 +68,10 @@ def shape_of(name: str, shapes: dict[str, list[int]], n: int, k: int) -> GptqSha
     if groups < 1 or k % groups:
         raise CheckpointError(f"{name}.scales has shape {shapes['scales']}: {groups} groups do not divide {k} columns")
     wanted = {"qweight": [rows, n], "qzeros": [groups, n * bits // 32], "scales": [groups, n], "g_idx": [k]}
+    if n * bits % 32:
+        raise CheckpointError(f"{name}: {n} zero points of {bits} bits do not fill words of 32 bits")
     for part, shape in shapes.items():
-        if shape != wanted[part] or (n * bits) % 32:
+        if shape != wanted[part]:
             raise CheckpointError(f"{name}.{part} has shape {shape}, expected {wanted[part]}")
     return GptqShape(n, k, bits, k // groups)
 
@@ -119,10 +121,10 @@ def convert(
 
 
 def _check_metadata(name: str, given: Tensor, scales: Tensor, offsets: Tensor) -> None:
-    if not bool(torch.equal(scales.to(given.dtype), given)):
-        raise CheckpointError(f"{name}.scales are {str(given.dtype).removeprefix('torch.')} and not exact in float16")
-    if not bool(torch.isfinite(scales).all()) or not bool((scales > 0).all()):
-        smallest = float(scales.float().nan_to_num(-math.inf).min())
+    if not bool(torch.isfinite(given).all()) or not bool((given > 0).all()):
+        smallest = float(given.float().nan_to_num(-math.inf).min())
         raise CheckpointError(f"{name}.scales must be finite and above zero for gemq, the smallest is {smallest:g}")
+    if not torch.equal(scales.to(given.dtype), given):
+        raise CheckpointError(f"{name}.scales are {str(given.dtype).removeprefix('torch.')} and not exact in float16")
     if not bool(torch.isfinite(offsets).all()):
         raise CheckpointError(f"{name}: scale times zero point is beyond float16's range")
