@@ -12,10 +12,13 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from packed_models import quantized
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from gemq.algorithms.given_allocation import GivenAllocation
+from gemq.algorithms.progressive import MethodConfig
 from gemq.checkpoint import load_packed_config
 from gemq.cli.run import run
 from gemq.interchange import read_allocation
@@ -247,7 +250,8 @@ def test_quantize_by_a_file(tmp_path, model_folder, text_file, capsys):
     assert packed.expert_bits == {0: [2, 3, 1, 2], 1: [1, 3, 2, 2]}
     assert (packed.method, packed.budget) == ("given", 2.0)
     report = json.loads((target / "gemq_report.json").read_text())
-    assert "measure" not in report["seconds"] and report["options"]["method"]["given"]["source"] == str(path)
+    assert report["solver"] == "file" and report["options"]["method"]["given"]["source"] == str(path)
+    assert not (target / "gemq_costs.json").exists()
     capsys.readouterr()
     assert run(["quantize", str(model_folder), "-o", str(tmp_path / "again"), "--allocation", str(target), "--bits",
                 "1.5", *options]) == 2  # fmt: skip
@@ -256,6 +260,32 @@ def test_quantize_by_a_file(tmp_path, model_folder, text_file, capsys):
     assert run(["quantize", str(model_folder), "-o", str(tmp_path / "again"), "--allocation", str(path), "--bits",
                 "2,1.5", *options]) == 2  # fmt: skip
     assert "--allocation is for one budget" in capsys.readouterr().err
+
+
+def test_streamed_and_in_memory_and_resumed_are_one(tmp_path, model_folder, text_file, capsys):
+    """The widths of a file are part of what a run directory remembers."""
+    options = ["--calibration", str(text_file), "--samples", "6", "--length", "24", "--no-tune-routers"]
+    path = pickled(tmp_path, MIXTRAL)
+    quantize = ["quantize", str(model_folder), "--allocation", str(path), *options]
+    assert run([*quantize, "-o", str(tmp_path / "memory"), "--no-stream"]) == 0
+    assert run([*quantize, "-o", str(tmp_path / "disk"), "--keep-run"]) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("memory", "disk"))
+    assert set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in first)
+    assert run(["quantize", "--resume", str(tmp_path / "disk.run")]) == 0
+    other = pickled(tmp_path, {0: MIXTRAL[1], 1: MIXTRAL[0]}, name="other.pkl")
+    capsys.readouterr()
+    assert run(["quantize", "--resume", str(tmp_path / "disk.run"), "--allocation", str(other)]) == 2
+    assert "--allocation" in capsys.readouterr().err
+
+
+def test_a_plan_has_the_given_widths(mixtral, deepseek):
+    from gemq.planning import check_budgets, planned_widths
+
+    given = GivenAllocation("f", rows(DEEPSEEK), (1, 2))
+    planned = planned_widths(deepseek, MethodConfig(budgets=(8,), given=given), 8)
+    assert planned.expert_bits == {1: [1, 3, 2, 1], 2: [2, 3, 1, 1]} and planned.shared_bits == {1: 3, 2: 2}
+    with pytest.raises(ValueError, match="f allocates layers 1, 2"):
+        check_budgets(mixtral, MethodConfig(budgets=(8,), given=given))
 
 
 def test_given_widths_are_what_is_quantized():

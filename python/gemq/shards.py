@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemq import durable
 from gemq.errors import CheckpointError
 from gemq.integrity import INDEX_FILE, WEIGHTS_FILE
 
@@ -32,22 +32,13 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in [p for p in partial.rglob("*") if p.is_file()] + [partial]:
-            _fsync(path)
-        os.replace(partial, final)
-        _fsync(final.parent)
+            durable.sync(path)
+        durable.rename(partial, final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):
             raise CheckpointError(f"the output {target} could not be written: {error}") from error
         raise
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class ShardWriter:
