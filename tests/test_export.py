@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -107,6 +108,16 @@ def test_shards_and_their_index(checkpoint, tmp_path):
     assert not any(p.name.startswith((".", "gemq_")) for p in parts.path.iterdir())
 
 
+def test_what_lies_beside_the_weights_comes_along(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "packed")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (source / "README.md").write_text("a card of the packed model")
+    names = {p.name for p in export(source, tmp_path / "dense").path.iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "additional_chat_templates", "config.json"} <= names
+    assert "README.md" not in names and not any(name.startswith("gemq_") for name in names)
+
+
 def test_what_is_refused(checkpoint, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -122,8 +133,6 @@ def test_what_is_refused(checkpoint, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_fit_writes_nothing(checkpoint, tmp_path):
-    import shutil
-
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     tensors = load_file(broken / WEIGHTS_FILE)
     name = "model.layers.0.block_sparse_moe.experts.gate_up_proj_codes"

@@ -17,6 +17,7 @@ from gemq.errors import CheckpointError, GemqError
 from gemq.integrity import INDEX_FILE
 from gemq.models.families import check_supported
 
+_TEMPLATES = "additional_chat_templates"
 # what belongs to the quantized model alone
 _LEFT_OUT = ("config.json", "quantize_config.json", INDEX_FILE, "README.md")
 
@@ -77,3 +78,5 @@ def copy_companions(source: Path, folder: Path) -> None:
         mine = file.name in _LEFT_OUT or file.name.startswith("gemq_") or file.suffix == ".safetensors"
         if file.is_file() and not mine:
             shutil.copyfile(file, folder / file.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES)

@@ -111,7 +111,7 @@ class LinearParts:
     def module(self, codes: Tensor, meta: Tensor) -> LowBitLinear:
         """The layer, ready for its device's kernels. Raises :class:`CheckpointError` if a part was not loaded."""
         _check_complete(self.prefix, {f"weight_{kind} (part {part})" for kind, part in self._missing})
-        module = LowBitLinear(self.k, sum(self.rows), self.bits, self.preferred, device=codes.device)
+        module = LowBitLinear(self.k, sum(self.rows), self.bits, self.preferred, device="meta")
         module.weight_codes, module.weight_meta = codes, meta
         module.prepare()
         return module.requires_grad_(False)
@@ -156,8 +156,8 @@ class ExpertParts:
     def module(self, buffers: dict[str, Tensor]) -> LowBitExperts:
         """The experts, ready for their device's kernels; ``buffers`` by ``gate_up_proj_codes`` and so on."""
         _check_complete(self.prefix, {f"{name}_{kind}" for name, kind in self._missing})
-        bits, device = [self.bits[e] for e in self.kept], buffers["down_proj_meta"].device
-        module = LowBitExperts(self.hidden, self.intermediate, bits, self.group_size, device)
+        bits = [self.bits[e] for e in self.kept]
+        module = LowBitExperts(self.hidden, self.intermediate, bits, self.group_size, "meta")
         for name, buffer in buffers.items():
             setattr(module, name, buffer)
         module.prepare()
