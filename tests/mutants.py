@@ -47,6 +47,7 @@ class Mutant(NamedTuple):
 
 ALLOCATION, GPTQ, IMPORTANCE = ("tests/test_allocation.py",), ("tests/test_gptq.py",), ("tests/test_importance.py",)
 BITS, PROGRESSIVE = ("tests/test_core_bits.py",), ("tests/test_progressive.py",)
+GPTQ_IMPORT = ("tests/test_gptq_import.py",)
 CHECKPOINT = ("tests/test_checkpoint.py",)
 MUTANTS = (
     Mutant("packing: the last codes of a row one bit off", "csrc/include/gemq/bits.h",
@@ -134,6 +135,29 @@ MUTANTS = (
            "if 8 + length + end != size:", "if 8 + length + end > size:", CHECKPOINT),
     Mutant("reader: links are followed", "python/gemq/integrity.py",
            "if real.parent not in (folder, blobs):", "if not real.name:", ("tests/test_robustness.py",)),
+    Mutant("GPTQ import: zero points as they are stored", "python/gemq/interchange/gptq_tensors.py",
+           "zeros = (zeros + 1) & (2**bits - 1)", "zeros = zeros & (2**bits - 1)", GPTQ_IMPORT),
+    Mutant("GPTQ import: up before gate", "python/gemq/interchange/gptq_checkpoint.py",
+           '("gate_up_proj", ("gate", "up"))', '("gate_up_proj", ("up", "gate"))', GPTQ_IMPORT),
+    Mutant("GPTQ import: scales of a group repeated as a whole", "python/gemq/interchange/gptq_tensors.py",
+           "meta.repeat_interleave(shape.group // group_size, dim=1)", "meta.repeat(1, shape.group // group_size, 1)",
+           GPTQ_IMPORT),
+    Mutant("export: metadata of the first expert for all", "python/gemq/interchange/export.py",
+           "codes[at:], meta[meta_at:], width", "codes[at:], meta, width", ("tests/test_export.py",)),
+    Mutant("pickles: any name of numpy is looked up", "python/gemq/interchange/plain_pickles.py",
+           "if (module, name) not in STAND_INS:", "if (module, name) not in STAND_INS and module != 'numpy':",
+           ("tests/test_allocation_files.py::test_nothing_in_a_pickle_is_run",)),
+    Mutant("given widths: the shared expert's as a routed one's", "python/gemq/algorithms/given_allocation.py",
+           "(table[:, :experts], table[:, experts])", "(table[:, 1:], table[:, 0])",
+           ("tests/test_allocation_files.py",)),
+    Mutant("serving: experts kept in the order of the file", "python/gemq/serving/vllm_methods.py",
+           "return [local[slot] for slot in range(num_experts)]", "return sorted(local.values())",
+           ("tests/test_serving.py",)),
+    Mutant("serving: experts elsewhere are this rank's first", "python/gemq/serving/packed_layers.py",
+           "return torch.where(inside, mapped.to(topk_ids.dtype), -1)",
+           "return torch.where(inside, mapped.to(topk_ids.dtype), -1).clamp(min=0)", ("tests/test_serving.py",)),
+    Mutant("serving: what did not arrive is not missed", "python/gemq/serving/packed_layers.py",
+           "    if missing:\n", "    if False:\n", ("tests/test_serving.py",)),
 )
 
 

@@ -22,7 +22,10 @@ from gemq.cli.run import run
 from gemq.integrity import WEIGHTS_FILE
 from gemq.pipeline import load_tokenizer
 
-COMMANDS = ("quantize", "plan", "allocate", "eval", "generate", "chat", "bench", "inspect", "verify", "demo")
+COMMANDS = (
+    "quantize", "plan", "allocate", "eval", "generate", "chat", "bench", "inspect", "verify", "demo", "export",
+    "import-gptq", "auto-import",
+)
 GEMQ = [sys.executable, "-m", "gemq"]
 
 

@@ -15,7 +15,9 @@ KERNELS = ROOT / "triton_kernels"
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
     ("errors", "format", "_C"),
+    ("auto_import",),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
+    ("shards",),
     ("ops",),
     ("nn",),
     ("models",),
@@ -24,7 +26,7 @@ LAYERS = [
     ("hf",),
     ("generation", "engine"),
     ("planning",),
-    ("pipeline", "summary", "serving"),
+    ("pipeline", "summary", "serving", "interchange"),
     ("continuation",),
     ("gemq",),
     ("bench", "demo"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from gemq.checkpoint import PackedConfig, packed_skeleton
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.models import packed_modules, prepare, replace_with_packed
+from gemq.nn import LowBitLinear
+from gemq.nn.experts import PROJECTIONS
 
 _FLOATS = ("F32", "F16", "BF16")
 # a number of layers above this is believed only if there are as many tensors
@@ -55,9 +58,15 @@ class GemqQuantizer(HfQuantizer):
     def update_attn_implementation(self, config):
         """The hook that sees the model's config before the model is built, layer by layer."""
         _check_layers(config)
+        _refuse_tensor_parallelism(getattr(config, "distributed_config", None))
         return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs):
+        if model.base_model is model:
+            raise CheckpointError(
+                f"a gemq checkpoint loads as a causal language model, not as {type(model).__name__}: use "
+                "AutoModelForCausalLM, whose base_model is that"
+            )
         files = [Path(f) for f in checkpoint_files or []]
         check_inside(files, model.config.name_or_path)
         modules = packed_skeleton(model, self.quantization_config.packed, device="meta")
@@ -68,6 +77,20 @@ class GemqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
         _check_metadata(model)
         prepare(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """For ``model.dequantize()``: the family's own modules, weights ``q * s + m`` rounded once to ``dtype``."""
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config))
+        for path, packed in list(packed_modules(model)):
+            plain = twin.get_submodule(path)
+            if isinstance(packed, LowBitLinear):
+                plain.weight, plain.bias = nn.Parameter(packed.weight(dtype)), packed.bias
+            else:
+                for name in PROJECTIONS:
+                    setattr(plain, name, nn.Parameter(packed.dense(name, dtype)))
+            model.set_submodule(path, plain.train(model.training))
         return model
 
     def is_serializable(self) -> bool:
@@ -90,6 +113,12 @@ def attach(model: nn.Module, packed: PackedConfig) -> None:
     config = GemqConfig.of(packed)
     model.config.quantization_config = config
     model.hf_quantizer = GemqQuantizer(config)
+
+
+def _refuse_tensor_parallelism(distributed: Any) -> None:
+    """Rows of packed weights are not split, while transformers' plans would treat each part as if they were."""
+    if distributed is not None and (getattr(distributed, "tp_size", None) not in (None, 1) or distributed.tp_plan):
+        raise CheckpointError("gemq checkpoints are not split by tensor parallelism; use device_map, or one device")
 
 
 def _check_layers(config) -> None:

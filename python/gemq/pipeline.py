@@ -279,7 +279,7 @@ def save_stage(
 
     ``stored`` is the dtype of the tensors that stay unquantized.
     """
-    packed, packed_config = _packed_copy(model, stage, config.method.method)
+    packed, packed_config = _packed_copy(model, stage, config.method.name)
     extra = _extra_files(config, stage, stage.weights.reports, None)
     save_packed(
         packed, packed_config, target, tokenizer=tokenizer, dtype=stored, extra_files=extra, overwrite=config.overwrite
@@ -309,7 +309,7 @@ def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
     moe = describe(twin)
-    config = pack_model(moe, stage.weights, budget=stage.budget, method=method)
+    config = pack_model(moe, stage.weights, budget=stage.allocation.budget, method=method)
     source = dict(model.named_parameters())
     for name, parameter in list(twin.named_parameters()):
         if parameter.is_meta:
@@ -328,7 +328,7 @@ def _write_report(path: Path, config: QuantizeConfig, stage, matrices: dict, run
     differs between a run that was interrupted and one that was not: times are in the log."""
     report = {
         "options": {k: v for k, v in asdict(config).items() if k not in RUN_OPTIONS},
-        "budget": stage.budget,
+        "budget": stage.allocation.budget,
         "bits_per_expert": stage.allocation.bits_per_expert,
         "objective": _finite(stage.allocation.objective),
         "gap": _finite(stage.allocation.gap),

@@ -12,6 +12,7 @@ from torch import Tensor
 from gemq import distributed
 from gemq.algorithms.allocation import PER_LAYER, Allocation, solve
 from gemq.algorithms.baselines import pmq, uniform
+from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.importance import PERTURBATIONS, ExpertStatistics, Perturbation, measure
 from gemq.algorithms.originals import Originals
@@ -39,6 +40,9 @@ class MethodConfig:
 
     In the paper's terms: ``candidates`` is Table 18, ``per_layer`` (none, c2, c3, c2c3) Table 17, ``attention_bits``
     Table 19, ``router_bits`` Table 20.
+
+    ``given`` are widths decided elsewhere: nothing is measured or solved, ``method``, ``candidates`` and ``per_layer``
+    do not matter, and the one budget is the largest mean that is accepted.
     """
 
     budgets: tuple[float, ...] = (2.5,)
@@ -55,6 +59,7 @@ class MethodConfig:
     batch_size: int = 4
     gptq: GptqConfig = field(default_factory=GptqConfig)
     router: RouterTuningConfig = field(default_factory=RouterTuningConfig)
+    given: GivenAllocation | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -71,6 +76,18 @@ class MethodConfig:
             width = getattr(self, name)
             if width is not None and width != 16 and not 1 <= width <= 8:
                 raise ValueError(f"{name} must be 1..8, or 16 for unquantized, got {width}")
+        if self.given is not None and len(self.budgets) != 1:
+            raise ValueError(f"a given allocation is for one budget, got {self.budgets}")
+
+    @property
+    def measures(self) -> bool:
+        """Whether the widths come from coefficients."""
+        return self.method != "uniform" and self.given is None
+
+    @property
+    def name(self) -> str:
+        """What decided the widths, as a checkpoint records it."""
+        return self.method if self.given is None else "given"
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,10 @@ def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitP
 
 
 def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, config: MethodConfig) -> Allocation:
-    """Widths for ``budget`` by the configured method; ``uniform`` needs no statistics. Rank 0 solves, for all."""
+    """Widths for ``budget`` by the configured method; ``uniform`` and a given allocation need no statistics. Rank 0
+    solves, for all."""
+    if config.given is not None:
+        return config.given.fit(moe, budget, config.shared_bits if moe.moe[0].shared is not None else None)
     if config.method == "uniform":
         return uniform(len(moe.moe), moe.num_experts, budget)
     if statistics is None:
@@ -119,7 +139,7 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
 
 def must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:
     """Whether budget number ``step`` needs coefficients that are not there."""
-    if config.method == "uniform":
+    if not config.measures:
         return False
     return statistics is None or (step > 0 and config.estimate != "fp")
 

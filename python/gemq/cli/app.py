@@ -16,8 +16,10 @@ from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.cli import display, options
+from gemq.cli.auto_import import auto_import
 from gemq.cli.bench import bench
 from gemq.cli.generation import chat, generate
+from gemq.cli.interchange import export, import_gptq
 from gemq.cli.plan import plan
 from gemq.cli.resume import resumed
 from gemq.cli.tune import tune
@@ -84,7 +86,9 @@ def quantize(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder or hub name of the full-precision model.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
-    bits: Bits = "2.5",
+    bits: Annotated[str | None, typer.Option(
+        "--bits", "-b", help="Bits per expert; several, falling: 3,2.5,2 (default: 2.5, or the allocation's)."
+    )] = None,
     method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
     candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8 (paper: Table 18).")] = "1,2,3",
     constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
@@ -125,6 +129,9 @@ def quantize(
     restart: Annotated[bool, typer.Option("--restart", help="Discard what the run directory holds.")] = False,
     keep_run: Annotated[bool, typer.Option("--keep-run", help="Leave the run directory when done.")] = False,
     log: Annotated[str | None, typer.Option(help="File for JSON lines about every stage.")] = None,
+    allocation: Annotated[Path | None, typer.Option(
+        help="Widths decided elsewhere (.json, .pkl or a checkpoint): nothing is measured; --bits is then a limit."
+    )] = None,
 ) -> None:
     """Measure, allocate, quantize, tune the routers, and save a packed checkpoint.
 
@@ -138,11 +145,12 @@ def quantize(
     if resume is None and (model is None or output is None):
         raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
     device = device or distributed.own_device()
+    budgets, given = options.allocation(allocation, bits)
     config = QuantizeConfig(
         model or "", output or "", calibration, samples, length, seed, router_text, device, dtype, overwrite,
         trust_remote_code,
         MethodConfig(
-            budgets=options.budgets(bits), method=method.value, candidates=options.widths(candidates),
+            budgets=budgets, given=given, method=method.value, candidates=options.widths(candidates),
             per_layer=constraints, attention_bits=attention_bits, dense_bits=dense_bits,
             shared_bits=options.shared(shared_bits), router_bits=router_bits, tune=tune_routers, estimate=estimate,
             perturbation=perturbation or _PERTURBATIONS[recipe], batch_size=batch_size,
@@ -263,6 +271,9 @@ def verify(model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.
 
 
 app.command()(tune)
+app.command()(export)
+app.command("import-gptq")(import_gptq)
+app.command("auto-import")(auto_import)
 
 
 @app.command()

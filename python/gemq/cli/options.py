@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
+
+from gemq.algorithms.given_allocation import GivenAllocation
+from gemq.format import MAX_BITS
+from gemq.interchange import read_allocation
+
+DEFAULT_BITS = "2.5"
 
 
 def budgets(text: str) -> tuple[float, ...]:
@@ -35,3 +43,13 @@ def shared(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"--shared-bits must be auto or a width, got {text!r}") from None
+
+
+def allocation(path: Path | None, bits: str | None) -> tuple[tuple[float, ...], GivenAllocation | None]:
+    """The budgets, and the allocation of ``--allocation``, whose mean ``--bits`` then bounds (if it is given)."""
+    if path is None:
+        return budgets(bits or DEFAULT_BITS), None
+    limits = budgets(bits) if bits else (float(MAX_BITS),)
+    if len(limits) != 1:
+        raise typer.BadParameter(f"--allocation is for one budget, got --bits {bits}")
+    return limits, read_allocation(path, limits[0] if bits else None)

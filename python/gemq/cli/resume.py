@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
@@ -17,7 +18,8 @@ from gemq.pipeline import QuantizeConfig
 
 # which fields of the config an option decides
 _FIELDS = {
-    "model": ("model",), "output": ("output",), "bits": ("method.budgets",), "method": ("method.method",),
+    "model": ("model",), "output": ("output",), "bits": ("method.budgets",),
+    "allocation": ("method.given",), "method": ("method.method",),
     "candidates": ("method.candidates",), "constraints": ("method.per_layer",), "calibration": ("calibration",),
     "samples": ("samples",), "length": ("length",), "seed": ("seed",), "attention_bits": ("method.attention_bits",),
     "dense_bits": ("method.dense_bits",), "shared_bits": ("method.shared_bits",),
@@ -44,10 +46,13 @@ def stored_config(folder: Path) -> QuantizeConfig:
         raise CheckpointError(f"{folder} is not a run directory that can be resumed: it has no readable manifest")
     command = dict(found["command"])
     method = dict(command.pop("method"))
+    given = method.pop("given", None)
     gptq, router = GptqConfig(**method.pop("gptq")), RouterTuningConfig(**method.pop("router"))
     for name in ("budgets", "candidates"):
         method[name] = tuple(method[name])
-    return QuantizeConfig(**command, method=MethodConfig(**method, gptq=gptq, router=router))
+    return QuantizeConfig(**command, method=MethodConfig(
+        **method, gptq=gptq, router=router, given=None if given is None else GivenAllocation.from_json(given)
+    ))
 
 
 def resumed(folder: Path, given: QuantizeConfig, context: typer.Context) -> QuantizeConfig:

@@ -110,7 +110,8 @@ class Engine:
 
     def _allocate(self, budget: float, statistics: ExpertStatistics | None, measured: str) -> tuple[Allocation, str]:
         method = self.method
-        options = [budget, method.method, method.candidates, method.per_layer, method.shared_bits]
+        given = None if method.given is None else asdict(method.given)
+        options = [budget, method.method, method.candidates, method.per_layer, method.shared_bits, given]
         with self._stage("allocate", "allocate", options, measured) as (stage, _):
             data = durable.unseal_json(stage.file("allocation"))
             if data is None:

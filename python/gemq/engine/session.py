@@ -96,7 +96,7 @@ class Work:
     def assembly(self, result: StreamedResult, dtype: torch.dtype) -> tuple[Assembly, PackedConfig, str]:
         """What writes the checkpoint of a result, its config, and the run's name for it."""
         method, source = self.engine.method, self.engine.source
-        config = PackedConfig.of_plan(result.plan, method.gptq.group_size, result.budget, method.method)
+        config = PackedConfig.of_plan(result.plan, method.gptq.group_size, result.allocation.budget, method.name)
         name = fingerprint.digest(self.identity, result.key, result.budget, str(dtype))
         return Assembly(source, result.quantized, result.routers, config, dtype), config, name
 

@@ -132,7 +132,7 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     # what stays unquantized is converted to 16 bits in memory
     writing = output + ((parts.parameters - parts.quantizable) * 2 if d == _FLOAT else 0)
     stages = {"load": {"weights": held["weights"]}}
-    if work.method.method != "uniform":
+    if work.method.measures:
         stages["measure"] = held | {"captured activations": captured, "working memory": measure}
     stages["quantize"] = held | {
         "activations": work.shared(3 * tokens * parts.hidden * d), "Hessians": work.shared(hessian_bytes(parts)),
@@ -194,7 +194,7 @@ def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     """
     d = work.element
     stages: dict[str, Need] = {}
-    if work.method.method != "uniform":
+    if work.method.measures:
         stages["measure"] = _streamed_measuring(parts, work)
     stages["quantize"] = _streamed_quantizing(parts, work)
     if work.method.tune:

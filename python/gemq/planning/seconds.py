@@ -98,7 +98,7 @@ def stage_operations(parts: ModelParts, work: Work, engine: str, output: int, el
     weights = parts.parameters * element
     activations = len(parts.layers) * work.tokens * parts.hidden * work.element if stream else 0
     found = {} if stream else {"load": Operations(moved=weights)}
-    if work.method.method != "uniform":
+    if work.method.measures:
         # forward and reverse sweep; layer inputs written once and read once
         found["measure"] = measuring(parts, work, recompute=stream)
         found["measure"] += Operations(moved=2 * (weights + activations) if stream else 0)

@@ -6,7 +6,7 @@ import numpy as np
 
 from gemq.algorithms.allocation import BUDGET_SLACK, PER_LAYER, Costs, feasible_range, total_bits
 from gemq.algorithms.baselines import uniform
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.progressive import MethodConfig, allocate, plan_of
 from gemq.checkpoint import PackedConfig
 from gemq.models import MoeModel
 
@@ -22,7 +22,7 @@ def _empty_costs(moe: MoeModel, method: MethodConfig) -> Costs:
 
 def budget_range(moe: MoeModel, method: MethodConfig) -> tuple[float, float]:
     """The ``(lowest, highest)`` budget in bits per expert that ``method`` can meet for a model."""
-    if method.method == "uniform":
+    if not method.measures:
         return 0.0, 8.0
     costs = _empty_costs(moe, method)
     if method.method == "pmq":
@@ -32,7 +32,12 @@ def budget_range(moe: MoeModel, method: MethodConfig) -> tuple[float, float]:
 
 
 def check_budgets(moe: MoeModel, method: MethodConfig) -> None:
-    """Refuse a budget that no allocation meets, before the long measuring; ``ValueError`` names the range."""
+    """Refuse a budget that no allocation meets, before the long measuring; ``ValueError`` names the range.
+
+    A given allocation is fitted to the model instead.
+    """
+    if method.given is not None:
+        allocate(moe, None, method.budgets[0], method)
     low, high = budget_range(moe, method)
     for budget in method.budgets:
         if not low - BUDGET_SLACK <= budget <= high + BUDGET_SLACK:
@@ -75,6 +80,9 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
     the published allocations chose, and an estimate.
     """
     check_budgets(moe, method)
+    if method.given is not None:
+        plan = plan_of(moe, allocate(moe, None, budget, method), method)
+        return PackedConfig.of_plan(plan, method.gptq.group_size, None, None)
     layers, widest = [layer.index for layer in moe.moe], max(method.candidates)
     count = moe.num_experts
     shared = widest if method.shared_bits is None else method.shared_bits

@@ -1,0 +1,100 @@
+"""Widths that were decided elsewhere: the authors' allocations, ``gemq allocate --json``, another checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gemq.algorithms.allocation import BUDGET_SLACK, Allocation
+from gemq.format import MAX_BITS, UNQUANTIZED
+from gemq.models import MoeModel
+
+
+@dataclass(frozen=True)
+class GivenAllocation:
+    """A width for every routed expert, as it came from ``source``.
+
+    ``rows`` holds one row of widths a MoE layer, in layer order; ``layers`` their decoder layer indices, or None where
+    the source names none. A row may end with one more width, that of the layer's merged shared expert (so do the
+    authors' files); ``shared`` holds those widths where the source keeps them apart. ``budget`` is what the source
+    says it was solved for.
+    """
+
+    source: str
+    rows: tuple[tuple[int, ...], ...]
+    layers: tuple[int, ...] | None = None
+    shared: tuple[int, ...] | None = None
+    budget: float | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> GivenAllocation:
+        """From the fields as JSON gives them back: lists for tuples."""
+        rows = tuple(tuple(row) for row in data["rows"])
+        layers, shared = (None if data[n] is None else tuple(data[n]) for n in ("layers", "shared"))
+        return cls(data["source"], rows, layers, shared, data["budget"])
+
+    def fit(self, moe: MoeModel, budget: float | None = None, shared_bits: int | None = None) -> Allocation:
+        """This allocation for ``moe``, its shape and its mean checked; ``shared_bits`` overrides the file's.
+
+        ``budget`` is the largest mean in bits per expert that is accepted. Raises ``ValueError`` naming the source,
+        what it holds and what the model needs.
+        """
+        indices = tuple(layer.index for layer in moe.moe)
+        if self.layers is not None and self.layers != indices:
+            raise ValueError(
+                f"{self.source} allocates layers {_span(self.layers)}, but the model's MoE layers are {_span(indices)}"
+            )
+        if len(self.rows) != len(indices):
+            raise ValueError(f"{self.source} allocates {len(self.rows)} layers, but the model has {len(indices)} MoE "
+                             "layers")
+        routed, shared = self._split(moe)
+        _check_widths(self.source, routed, 0)
+        if shared_bits is not None:
+            shared = None
+        elif shared is not None:
+            _check_widths(self.source, shared, 1)
+        found = Allocation(
+            bits=routed, shared_bits=shared, budget=math.nan, objective=math.nan, gap=math.nan, seconds=0.0,
+            solver="file", shared_multiple=0.0 if shared is None else moe.shared_multiple,
+        )
+        mean = found.bits_per_expert
+        if budget is not None and mean > budget + BUDGET_SLACK:
+            raise ValueError(f"{self.source} takes {mean:.6g} bits per expert, more than the budget of {budget:g}")
+        return replace(found, budget=mean if self.budget is None else float(self.budget))
+
+    def _split(self, moe: MoeModel) -> tuple[np.ndarray, np.ndarray | None]:
+        """Routed widths ``[L, E]`` and those of the shared experts ``[L]``, if any."""
+        experts, has_shared = moe.num_experts, moe.moe[0].shared is not None
+        lengths = {len(row) for row in self.rows}
+        extra = experts + 1 if has_shared and self.shared is None else experts
+        if not lengths <= {experts, extra} or len(lengths) != 1:
+            allowed = f"{experts}" if extra == experts else f"{experts} routed experts, or {extra} with the shared one,"
+            raise ValueError(f"{self.source} has {_span(tuple(sorted(lengths)))} widths a layer, the model {allowed}")
+        table = np.asarray(self.rows, dtype=np.int64)
+        if self.shared is not None:
+            if not has_shared:
+                raise ValueError(f"{self.source} has widths for shared experts, but the model has none")
+            if len(self.shared) != len(self.rows):
+                raise ValueError(f"{self.source} has {len(self.shared)} shared widths for {len(self.rows)} layers")
+            return table, np.asarray(self.shared, dtype=np.int64)
+        return (table[:, :experts], table[:, experts]) if table.shape[1] > experts else (table, None)
+
+
+def _check_widths(source: str, widths: np.ndarray, low: int) -> None:
+    allowed = (widths >= low) & (widths <= MAX_BITS)
+    if low:
+        allowed |= widths == UNQUANTIZED
+    if not allowed.all():
+        kind = "a shared expert" if low else "an expert"
+        raise ValueError(f"{source} gives {kind} {int(widths[~allowed].flat[0])} bits; allowed are {low}..{MAX_BITS}"
+                         + (f" and {UNQUANTIZED}" if low else ""))
+
+
+def _span(values: tuple[int, ...]) -> str:
+    """``0..31``, or the values where they are not in a row."""
+    if len(values) > 2 and values == tuple(range(values[0], values[-1] + 1)):
+        return f"{values[0]}..{values[-1]}"
+    return ", ".join(map(str, values[:12])) + (" and more" if len(values) > 12 else "")

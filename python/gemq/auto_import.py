@@ -1,0 +1,123 @@
+"""Let ``transformers`` load gemq checkpoints in programs that never ``import gemq``: a hook in site-packages.
+
+Off unless asked for (``gemq auto-import on``). Two files are written beside the installed packages: a ``.pth`` file,
+one line that Python runs at every start, and the module that it imports. That module only puts a finder on
+``sys.meta_path``, which waits for ``transformers.modeling_utils`` and imports gemq after it. A start of Python costs
+one small import; a program without transformers never sees gemq; with gemq removed, or broken, transformers works as
+before (a broken one says so in a warning).
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from gemq.errors import GemqError
+
+PTH_FILE = "_gemq_auto_import.pth"
+MODULE_FILE = "_gemq_auto_import.py"
+
+# an exception here would be printed at every start of Python
+PTH_LINE = 'import sys; exec("try:\\n import _gemq_auto_import\\nexcept Exception:\\n pass")\n'
+
+MODULE = '''"""Written by `gemq auto-import on`, removed by `gemq auto-import off`: imports gemq after transformers."""
+
+import sys
+
+_AFTER = "transformers.modeling_utils"
+
+
+class _Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != _AFTER:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        import importlib.util
+
+        try:
+            spec = importlib.util.find_spec(name)
+            if "gemq" not in sys.modules and importlib.util.find_spec("gemq") is not None:
+                spec.loader = _Loader(spec.loader)
+            return spec
+        except Exception:
+            return None
+
+
+class _Loader:
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        self._loader.exec_module(module)
+        module.__loader__ = module.__spec__.loader = self._loader
+        try:
+            import gemq.hf
+        except Exception as error:
+            import warnings
+
+            warnings.warn(
+                f"gemq could not be imported ({type(error).__name__}: {error}): transformers will not load its "
+                "checkpoints. `gemq auto-import off` ends this attempt.", RuntimeWarning, stacklevel=2,
+            )
+
+
+if not any(type(finder).__name__ == _Finder.__name__ and type(finder).__module__ == __name__
+           for finder in sys.meta_path):
+    sys.meta_path.insert(0, _Finder())
+'''
+
+
+def folder() -> Path:
+    """Where the running Python looks for packages and ``.pth`` files."""
+    return Path(sysconfig.get_path("purelib"))
+
+
+def is_on(where: Path | None = None) -> bool:
+    """Whether both files are there, as this version writes them."""
+    where = where or folder()
+    contents = ((PTH_FILE, PTH_LINE), (MODULE_FILE, MODULE))
+    return all((where / name).is_file() and (where / name).read_text() == text for name, text in contents)
+
+
+def turn_on(where: Path | None = None) -> list[Path]:
+    """Write the two files, the ``.pth`` file last, and return their paths. Raises :class:`GemqError` if it cannot."""
+    where = where or folder()
+    written = []
+    for name, text in ((MODULE_FILE, MODULE), (PTH_FILE, PTH_LINE)):
+        try:
+            handle, temporary = tempfile.mkstemp(dir=where, prefix=".gemq", suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, where / name)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise GemqError(
+                f"{where / name} cannot be written ({error.strerror}); use a virtual environment"
+            ) from error
+        written.append(where / name)
+    return written
+
+
+def turn_off(where: Path | None = None) -> list[Path]:
+    """Remove the files, the ``.pth`` file first, and return those that were there."""
+    where = where or folder()
+    present = [where / name for name in (PTH_FILE, MODULE_FILE) if (where / name).exists()]
+    for path in present:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise GemqError(f"{path} cannot be removed ({error.strerror})") from error
+    return present

@@ -1,0 +1,64 @@
+"""``gemq export`` and ``gemq import-gptq``: checkpoints for, and of, programs without gemq."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemq import interchange
+from gemq.cli import display
+from gemq.pipeline import parse_dtype
+from gemq.shards import parse_size
+
+ShardSize = Annotated[str, typer.Option(help="Largest file: 5GB, 500MB.")]
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float16 or bfloat16.")] = "auto",
+    shard_size: ShardSize = "5GB",
+) -> None:
+    """Write a packed checkpoint as a plain 16-bit one, which transformers loads without gemq.
+
+    [dim]gemq export mixtral-2.5 mixtral-2.5-dense[/dim]
+    """
+    with display.stages() as report:
+        done = interchange.export(
+            model, output, dtype=parse_dtype(dtype), shard_bytes=parse_size(shard_size),
+            progress=lambda step, total: report("export", step, total),
+        )
+    kind = str(done.dtype).removeprefix("torch.")
+    display.output().print(
+        f"{done.path}: {done.tensors} tensors, {display.size(done.bytes)}, {kind}", markup=False, highlight=False,
+        soft_wrap=True,
+    )
+
+
+def import_gptq(
+    source: Annotated[Path, typer.Argument(help="GPTQ checkpoint folder (AutoGPTQ's or GPTQModel's).")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    shard_size: ShardSize = "5GB",
+) -> None:
+    """Write a GPTQ checkpoint of a Mixture-of-Experts model as a packed checkpoint of gemq: the same codes.
+
+    [dim]gemq import-gptq Mixtral-8x7B-GPTQ mixtral-4[/dim]
+    """
+    with display.stages() as report:
+        done = interchange.import_gptq(
+            source, output, shard_bytes=parse_size(shard_size),
+            progress=lambda step, total: report("import", step, total),
+        )
+    out = display.output()
+    widths = sorted({w for row in done.config.expert_bits.values() for w in row})
+    out.print(
+        f"{done.path}: experts {', '.join(map(str, widths))} bits, attention {done.config.attention_bits}, "
+        f"{display.size(done.bytes)}", markup=False, highlight=False, soft_wrap=True,
+    )
+    if done.wrapped:
+        display.errors().print(
+            f"note: {done.wrapped} zero points are stored as -1 and were read as 0, as AutoGPTQ reads them",
+            style="yellow", markup=False, highlight=False, soft_wrap=True,
+        )

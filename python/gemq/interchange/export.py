@@ -1,0 +1,117 @@
+"""Write a packed checkpoint as a plain 16-bit one, which transformers and others load without gemq."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from gemq.checkpoint import check_output, kept_in_float32, load_packed_config, packed_skeleton
+from gemq.errors import CheckpointError
+from gemq.format import expert_layout
+from gemq.hf import check_files
+from gemq.integrity import weight_files
+from gemq.interchange.source import TensorReader, copy_companions, disk_name, meta_model
+from gemq.models import replace_with_packed
+from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.ops import backends
+from gemq.shards import ShardWriter, new_folder
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export` wrote: the folder, the number of tensors and their bytes, and the dtype."""
+
+    path: Path
+    tensors: int
+    bytes: int
+    dtype: torch.dtype
+
+
+def export(
+    source: str | os.PathLike, target: str | os.PathLike, *, dtype: torch.dtype | str = "auto",
+    shard_bytes: int = 5 * 10**9, progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write the packed checkpoint ``source`` with dequantized weights to the new folder ``target``.
+
+    Every weight is ``q * s + m`` in float32 rounded once to ``dtype`` ("auto": the checkpoint's, float16 or bfloat16).
+    Names are those of the family's own checkpoints. The packed tensors are read and written one by one: the memory
+    taken is that of one projection of one layer's experts and of a shard. ``progress(done, total)`` counts tensors.
+
+    Raises :class:`CheckpointError` for a source that is not a sound gemq checkpoint, a target that is not empty, and
+    weights beyond float16's range.
+    """
+    packed = load_packed_config(source)
+    out = check_output(target, source)
+    files = weight_files(source)
+    model, config = meta_model(source)
+    modules = packed_skeleton(model, packed, device="meta")
+    replace_with_packed(model, modules)
+    check_files(model, files)
+    chosen = _dtype(dtype, config)
+    with new_folder(out) as folder, ExitStack() as stack:
+        reader = TensorReader(files, stack)
+        writer = ShardWriter(folder, shard_bytes)
+        count, steps = 0, sum(not name.endswith("_meta") for name in reader.handles)
+        for done, (name, tensor) in enumerate(_tensors(model, modules, reader, chosen)):
+            for stored, part in revert_weight_conversion(model, {name: tensor}).items():
+                writer.add(stored, part)
+                count += 1
+            if progress:
+                progress(done + 1, steps)
+        writer.finish()
+        copy_companions(Path(source), folder)
+        config.dtype = chosen
+        (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+    return Exported(out, count, writer.total, chosen)
+
+
+def _dtype(dtype: torch.dtype | str, config) -> torch.dtype:
+    if dtype == "auto":
+        return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be auto, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}")
+    return dtype
+
+
+def _tensors(
+    model: nn.Module, modules: dict[str, nn.Module], reader: TensorReader, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the plain model under its module path, packed ones dequantized."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    kept = kept_in_float32(model)
+    for name in model.state_dict():
+        path, _, leaf = name.rpartition(".")
+        if path in modules and leaf.endswith("_codes"):
+            plain = leaf.removesuffix("_codes")
+            meta = disk_name(model, f"{path}.{plain}_meta")
+            weight = _dense(modules[path], plain, reader.take(disk_name(model, name)), reader.take(meta), dtype)
+            if not bool(torch.isfinite(weight).all()):
+                raise CheckpointError(
+                    f"{path}.{plain} has weights that are not finite in {str(dtype).removeprefix('torch.')}"
+                )
+            yield f"{path}.{plain}", weight
+        elif name not in tied and not (path in modules and leaf.endswith("_meta")):
+            stored = reader.take(disk_name(model, name))
+            yield name, stored.to(dtype) if stored.is_floating_point() and name not in kept else stored
+
+
+def _dense(
+    module: LowBitExperts | LowBitLinear, name: str, codes: Tensor, meta: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if isinstance(module, LowBitLinear):
+        shape = (module.bits, module.out_features, module.in_features, module.group_size)
+        return backends.dense_weight(codes, meta, *shape, "canonical", dtype)
+    (n, k), size = module.shape(name), module.group_sizes[name]
+    plan = expert_layout(module.bits, n, k, size, "canonical")
+    out = torch.zeros(module.num_experts, n, k, dtype=dtype)
+    for e, (width, at, meta_at) in enumerate(zip(plan.bits, plan.code_offsets, plan.meta_offsets, strict=True)):
+        if width:
+            out[e] = backends.dense_weight(codes[at:], meta[meta_at:], width, n, k, size, "canonical", dtype)
+    return out

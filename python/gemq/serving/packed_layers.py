@@ -1,0 +1,195 @@
+"""What the plug-ins share: which layer has which width, parameters that load a checkpoint's buffers, layers that run.
+
+A serving runtime makes its own model and asks a plug-in for the weights of each layer. Here the parameters are flat
+canonical buffers, filled by name; after loading they become gemq's own modules on the device's kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gemq import format as fmt
+from gemq.checkpoint import PackedConfig
+from gemq.errors import CheckpointError, GemqError
+from gemq.format import UNQUANTIZED
+from gemq.nn import LowBitExperts, LowBitLinear
+
+_PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+_ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_PACKED_ENDINGS = ("_proj", "_proj_with_mqa")
+_SHARDS = {"q": 0, "k": 1, "v": 2}
+
+
+class ServingError(GemqError, ValueError):
+    """A checkpoint, or a way of splitting a model, that a serving plug-in does not run."""
+
+
+def width_of(config: PackedConfig, prefix: str) -> int:
+    """The width of the linear that a runtime calls ``prefix``; 16 for one that is not quantized.
+
+    Raises :class:`ServingError` for attention whose linears the plug-ins do not know.
+    """
+    place = _PLACE.search(prefix)
+    if place is None:
+        return UNQUANTIZED
+    layer, path = int(place[1]), place[2].split(".")
+    known = path[0] == "self_attn" and (path[-1] in _ATTENTION or not path[-1].endswith(_PACKED_ENDINGS))
+    if path[0] in ("self_attn", "linear_attn") and not known:
+        if config.attention_bits == UNQUANTIZED:
+            return UNQUANTIZED
+        raise ServingError(
+            f"{prefix}: this kind of attention is not served from packed weights; quantize with --attention-bits 16"
+        )
+    if path[0] == "self_attn" and len(path) == 2 and path[1] in _ATTENTION:
+        return config.attention_bits
+    if len(path) == 3 and path[1] in ("shared_expert", "shared_experts") and path[2] in _MLP:
+        return config.shared_bits.get(layer, UNQUANTIZED)
+    if len(path) == 2 and path[0] == "mlp" and path[1] in _MLP and layer not in config.expert_bits:
+        return config.dense_bits
+    return UNQUANTIZED
+
+
+def expert_widths(config: PackedConfig, prefix: str) -> list[int]:
+    """The widths of all experts of the layer that a runtime calls ``prefix``; :class:`ServingError` if it has none."""
+    place = _PLACE.search(prefix)
+    if place is None or int(place[1]) not in config.expert_bits:
+        raise ServingError(f"quantization_config.expert_bits names no widths for {prefix}")
+    return config.expert_bits[int(place[1])]
+
+
+def _buffer(size: int, dtype: torch.dtype, loader) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
+    parameter.weight_loader = loader
+    return parameter
+
+
+class LinearParts:
+    """The packed buffers of one linear layer: of one matrix, or several with the same input (q, k and v; gate and up).
+
+    Rows of the parts follow each other, so the canonical buffers of the parts do too.
+    """
+
+    def __init__(self, prefix: str, k: int, rows: Sequence[int], bits: int, group_size: int):
+        self.prefix, self.k, self.rows, self.bits = prefix, k, list(rows), bits
+        self.preferred, self.group_size = group_size, fmt.default_group_size(k, group_size)
+        self._missing = {(kind, part) for kind in ("codes", "meta") for part in range(len(self.rows))}
+
+    def _sizes(self, kind: str) -> list[int]:
+        if kind == "codes":
+            return [fmt.codes_bytes(n, self.k, self.bits) for n in self.rows]
+        return [fmt.meta_elements(n, self.k, self.bits, self.group_size) for n in self.rows]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """``weight_codes`` uint8 and ``weight_meta`` float16, flat, with loaders that take a part at a time."""
+        return {
+            f"weight_{kind}": _buffer(sum(self._sizes(kind)), dtype, partial(self._load, kind))
+            for kind, dtype in (("codes", torch.uint8), ("meta", torch.float16))
+        }
+
+    def _load(self, kind: str, param: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
+        sizes = self._sizes(kind)
+        if shard is None:
+            if len(sizes) > 1 and loaded.numel() != sum(sizes):
+                raise ServingError(f"{self.prefix}.weight_{kind} was loaded without saying which of its parts it is")
+            parts, start = range(len(sizes)), 0
+        else:
+            part = _SHARDS.get(shard, shard)
+            if part not in range(len(sizes)):
+                raise ServingError(f"{self.prefix}.weight_{kind} has no part {shard!r}")
+            parts, start = [part], sum(sizes[:part])
+        expected = sum(sizes[part] for part in parts)
+        _check_loaded(f"{self.prefix}.weight_{kind}", param, loaded, expected)
+        param.data[start : start + expected].copy_(loaded)
+        self._missing -= {(kind, part) for part in parts}
+
+    def module(self, codes: Tensor, meta: Tensor) -> LowBitLinear:
+        """The layer, ready for its device's kernels. Raises :class:`CheckpointError` if a part was not loaded."""
+        _check_complete(self.prefix, {f"weight_{kind} (part {part})" for kind, part in self._missing})
+        module = LowBitLinear(self.k, sum(self.rows), self.bits, self.preferred, device="meta")
+        module.weight_codes, module.weight_meta = codes, meta
+        module.prepare()
+        return module.requires_grad_(False)
+
+
+class ExpertParts:
+    """The packed buffers of the experts of one layer that are kept on this rank.
+
+    The checkpoint holds all experts of a layer in one buffer; its loader keeps the slices of ``kept``, in that order.
+    """
+
+    def __init__(self, prefix: str, hidden: int, intermediate: int, bits: Sequence[int], kept: Sequence[int],
+                 group_size: int):
+        self.prefix, self.hidden, self.intermediate = prefix, hidden, intermediate
+        self.bits, self.kept, self.group_size = list(bits), list(kept), group_size
+        self._missing = {(name, kind) for name in ("gate_up_proj", "down_proj") for kind in ("codes", "meta")}
+
+    def _sizes(self, name: str, kind: str) -> list[int]:
+        """Elements of every expert of the layer."""
+        n, k = (2 * self.intermediate, self.hidden) if name == "gate_up_proj" else (self.hidden, self.intermediate)
+        if kind == "codes":
+            return [fmt.codes_bytes(n, k, width) for width in self.bits]
+        return [fmt.meta_elements(n, k, width, fmt.default_group_size(k, self.group_size)) for width in self.bits]
+
+    def parameter(self, name: str, kind: str) -> nn.Parameter:
+        """The flat buffer of a projection's codes (uint8) or metadata (float16) for the experts that are kept."""
+        sizes = self._sizes(name, kind)
+        dtype = torch.uint8 if kind == "codes" else torch.float16
+        return _buffer(sum(sizes[e] for e in self.kept), dtype, partial(self._load, name, kind))
+
+    def _load(self, name: str, kind: str, param: nn.Parameter, loaded_weight: Tensor, *_, **named) -> bool | None:
+        sizes = self._sizes(name, kind)
+        _check_loaded(f"{self.prefix}.{name}_{kind}", param, loaded_weight, sum(sizes))
+        pieces = loaded_weight.split(sizes)
+        at = 0
+        for expert in self.kept:
+            param.data[at : at + sizes[expert]].copy_(pieces[expert])
+            at += sizes[expert]
+        self._missing.discard((name, kind))
+        return True if named.get("return_success") else None
+
+    def module(self, buffers: dict[str, Tensor]) -> LowBitExperts:
+        """The experts, ready for their device's kernels; ``buffers`` by ``gate_up_proj_codes`` and so on."""
+        _check_complete(self.prefix, {f"{name}_{kind}" for name, kind in self._missing})
+        bits = [self.bits[e] for e in self.kept]
+        module = LowBitExperts(self.hidden, self.intermediate, bits, self.group_size, "meta")
+        for name, buffer in buffers.items():
+            setattr(module, name, buffer)
+        module.prepare()
+        return module
+
+
+def _check_loaded(name: str, param: nn.Parameter, loaded: Tensor, expected: int) -> None:
+    if loaded.dtype != param.dtype or loaded.dim() != 1 or loaded.numel() != expected:
+        raise CheckpointError(
+            f"{name} is {str(loaded.dtype).removeprefix('torch.')} {list(loaded.shape)}, expected "
+            f"{str(param.dtype).removeprefix('torch.')} [{expected}]"
+        )
+
+
+def _check_complete(prefix: str, missing: set[str]) -> None:
+    if missing:
+        raise CheckpointError(f"{prefix}: the checkpoint's {', '.join(sorted(missing))} did not reach the layer")
+
+
+def check_unsplit(prefix: str, given: Sequence[int], whole: Sequence[int]) -> None:
+    """Refuse tensor parallelism: a layer of which this rank was to hold a part. ``given`` and ``whole`` are sizes."""
+    if list(given) != list(whole):
+        raise ServingError(
+            f"{prefix}: tensor parallelism is not served ({list(given)} of {list(whole)} on this rank): packed rows "
+            "are not split. Use one GPU, or expert parallelism with data-parallel attention"
+        )
+
+
+def local_ids(topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
+    """Global expert ids as ids of this rank's experts, -1 for those elsewhere, which contribute zero."""
+    if expert_map is None:
+        return topk_ids
+    inside = (topk_ids >= 0) & (topk_ids < expert_map.numel())
+    mapped = expert_map[topk_ids.clamp(0, expert_map.numel() - 1).long()]
+    return torch.where(inside, mapped.to(topk_ids.dtype), -1)

@@ -1,0 +1,177 @@
+"""gemq's quantization method for SGLang 0.5.23: ``QuantizationConfig``, a linear method and a fused-MoE method.
+
+SGLang's loaders leave names that are no per-expert weights as they are, so a layer's buffers keep the names that the
+checkpoint gives them. The standard dispatcher hands over local expert ids, -1 for experts of other ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.choices import QUANTIZATION_CHOICES, add_quantization_method_choices
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
+from sglang.srt.layers.moe.token_dispatcher.base import CombineInput, DispatchOutput
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+from sglang.srt.layers.quantization.base_config import (
+    FusedMoEMethodBase,
+    LinearMethodBase,
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from torch import Tensor, nn
+
+from gemq.checkpoint import PackedConfig
+from gemq.format import UNQUANTIZED
+from gemq.serving.packed_layers import ExpertParts, LinearParts, ServingError, check_unsplit, expert_widths, width_of
+
+_BUFFERS = [(name, kind) for name in ("gate_up_proj", "down_proj") for kind in ("codes", "meta")]
+
+
+class GemqConfig(QuantizationConfig):
+    """The ``quantization_config`` of a gemq checkpoint, as SGLang asks it."""
+
+    def __init__(self, packed: PackedConfig):
+        super().__init__()
+        self.packed = packed
+
+    def get_name(self) -> str:
+        """The name that ``config.json`` gives as ``quant_method``."""
+        return "gemq"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Activations in 16 bits or float32; products are summed in float32."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The kernels are compiled for sm_80 and newer."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Everything is in ``config.json``."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> GemqConfig:
+        """Raises :class:`gemq.errors.CheckpointError` for a config that is malformed, edited or too new."""
+        return cls(PackedConfig.from_dict(config))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a linear or of fused experts; None for what holds no quantized weights."""
+        if isinstance(layer, FusedMoE):
+            return GemqMoEMethod(self.packed, prefix)
+        if isinstance(layer, LinearBase):
+            width = width_of(self.packed, prefix)
+            return UnquantizedLinearMethod() if width == UNQUANTIZED else GemqLinearMethod(self.packed, width, prefix)
+        return None
+
+    def get_scaled_act_names(self) -> list[str]:
+        """No activation is rescaled."""
+        return []
+
+
+class GemqLinearMethod(LinearMethodBase):
+    """One linear layer, merged ones included, packed at one width."""
+
+    def __init__(self, packed: PackedConfig, bits: int, prefix: str):
+        self.packed, self.bits, self.prefix = packed, bits, prefix
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs,
+    ) -> None:
+        """Register ``weight_codes`` and ``weight_meta``. Raises :class:`ServingError` under tensor parallelism."""
+        check_unsplit(
+            self.prefix, [input_size_per_partition, sum(output_partition_sizes)], [input_size, output_size]
+        )
+        self.parts = LinearParts(self.prefix, input_size, output_partition_sizes, self.bits, self.packed.group_size)
+        for name, parameter in self.parts.parameters().items():
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Repack the loaded buffers for their device's kernels."""
+        layer.packed = self.parts.module(layer.weight_codes.data, layer.weight_meta.data)
+        del layer.weight_codes, layer.weight_meta
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T (+ bias)`` in the dtype of ``x``."""
+        out = layer.packed(x)
+        return out if bias is None else out + bias
+
+
+class GemqMoEMethod(FusedMoEMethodBase):
+    """The experts of one layer, each at its own width, in one kernel call."""
+
+    def __init__(self, packed: PackedConfig, prefix: str):
+        self.packed, self.prefix = packed, prefix
+
+    def create_weights(
+        self, layer: nn.Module, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+        params_dtype: torch.dtype, **extra_weight_attrs,
+    ) -> None:
+        """Register the buffers of this rank's experts, under the checkpoint's names.
+
+        Raises :class:`ServingError` under tensor parallelism and for biases or fused shared experts.
+        """
+        whole = intermediate_size_per_partition * layer.moe_tp_size
+        check_unsplit(self.prefix, [intermediate_size_per_partition], [whole])
+        if layer.num_fused_shared_experts or layer.with_bias:
+            raise ServingError(
+                f"{self.prefix}: experts with biases, or shared experts fused with the routed ones, are not served "
+                "(--disable-shared-experts-fusion)"
+            )
+        bits = expert_widths(self.packed, self.prefix)
+        if len(bits) != layer.num_experts:
+            raise ServingError(f"{self.prefix} has {layer.num_experts} experts, the checkpoint {len(bits)}")
+        first = layer.moe_ep_rank * num_experts
+        kept = range(first, first + num_experts)
+        self.parts = ExpertParts(
+            self.prefix, hidden_size, intermediate_size_per_partition, bits, kept, self.packed.group_size
+        )
+        for name, kind in _BUFFERS:
+            layer.register_parameter(f"{name}_{kind}", self.parts.parameter(name, kind))
+
+    def create_moe_runner(self, layer: nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
+        """No runner of SGLang's: ids arrive local and in the standard form.
+
+        Raises :class:`ServingError` for experts that are not SiLU(gate) * up with all scaling in the routing weights.
+        """
+        config = moe_runner_config
+        odd = {
+            "another activation": config.activation != "silu" or not config.is_gated,
+            "a clamped or scaled activation": any(
+                value is not None for value in (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)
+            ),
+            "weights on the input": config.apply_router_weight_on_input,
+            "a scaling factor of their own": config.routed_scaling_factor not in (None, 1.0),
+            "outputs that are not summed": config.no_combine,
+        }
+        for name, present in odd.items():
+            if present:
+                raise ServingError(f"{self.prefix}: experts with {name} are not served")
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Repack the loaded buffers for their device's kernels."""
+        buffers = {f"{name}_{kind}": getattr(layer, f"{name}_{kind}").data for name, kind in _BUFFERS}
+        for name in buffers:
+            delattr(layer, name)
+        layer.packed = self.parts.module(buffers)
+
+    def apply(self, layer: nn.Module, dispatch_output: DispatchOutput) -> CombineInput:
+        """``[T, H] -> [T, H]``: the weighted sum over this rank's experts; ids of -1 contribute zero."""
+        topk = dispatch_output.topk_output
+        out = layer.packed(dispatch_output.hidden_states, topk.topk_ids, topk.topk_weights)
+        return StandardCombineInput(hidden_states=out)
+
+
+def register() -> None:
+    """Enter gemq into SGLang's table of quantization methods and the choices of ``--quantization``."""
+    QUANTIZATION_METHODS["gemq"] = GemqConfig
+    if "gemq" not in QUANTIZATION_CHOICES:
+        add_quantization_method_choices(["gemq"])

@@ -1,0 +1,208 @@
+"""gemq's quantization method for vLLM 0.33: ``QuantizationConfig``, a linear method and a routed-experts method.
+
+vLLM merges q, k and v, and gate and up; its loaders rename a checkpoint's tensors and hand them to a parameter's
+``weight_loader``. A layer's experts reach it as one buffer, renamed to look like expert 0's (which every family's
+loader passes on); the parameter's own loader keeps the slices of this rank.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    FusedMoEParallelConfig,
+    FusedMoEQuantConfig,
+    MoEActivation,
+    RoutedExperts,
+)
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
+
+from gemq.checkpoint import PackedConfig
+from gemq.format import UNQUANTIZED
+from gemq.serving.packed_layers import (
+    ExpertParts,
+    LinearParts,
+    ServingError,
+    check_unsplit,
+    expert_widths,
+    local_ids,
+    width_of,
+)
+
+SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe")
+# the names that vLLM gives to gate and up together, and to down
+_PROJECTIONS = {"w13": "gate_up_proj", "w2": "down_proj"}
+_RENAMED = {
+    re.compile(r"\.experts\.gate_up_proj_(codes|meta)$"): r".experts.0.gate_proj.\1",
+    re.compile(r"\.experts\.down_proj_(codes|meta)$"): r".experts.0.down_proj.\1",
+}
+
+
+class GemqConfig(QuantizationConfig):
+    """The ``quantization_config`` of a gemq checkpoint, as vLLM asks it."""
+
+    def __init__(self, packed: PackedConfig):
+        super().__init__()
+        self.packed = packed
+
+    def get_name(self) -> str:
+        """The name that ``config.json`` gives as ``quant_method``."""
+        return "gemq"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Activations in 16 bits or float32; products are summed in float32."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The kernels are compiled for sm_80 and newer."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Everything is in ``config.json``."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> GemqConfig:
+        """Raises :class:`gemq.errors.CheckpointError` for a config that is malformed, edited or too new."""
+        return cls(PackedConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Refuse families whose layers vLLM fuses in ways that were not tried, before anything is loaded."""
+        kind = getattr(hf_config, "model_type", None)
+        if kind is not None and kind not in SERVED:
+            raise ServingError(f"vLLM does not serve {kind!r} from gemq checkpoints; it serves {', '.join(SERVED)}")
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Names by which the loaders of all families pass a layer's buffers on to its experts."""
+        return QuantizationConfig.get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=_RENAMED)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a linear or of routed experts; None for what holds no quantized weights."""
+        if isinstance(layer, RoutedExperts):
+            return GemqMoEMethod(self.packed, layer.moe_config)
+        if isinstance(layer, LinearBase):
+            width = width_of(self.packed, prefix)
+            return UnquantizedLinearMethod() if width == UNQUANTIZED else GemqLinearMethod(self.packed, width, prefix)
+        return None
+
+
+class GemqLinearMethod(LinearMethodBase):
+    """One linear layer, merged ones included, packed at one width."""
+
+    def __init__(self, packed: PackedConfig, bits: int, prefix: str):
+        self.packed, self.bits, self.prefix = packed, bits, prefix
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs,
+    ) -> None:
+        """Register ``weight_codes`` and ``weight_meta``. Raises :class:`ServingError` under tensor parallelism."""
+        check_unsplit(
+            self.prefix, [input_size_per_partition, sum(output_partition_sizes)], [input_size, output_size]
+        )
+        self.parts = LinearParts(self.prefix, input_size, output_partition_sizes, self.bits, self.packed.group_size)
+        for name, parameter in self.parts.parameters().items():
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Repack the loaded buffers for their device's kernels."""
+        layer.packed = self.parts.module(layer.weight_codes.data, layer.weight_meta.data)
+        del layer.weight_codes, layer.weight_meta
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T (+ bias)`` in the dtype of ``x``."""
+        out = layer.packed(x)
+        return out if bias is None else out + bias
+
+
+class GemqMoEMethod(FusedMoEMethodBase):
+    """The routed experts of one layer, each at its own width, in one kernel call."""
+
+    def __init__(self, packed: PackedConfig, moe: FusedMoEConfig):
+        super().__init__(moe)
+        self.packed = packed
+
+    def create_weights(
+        self, layer: RoutedExperts, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+        params_dtype: torch.dtype, **extra_weight_attrs,
+    ) -> None:
+        """Register the buffers of this rank's experts.
+
+        Raises :class:`ServingError` under tensor parallelism and for experts that are not SiLU(gate) * up.
+        """
+        prefix = layer.layer_name
+        check_unsplit(prefix, [intermediate_size_per_partition], [self.moe.intermediate_size])
+        self._refuse(layer, prefix)
+        bits = expert_widths(self.packed, prefix)
+        if len(bits) != layer.global_num_experts:
+            raise ServingError(f"{prefix} has {layer.global_num_experts} experts, the checkpoint {len(bits)}")
+        kept = _kept(layer.expert_map, num_experts)
+        self.parts = ExpertParts(
+            prefix, hidden_size, intermediate_size_per_partition, bits, kept, self.packed.group_size
+        )
+        for short, name in _PROJECTIONS.items():
+            for kind in ("codes", "meta"):
+                layer.register_parameter(f"{short}_{kind}", self.parts.parameter(name, kind))
+
+    def _refuse(self, layer: RoutedExperts, prefix: str) -> None:
+        odd = {
+            "another activation": self.moe.activation is not MoEActivation.SILU, "biases": self.moe.has_bias,
+            "a clamped activation": layer.swiglu_limit is not None,
+            "weights on the input": layer.apply_router_weight_on_input,
+        }
+        for name, present in odd.items():
+            if present:
+                raise ServingError(f"{prefix}: experts with {name} are not served")
+
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: torch.dtype,
+        moe_parallel_config: FusedMoEParallelConfig,
+    ) -> tuple[int, int]:
+        """Sizes stay: packed weights are not padded."""
+        return hidden_size, intermediate_size_per_partition
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+        """None: no kernel of vLLM's own runs."""
+        return None
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Repack the loaded buffers for their device's kernels."""
+        buffers = {}
+        for short, name in _PROJECTIONS.items():
+            for kind in ("codes", "meta"):
+                buffers[f"{name}_{kind}"] = getattr(layer, f"{short}_{kind}").data
+                delattr(layer, f"{short}_{kind}")
+        layer.packed = self.parts.module(buffers)
+
+    def apply(
+        self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """``[T, H] -> [T, H]``: the weighted sum over this rank's experts; others contribute zero."""
+        return layer.packed(x, local_ids(topk_ids, layer.expert_map), topk_weights)
+
+
+def _kept(expert_map: Tensor | None, num_experts: int) -> list[int]:
+    """Global ids of this rank's experts, in the order of their local ids."""
+    if expert_map is None:
+        return list(range(num_experts))
+    local = {slot: expert for expert, slot in enumerate(expert_map.tolist()) if slot >= 0}
+    if sorted(local) != list(range(num_experts)):
+        raise ServingError(f"the expert map places {len(local)} experts in {num_experts} slots of this rank")
+    return [local[slot] for slot in range(num_experts)]
+
+
+def register() -> None:
+    """Enter gemq into vLLM's table of quantization methods."""
+    register_quantization_config("gemq")(GemqConfig)
