@@ -107,8 +107,9 @@ def main() -> None:
         peaks = {which: max(rows[-1][which]["memory"].values()) / 1e9 for which in ("predicted", "measured")}
         seconds = {which: sum(rows[-1][which]["seconds"].values()) for which in ("predicted", "measured")}
         files = {which: rows[-1][which]["files"] for which in ("predicted", "measured")}
-        print(f"{name}, {engine}: memory {peaks['predicted']:.2f} GB predicted, {peaks['measured']:.2f} measured; seconds "
-              f"{seconds['predicted']:.0f}, {seconds['measured']:.0f}; files {files['predicted']}, {files['measured']}")
+        told = [f"{what} {found['predicted']:.4g} predicted, {found['measured']:.4g} measured"
+                for what, found in (("GB", peaks), ("seconds", seconds), ("bytes of files", files))]
+        print(f"{name}, {engine}: {'; '.join(told)}")
     if options.json:
         result = {"conditions": conditions("python benchmarks/plan_accuracy.py"), "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
