@@ -2,13 +2,14 @@
 
     python benchmarks/plan_accuracy.py --json benchmarks/results/plan-<date>.json
 
-Three random models on the CPU, one that weights dominate, one that activations do, one with shared experts. Each is
-quantized in a process of its own, whose resident memory is read every 3 ms.
+Three random models on the CPU, one that weights dominate, one that activations do, one with shared experts, each by
+both engines and quantized in a process of its own, whose resident memory is read every 3 ms.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -29,14 +30,14 @@ _DEEPSEEK = {
 # model type, config, windows, tokens a window, windows a batch
 CASES = {
     "weights": ("mixtral", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
-                            "num_local_experts": 8, "num_attention_heads": 8, "num_key_value_heads": 4}, 16, 256, 4),
+                            "num_local_experts": 8, "num_attention_heads": 8, "num_key_value_heads": 4}, 8, 256, 4),
     "activations": ("mixtral", {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8,
                                 "num_local_experts": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
-                    48, 512, 4),
+                    32, 512, 4),
     "shared experts": ("deepseek_v2", _DEEPSEEK | {
         "hidden_size": 384, "intermediate_size": 1024, "moe_intermediate_size": 256, "num_hidden_layers": 4,
         "n_routed_experts": 16, "num_experts_per_tok": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
-    }, 24, 512, 8),
+    }, 16, 512, 4),
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def save_random(name: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def one(name: str, folder: Path) -> dict:
+def one(name: str, engine: str, folder: Path) -> dict:
     """Predict, then quantize and watch; in this process."""
     import torch
 
@@ -65,7 +66,7 @@ def one(name: str, folder: Path) -> dict:
     *_, samples, length, batch = CASES[name]
     method = MethodConfig(batch_size=batch)
     machine = this_machine(torch.device("cpu"), folder, torch.float32, rates=True)
-    plan = make_plan(check_model(str(folder / "model")), PlanConfig(method, samples, length), machine)
+    plan = make_plan(check_model(str(folder / "model")), PlanConfig(method, samples, length, engine), machine)
     stage, peaks = ["load"], {}
 
     def watch() -> None:
@@ -76,10 +77,10 @@ def one(name: str, folder: Path) -> dict:
 
     threading.Thread(target=watch, daemon=True).start()
     config = QuantizeConfig(str(folder / "model"), str(folder / "out"), str(DEMO / "text" / "calibration.txt"),
-                            samples, length, method=method, check=False)
+                            samples, length, method=method, check=False, stream=engine == "stream")
     (found,) = gemq.quantize(config, lambda name, done, total: stage.__setitem__(0, name))
     return {
-        "case": name, "parameters": plan.parts.parameters, "tokens": samples * length,
+        "case": name, "engine": engine, "parameters": plan.parts.parameters, "tokens": samples * length,
         "predicted": {
             "memory": {k: sum(need.host.values()) for k, need in plan.stages.items()}, "seconds": plan.seconds,
             "files": plan.outputs[2.5].files,
@@ -92,20 +93,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", choices=CASES, help="one case, in this process")
+    parser.add_argument("--engine", choices=("memory", "stream"), default="stream")
     options = parser.parse_args()
     if options.case:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(one(options.case, Path(folder))))
+            print(json.dumps(one(options.case, options.engine, Path(folder))))
         return
     rows = []
-    for name in CASES:
-        done = subprocess.run([sys.executable, __file__, "--case", name], capture_output=True, text=True, check=True)
+    for name, engine in itertools.product(CASES, ("memory", "stream")):
+        command = [sys.executable, __file__, "--case", name, "--engine", engine]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         peaks = {which: max(rows[-1][which]["memory"].values()) / 1e9 for which in ("predicted", "measured")}
         seconds = {which: sum(rows[-1][which]["seconds"].values()) for which in ("predicted", "measured")}
         files = {which: rows[-1][which]["files"] for which in ("predicted", "measured")}
-        print(f"{name}: memory {peaks['predicted']:.2f} GB predicted, {peaks['measured']:.2f} measured; seconds "
-              f"{seconds['predicted']:.0f}, {seconds['measured']:.0f}; files {files['predicted']}, {files['measured']}")
+        told = [f"{what} {found['predicted']:.4g} predicted, {found['measured']:.4g} measured"
+                for what, found in (("GB", peaks), ("seconds", seconds), ("bytes of files", files))]
+        print(f"{name}, {engine}: {'; '.join(told)}")
     if options.json:
         result = {"conditions": conditions("python benchmarks/plan_accuracy.py"), "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")

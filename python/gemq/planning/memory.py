@@ -19,7 +19,7 @@ ENGINES = ("memory", "stream")
 PROCESS, CONTEXT = 750 * 10**6, 500 * 10**6
 # float32 copies of a k x k Hessian that are alive while its factor is computed (gemq.algorithms.gptq), and bytes a
 # weight while its columns are rounded: its float32 copy, clone, dequantized twin and error, and the codes
-FACTOR_COPIES, ROUNDING = 8, 17
+FACTOR_COPIES, ROUNDING = 5, 17
 # What allocators hold beyond what is in use, of everything but the process itself: measured, 0 to 18%.
 SLACK = 0.1
 # how much busier than the mean the busiest expert is taken to be
