@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -193,7 +194,7 @@ def mutated(pick: random.Random, data):
                 break
             owner, key = inner, pick.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
         if key is None:
-            return pick.choice(ODD)
+            return _odd(pick)
         change = pick.randrange(4)
         if change == 0:
             owner.pop(key)
@@ -202,8 +203,13 @@ def mutated(pick: random.Random, data):
         elif change == 2 and type(owner[key]) is int:
             owner[key] += pick.choice((-1, 1, 8, -8, 2**32, 2**63))
         else:
-            owner[key] = pick.choice(ODD)
+            owner[key] = _odd(pick)
     return data
+
+
+def _odd(pick: random.Random):
+    """One of ``ODD``; a copy, because the next change may be inside it, and no case may depend on those before."""
+    return deepcopy(pick.choice(ODD))
 
 
 # mutations of a folder
