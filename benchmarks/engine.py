@@ -39,7 +39,7 @@ from gemq.pipeline import QuantizeConfig, save_stage
 from gemq.reference import gptq_group
 
 MIB = 1 << 20
-METHOD = MethodConfig(budgets=(2.0,), per_layer="none", batch_size=2)
+METHOD = MethodConfig(budgets=(2.0,), per_layer="none", perturbation="rtn", batch_size=2)
 
 
 def resident(key: str = "VmRSS") -> int:
@@ -148,8 +148,8 @@ def memory_and_stages(base: Path, shape: dict, depths: list[int], count: int, le
 
 def coefficients(base: Path) -> dict:
     """Eq. 6 of 64 experts and three widths against one forward and backward pass of the same windows."""
-    folder, text = base / "wide", windows(32, 256)
-    save_model(folder, 4, hidden=256, intermediate=256, experts=64, top_k=8)
+    folder, text = base / "wide", windows(64, 256)
+    save_model(folder, 2, hidden=512, intermediate=256, experts=64, top_k=8)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     moe = describe(model)
     plain = []
@@ -158,7 +158,7 @@ def coefficients(base: Path) -> dict:
         for at in range(0, len(text), 4):
             _capture_batch(moe, text[at : at + 4])
         plain.append(time.process_time() - began)
-    row = {"what": "coefficients", "experts": 64, "layers": 4, "top_k": 8, "tokens": text.numel(),
+    row = {"what": "coefficients", "experts": 64, "layers": 2, "hidden": 512, "intermediate": 256, "top_k": 8, "tokens": text.numel(),
            "forward_backward_s": round(min(plain), 2)}
     for kind in ("rtn", "gptq"):
         with opened(base / f"run-{kind}", {}) as run:
@@ -225,7 +225,7 @@ def main() -> None:
     if given.worker:
         print(json.dumps(worker(given.worker, given.stream, given.count, given.length)))
         return
-    shape = {"hidden": 512, "intermediate": 1536, "experts": 16, "top_k": 2}
+    shape = {"hidden": 512, "intermediate": 512, "experts": 32, "top_k": 4}
     depths, rows = [int(d) for d in given.depths.split(",")], []
     with tempfile.TemporaryDirectory() as folder:
         if given.only in (None, "gptq"):

@@ -101,7 +101,8 @@ class Laboratory:
         self.quantize = lambda: gemq.quantize(config)
         (base / "reference").mkdir()
         report = base / "reference.json"
-        assert forked(lambda: counted(self.quantize, report), base / "reference") == 0, (base / "log.txt").read_text()[-3000:]
+        status = forked(lambda: counted(self.quantize, report), base / "reference")
+        assert status == 0, (base / "log.txt").read_text()[-3000:]
         found = json.loads(report.read_text())
         self.events, self.seconds = found["events"], found["seconds"]
         self.expected = tree(base / "reference")
@@ -178,7 +179,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         status = forked(lambda: prepare(Path(folder)), Path(folder))
         assert status == 0, status
-        found = run(Path(folder), tuple(float(b) for b in given.budgets.split(",")), given.events, given.random, given.seed)
+        budgets = tuple(float(b) for b in given.budgets.split(","))
+        found = run(Path(folder), budgets, given.events, given.random, given.seed)
     print(json.dumps(found))
     return 1 if found["failures"] else 0
 
