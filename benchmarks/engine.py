@@ -39,7 +39,9 @@ from gemq.pipeline import QuantizeConfig, save_stage
 from gemq.reference import gptq_group
 
 MIB = 1 << 20
-METHOD = MethodConfig(budgets=(2.0,), per_layer="none", perturbation="rtn", batch_size=2)
+METHOD = MethodConfig(
+    budgets=(2.0,), per_layer="none", perturbation="rtn", batch_size=2, gptq=GptqConfig(clip="none")
+)
 
 
 def resident(key: str = "VmRSS") -> int:
@@ -92,7 +94,8 @@ class Stages:
 
 def worker(folder: Path, stream: bool, count: int, length: int) -> dict:
     """One whole quantization in this process."""
-    source = text = windows(count, length)
+    text = windows(count, length)
+    tuning = text[:2]
     AutoModelForCausalLM.from_pretrained  # noqa: B018  (imports what the base should hold)
     base = resident()
     report = Stages(base)
@@ -101,7 +104,7 @@ def worker(folder: Path, stream: bool, count: int, length: int) -> dict:
         if stream:
             source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
             layer = source.layer_bytes()
-            with Session(source, text, text, METHOD).working(RunOptions(Path(work) / "run"), report) as run:
+            with Session(source, text, tuning, METHOD).working(RunOptions(Path(work) / "run"), report) as run:
                 for result in run.results():
                     report("save", 0, 1)
                     assembly, config, _ = run.assembly(result, torch.bfloat16)
@@ -114,7 +117,7 @@ def worker(folder: Path, stream: bool, count: int, length: int) -> dict:
             moe = describe(model)
             layer = max(sum(p.numel() for p in m.parameters()) * 2 for m in moe.layers)
             config = QuantizeConfig(str(folder), str(target), method=METHOD)
-            for result in quantize_progressively(moe, text, METHOD, progress=report):
+            for result in quantize_progressively(moe, text, METHOD, router_windows=tuning, progress=report):
                 report("save", 0, 1)
                 save_stage(config, model, None, result, target, torch.bfloat16)
                 report("save", 1, 1)
@@ -215,7 +218,7 @@ def main() -> None:
     options.add_argument("--output", type=Path, default=Path("engine.json"))
     options.add_argument("--only", choices=("memory", "coefficients", "gptq"))
     options.add_argument("--depths", default="4,16")
-    options.add_argument("--count", type=int, default=16)
+    options.add_argument("--count", type=int, default=8)
     options.add_argument("--length", type=int, default=128)
     options.add_argument("--worker", type=Path, help="(internal) quantize this folder and print what it took")
     options.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True)
