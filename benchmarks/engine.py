@@ -161,8 +161,10 @@ def coefficients(base: Path) -> dict:
         for at in range(0, len(text), 4):
             _capture_batch(moe, text[at : at + 4])
         plain.append(time.process_time() - began)
-    row = {"what": "coefficients", "experts": 64, "layers": 2, "hidden": 512, "intermediate": 256, "top_k": 8, "tokens": text.numel(),
-           "forward_backward_s": round(min(plain), 2)}
+    row = {
+        "what": "coefficients", "experts": 64, "layers": 2, "hidden": 512, "intermediate": 256, "top_k": 8,
+        "tokens": text.numel(), "forward_backward_s": round(min(plain), 2),
+    }
     for kind in ("rtn", "gptq"):
         with opened(base / f"run-{kind}", {}) as run:
             source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))

@@ -142,7 +142,7 @@ def test_changed_text_is_refused(config, tmp_path) -> None:
         pass
     other = tmp_path / "other.txt"
     other.write_text(Path(config.calibration).read_text().replace("the", "of"))
-    with pytest.raises(CheckpointError, match="data.calibration was .* is "):
+    with pytest.raises(CheckpointError, match=r"data.calibration was .* is "):
         gemq.quantize(replace(config, calibration=str(other)))
 
 
