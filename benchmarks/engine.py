@@ -96,7 +96,9 @@ def worker(folder: Path, stream: bool, count: int, length: int) -> dict:
     """One whole quantization in this process."""
     text = windows(count, length)
     tuning = text[:2]
-    AutoModelForCausalLM.from_pretrained  # noqa: B018  (imports what the base should hold)
+    with torch.device("meta"):
+        # the base holds the libraries that a model of this kind loads
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     base = resident()
     report = Stages(base)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
