@@ -231,9 +231,10 @@ def test_the_log_has_a_line_per_layer_and_stage(config) -> None:
 def test_progress_is_silent_until_it_is_measured() -> None:
     clock = iter(range(0, 10_000, 3))
     bars = Progress(get_time=lambda: next(clock), console=Console(file=io.StringIO()))
-    task, shown = bars.tasks[bars.add_task("measure", total=10)], []
+    number, shown = bars.add_task("measure", total=10), []
+    (task,) = bars.tasks
     for done in (0, 1, 2, 6, 10):
-        bars.update(task.id, completed=done)
+        bars.update(number, completed=done)
         shown.append(display.RateColumn().render(task).plain)
     assert shown[0] == shown[1] == shown[-1] == ""
     assert all(re.fullmatch(r"left 0:0[0-9]:[0-9]{2}, [0-9.]+ (s each|a second)", text) for text in shown[2:4])
