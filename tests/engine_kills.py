@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,7 +36,7 @@ from gemq.engine.fingerprint import of_code
 from gemq.pipeline import QuantizeConfig
 
 # the model and the text lie beside each trial's folder, so that all trials name them alike
-METHOD = MethodConfig(budgets=(2.5, 2.0), router_bits=8, batch_size=3)
+METHOD = MethodConfig(router_bits=8, batch_size=3)
 CONFIG = QuantizeConfig("../model", "out", "../words.txt", samples=6, length=16, method=METHOD, overwrite=True)
 
 
@@ -68,11 +69,7 @@ def forked(work: Callable[[], None], folder: Path, kill_after: float | None = No
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def quantize() -> None:
-    gemq.quantize(CONFIG)
-
-
-def counted(report: Path) -> None:
+def counted(quantize: Callable[[], None], report: Path) -> None:
     """An uninterrupted run that writes down its events."""
     events: list[str] = []
     durable.watch(events.append)
@@ -81,7 +78,7 @@ def counted(report: Path) -> None:
     report.write_text(json.dumps({"events": events, "seconds": time.monotonic() - start}))
 
 
-def killed_at(event: int) -> None:
+def killed_at(quantize: Callable[[], None], event: int) -> None:
     """A run that kills itself right before its event number ``event``."""
     seen = 0
 
@@ -98,11 +95,14 @@ def killed_at(event: int) -> None:
 class Laboratory:
     """A reference run, and trials against it."""
 
-    def __init__(self, base: Path):
+    def __init__(self, base: Path, budgets: tuple[float, ...]):
         self.base = base
+        config = replace(CONFIG, method=replace(METHOD, budgets=budgets))
+        self.quantize = lambda: gemq.quantize(config)
         (base / "reference").mkdir()
         report = base / "reference.json"
-        assert forked(lambda: counted(report), base / "reference") == 0, (base / "log.txt").read_text()[-3000:]
+        status = forked(lambda: counted(self.quantize, report), base / "reference")
+        assert status == 0, (base / "log.txt").read_text()[-3000:]
         found = json.loads(report.read_text())
         self.events, self.seconds = found["events"], found["seconds"]
         self.expected = tree(base / "reference")
@@ -112,10 +112,10 @@ class Laboratory:
         folder = self.base / "trial"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        status = forked(quantize if event is None else lambda: killed_at(event), folder, moment)
+        status = forked(self.quantize if event is None else lambda: killed_at(self.quantize, event), folder, moment)
         if status != -signal.SIGKILL and not (event is None and status == 0):
             return f"the first run ended with {status}"
-        if forked(quantize, folder):
+        if forked(self.quantize, folder):
             return "the second run failed: " + (self.base / "log.txt").read_text()[-1500:]
         left = tree(folder)
         if left != self.expected:
@@ -132,9 +132,9 @@ def spread(count: int, wanted: str) -> list[int]:
     return [(2 * i + 1) * count // (2 * number) for i in range(number)]
 
 
-def run(base: Path, events: str, moments: int, seed: int) -> dict:
+def run(base: Path, budgets: tuple[float, ...], events: str, moments: int, seed: int) -> dict:
     """All trials; what failed, and how many there were."""
-    laboratory = Laboratory(base)
+    laboratory = Laboratory(base, budgets)
     drawn = random.Random(seed)
     trials = [(e, None) for e in spread(len(laboratory.events), events)]
     trials += [(None, drawn.uniform(0, laboratory.seconds)) for _ in range(moments)]
@@ -168,6 +168,7 @@ def main() -> int:
     options.add_argument("--events", default="all", help="all, or a number of them, evenly")
     options.add_argument("--random", type=int, default=100, help="kills at random moments")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--budgets", default="2.5,2")
     given = options.parse_args()
     # no thread may exist at a fork
     torch.set_num_threads(1)
@@ -178,7 +179,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         status = forked(lambda: prepare(Path(folder)), Path(folder))
         assert status == 0, status
-        found = run(Path(folder), given.events, given.random, given.seed)
+        budgets = tuple(float(b) for b in given.budgets.split(","))
+        found = run(Path(folder), budgets, given.events, given.random, given.seed)
     print(json.dumps(found))
     return 1 if found["failures"] else 0
 

@@ -96,7 +96,7 @@ def test_a_harmed_array_is_not_trusted(tmp_path: Path, harm: str) -> None:
     else:
         (index if harm == "no index" else data).unlink()
     if harm in ("flip", "truncate"):
-        with pytest.raises(CheckpointError, match="a.bin is corrupt; it was removed, the same command continues"):
+        with pytest.raises(CheckpointError, match=r"a.bin is corrupt; it was removed, the same command continues"):
             scratch.batch("a", 1)
     assert not Scratch(tmp_path).sound("a")
 
@@ -140,7 +140,7 @@ def test_a_torn_manifest_falls_back_to_the_one_before(tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_text(torn)
         assert read_manifest(tmp_path) == {"settings": {"bits": 1}, "command": {"model": "m"}}
     (tmp_path / PREVIOUS).write_text("")
-    with pytest.raises(CheckpointError, match="manifest of .* is unreadable; --restart begins anew"), opened(
+    with pytest.raises(CheckpointError, match=r"manifest of .* is unreadable; --restart begins anew"), opened(
         tmp_path, {"bits": 1}
     ):
         raise AssertionError
@@ -150,7 +150,7 @@ def test_a_torn_manifest_falls_back_to_the_one_before(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(CheckpointError, match="holds other things than a run: thesis.tex"), opened(tmp_path, {}):
+    with pytest.raises(CheckpointError, match=r"holds other things than a run: thesis.tex"), opened(tmp_path, {}):
         raise AssertionError
     with pytest.raises(CheckpointError, match="exists and is not a folder"), opened(tmp_path / "thesis.tex", {}):
         raise AssertionError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,10 +16,13 @@ from pathlib import Path
 
 import pytest
 from engine_kills import tree
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from test_engine_files import FAST
 
 import gemq
+from gemq.cli import display
 from gemq.cli.run import run as command_line
 from gemq.engine.journal import opened
 from gemq.errors import CheckpointError
@@ -142,7 +146,7 @@ def test_changed_text_is_refused(config, tmp_path) -> None:
         pass
     other = tmp_path / "other.txt"
     other.write_text(Path(config.calibration).read_text().replace("the", "of"))
-    with pytest.raises(CheckpointError, match="data.calibration was .* is "):
+    with pytest.raises(CheckpointError, match=r"data.calibration was .* is "):
         gemq.quantize(replace(config, calibration=str(other)))
 
 
@@ -222,3 +226,15 @@ def test_the_log_has_a_line_per_layer_and_stage(config) -> None:
         assert own[0]["event"] == "start" and own[-1]["event"] == "end"
         assert own[-1]["seconds"] > 0 and own[-1]["peak_bytes"] > 2**20
         assert {e["layer"] for e in own if "layer" in e} == {0, 1}
+
+
+def test_progress_is_silent_until_it_is_measured() -> None:
+    clock = iter(range(0, 10_000, 3))
+    bars = Progress(get_time=lambda: next(clock), console=Console(file=io.StringIO()))
+    number, shown = bars.add_task("measure", total=10), []
+    (task,) = bars.tasks
+    for done in (0, 1, 2, 6, 10):
+        bars.update(number, completed=done)
+        shown.append(display.RateColumn().render(task).plain)
+    assert shown[0] == shown[1] == shown[-1] == ""
+    assert all(re.fullmatch(r"left 0:0[0-9]:[0-9]{2}, [0-9.]+ (s each|a second)", text) for text in shown[2:4])

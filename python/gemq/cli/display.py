@@ -5,10 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +42,18 @@ def errors() -> Console:
     return Console(stderr=True)
 
 
+class RateColumn(ProgressColumn):
+    """``left 0:01:32, 2.1 s each``: measured, so nothing until two steps are done, and nothing at the end."""
+
+    def render(self, task: Task) -> Text:
+        """The text of a task."""
+        # a stage that continues begins with what is done: only what it did itself was measured
+        if not task.speed or task.completed < 2 or task.finished or task.time_remaining is None:
+            return Text("")
+        rate = f"{task.speed:.1f} a second" if task.speed >= 1 else f"{1 / task.speed:.1f} s each"
+        return Text(f"left {timedelta(seconds=round(task.time_remaining))}, {rate}", style="progress.remaining")
+
+
 @contextmanager
 def stages() -> Iterator:
     """A progress display over named stages: yields ``report(stage, done, total)``. Of several processes, rank 0's."""
@@ -40,8 +61,7 @@ def stages() -> Iterator:
         yield lambda stage, done, total: None
         return
     columns = (
-        TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), RateColumn()
     )
     with Progress(*columns, console=errors()) as bars:
         current: dict[str, int] = {}

@@ -7,6 +7,7 @@ transformers' conversion mapping, one parameter at a time, so a layer never exis
 from __future__ import annotations
 
 import copy
+import ctypes
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,15 @@ class _Unit:
     """The tensors of one decoder layer, or of the rest: parameter name to the checkpoint names it is made of."""
 
     parameters: dict[str, list[str]] = field(default_factory=dict)
+
+
+def return_memory() -> None:
+    """Give what was freed back to the system: glibc keeps blocks of up to 32 MiB, as large as experts are."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:
+        # another C library
+        return
 
 
 def local_folder(path: str) -> Path:
@@ -204,6 +214,7 @@ class Source:
             value = self.model.get_parameter_or_buffer(name)
             self._put(name, torch.empty_like(value, device="meta", dtype=self._stored.get(name, value.dtype)))
         self.loaded.discard(unit)
+        return_memory()
 
     def layer_bytes(self, size: int = 2) -> int:
         """Bytes of the largest decoder layer at ``size`` bytes a weight."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from gemq import durable
 from gemq.algorithms.router_tuning import RouterTuningConfig, TuningState, tune_routers
 from gemq.engine.journal import Stage
-from gemq.engine.source import OUTSIDE, Source
+from gemq.engine.source import OUTSIDE, Source, return_memory
 from gemq.engine.stages import Quantized
 from gemq.models import replace_with_packed
 from gemq.nn import LowBitLinear
@@ -46,7 +46,12 @@ def fill_packed(source: Source, quantized: Quantized) -> None:
                 module.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
             module.to(source.device)
             module.prepare()
+            # the description of the model still holds the module: without this, its weights too
+            for name, parameter in list(dense.named_parameters()):
+                owner, _, leaf = name.rpartition(".")
+                setattr(dense.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
         replace_with_packed(source.model, modules)
+        return_memory()
 
 
 @contextmanager

@@ -1,0 +1,249 @@
+"""The streaming engine: peak memory by depth, seconds and peak memory of every stage with streaming on and off, the
+price of coefficients in units of one forward and backward pass, and GPTQ against an eager loop over experts.
+
+    OMP_NUM_THREADS=1 python benchmarks/engine.py --output engine.json
+    python benchmarks/record.py engine engine.json --command "OMP_NUM_THREADS=1 python benchmarks/engine.py"
+
+Every measurement of memory is a process of its own: the peak resident size of a stage, less what was resident before
+the model was opened. Seconds are of processor time: the machine may be shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
+from transformers import logging as transformers_logging
+
+from gemq.algorithms.gptq import GptqConfig, inverse_factor
+from gemq.algorithms.importance import Perturbation, _capture_batch
+from gemq.algorithms.progressive import MethodConfig, quantize_progressively
+from gemq.algorithms.sequential import Hessian, quantize_stack
+from gemq.checkpoint import save_packed
+from gemq.engine import stages
+from gemq.engine.journal import opened
+from gemq.engine.layers import Weights
+from gemq.engine.session import RunOptions, Session
+from gemq.engine.source import Source
+from gemq.format import default_group_size
+from gemq.models import describe
+from gemq.pipeline import QuantizeConfig, save_stage
+from gemq.reference import gptq_group
+
+MIB = 1 << 20
+METHOD = MethodConfig(
+    budgets=(2.0,), per_layer="none", perturbation="rtn", batch_size=2, gptq=GptqConfig(clip="none")
+)
+
+
+def resident(key: str = "VmRSS") -> int:
+    """Bytes resident now, or (``VmHWM``) at most since :func:`forget_peak`."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Start the peak anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def save_model(folder: Path, layers: int, hidden: int, intermediate: int, experts: int, top_k: int) -> None:
+    """A random Mixtral in bfloat16, layer by layer so that making it takes little memory."""
+    config = MixtralConfig(
+        vocab_size=512, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_local_experts=experts, num_experts_per_tok=top_k, num_attention_heads=8, num_key_value_heads=4,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = MixtralForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="200MB")
+
+
+def windows(count: int, length: int) -> torch.Tensor:
+    """Random tokens: the routers of a random model spread them over all experts."""
+    return torch.randint(0, 512, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+class Stages:
+    """Seconds of processor time and peak bytes above ``base`` by stage."""
+
+    def __init__(self, base: int):
+        self.base, self.rows, self._began = base, {}, 0.0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """The progress callback of a run."""
+        if done == 0:
+            forget_peak()
+            self._began = time.process_time()
+        elif done == total:
+            self.rows[name] = {
+                "seconds": round(time.process_time() - self._began, 2),
+                "peak_mib": round((resident("VmHWM") - self.base) / MIB),
+            }
+
+
+def worker(folder: Path, stream: bool, count: int, length: int) -> dict:
+    """One whole quantization in this process."""
+    text = windows(count, length)
+    tuning = text[:2]
+    with torch.device("meta"):
+        # the base holds the libraries that a model of this kind loads
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    base = resident()
+    report = Stages(base)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        target = Path(work) / "out"
+        if stream:
+            source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
+            layer = source.layer_bytes()
+            with Session(source, text, tuning, METHOD).working(RunOptions(Path(work) / "run"), report) as run:
+                for result in run.results():
+                    report("save", 0, 1)
+                    assembly, config, _ = run.assembly(result, torch.bfloat16)
+                    save_packed(assembly.model, config, target, dtype=torch.bfloat16, weights=assembly.write)
+                    report("save", 1, 1)
+        else:
+            report("load", 0, 1)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            report("load", 1, 1)
+            moe = describe(model)
+            layer = max(sum(p.numel() for p in m.parameters()) * 2 for m in moe.layers)
+            config = QuantizeConfig(str(folder), str(target), method=METHOD)
+            for result in quantize_progressively(moe, text, METHOD, router_windows=tuning, progress=report):
+                report("save", 0, 1)
+                save_stage(config, model, None, result, target, torch.bfloat16)
+                report("save", 1, 1)
+    return {"layer_16bit_mib": round(layer / MIB), "base_mib": round(base / MIB), "stages": report.rows}
+
+
+def in_process(*arguments: object) -> dict:
+    """The result of this file with these arguments in a fresh process."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_and_stages(base: Path, shape: dict, depths: list[int], count: int, length: int) -> list[dict]:
+    """A row per depth with streaming on, and one of the smallest depth with it off."""
+    rows = []
+    for layers in depths:
+        folder = base / f"layers-{layers}"
+        save_model(folder, layers, **shape)
+        for stream in (True, False) if layers == min(depths) else (True,):
+            found = in_process("--worker", folder, "--stream" if stream else "--no-stream", "--count", count,
+                               "--length", length)
+            peak = max(row["peak_mib"] for row in found["stages"].values())
+            rows.append({"what": "quantize", "layers": layers, "stream": stream, **shape, "windows": count,
+                         "length": length, "peak_mib": peak, **found})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def coefficients(base: Path) -> dict:
+    """Eq. 6 of 64 experts and three widths against one forward and backward pass of the same windows."""
+    folder, text = base / "wide", windows(64, 256)
+    save_model(folder, 2, hidden=512, intermediate=256, experts=64, top_k=8)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    moe = describe(model)
+    plain = []
+    for _ in range(2):
+        began = time.process_time()
+        for at in range(0, len(text), 4):
+            _capture_batch(moe, text[at : at + 4])
+        plain.append(time.process_time() - began)
+    row = {
+        "what": "coefficients", "experts": 64, "layers": 2, "hidden": 512, "intermediate": 256, "top_k": 8,
+        "tokens": text.numel(), "forward_backward_s": round(min(plain), 2),
+    }
+    for kind in ("rtn", "gptq"):
+        with opened(base / f"run-{kind}", {}) as run:
+            source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
+            sweep = stages.Sweep(text, 4, run.stage("measure"), lambda *a: None, lambda **e: None,
+                                 stages.group_budget(source))
+            began = time.process_time()
+            stages.measure(Weights(source), sweep, (1, 2, 3), Perturbation(kind))
+            row[f"{kind}_s"] = round(time.process_time() - began, 2)
+            row[f"{kind}_times"] = round(row[f"{kind}_s"] / row["forward_backward_s"], 2)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def eager_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, config: GptqConfig) -> None:
+    """One expert's matrix with a loop over its columns in torch."""
+    size = default_group_size(weight.shape[-1], config.group_size)
+    factor, _ = inverse_factor(hessian[None], config.damping)
+    w, widths = weight[None].clone(), torch.tensor([bits])
+    for start in range(0, w.shape[-1], size):
+        stop = start + size
+        _, _, errors = gptq_group(
+            w[..., start:stop], factor[:, start:stop, start:stop], widths, config.clip, config.propagate_from
+        )
+        w[..., stop:] -= errors @ factor[:, start:stop, stop:]
+
+
+def gptq_stage(experts: int = 64) -> dict:
+    """Both projections of a layer of 64 experts of mixed widths, propagation on: batched, and expert by expert."""
+    config, generator = Qwen3MoeConfig(), torch.Generator().manual_seed(0)
+    hidden, intermediate = config.hidden_size // 2, config.moe_intermediate_size // 2
+    bits = [1 + e % 3 for e in range(experts)]
+    row = {"what": "gptq", "experts": experts, "hidden": hidden, "intermediate": intermediate, "clip": "paper"}
+    batched = eager = 0.0
+    for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
+        weight = torch.randn(experts, n, k, generator=generator) * 0.02
+        hessians = [Hessian(k, weight.device) for _ in range(experts)]
+        for h in hessians:
+            h.add(torch.randn(2 * k, k, generator=generator))
+        began = time.process_time()
+        for e in range(experts):
+            eager_gptq(weight[e], hessians[e].value, bits[e], GptqConfig())
+        eager += time.process_time() - began
+        began = time.process_time()
+        quantize_stack(weight, hessians, bits, GptqConfig())
+        batched += time.process_time() - began
+    row |= {"eager_s": round(eager, 2), "batched_s": round(batched, 2), "times": round(eager / batched, 2)}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--output", type=Path, default=Path("engine.json"))
+    options.add_argument("--only", choices=("memory", "coefficients", "gptq"))
+    options.add_argument("--depths", default="4,16")
+    options.add_argument("--count", type=int, default=8)
+    options.add_argument("--length", type=int, default=128)
+    options.add_argument("--worker", type=Path, help="(internal) quantize this folder and print what it took")
+    options.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True)
+    given = options.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if given.worker:
+        print(json.dumps(worker(given.worker, given.stream, given.count, given.length)))
+        return
+    shape = {"hidden": 512, "intermediate": 512, "experts": 32, "top_k": 4}
+    depths, rows = [int(d) for d in given.depths.split(",")], []
+    with tempfile.TemporaryDirectory() as folder:
+        if given.only in (None, "gptq"):
+            rows.append(gptq_stage())
+        if given.only in (None, "coefficients"):
+            rows.append(coefficients(Path(folder)))
+        if given.only in (None, "memory"):
+            rows += memory_and_stages(Path(folder), shape, depths, given.count, given.length)
+    notes = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0], "clock": "process_time"}
+    given.output.write_text(json.dumps({"notes": notes, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
