@@ -124,9 +124,11 @@ def check_upload(repo: str | None) -> None:
 def run(config: QuantizeConfig, log: Path | None, form: Format, repo: str | None, private: bool) -> None:
     """Quantize, show how it goes, print the results, and upload them if asked to."""
     check_upload(repo)
-    with distributed.job(pick_device(config.device)) as place, display.stages() as report:
-        with layer_lines(log if place.first else None, report) as on_layer:
-            outcomes = gemq.quantize(config, report, on_layer)
+    with (
+        distributed.job(pick_device(config.device)) as place, display.stages() as report,
+        layer_lines(log if place.first else None, report) as on_layer,
+    ):
+        outcomes = gemq.quantize(config, report, on_layer)
     if not place.first:
         return
     emit("quantized", _OUTCOME, [_outcome(o) for o in outcomes], form)
