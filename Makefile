@@ -6,12 +6,13 @@ OUT ?= demo-out
 # rebuilt when what is compiled or pinned changes; Python sources are used in place
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo test lint sanitize clang portable compat sweep fuzz kills mutants benchmark clean
+.PHONY: help demo docs test lint sanitize clang portable compat sweep fuzz kills mutants benchmark clean
 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
 	@echo "make test       linters and the test suite"
 	@echo "make lint       linters alone"
+	@echo "make docs       the documentation as a site, build/site/index.html"
 	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clang      the same tests on a build by Clang (needs clang++)"
 	@echo "make portable   the same tests on the kernels as ARM runs them (needs a cross compiler and qemu-user)"
@@ -32,6 +33,15 @@ $(VENV)/.installed: $(BUILD_INPUTS)
 
 demo: $(VENV)/.installed
 	$(BIN)/gemq demo --output $(OUT)
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,docs]'
+	touch $@
+
+# reads the installed packages only: no network, no theme or font from elsewhere
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ import gemq
 from gemq import durable
 from gemq.algorithms.progressive import MethodConfig
 from gemq.engine.fingerprint import of_code
+from gemq.integrity import RUN_FILE
 from gemq.pipeline import QuantizeConfig
 
 # the model and the text lie beside each trial's folder, so that all trials name them alike
@@ -42,7 +43,8 @@ CONFIG = QuantizeConfig("../model", "out", "../words.txt", samples=6, length=16,
 
 def tree(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under a folder."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    # seconds and peak memory are of the run
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != RUN_FILE)
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

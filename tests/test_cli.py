@@ -358,14 +358,14 @@ def test_internal_errors_are_one_line_too(gemq_run, monkeypatch, tmp_path):
     def fail(path):
         raise RuntimeError("a [bold]bug[/bold]\nof many lines")
 
-    monkeypatch.setattr("gemq.cli.app.summarize", fail)
+    monkeypatch.setattr("gemq.cli.inspecting.summarize", fail)
     message = r"internal error, RuntimeError: a \[bold\]bug\[/bold\] of many lines \(--debug shows more\)"
     fails(gemq_run("inspect", tmp_path), message, code=1)
 
 
 @pytest.mark.parametrize("when", ["before", "in a stage"])
 def test_ctrl_c(gemq_run, monkeypatch, tmp_path, when):
-    def interrupted(config, report):
+    def interrupted(config, report, on_layer):
         if when == "in a stage":
             report("measure", 1, 4)
         raise KeyboardInterrupt
@@ -400,10 +400,10 @@ def terminal(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    for console in (display.output, display.errors):
+    for console in (display.output, display.errors, display.notes):
         console.cache_clear()
     yield
-    for console in (display.output, display.errors):
+    for console in (display.output, display.errors, display.notes):
         console.cache_clear()
 
 
@@ -424,7 +424,7 @@ def test_no_color(gemq_run, terminal, monkeypatch, checkpoint, tmp_path):
 def test_progress_shows_the_time_left(monkeypatch):
     screen, clock = io.StringIO(), itertools.count(0.0, 0.5)
     console = Console(file=screen, force_terminal=True, width=110, get_time=lambda: next(clock))
-    monkeypatch.setattr(display, "errors", lambda: console)
+    monkeypatch.setattr(display, "notes", lambda: console)
     with display.stages() as report:
         for done in range(6):
             report("measure experts", done, 8)

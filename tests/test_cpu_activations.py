@@ -214,3 +214,14 @@ def test_the_default_is_int16() -> None:
     program = "from gemq import ops; print(ops.cpu_activations())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "int16"
+
+
+def test_a_variant_can_be_chosen_without_a_variable() -> None:
+    before = ops.cpu_isa()
+    try:
+        assert ops.set_cpu_isa("portable") == before and ops.cpu_isa() == "portable"
+        with pytest.raises(ValueError, match=r"name must be one of .*portable and run on this CPU .* got 'sse'"):
+            ops.set_cpu_isa("sse")
+        assert ops.cpu_isa() == "portable"
+    finally:
+        ops.set_cpu_isa(before)

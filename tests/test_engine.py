@@ -229,7 +229,7 @@ def test_the_checkpoint_is_byte_for_byte_that_of_memory(tiny_folder, tmp_path, m
     assert files == sorted(p.name for p in folders[1].iterdir())
     assert INDEX_FILE in files and len([f for f in files if f.endswith(".safetensors")]) > 2
     different = [f for f in files if (folders[0] / f).read_bytes() != (folders[1] / f).read_bytes()]
-    assert different == ["gemq_manifest.json", "gemq_report.json"]
+    assert different == ["gemq_manifest.json", "gemq_report.json", "gemq_run.json"]
     reports = [json.loads((folder / "gemq_report.json").read_text()) for folder in folders]
     assert reports[0].pop("run") and reports[1].pop("run") is None
     assert reports[0] == reports[1]

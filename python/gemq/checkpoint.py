@@ -36,8 +36,10 @@ from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.integrity import verify as verify_files
 from gemq.models import MoeModel, describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.output_folder import check_output
 
-FORMAT_VERSION = 1
+# 2: with linear_bits; a checkpoint without them is still written as 1
+FORMAT_VERSION = 2
 MAX_SHARD = "5GB"
 
 
@@ -46,7 +48,8 @@ class PackedConfig:
     """What ``quantization_config`` says. Keys of ``expert_bits`` and ``shared_bits`` are decoder layer indices.
 
     ``group_size`` is the preferred one: a matrix whose columns it does not divide uses the next smaller.
-    ``router_bits`` says on which grid the routers lie; they are stored as plain weights all the same.
+    ``router_bits`` says on which grid the routers lie; they are stored as plain weights all the same. ``linear_bits``
+    are exceptions of single linears, by module path (format version 2).
     """
 
     expert_bits: dict[int, list[int]]
@@ -55,23 +58,27 @@ class PackedConfig:
     dense_bits: int = UNQUANTIZED
     router_bits: int = UNQUANTIZED
     group_size: int = 128
-    version: int = FORMAT_VERSION
+    version: int = 1
     budget: float | None = None
     method: str | None = None
     gemq_version: str = __version__
+    linear_bits: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As it is stored, with string keys and the digest."""
         data = asdict(self)
         data["expert_bits"] = {str(k): v for k, v in self.expert_bits.items()}
         data["shared_bits"] = {str(k): v for k, v in self.shared_bits.items()}
+        if not data.pop("linear_bits"):
+            return {"quant_method": "gemq", **data, "digest": _digest(data)}
+        data |= {"linear_bits": self.linear_bits, "version": FORMAT_VERSION}
         return {"quant_method": "gemq", **data, "digest": _digest(data)}
 
     @classmethod
     def of_plan(cls, plan: BitPlan, group_size: int, budget: float | None, method: str | None) -> PackedConfig:
         """The widths of a plan."""
         return cls(plan.experts, plan.shared, plan.attention, plan.dense, plan.router, group_size,
-                   budget=budget, method=method)
+                   budget=budget, method=method, linear_bits=plan.linears)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
@@ -110,6 +117,11 @@ def _check_fields(values: dict[str, Any]) -> None:
         _check_width(name, values.get(name, UNQUANTIZED), 1)
     if type(values.get("group_size")) is not int or values["group_size"] not in GROUP_SIZES:
         _refuse("group_size", f"one of {GROUP_SIZES}", values.get("group_size"))
+    linears = values.get("linear_bits", {})
+    if not isinstance(linears, dict) or (linears and values["version"] < 2):
+        _refuse("linear_bits", "a map from module paths to bits, of format version 2", linears)
+    for path, width in linears.items():
+        _check_width(f"linear_bits[{path}]", width, 1)
     budget = values.get("budget")
     if budget is not None and (type(budget) not in (int, float) or not math.isfinite(budget)):
         _refuse("budget", "a number", budget)
@@ -184,6 +196,10 @@ def _linear_widths(moe: MoeModel, config: PackedConfig) -> dict[str, tuple[nn.Li
             raise CheckpointError(f"quantization_config.shared_bits has no layer {layer.index}")
         for name in ("gate_proj", "up_proj", "down_proj"):
             found[f"{layer.shared_path}.{name}"] = (getattr(layer.shared, name), width)
+    unknown = sorted(set(config.linear_bits) - set(found))
+    if unknown:
+        raise CheckpointError(f"quantization_config.linear_bits names {unknown[0]!r}, which the model does not have")
+    found = {path: (module, config.linear_bits.get(path, width)) for path, (module, width) in found.items()}
     return {path: item for path, item in found.items() if item[1] != UNQUANTIZED}
 
 
@@ -210,36 +226,6 @@ def packed_parts(moe: MoeModel, weights: QuantizedWeights) -> dict[str, LowBitEx
         group = codes.shape[1] // meta.shape[1]
         modules[path] = LowBitLinear.from_codes(codes, meta, width, group, bias)
     return modules
-
-
-def check_output(path: str | os.PathLike, source: str | os.PathLike | None = None, overwrite: bool = False) -> Path:
-    """The output folder, checked before any work: not the source, not in use, writable.
-
-    ``overwrite`` replaces a gemq checkpoint, never a folder of other things. Raises :class:`CheckpointError` naming
-    the folder and the way out.
-    """
-    target = Path(path)
-    if source is not None and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
-        raise CheckpointError(f"the output {target} is the model itself or holds it; choose another folder")
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"the output {target} exists and is not a folder")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise CheckpointError(f"the output folder {target} is not empty; choose another or pass --overwrite")
-        if not _is_packed(target):
-            raise CheckpointError(f"the output folder {target} holds other things than a checkpoint; choose another")
-    parent = next(p for p in target.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"the output folder {target} cannot be written: {parent} is not a writable folder")
-    return target
-
-
-def _is_packed(folder: Path) -> bool:
-    try:
-        quantization = read_json(folder / "config.json").get("quantization_config")
-    except CheckpointError:
-        return False
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "gemq"
 
 
 def save_packed(

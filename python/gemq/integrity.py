@@ -20,6 +20,11 @@ from gemq.errors import CheckpointError
 
 MANIFEST_FILE = "gemq_manifest.json"
 MANIFEST_VERSION = 1
+EVALUATIONS_FILE = "gemq_evaluations.json"
+CARD_FILE = "README.md"
+RUN_FILE = "gemq_run.json"
+# written for people, different from run to run or growing later, and read by no loader: in no manifest
+_NOTES = (EVALUATIONS_FILE, CARD_FILE, RUN_FILE)
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -165,7 +170,7 @@ def write_manifest(folder: Path, later: dict[str, bytes]) -> None:
     """Record every file of ``folder``, and those of ``later`` that are about to be written, by name."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*")) if path.is_file()
+        for path in sorted(folder.rglob("*")) if path.is_file() and path.relative_to(folder).as_posix() not in _NOTES
     }
     for name, content in later.items():
         files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -219,7 +224,7 @@ def verify(path: str | os.PathLike) -> Verification:
         if difference:
             problems.append(f"{name} {difference}")
     for file in sorted(folder.iterdir()):
-        if file.suffix in _READ_SUFFIXES and file.name not in recorded and file.name != MANIFEST_FILE:
+        if file.suffix in _READ_SUFFIXES and file.name not in (*recorded, *_NOTES, MANIFEST_FILE):
             problems.append(f"{file.name} was added")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from gemq import distributed
+from gemq.algorithms.allocation import Costs
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
+from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
+from gemq.algorithms.saved_costs import saved_statistics
+from gemq.algorithms.sequential import OnLayer
+from gemq.algorithms.tensor_bits import resolve
 from gemq.checkpoint import PackedConfig, check_output, from_pretrained, pack_model, save_packed
 from gemq.engine.journal import CHANGED, read_manifest
 from gemq.engine.session import RunOptions, Session, written_by
 from gemq.engine.source import Source
 from gemq.errors import CheckpointError
-from gemq.models import describe
+from gemq.integrity import RUN_FILE
+from gemq.models import MoeModel, describe
 from gemq.models.families import check_supported
+from gemq.outcome import (
+    COSTS_FILE,
+    REPORT_FILE,
+    RUN_OPTIONS,
+    QuantizeOutcome,
+    extra_files,
+    outcome_of,
+    write_run,
+)
 from gemq.planning import PlanConfig, check, check_budgets, make_plan, this_machine
 
-COSTS_FILE = "gemq_costs.json"
-REPORT_FILE = "gemq_report.json"
 # tensors that stay unquantized are stored in 16 bits
 _STORED = {torch.float32: torch.bfloat16}
-# fields of QuantizeConfig that say how a run works, and those that say where things are: known by content instead
-RUN_OPTIONS = ("stream", "scratch", "run_dir", "changed", "keep_run", "log", "check")
-_PLACES = ("model", "output", "calibration", "router_text", "overwrite", "device", "dtype")
+# fields of QuantizeConfig that say where things are: known by content instead
+_PLACES = ("model", "output", "calibration", "router_text", "overwrite", "device", "dtype", "costs")
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class QuantizeConfig:
     ``model`` is a folder or hub name. With one budget the checkpoint is ``output`` itself, with several
     ``output/<budget>``. ``calibration`` and ``router_text`` are sources of
     :mod:`gemq.algorithms.calibration` (``router_text`` None: the calibration windows). ``length`` is in tokens.
+    ``costs`` is a file of coefficients that an earlier run saved, used for the first budget instead of measuring.
     ``check`` refuses to start where memory or disk will not do.
 
     ``stream`` reads one decoder layer at a time from disk and works in ``run_dir`` (default: ``output`` with ``.run``
@@ -71,24 +82,12 @@ class QuantizeConfig:
     keep_run: bool = False
     log: str | None = None
     check: bool = True
+    costs: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("scratch", ("disk", "memory")), ("changed", CHANGED)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-
-
-@dataclass(frozen=True)
-class QuantizeOutcome:
-    """One finished budget: its checkpoint, the bits reached, the solver's gap, and seconds by stage."""
-
-    budget: float
-    path: Path
-    bits_per_expert: float
-    gap: float
-    bytes: int
-    seconds: dict[str, float]
-    fallbacks: int
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
@@ -161,19 +160,23 @@ def pick_device(device: str | None) -> torch.device:
     return chosen
 
 
-def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> list[QuantizeOutcome]:
+def quantize(
+    config: QuantizeConfig, progress: StageProgress | None = None, on_layer: OnLayer | None = None
+) -> list[QuantizeOutcome]:
     """Quantize a model by the whole method and save a packed checkpoint per budget.
 
     All that can be checked is checked before work starts: output folder, model family, memory and disk, text. The
     CPU works in float32, CUDA in the model's dtype unless ``config.dtype`` says otherwise. A call that was ended,
-    however it was, is continued by the same call.
+    however it was, is continued by the same call. ``on_layer`` gets the
+    :class:`gemq.algorithms.layer_report.LayerReport` of every decoder layer as soon as it is quantized.
 
     The processes of a job (:mod:`gemq.distributed`) share the work; rank 0 checks, reads the text and saves.
 
     Raises :class:`gemq.errors.GemqError` or ``ValueError`` with one line that says what to change.
     """
-    targets = {b: _target(config, b) for b in config.method.budgets}
+    targets = {b: target_of(config, b) for b in config.method.budgets}
     device = pick_device(config.device)
+    costs = None if config.costs is None else load_costs(config.costs)
     windows, router, declared = distributed.on_first(lambda: _prepare(config, targets, device))
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     dtype = parse_dtype(config.dtype)
@@ -181,18 +184,21 @@ def quantize(config: QuantizeConfig, progress: StageProgress | None = None) -> l
         dtype = torch.float32
     if config.stream:
         source = Source(config.model, declared, dtype, device, config.trust_remote_code)
-        check_budgets(source.moe, config.method)
+        first = _checked(source.moe, config, costs)
         command = asdict(config)
         options = {k: v for k, v in command.items() if k not in (*RUN_OPTIONS, *_PLACES)}
-        session = Session(source, windows, router, config.method, options, command)
-        return _quantize_streamed(config, session, tokenizer, targets, progress)
+        session = Session(source, windows, router, config.method, options, command, first)
+        return _quantize_streamed(config, session, tokenizer, targets, progress, on_layer)
     model = load_unquantized(config.model, str(dtype).removeprefix("torch."), config.trust_remote_code)
     stored = stored_dtype(declared.dtype or next(model.parameters()).dtype)
     model = model.to(device).eval()
     moe = describe(model)
-    check_budgets(moe, config.method)
+    first = _checked(moe, config, costs)
     outcomes = []
-    for stage in quantize_progressively(moe, windows, config.method, router_windows=router, progress=progress):
+    for stage in quantize_progressively(
+        moe, windows, config.method, router_windows=router, progress=progress, first_statistics=first,
+        on_layer=on_layer,
+    ):
         target = targets[stage.budget]
         outcomes.append(
             distributed.on_first(lambda s=stage, t=target: save_stage(config, model, tokenizer, s, t, stored))
@@ -221,6 +227,22 @@ def _prepare(config: QuantizeConfig, targets: dict[float, Path], device: torch.d
     return windows, router, architecture
 
 
+def _checked(moe: MoeModel, config: QuantizeConfig, costs: Costs | None) -> ExpertStatistics | None:
+    """Refuse budgets, patterns and costs that do not fit the model; the statistics of ``costs``."""
+    check_budgets(moe, config.method)
+    resolve(moe, config.method.tensor_bits)
+    return None if costs is None else saved_statistics(costs, moe, config.method)
+
+
+def load_costs(path: str | os.PathLike) -> Costs:
+    """The coefficients in a file, or in the checkpoint folder that holds it. Raises :class:`CheckpointError`."""
+    file = Path(path) / COSTS_FILE if Path(path).is_dir() else Path(path)
+    try:
+        return Costs.load(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no costs in {path}: {_first_line(error)}") from error
+
+
 def check_resources(config: QuantizeConfig, architecture, device: torch.device) -> None:
     """Raise :class:`gemq.errors.ResourceError` if the plan of a transformers config takes more than is free here."""
     chosen = parse_dtype(config.dtype)
@@ -242,14 +264,15 @@ def run_directory(config: QuantizeConfig) -> Path:
 
 
 def _quantize_streamed(
-    config: QuantizeConfig, session: Session, tokenizer, targets: dict[float, Path], progress: StageProgress | None
+    config: QuantizeConfig, session: Session, tokenizer, targets: dict[float, Path], progress: StageProgress | None,
+    on_layer: OnLayer | None,
 ) -> list[QuantizeOutcome]:
     run = RunOptions(
         run_directory(config), config.scratch == "disk", config.changed, config.keep_run,
         Path(config.log) if config.log else None,
     )
     outcomes = []
-    with session.working(run, progress) as work:
+    with session.working(run, progress, on_layer) as work:
         for result in work.results():
             target = targets[result.budget]
             stored = stored_dtype(session.source.declared)
@@ -257,9 +280,12 @@ def _quantize_streamed(
             if written_by(target, REPORT_FILE) != name:
                 save_packed(
                     assembly.model, packed, target, tokenizer=tokenizer, dtype=stored, weights=assembly.write,
-                    extra_files=_extra_files(config, result, result.reports, name), overwrite=config.overwrite,
+                    extra_files=extra_files(config, result, result.reports, name, session.source.moe),
+                    overwrite=config.overwrite,
                 )
-            outcomes.append(_outcome(result, target, result.reports))
+            if not (target / RUN_FILE).is_file():
+                write_run(target, result.seconds)
+            outcomes.append(outcome_of(result, target, result.reports, session.source.moe))
     return outcomes
 
 
@@ -268,7 +294,8 @@ def stored_dtype(declared: torch.dtype) -> torch.dtype:
     return _STORED.get(declared, declared)
 
 
-def _target(config: QuantizeConfig, budget: float) -> Path:
+def target_of(config: QuantizeConfig, budget: float) -> Path:
+    """The folder of a budget's checkpoint."""
     return Path(config.output) if len(config.method.budgets) == 1 else Path(config.output) / f"{budget:g}"
 
 
@@ -280,26 +307,13 @@ def save_stage(
     ``stored`` is the dtype of the tensors that stay unquantized.
     """
     packed, packed_config = _packed_copy(model, stage, config.method.name)
-    extra = _extra_files(config, stage, stage.weights.reports, None)
+    moe = describe(model)
+    extra = extra_files(config, stage, stage.weights.reports, None, moe)
     save_packed(
         packed, packed_config, target, tokenizer=tokenizer, dtype=stored, extra_files=extra, overwrite=config.overwrite
     )
-    return _outcome(stage, target, stage.weights.reports)
-
-
-def _extra_files(config: QuantizeConfig, stage, matrices: dict, run: str | None) -> dict[str, Callable[[Path], Any]]:
-    extra = {REPORT_FILE: lambda path: _write_report(path, config, stage, matrices, run)}
-    if stage.statistics is not None:
-        extra[COSTS_FILE] = stage.statistics.costs.save
-    return extra
-
-
-def _outcome(stage, target: Path, matrices: dict) -> QuantizeOutcome:
-    fallbacks = sum(r.fallback != "" for r in matrices.values())
-    size = sum(f.stat().st_size for f in target.glob("*.safetensors"))
-    return QuantizeOutcome(
-        stage.budget, target, stage.allocation.bits_per_expert, stage.allocation.gap, size, stage.seconds, fallbacks
-    )
+    write_run(target, stage.seconds)
+    return outcome_of(stage, target, stage.weights.reports, moe)
 
 
 def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.Module, PackedConfig]:
@@ -323,25 +337,6 @@ def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.
     return twin.eval(), config
 
 
-def _write_report(path: Path, config: QuantizeConfig, stage, matrices: dict, run: str | None) -> None:
-    """What was done, readable by people and scripts: options, allocation, per-matrix GPTQ reports. Nothing in it
-    differs between a run that was interrupted and one that was not: times are in the log."""
-    report = {
-        "options": {k: v for k, v in asdict(config).items() if k not in RUN_OPTIONS},
-        "budget": stage.allocation.budget,
-        "bits_per_expert": stage.allocation.bits_per_expert,
-        "objective": _finite(stage.allocation.objective),
-        "gap": _finite(stage.allocation.gap),
-        "solver": stage.allocation.solver,
-        "router_losses": stage.router_losses,
-        "matrices": {name: asdict(r) for name, r in matrices.items()},
-        "run": run,
-    }
-    path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None
 
 
 def load_any(path: str | os.PathLike, dtype: str = "auto", device: str | None = None) -> nn.Module:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +16,13 @@ from gemq.algorithms.baselines import pmq, uniform
 from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.importance import PERTURBATIONS, ExpertStatistics, Perturbation, measure
+from gemq.algorithms.layer_report import LayerReport
 from gemq.algorithms.originals import Originals
 from gemq.algorithms.router_bits import quantize_routers
+from gemq.algorithms.router_shift import LayerShift, RouterShift
 from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
-from gemq.algorithms.sequential import BitPlan, QuantizedWeights, quantize_weights
+from gemq.algorithms.sequential import BitPlan, OnLayer, QuantizedWeights, quantize_weights
+from gemq.algorithms.tensor_bits import TensorBits, resolve
 from gemq.format import UNQUANTIZED
 from gemq.models import MoeModel
 
@@ -36,7 +40,8 @@ class MethodConfig:
     coefficients of the second and later budgets are measured: the full-precision one, the one quantized for the
     previous budget, or that with tuned routers (the default when routers are tuned). ``shared_bits`` None lets the
     program choose; 16 keeps shared experts, attention or dense MLPs unquantized. ``router_bits`` below 16 rounds the
-    routers after their tuning.
+    routers after their tuning. ``tensor_bits`` are widths by name pattern that win over all of these and over the
+    allocation, which does not know of them: the mean that is reached may leave the budget.
 
     In the paper's terms: ``candidates`` is Table 18, ``per_layer`` (none, c2, c3, c2c3) Table 17, ``attention_bits``
     Table 19, ``router_bits`` Table 20.
@@ -60,6 +65,7 @@ class MethodConfig:
     gptq: GptqConfig = field(default_factory=GptqConfig)
     router: RouterTuningConfig = field(default_factory=RouterTuningConfig)
     given: GivenAllocation | None = None
+    tensor_bits: tuple[TensorBits, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -101,6 +107,7 @@ class StageResult:
     statistics: ExpertStatistics | None
     router_losses: list[float]
     seconds: dict[str, float]
+    router_shift: dict[int, LayerShift] = field(default_factory=dict)
 
 
 def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitPlan:
@@ -117,6 +124,22 @@ def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitP
         }
     experts = {index: [int(b) for b in allocation.bits[row]] for row, index in enumerate(indices)}
     return BitPlan(experts, shared, config.attention_bits, config.dense_bits, config.router_bits)
+
+
+def overridden(
+    moe: MoeModel, allocation: Allocation, plan: BitPlan, config: MethodConfig
+) -> tuple[Allocation, BitPlan]:
+    """Put ``config.tensor_bits`` over an allocation and its plan."""
+    wanted = resolve(moe, config.tensor_bits)
+    experts = {
+        index: [wanted.experts.get((index, e), bits) for e, bits in enumerate(row)]
+        for index, row in plan.experts.items()
+    }
+    if wanted.experts:
+        # the summed coefficients are those of other widths now
+        bits = np.array([experts[layer.index] for layer in moe.moe], dtype=np.int64)
+        allocation = replace(allocation, bits=bits, objective=float("nan"), gap=float("nan"))
+    return allocation, replace(plan, experts=experts, linears=wanted.linears)
 
 
 def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, config: MethodConfig) -> Allocation:
@@ -147,17 +170,19 @@ def must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics |
 def quantize_progressively(
     moe: MoeModel, windows: Tensor, config: MethodConfig, *, router_windows: Tensor | None = None,
     originals: Originals | None = None, first_statistics: ExpertStatistics | None = None,
-    progress: StageProgress | None = None,
+    progress: StageProgress | None = None, on_layer: OnLayer | None = None,
 ) -> Iterator[StageResult]:
     """Run Algorithm 1 over ``config.budgets`` and yield each budget's result.
 
     ``windows`` int64 ``[N, T]`` calibrate coefficients and GPTQ; ``router_windows`` (default the same) tune the
     routers. Every budget quantizes the ORIGINAL weights and starts from the original routers; what carries over is
     the model on which the next coefficients are measured (``config.estimate``), perturbed against the originals.
-    ``first_statistics`` are used instead of measuring the full-precision model.
+    ``first_statistics`` are used instead of measuring the full-precision model. ``on_layer`` gets the report of every
+    decoder layer as soon as it is quantized.
     """
     originals = originals or Originals(moe)
     originals.restore()
+    unmoved = RouterShift(moe, windows)
     statistics = first_statistics
     budgets = sorted(config.budgets, reverse=True)
     for step, budget in enumerate(budgets):
@@ -171,10 +196,11 @@ def quantize_progressively(
                 )
         with timer.stage("allocate"):
             allocation = allocate(moe, statistics, budget, config)
-        plan = plan_of(moe, allocation, config)
+        allocation, plan = overridden(moe, allocation, plan_of(moe, allocation, config), config)
         with timer.stage("quantize") as report:
             weights = quantize_weights(
-                moe, windows, plan, originals, config.gptq, batch_size=config.batch_size, progress=report
+                moe, windows, plan, originals, config.gptq, batch_size=config.batch_size, progress=report,
+                on_layer=at_budget(budget, on_layer),
             )
         losses: list[float] = []
         before = [p.detach().clone() for p in moe.routers]
@@ -187,11 +213,21 @@ def quantize_progressively(
                 weights.reports |= quantize_routers(
                     moe, windows, config.router_bits, config.gptq, batch_size=config.batch_size
                 )
-        yield StageResult(budget, allocation, plan, weights, statistics, losses, timer.seconds)
+        with timer.stage("compare routers"):
+            shift = unmoved.compare(moe)
+        yield StageResult(budget, allocation, plan, weights, statistics, losses, timer.seconds, shift)
         if config.estimate == "quantized":
             with torch.no_grad():
                 for p, value in zip(moe.routers, before, strict=True):
                     p.copy_(value)
+
+
+def at_budget(budget: float, on_layer: OnLayer | None) -> OnLayer | None:
+    """``on_layer`` with the budget in each report."""
+    def call(report: LayerReport) -> None:
+        on_layer(replace(report, budget=budget))
+
+    return call if on_layer else None
 
 
 class _Timer:

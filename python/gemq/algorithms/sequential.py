@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq
+from gemq.algorithms.layer_report import LayerReport, layer_report
 from gemq.algorithms.layerwise import Routed, capture_layer_calls, expert_hidden, run_layer, watch_experts
 from gemq.algorithms.originals import Originals
 from gemq.algorithms.sharing import share_linears, share_stack
@@ -20,6 +22,7 @@ from gemq.nn.experts import QuantizedStack
 from gemq.reference.grid import dequantize_codes
 
 Progress = Callable[[int, int], None]
+OnLayer = Callable[[LayerReport], None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class BitPlan:
     """Widths of a model: routed experts and shared expert by decoder layer index, one each for the rest.
 
     16 leaves attention, dense MLPs, routers or a shared expert as they are. Routers are not quantized with the rest
-    but after their tuning (:func:`gemq.algorithms.router_bits.quantize_routers`).
+    but after their tuning (:func:`gemq.algorithms.router_bits.quantize_routers`). ``linears`` are exceptions by module
+    path.
     """
 
     experts: dict[int, list[int]]
@@ -35,6 +39,7 @@ class BitPlan:
     attention: int = 4
     dense: int = 4
     router: int = UNQUANTIZED
+    linears: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +77,7 @@ def layer_linears(moe: MoeModel, index: int, plan: BitPlan) -> dict[str, tuple[n
             width = plan.shared[index]
             for name in ("gate_proj", "up_proj", "down_proj"):
                 found[f"{layer.shared_path}.{name}"] = (getattr(layer.shared, name), width)
+    found = {path: (module, plan.linears.get(path, width)) for path, (module, width) in found.items()}
     return {path: item for path, item in found.items() if item[1] < UNQUANTIZED}
 
 
@@ -186,13 +192,14 @@ def _quantize_layer(
 @torch.no_grad()
 def quantize_weights(
     moe: MoeModel, windows: Tensor, plan: BitPlan, originals: Originals, config: GptqConfig | None = None, *,
-    batch_size: int = 8, progress: Progress | None = None,
+    batch_size: int = 8, progress: Progress | None = None, on_layer: OnLayer | None = None,
 ) -> QuantizedWeights:
     """Quantize the original weights by ``plan`` and leave the dequantized result in the model.
 
     Layer by layer: the inputs are those that the already quantized layers give; Hessians come from one run of the
     layer with its original weights; after quantization the layer runs again for the next one's inputs. Routers are
-    the original ones. ``windows`` is int64 ``[N, T]``. ``progress(done, total)`` counts decoder layers.
+    the original ones. ``windows`` is int64 ``[N, T]``. ``progress(done, total)`` counts decoder layers,
+    and ``on_layer`` gets the :class:`LayerReport` of each.
     """
     config = config or GptqConfig()
     originals.restore()
@@ -204,6 +211,7 @@ def quantize_weights(
     by_index = {layer.index: layer for layer in moe.moe}
     for index, module in enumerate(moe.layers):
         linears, layer = layer_linears(moe, index, plan), by_index.get(index)
+        start, known = time.perf_counter(), len(result.reports)
         seen = _Calibration(moe, linears, layer)
         with ExitStack() as stack:
             seen.watch(linears, stack)
@@ -213,6 +221,10 @@ def quantize_weights(
                 seen.end_batch(ran=turn < len(hidden))
         _quantize_layer(linears, layer, seen, plan, config, result)
         hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
+        if on_layer:
+            # a dict keeps the order of insertion: what was added last is this layer's
+            own = list(result.reports.items())[known:]
+            on_layer(layer_report(index, plan.experts.get(index), own, time.perf_counter() - start))
         if progress:
             progress(index + 1, len(moe.layers))
     moe.model.train(was_training)

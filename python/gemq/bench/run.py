@@ -53,13 +53,15 @@ class BenchConfig:
     dtype: str = "auto"
     seed: int = 0
     profile_steps: int = 4
+    prompt_repeats: int = 3
 
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.mix is None):
             raise ValueError("give bits or a mix of widths, one of them")
         if self.bits is not None and not self.unquantized:
             random_model.mix_for(self.bits)
-        for name, low, high in (("batch", 1, MAX_BATCH), ("tokens", 2, 1 << 20), ("prompt_length", 1, 1 << 20)):
+        for name, low, high in (("batch", 1, MAX_BATCH), ("tokens", 2, 1 << 20), ("prompt_length", 1, 1 << 20),
+                                ("prompt_repeats", 1, 1000)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         for name in ("attention_bits", "shared_bits"):
@@ -171,7 +173,7 @@ def _measure(config: BenchConfig, model: nn.Module, compile: str, **options) -> 
     torch.compiler.reset()
     return measure(
         model, tokens=config.tokens, batch=config.batch, prompt_length=config.prompt_length, compile=compile,
-        profile_steps=config.profile_steps, seed=config.seed, **options,
+        profile_steps=config.profile_steps, seed=config.seed, prompt_repeats=config.prompt_repeats, **options,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,20 +10,26 @@ import typer
 
 import gemq
 from gemq import distributed
-from gemq.algorithms.allocation import Costs, curve, pareto
+from gemq.algorithms.allocation import curve, pareto
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
-from gemq.cli import display, options
+from gemq.cli import display, options, quantizing
 from gemq.cli.auto_import import auto_import
 from gemq.cli.bench import bench
+from gemq.cli.evaluate import evaluate
+from gemq.cli.formats import Column, Format, FormatOption, LongFormatOption, emit
 from gemq.cli.generation import chat, generate
+from gemq.cli.inspecting import inspect, verify
 from gemq.cli.interchange import export, import_gptq
 from gemq.cli.plan import plan
+from gemq.cli.recipes import Recipe, choose
+from gemq.cli.report import report
 from gemq.cli.resume import resumed
+from gemq.cli.settings import ConfigFile, settings
 from gemq.cli.tune import tune
-from gemq.pipeline import COSTS_FILE, QuantizeConfig, pick_device
-from gemq.summary import summarize
+from gemq.cli.upload import upload
+from gemq.pipeline import COSTS_FILE, QuantizeConfig, load_costs
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -40,13 +45,6 @@ class Method(StrEnum):
     uniform = "uniform"
 
 
-class Recipe(StrEnum):
-    """Sets of quantizer options."""
-
-    default = "default"
-    paper = "paper"
-
-
 class Clip(StrEnum):
     """Range search."""
 
@@ -56,7 +54,8 @@ class Clip(StrEnum):
 
 
 _CONSTRAINTS = "Per layer an expert at the highest width (c2), the second highest (c3), c2c3 or none (paper: Table 17)."
-_PERTURBATIONS = {Recipe.default: "gptq", Recipe.paper: "rtn"}
+_RECIPE = "best, paper, fast or default: sets options that are not given (the documentation has the table)."
+_TENSOR_BITS = "Width of every matrix whose path a regular expression finds: 'o_proj=8'; may be repeated."
 
 
 def _version(value: bool) -> None:
@@ -71,6 +70,9 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only data, warnings and errors (anywhere on the line).")]
+    = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours, as with NO_COLOR (anywhere).")] = False,
 ) -> None:
     """Quantize the experts of Mixture-of-Experts language models globally, and run them packed."""
 
@@ -102,15 +104,14 @@ def quantize(
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
     router_bits: Annotated[int, typer.Option(help="Routers after tuning: 1..8, or 16 (paper: Table 20).")] = 16,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
-    recipe: Annotated[Recipe, typer.Option(help="paper: as the authors' scripts quantize.")] = Recipe.default,
+    recipe: Annotated[Recipe, typer.Option(help=_RECIPE)] = Recipe.default,
     clip: Annotated[Clip | None, typer.Option(help="Range search (default: the recipe's).")] = None,
-    perturbation: Annotated[str | None, typer.Option(help="Costs by gptq or rtn (default: the recipe's).")]
-    = None,
+    perturbation: Annotated[str, typer.Option(help="How an expert is quantized to measure it: gptq or rtn.")] = "gptq",
     damping: Annotated[float, typer.Option(help="Of the Hessian, in units of its mean diagonal.")] = 0.01,
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
     router_text: Annotated[str | None, typer.Option(help="Text for that (default: the calibration windows).")] = None,
     router_lr: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
-    router_epochs: Annotated[int, typer.Option(min=1)] = 1,
+    router_epochs: Annotated[int, typer.Option(help="Passes over that text.", min=1)] = 1,
     router_batch: Annotated[int, typer.Option(help="Windows a step (paper: 1); processes share them.", min=1)] = 1,
     estimate: Annotated[str, typer.Option(help="Model of later budgets' costs: fp, quantized or tuned.")] = "tuned",
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
@@ -132,12 +133,26 @@ def quantize(
     allocation: Annotated[Path | None, typer.Option(
         help="Widths decided elsewhere (.json, .pkl or a checkpoint): nothing is measured; --bits is then a limit."
     )] = None,
+    tensor_bits: Annotated[list[str] | None, typer.Option(help=_TENSOR_BITS)] = None,
+    costs: Annotated[Path | None, typer.Option(help="Use costs that an earlier run saved: its folder, or the file.")]
+    = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show widths and sizes by tensor; write nothing.")] = False,
+    layer_log: Annotated[Path | None, typer.Option(help="Also write the line of each layer to a .csv or .jsonl file.")]
+    = None,
+    upload_repo: Annotated[str | None, typer.Option(help="Put the result on the hub, as owner/name.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
+    form: LongFormatOption = Format.table,
+    config_file: ConfigFile = None,
 ) -> None:
     """Measure, allocate, quantize, tune the routers, and save a packed checkpoint.
 
     The same command, given again after it was ended, continues where it was.
 
     [dim]gemq quantize mistralai/Mixtral-8x7B-v0.1 --bits 2.5 -o mixtral-2.5[/dim]
+
+    [dim]gemq quantize out/full --config settings.yaml --bits 3,2.5,2 --recipe best --tensor-bits 'o_proj=8'
+    -o out/small --dry-run[/dim]
+
     [dim]torchrun --nproc-per-node 4 -m gemq quantize ...[/dim] shares the work among processes.
     """
     if redo and restart:
@@ -146,33 +161,31 @@ def quantize(
         raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
     device = device or distributed.own_device()
     budgets, given = options.allocation(allocation, bits)
+    chosen = choose(context, recipe, {"constraints": constraints, "samples": samples, "perturbation": perturbation,
+                                      "estimate": estimate, "tune_routers": tune_routers})
     config = QuantizeConfig(
-        model or "", output or "", calibration, samples, length, seed, router_text, device, dtype, overwrite,
+        model or "", output or "", calibration, chosen["samples"], length, seed, router_text, device, dtype, overwrite,
         trust_remote_code,
         MethodConfig(
             budgets=budgets, given=given, method=method.value, candidates=options.widths(candidates),
-            per_layer=constraints, attention_bits=attention_bits, dense_bits=dense_bits,
-            shared_bits=options.shared(shared_bits), router_bits=router_bits, tune=tune_routers, estimate=estimate,
-            perturbation=perturbation or _PERTURBATIONS[recipe], batch_size=batch_size,
-            gptq=GptqConfig.for_recipe(recipe.value, group_size, damping, clip.value if clip else None),
+            per_layer=chosen["constraints"], attention_bits=attention_bits, dense_bits=dense_bits,
+            shared_bits=options.shared(shared_bits), router_bits=router_bits, tune=chosen["tune_routers"],
+            estimate=chosen["estimate"], perturbation=chosen["perturbation"], batch_size=batch_size,
+            gptq=GptqConfig.for_recipe("paper" if recipe is Recipe.paper else "default", group_size, damping,
+                                       clip.value if clip else None),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
+            tensor_bits=quantizing.tensor_bits(tensor_bits),
         ),
         distributed.launched().size == 1 if stream is None else stream, scratch, run_dir,
         "redo" if redo else "restart" if restart else "refuse", keep_run, log, check,
+        None if costs is None else str(costs),
     )
     if resume is not None:
         config = resumed(resume, config, context)
-    with distributed.job(pick_device(config.device)) as place, display.stages() as report:
-        outcomes = gemq.quantize(config, report)
-    if not place.first:
-        return
-    rows = [
-        [str(o.path), f"{o.bits_per_expert:.3f}", f"{o.gap:.1e}", display.size(o.bytes),
-         f"{sum(o.seconds.values()):.1f}", str(o.fallbacks)]
-        for o in outcomes
-    ]
-    columns = ["checkpoint", "bits/expert", "gap", "size", "seconds", "rounded only"]
-    display.output().print(display.table("quantized", columns, rows))
+    if dry_run:
+        quantizing.show_preview(config, form)
+    else:
+        quantizing.run(config, layer_log, form, upload_repo, private)
 
 
 @app.command()
@@ -185,91 +198,53 @@ def allocate(
     points: Annotated[int | None, typer.Option(
         "--curve", min=2, help="Instead of --bits: this many budgets, lowest to highest."
     )] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
+    form: FormatOption = Format.table,
 ) -> None:
-    """Solve the program again for any budget, from the costs that quantize saved."""
-    loaded = Costs.load(costs / COSTS_FILE if costs.is_dir() else costs)
+    """Solve the program again for any budget, from the costs that quantize saved.
+
+    [dim]gemq allocate mixtral-2.5 --bits 3,2.75,2.5,2.25,2 -o md[/dim]
+    """
+    loaded = load_costs(costs)
     how = {"per_layer": constraints, "solver": solver, "fixed_shared_bits": options.shared(shared_bits)}
     found = curve(loaded, points, **how) if points else pareto(loaded, list(options.budgets(bits)), **how)
     maps = [{layer: [int(b) for b in row] for layer, row in zip(loaded.layers, a.bits, strict=True)} for a in found]
-    if as_json:
-        records = [
-            {"budget": a.budget, "bits_per_expert": a.bits_per_expert, "objective": a.objective, "gap": a.gap,
-             "expert_bits": m, "shared_bits": None if a.shared_bits is None else [int(b) for b in a.shared_bits]}
-            for a, m in zip(found, maps, strict=True)
-        ]
-        print(json.dumps(records))
+    records = [
+        {"budget": a.budget, "bits_per_expert": a.bits_per_expert, "objective": a.objective, "gap": a.gap,
+         "solver": a.solver, "seconds": a.seconds, "expert_bits": m,
+         "shared_bits": None if a.shared_bits is None else [int(b) for b in a.shared_bits]}
+        for a, m in zip(found, maps, strict=True)
+    ]
+    form = Format.json if as_json else form
+    emit("allocations", _ALLOCATION, records, form)
+    if form is not Format.table or points:
         return
-    rows = [[f"{a.budget:g}", f"{a.bits_per_expert:.3f}", f"{a.objective:.6g}", f"{a.gap:.1e}", a.solver,
-             f"{a.seconds:.2f}"] for a in found]
-    out = display.output()
-    out.print(display.table("allocations", ["budget", "bits/expert", "loss increase", "gap", "solver", "s"], rows))
-    for allocation, expert_bits in zip(found, maps, strict=True) if not points else ():
+    for allocation, expert_bits in zip(found, maps, strict=True):
         shared = allocation.shared_bits
         by_layer = {} if shared is None else {n: int(b) for n, b in zip(loaded.layers, shared, strict=True)}
-        out.print(f"budget {allocation.budget:g}")
-        out.print(display.bit_map(expert_bits, by_layer))
+        display.output().print(f"budget {allocation.budget:g}")
+        display.output().print(display.bit_map(expert_bits, by_layer))
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Packed checkpoint, or a full-precision model.")],
-    data: Annotated[str, typer.Option(help="Text: wikitext2, c4, file.txt, file.jsonl#field.")] = "wikitext2",
-    length: Length = 2048,
-    limit: Annotated[int | None, typer.Option(help="At most this many windows.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 4,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Token perplexity on held-out text."""
-    with display.stages() as report:
-        result = gemq.evaluate(
-            model, data, length=length, limit=limit, batch_size=batch_size, dtype=dtype, device=device,
-            progress=lambda done, total: report("evaluate", done, total),
-        )
-    if as_json:
-        print(json.dumps({"model": model, "data": data, "length": length, "perplexity": result.perplexity,
-                          "tokens": result.tokens, "seconds": result.seconds}))
-        return
-    row = [model, f"{result.perplexity:.3f}", f"{result.tokens:,}", f"{result.tokens / result.seconds:,.0f}"]
-    display.output().print(display.table(data, ["model", "perplexity", "tokens", "tokens/s"], [row]))
+_ALLOCATION = (
+    Column("budget", "budget", lambda v: f"{v:g}"), Column("bits/expert", "bits_per_expert", lambda v: f"{v:.3f}"),
+    Column("loss increase", "objective", lambda v: f"{v:.6g}"), Column("gap", "gap", lambda v: f"{v:.1e}"),
+    Column("solver", "solver"), Column("s", "seconds", lambda v: f"{v:.2f}"),
+)
 
 
+app.command("eval")(evaluate)
 app.command()(plan)
 app.command()(generate)
 app.command()(chat)
 app.command()(bench)
 
 
-@app.command()
-def inspect(model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")]) -> None:
-    """Bits and sizes of a packed checkpoint, and its bit map."""
-    summary = summarize(model)
-    config, total = summary.config, summary.tensor_bytes
-    out = display.output()
-    rows = [[kind, display.size(count), f"{100 * count / total:.1f}%"] for kind, count in summary.bytes_by_kind.items()]
-    rows.append(["all tensors", display.size(total), "100%"])
-    rows.append(["files", display.size(summary.file_bytes), f"{100 * summary.file_bytes / total:.1f}%"])
-    out.print(
-        f"{summary.expert_bits:.3f} bits per routed expert, attention {config.attention_bits}, dense "
-        f"{config.dense_bits}, routers {config.router_bits}, groups of {config.group_size}, method {config.method}",
-        highlight=False, markup=False,
-    )
-    out.print(display.bit_map(config.expert_bits, config.shared_bits))
-    out.print(display.table("bytes", ["tensors", "size", "share"], rows))
-
-
-@app.command()
-def verify(model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")]) -> None:
-    """Compare every file of a checkpoint with the SHA-256 sums recorded when it was saved."""
-    found = gemq.verify(model)
-    display.output().print(
-        f"{model}: {found.files} files, {display.size(found.bytes)}, as saved", markup=False, highlight=False,
-        soft_wrap=True,
-    )
-
-
+app.command()(inspect)
+app.command()(verify)
+app.command()(report)
+app.command()(upload)
+app.command()(settings)
 app.command()(tune)
 app.command()(export)
 app.command("import-gptq")(import_gptq)

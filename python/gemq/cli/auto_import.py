@@ -22,7 +22,10 @@ class Switch(StrEnum):
 def auto_import(
     switch: Annotated[Switch, typer.Argument(help="on, off or status.")] = Switch.status,
 ) -> None:
-    """Let transformers load gemq checkpoints in programs that never import gemq (a hook in site-packages)."""
+    """Let transformers load gemq checkpoints in programs that never import gemq (a hook in site-packages).
+
+    [dim]gemq auto-import on[/dim]
+    """
     if switch is Switch.on:
         paths = hook.turn_on()
         text = f"on: wrote {' and '.join(map(str, paths))}"

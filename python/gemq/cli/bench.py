@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,9 @@ import typer
 from gemq.bench import BenchConfig, BenchResult, run_bench, write_json
 from gemq.bench.measuring import Measurement, Memory
 from gemq.cli import display
+from gemq.cli.formats import Column, Format, FormatOption, emit
 from gemq.cli.generation import Compile, Device, Dtype
+from gemq.cli.settings import ConfigFile
 from gemq.generation.memory import GIB
 
 _SHOWN_KERNELS = 12
@@ -37,10 +40,14 @@ def bench(
     compile: Annotated[Compile, typer.Option(help="How a step runs; auto is graph on CUDA (baseline: compile).")]
     = Compile.auto,
     profile_steps: Annotated[int, typer.Option(help="Steps of the breakdown by kernel; 0 leaves it out.", min=0)] = 4,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the weights and the prompt.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
+    prompt_repeats: Annotated[int, typer.Option(help="Runs of the prompt, for the spread of the first token.", min=1)]
+    = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    form: FormatOption = Format.table,
+    config_file: ConfigFile = None,
 ) -> None:
     """Decoding speed, memory and kernels of a real architecture with random packed weights.
 
@@ -52,12 +59,55 @@ def bench(
     config = BenchConfig(
         model_config, bits, None if mix is None else _parse_mix(mix), layers, attention_bits, shared_bits, baseline,
         tokens, batch, prompt_length, compile.value, device, dtype, seed, profile_steps,
+        prompt_repeats,
     )
-    note = display.errors()
+    note = display.notes()
     result = run_bench(config, lambda text: note.print(text, style="dim", highlight=False))
     if json_file is not None:
         write_json(result, json_file)
-    _show(result)
+    if form is Format.table:
+        _show(result)
+    else:
+        _emit(result, form)
+
+
+def _emit(result: BenchResult, form: Format) -> None:
+    """Rows to paste or to parse; JSON holds the whole result."""
+    if form in (Format.json, Format.jsonl):
+        print(json.dumps(result.to_dict(), indent=1 if form is Format.json else None))
+        return
+    config = result.config
+    records = [{
+        "model": config.model_config, "layers": result.layers, "bits": result.bits_per_expert, "run": name,
+        "mode": run.mode, "batch": run.batch, "prompt": run.prompt_length, "device": result.device,
+        "dtype": result.dtype, "tokens_per_second": run.tokens_per_second, "step_ms": _milliseconds(run.step_seconds),
+        "first_token_ms": _milliseconds(run.first_token), "weights": run.memory.weights,
+        "peak": run.memory.reserved or run.memory.resident, "roofline": run.roofline.share,
+        "rate": _spread(run.tokens_per_second, "p20", "p80"), "step": _spread(_milliseconds(run.step_seconds), "p50",
+                                                                            "p95"),
+        "first": _spread(_milliseconds(run.first_token), "p20", "p80"),
+    } for name, run in result.runs.items()]
+    if form is Format.csv:
+        records = [{k: v for k, v in r.items() if k not in ("rate", "step", "first")} for r in records]
+    emit("", _MARKDOWN, records, form)
+
+
+def _milliseconds(times: dict[str, float]) -> dict[str, float]:
+    return {name: 1e3 * value for name, value in times.items()}
+
+
+def _spread(values: dict[str, float], low: str, high: str) -> str:
+    """The median, and between which two percentiles it lies."""
+    return f"{values['p50']:.4g} ({values[low]:.4g} to {values[high]:.4g})"
+
+
+_MARKDOWN = (
+    Column("model", "model"), Column("bits", "bits", lambda v: f"{v:.3g}"), Column("run", "run"),
+    Column("batch", "batch"), Column("prompt", "prompt"), Column("tokens/s (p20 to p80)", "rate"),
+    Column("ms a token (p50 to p95)", "step"), Column("first token ms (p20 to p80)", "first"),
+    Column("weights", "weights", display.size), Column("peak", "peak", display.size),
+    Column("roofline", "roofline", lambda v: f"{100 * v:.0f}%"),
+)
 
 
 def _check_writable(file: Path | None) -> None:
@@ -79,7 +129,8 @@ def _show(result: BenchResult) -> None:
     out = display.output()
     config = result.config
     rows = [_row(name, run) for name, run in result.runs.items()]
-    columns = ["run", "tokens/s", "p20", "p80", "ms/step", "first token ms", "weights", "peak", "GB/step", "roofline"]
+    columns = ["run", "tokens/s", "p20", "p80", "ms/step", "p95 ms", "first token ms", "weights", "peak", "GB/step",
+               "roofline"]
     title = (f"{config.model_config}, {result.layers} layers, {result.bits_per_expert:.3g} bits per expert, "
              f"batch {config.batch}, {result.device}, {result.dtype}")
     out.print(display.table(title, columns, rows))
@@ -99,7 +150,8 @@ def _row(name: str, run: Measurement) -> list[str]:
     rate = run.tokens_per_second
     return [
         f"{name} ({run.mode})", f"{rate['p50']:.1f}", f"{rate['p20']:.1f}", f"{rate['p80']:.1f}",
-        f"{1e3 * run.step_seconds['p50']:.2f}", f"{1e3 * run.first_token_seconds:.0f}",
+        f"{1e3 * run.step_seconds['p50']:.2f}", f"{1e3 * run.step_seconds['p95']:.2f}",
+        f"{1e3 * run.first_token['p50']:.0f}",
         f"{run.memory.weights / GIB:.2f} GiB", _peak(run.memory), f"{run.roofline.bytes_per_step / 1e9:.3f}",
         f"{100 * run.roofline.share:.0f}%",
     ]

@@ -25,4 +25,4 @@ def show(result: DemoResult) -> None:
     g = result.generation
     out.print(f"\ngenerated at {lowest:g} bits, {g.new_tokens / g.seconds:.0f} tokens/s:", highlight=False)
     out.print(g.text, markup=False, highlight=False, soft_wrap=True)
-    display.errors().print(f"demo finished in {result.seconds:.0f} s", style="dim")
+    display.notes().print(f"demo finished in {result.seconds:.0f} s", style="dim")

@@ -27,10 +27,22 @@ from gemq import distributed
 _COLOURS = {0: "grey50", 1: "blue", 2: "cyan", 3: "green", 4: "yellow", 5: "yellow", 6: "red", 7: "red", 8: "magenta"}
 
 
+# what --quiet and --no-color set for all consoles
+_QUIET, _PLAIN = False, None
+
+
+def configure(quiet: bool = False, plain: bool = False) -> None:
+    """Set what ``--quiet`` and ``--no-color`` ask for; rich itself heeds NO_COLOR and whether there is a terminal."""
+    global _QUIET, _PLAIN
+    _QUIET, _PLAIN = quiet, plain or None
+    for console in (output, errors, notes):
+        console.cache_clear()
+
+
 @cache
 def output() -> Console:
     """The console of standard output. Only a terminal has a width to fit: in a file, paths stay in one piece."""
-    console = Console()
+    console = Console(no_color=_PLAIN)
     if not console.is_terminal:
         console.width = 400
     return console
@@ -38,8 +50,34 @@ def output() -> Console:
 
 @cache
 def errors() -> Console:
-    """The console of standard error."""
-    return Console(stderr=True)
+    """The console of standard error, for errors and warnings."""
+    return Console(stderr=True, no_color=_PLAIN)
+
+
+@cache
+def notes() -> Console:
+    """The console of standard error for all that is neither data nor a warning: silent with ``--quiet``."""
+    return Console(stderr=True, no_color=_PLAIN, quiet=_QUIET)
+
+
+class Stages:
+    """Bars of named stages: call it with ``(stage, done, total)``; :meth:`print` puts a line above them. Without
+    ``bars`` it is silent."""
+
+    def __init__(self, bars: Progress | None):
+        self._bars, self._tasks = bars, {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bars is None:
+            return
+        if done == 0 or stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def print(self, line: str) -> None:
+        """Show a line for good."""
+        if self._bars is not None:
+            self._bars.console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 class RateColumn(ProgressColumn):
@@ -55,24 +93,17 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def stages() -> Iterator:
-    """A progress display over named stages: yields ``report(stage, done, total)``. Of several processes, rank 0's."""
+def stages() -> Iterator[Stages]:
+    """A progress display on standard error, and the time all took at the end. Of several processes, rank 0's."""
     if not distributed.world().first:
-        yield lambda stage, done, total: None
+        yield Stages(None)
         return
     columns = (
         TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), RateColumn()
     )
-    with Progress(*columns, console=errors()) as bars:
-        current: dict[str, int] = {}
+    with Progress(*columns, console=notes()) as bars:
         started = time.monotonic()
-
-        def report(stage: str, done: int, total: int) -> None:
-            if done == 0 or stage not in current:
-                current[stage] = bars.add_task(stage, total=total)
-            bars.update(current[stage], completed=done, total=total)
-
-        yield report
+        yield Stages(bars)
         bars.console.print(f"done in {time.monotonic() - started:.1f} s", style="dim")
 
 

@@ -11,6 +11,7 @@ import typer
 
 import gemq
 from gemq.cli import display
+from gemq.cli.settings import ConfigFile
 from gemq.generation import ContinuationStreamer, Conversation, Generation, GenerationOptions, stream_row
 from gemq.pipeline import load_any, load_tokenizer
 
@@ -52,6 +53,7 @@ def generate(
     compile: Mode = Compile.auto,
     device: Device = None,
     dtype: Dtype = "auto",
+    config_file: ConfigFile = None,
 ) -> None:
     """Continue a text with a packed (or full-precision) model, as it is made.
 
@@ -78,7 +80,7 @@ def _show_figures(result: Generation) -> None:
     ]
     if result.peak_bytes is not None:
         lines.append(f"peak memory: {display.size(result.peak_bytes)}")
-    display.errors().print("\n".join(lines), style="dim", highlight=False)
+    display.notes().print("\n".join(lines), style="dim", highlight=False)
 
 
 def chat(
@@ -105,7 +107,7 @@ def chat(
     )
     conversation = Conversation(load_tokenizer(model), system)
     loaded = load_any(model, dtype, device)
-    note = display.errors()
+    note = display.notes()
     if not conversation.templated:
         note.print("the tokenizer has no chat template: talking in plain User: and Assistant: lines", style="dim")
     note.print("/clear forgets, /exit leaves, Ctrl-C stops an answer", style="dim")
@@ -124,7 +126,7 @@ def chat(
 def _ask() -> str | None:
     """The user's next line; None at the end of the input."""
     if sys.stdin.isatty():
-        display.errors().print("> ", end="", style="bold")
+        display.notes().print("> ", end="", style="bold")
     line = sys.stdin.readline()
     return line.strip() if line else None
 
@@ -148,7 +150,7 @@ def _answer(model, conversation: Conversation, line: str, options: GenerationOpt
             if said.hear(piece):
                 break
     except KeyboardInterrupt:
-        display.errors().print("\nstopped; Ctrl-C again leaves", style="dim")
+        display.notes().print("\nstopped; Ctrl-C again leaves", style="dim")
     finally:
         pieces.close()
     conversation.add("assistant", said.finish())

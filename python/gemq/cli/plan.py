@@ -35,7 +35,7 @@ def plan(
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
     perturbation: Annotated[str, typer.Option(help="Costs by gptq or rtn.")] = "gptq",
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
-    router_epochs: Annotated[int, typer.Option(min=1)] = 1,
+    router_epochs: Annotated[int, typer.Option(help="Passes over the text.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
     engine: Annotated[str, typer.Option(help="memory: the whole model at once; stream: one decoder layer.")] = ENGINE,
     device: Annotated[str | None, typer.Option(

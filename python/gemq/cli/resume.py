@@ -12,6 +12,7 @@ from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
+from gemq.algorithms.tensor_bits import TensorBits
 from gemq.engine.journal import read_manifest
 from gemq.errors import CheckpointError
 from gemq.pipeline import QuantizeConfig
@@ -24,12 +25,13 @@ _FIELDS = {
     "samples": ("samples",), "length": ("length",), "seed": ("seed",), "attention_bits": ("method.attention_bits",),
     "dense_bits": ("method.dense_bits",), "shared_bits": ("method.shared_bits",),
     "router_bits": ("method.router_bits",), "group_size": ("method.gptq.group_size",),
-    "recipe": ("method.gptq.clip", "method.gptq.propagate_from", "method.perturbation"),
+    "recipe": ("method.gptq.clip", "method.gptq.propagate_from", "method.perturbation", "method.per_layer", "samples",
+               "method.estimate", "method.tune"),
     "clip": ("method.gptq.clip",), "perturbation": ("method.perturbation",), "damping": ("method.gptq.damping",),
     "tune_routers": ("method.tune",), "router_text": ("router_text",), "router_lr": ("method.router.learning_rate",),
     "router_epochs": ("method.router.epochs",), "estimate": ("method.estimate",),
     "batch_size": ("method.batch_size",), "device": ("device",), "dtype": ("dtype",), "stream": ("stream",),
-    "trust_remote_code": ("trust_remote_code",),
+    "trust_remote_code": ("trust_remote_code",), "tensor_bits": ("method.tensor_bits",), "costs": ("costs",),
 }
 
 
@@ -50,6 +52,7 @@ def stored_config(folder: Path) -> QuantizeConfig:
     gptq, router = GptqConfig(**method.pop("gptq")), RouterTuningConfig(**method.pop("router"))
     for name in ("budgets", "candidates"):
         method[name] = tuple(method[name])
+    method["tensor_bits"] = tuple(TensorBits(**item) for item in method.get("tensor_bits", ()))
     return QuantizeConfig(**command, method=MethodConfig(
         **method, gptq=gptq, router=router, given=None if given is None else GivenAllocation.from_json(given)
     ))

@@ -12,7 +12,7 @@ import typer
 
 from gemq import distributed
 from gemq.cli.app import app
-from gemq.cli.display import errors
+from gemq.cli.display import configure, errors
 from gemq.errors import FailedElsewhereError, GemqError
 
 # characters of an error message that are shown
@@ -42,6 +42,8 @@ def run(arguments: list[str], debug: bool = False) -> int:
     """The exit code of ``gemq *arguments``; with ``debug`` exceptions show their traceback."""
     if not debug:
         _quiet_libraries()
+    arguments, flags = _take_flags(arguments)
+    configure(quiet=bool(flags & {"-q", "--quiet"}), plain="--no-color" in flags)
     try:
         code = _call(arguments)
         sys.stdout.flush()
@@ -60,6 +62,14 @@ def run(arguments: list[str], debug: bool = False) -> int:
         if debug:
             traceback.print_exc()
         return _report(error)
+
+
+def _take_flags(arguments: list[str]) -> tuple[list[str], set[str]]:
+    """Arguments without the flags that may stand anywhere before ``--``, and those flags."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = {"-q", "--quiet", "--no-color"}
+    kept = [a for a in arguments[:end] if a not in flags]
+    return [*kept, *arguments[end:]], flags & set(arguments[:end])
 
 
 def _call(arguments: list[str]) -> int:

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import torch
 
+from gemq import __version__
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.importance import ExpertStatistics, Perturbation, measure
 from gemq.algorithms.originals import Originals
 from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
 from gemq.algorithms.router_tuning import tune_routers
+from gemq.card import write_card
 from gemq.checkpoint import from_pretrained
 from gemq.continuation import generate
 from gemq.demo.picture import Row, draw
 from gemq.errors import CheckpointError
+from gemq.evaluations import Score, record
 from gemq.generation import Generation
 from gemq.models import MoeModel, describe
 from gemq.pipeline import (
@@ -148,6 +151,10 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
     lowest = min(config.budgets)
     packed = from_pretrained(demo.checkpoint(lowest), dtype=torch.float32)
     again = perplexity(packed, demo.heldout, 16, lambda d, t: demo.progress("evaluate the packed checkpoint", d, t))
+    # with the checkpoint, for `gemq report` and its card
+    record(demo.checkpoint(lowest), Score("heldout.txt", config.length, again, demo.heldout[:, 1:].numel(),
+                                          gemq=__version__))
+    write_card(demo.checkpoint(lowest))
     generation = generate(
         packed, config.prompt, tokenizer=demo.tokenizer, max_new_tokens=60, temperature=0.7, top_p=0.9
     )

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from gemq import __version__
+from gemq.algorithms.allocation import Costs
 
 # folders and modules of the package that decide what a run writes
 _DECIDING = (
@@ -43,6 +44,14 @@ def of_windows(windows: Tensor) -> str:
     """Shape and SHA-256 of token windows."""
     shape = "x".join(map(str, windows.shape))
     return f"{shape} {hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()}"
+
+
+def of_costs(costs: Costs) -> str:
+    """SHA-256 of coefficients that a run starts from."""
+    sums = hashlib.sha256(repr((costs.candidates, costs.layers, costs.shared_multiple)).encode())
+    for array in (costs.routed, costs.shared):
+        sums.update(b"" if array is None else array.tobytes())
+    return f"costs {sums.hexdigest()}"
 
 
 @cache

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,21 @@ from gemq import durable
 from gemq.algorithms.allocation import Allocation
 from gemq.algorithms.gptq import GptqReport
 from gemq.algorithms.importance import ExpertStatistics, Perturbation
-from gemq.algorithms.progressive import MethodConfig, StageProgress, allocate, must_measure, plan_of
-from gemq.algorithms.sequential import BitPlan
-from gemq.engine.fingerprint import of_windows
+from gemq.algorithms.progressive import (
+    MethodConfig,
+    StageProgress,
+    allocate,
+    at_budget,
+    must_measure,
+    overridden,
+    plan_of,
+)
+from gemq.algorithms.router_shift import LayerShift
+from gemq.algorithms.sequential import BitPlan, OnLayer
+from gemq.engine.fingerprint import of_costs, of_windows
 from gemq.engine.journal import RunDirectory, Stage
 from gemq.engine.layers import Weights
+from gemq.engine.shift import router_shift, walk_routers
 from gemq.engine.source import Source
 from gemq.engine.stages import Quantized, Sweep, group_budget, measure, put_routers, quantize, round_routers
 from gemq.engine.tuning import tune_packed
@@ -41,6 +51,7 @@ class StreamedResult:
     router_losses: list[float]
     seconds: dict[str, float]
     key: str
+    router_shift: dict[int, LayerShift] = field(default_factory=dict)
 
 
 class Engine:
@@ -49,11 +60,13 @@ class Engine:
     def __init__(
         self, open_source: Callable[[], Source], run: RunDirectory, identity: Any, windows: Tensor,
         router_windows: Tensor, method: MethodConfig, progress: StageProgress | None = None,
-        source: Source | None = None,
+        source: Source | None = None, first: ExpertStatistics | None = None, on_layer: OnLayer | None = None,
     ):
         self.open_source, self.run, self.identity, self.method = open_source, run, identity, method
         self.windows, self.router_windows = windows, router_windows
         self.source = source or open_source()
+        self._first, self._on_layer = first, on_layer
+        self._unmoved: dict[int, tuple[Tensor, Tensor]] | None = None
         self._progress = progress or (lambda stage, done, total: None)
         self._budget = group_budget(self.source)
         self._seconds: dict[str, float] = {}
@@ -81,7 +94,8 @@ class Engine:
 
         As :func:`gemq.algorithms.progressive.quantize_progressively`; finished work is found in the run directory.
         """
-        method, statistics, measured_key, previous = self.method, None, "", None
+        method, statistics, previous = self.method, self._first, None
+        measured_key = "" if self._first is None else of_costs(self._first.costs)
         for step, budget in enumerate(sorted(method.budgets, reverse=True)):
             self._seconds = {}
             if must_measure(method, step, statistics):
@@ -124,10 +138,13 @@ class Engine:
     def _budget_of(self, budget: float, statistics: ExpertStatistics | None, measured: str) -> StreamedResult:
         method = self.method
         allocation, _ = self._allocate(budget, statistics, measured)
-        plan = plan_of(self.source.moe, allocation, method)
-        widths = [plan.experts, plan.shared, plan.attention, plan.dense]
+        allocation, plan = overridden(
+            self.source.moe, allocation, plan_of(self.source.moe, allocation, method), method
+        )
+        widths = [plan.experts, plan.shared, plan.attention, plan.dense, plan.linears]
         options = [of_windows(self.windows), widths, asdict(method.gptq), method.batch_size]
         with self._stage("quantize", "quantize", options) as (stage, sweep):
+            sweep = replace(sweep, on_layer=at_budget(budget, self._on_layer))
             quantized = quantize(self.source, sweep, plan, method.gptq)
             reports = quantized.reports()
         key, routers, losses = stage.key, {}, []
@@ -143,6 +160,19 @@ class Engine:
             with self._stage("quantize routers", "quantize-routers", options, key) as (stage, sweep):
                 routers, rounded = round_routers(quantized, routers, sweep, method.router_bits, method.gptq)
             key, reports = stage.key, reports | rounded
+        shift = self._router_shift(quantized, routers, key)
         return StreamedResult(
-            budget, allocation, plan, quantized, routers, reports, statistics, losses, dict(self._seconds), key
+            budget, allocation, plan, quantized, routers, reports, statistics, losses, dict(self._seconds), key, shift
         )
+
+    def _router_shift(self, quantized: Quantized, routers: dict[int, Tensor], key: str) -> dict[int, LayerShift]:
+        """Where routers and selections are, against the original model."""
+        with self._stage("compare routers", "router-shift", of_windows(self.windows), key) as (stage, _):
+            data = durable.unseal_json(stage.file("shift"))
+            if data is None:
+                if self._unmoved is None:
+                    self._unmoved = walk_routers(Weights(self.source), self.windows)
+                found = router_shift(quantized, routers, self.windows, self._unmoved)
+                data = {str(index): asdict(shift) for index, shift in found.items()}
+                durable.seal_json(stage.file("shift"), data)
+        return {int(index): LayerShift(**shift) for index, shift in data.items()}

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.progressive import MethodConfig, StageProgress
+from gemq.algorithms.sequential import OnLayer
 from gemq.checkpoint import PackedConfig
 from gemq.engine import fingerprint
 from gemq.engine.assemble import Assembly
@@ -40,7 +42,7 @@ class RunOptions:
 @dataclass(frozen=True)
 class Session:
     """All that decides the result: a source, its text, the method; ``options`` and ``command`` are what a user gave,
-    to be compared and to be resumed with."""
+    to be compared and to be resumed with; ``first`` is used instead of measuring the full-precision model."""
 
     source: Source
     windows: Tensor
@@ -48,6 +50,7 @@ class Session:
     method: MethodConfig
     options: dict[str, Any] = field(default_factory=dict)
     command: dict[str, Any] = field(default_factory=dict)
+    first: ExpertStatistics | None = None
 
     def identity(self, progress: StageProgress | None = None) -> dict[str, Any]:
         """Model, code and arithmetic by content."""
@@ -60,7 +63,9 @@ class Session:
         }
 
     @contextmanager
-    def working(self, run: RunOptions, progress: StageProgress | None = None) -> Iterator[Work]:
+    def working(
+        self, run: RunOptions, progress: StageProgress | None = None, on_layer: OnLayer | None = None
+    ) -> Iterator[Work]:
         """Lock the run directory and give the engine; the directory is deleted when the block ends well.
 
         Raises :class:`gemq.errors.CheckpointError` for another process there, or a run of other settings.
@@ -68,13 +73,15 @@ class Session:
         identity = self.identity(progress)
         data = {"calibration": fingerprint.of_windows(self.windows),
                 "router": fingerprint.of_windows(self.router_windows)}
+        if self.first is not None:
+            data["costs"] = fingerprint.of_costs(self.first.costs)
         settings = {**identity, "data": data, "options": self.options}
         with opened(
             run.path, settings, self.command, changed=run.changed, on_disk=run.on_disk, log=run.log
         ) as directory:
             engine = Engine(
                 self.source.again, directory, identity, self.windows, self.router_windows, self.method, progress,
-                self.source,
+                self.source, self.first, on_layer,
             )
             yield Work(engine, directory, identity)
             if not run.keep:

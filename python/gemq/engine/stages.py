@@ -17,7 +17,8 @@ from torch import Tensor
 from gemq import durable
 from gemq.algorithms.gptq import GptqConfig, GptqReport
 from gemq.algorithms.importance import ExpertStatistics, Perturbation, statistics_of
-from gemq.algorithms.sequential import BitPlan
+from gemq.algorithms.layer_report import layer_report
+from gemq.algorithms.sequential import BitPlan, OnLayer
 from gemq.engine.costs import LayerCosts, layer_costs
 from gemq.engine.journal import Stage
 from gemq.engine.layers import Calls, Trace, Weights, backward, embed, forward, head_gradients, recording
@@ -34,7 +35,8 @@ Log = Callable[..., None]
 @dataclass(frozen=True)
 class Sweep:
     """What a walk over the layers needs: token windows ``[N, T]``, windows per batch, the stage's files, where to
-    report, and the bytes that a group of experts may take beside its layer."""
+    report, and the bytes that a group of experts may take beside its layer; ``on_layer`` hears of each quantized
+    one."""
 
     windows: Tensor
     batch_size: int
@@ -42,6 +44,7 @@ class Sweep:
     progress: Progress
     log: Log
     budget: int
+    on_layer: OnLayer | None = None
 
     def scratch(self) -> Scratch:
         """The stage's arrays."""
@@ -205,6 +208,9 @@ def quantize(source: Source, sweep: Sweep, plan: BitPlan, config: GptqConfig) ->
                     source, walk.calls, index, walk.scratch, walk.name(index), plan, config, sweep.budget
                 )
                 record_of(source.moe, result).save(sweep.stage.file(f"layer-{index}"))
+                if sweep.on_layer:
+                    seconds = time.perf_counter() - began
+                    sweep.on_layer(layer_report(index, plan.experts.get(index), result.reports.items(), seconds))
                 del result
             if index + 1 < quantized.layers:
                 walk.forward(index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -53,6 +55,18 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory this process has held, or None where the unit is unknown."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"linux": peak * 1024, "darwin": peak}.get(sys.platform)
+
+
+def peak_bytes() -> dict[str, int | None]:
+    """The most ``ram`` this process has held, and the most ``vram`` torch has reserved (None without a GPU)."""
+    vram = torch.cuda.max_memory_reserved() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return {"ram": peak_resident_bytes(), "vram": vram}
 
 
 def check_cache_fits(model: nn.Module, batch: int, length: int, device: torch.device) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TextStreamer
 
 from gemq.generation.decoding import Decoding, Timing
+from gemq.generation.memory import peak_resident_bytes
 from gemq.generation.options import GenerationOptions
 
 # tokens of the prompt that new ones are decoded with
@@ -120,12 +119,6 @@ def _until_end(tokens: list[int], eos: tuple[int, ...]) -> list[int]:
         if token in eos:
             return tokens[: index + 1]
     return tokens
-
-
-def peak_resident_bytes() -> int | None:
-    """The most memory this process has held, or None where the unit is unknown."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"linux": peak * 1024, "darwin": peak}.get(sys.platform)
 
 
 def continuation(tokenizer, prompt: list[int], new: list[int]) -> str:

@@ -15,7 +15,7 @@ Nothing falls back silently: a layout on a device that cannot serve it raises ``
 """
 
 from gemq.ops.checks import set_debug
-from gemq.ops.cpu import cpu_activations, set_cpu_activations
+from gemq.ops.cpu import cpu_activations, cpu_isa, set_cpu_activations, set_cpu_isa
 from gemq.ops.matmul import lowbit_gemm, moe_lowbit_ffn, moe_lowbit_gemm
 from gemq.ops.packing import dequantize, pack, repack, unpack
 from gemq.ops.routing import topk_routing
@@ -23,6 +23,7 @@ from gemq.ops.stacks import expert_tables, layout_for, pack_experts, unpack_expe
 
 __all__ = [
     "cpu_activations",
+    "cpu_isa",
     "dequantize",
     "expert_tables",
     "layout_for",
@@ -33,6 +34,7 @@ __all__ = [
     "pack_experts",
     "repack",
     "set_cpu_activations",
+    "set_cpu_isa",
     "set_debug",
     "topk_routing",
     "unpack",

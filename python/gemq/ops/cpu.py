@@ -53,6 +53,22 @@ def cpu_activations() -> str:
     return _setting
 
 
+def cpu_isa() -> str:
+    """The variant of the CPU kernels in use: ``avx512vnni``, ``avx512``, ``avx2vnni``, ``avx2`` or ``portable``."""
+    return core().cpu_isa()
+
+
+def set_cpu_isa(name: str) -> str:
+    """Choose a variant of the CPU kernels, for the whole process; returns the one before.
+
+    Without this, cpuid chooses (or the variable ``GEMQ_CPU_ISA``). Weights packed before stay valid. Raises
+    ``ValueError`` for a name that is unknown or does not run on this CPU.
+    """
+    before = cpu_isa()
+    core().set_cpu_isa(name)
+    return before
+
+
 def empty(elements: int, dtype: torch.dtype) -> Tensor:
     """A flat tensor to be filled with tiles, on large pages where the system has them."""
     out = torch.empty(elements, dtype=dtype)

@@ -6,7 +6,8 @@ import numpy as np
 
 from gemq.algorithms.allocation import BUDGET_SLACK, PER_LAYER, Costs, feasible_range, total_bits
 from gemq.algorithms.baselines import uniform
-from gemq.algorithms.progressive import MethodConfig, allocate, plan_of
+from gemq.algorithms.progressive import MethodConfig, allocate, overridden, plan_of
+from gemq.algorithms.tensor_bits import resolve
 from gemq.checkpoint import PackedConfig
 from gemq.models import MoeModel
 
@@ -81,7 +82,8 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
     """
     check_budgets(moe, method)
     if method.given is not None:
-        plan = plan_of(moe, allocate(moe, None, budget, method), method)
+        found = allocate(moe, None, budget, method)
+        _, plan = overridden(moe, found, plan_of(moe, found, method), method)
         return PackedConfig.of_plan(plan, method.gptq.group_size, None, None)
     layers, widest = [layer.index for layer in moe.moe], max(method.candidates)
     count = moe.num_experts
@@ -95,7 +97,13 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
         # dealt out like cards, so that layers are alike
         flat = _spread(total, count * len(layers), method.candidates)
         rows = [flat[i :: len(layers)] for i in range(len(layers))]
+    wanted = resolve(moe, method.tensor_bits)
+    experts = {
+        index: [wanted.experts.get((index, e), bits) for e, bits in enumerate(row)]
+        for index, row in zip(layers, rows, strict=True)
+    }
     return PackedConfig(
-        dict(zip(layers, rows, strict=True)), dict.fromkeys(layers, shared) if moe.shared_multiple else {},
+        experts, dict.fromkeys(layers, shared) if moe.shared_multiple else {},
         method.attention_bits, method.dense_bits, method.router_bits, method.gptq.group_size,
+        linear_bits=wanted.linears,
     )

@@ -1,0 +1,102 @@
+"""Widths by name pattern: ``--tensor-bits 'o_proj=8'`` and what it means for a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gemq.format import MAX_BITS, UNQUANTIZED
+from gemq.models import MoeModel
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class TensorBits:
+    """One override: every matrix whose path the regular expression ``pattern`` finds gets ``bits``.
+
+    Paths are those of transformers' modules, a routed expert's is ``model.layers.3.mlp.experts.5``. Raises
+    ``ValueError`` for a malformed pattern or a width that is neither in 0..8 nor 16.
+    """
+
+    pattern: str
+    bits: int
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"tensor_bits: {self.pattern!r} is no regular expression: {error}") from None
+        if not self.pattern:
+            raise ValueError("tensor_bits: the pattern must not be empty")
+        if not (0 <= self.bits <= MAX_BITS or self.bits == UNQUANTIZED):
+            raise ValueError(f"tensor_bits: {self.pattern!r} must get 0..8 bits, or 16, got {self.bits}")
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Resolved for a model: widths of routed experts by ``(decoder layer, expert)`` and of linears by path."""
+
+    experts: dict[tuple[int, int], int] = field(default_factory=dict)
+    linears: dict[str, int] = field(default_factory=dict)
+
+
+def quantizable(moe: MoeModel) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """The path of everything that has a width: linears (None), and experts with their layer and number."""
+    for path in (*moe.attention, *moe.dense):
+        yield path, None
+    for layer in moe.moe:
+        if layer.shared is not None:
+            for name in _PROJECTIONS:
+                yield f"{layer.shared_path}.{name}", None
+        for expert in range(moe.num_experts):
+            yield f"{layer.path}.experts.{expert}", (layer.index, expert)
+
+
+def resolve(moe: MoeModel, wanted: tuple[TensorBits, ...]) -> Overrides:
+    """What ``wanted`` sets in a model.
+
+    Raises ``ValueError`` for a pattern that finds nothing, two that give one matrix different widths, a linear of 0
+    bits or an expert of 16.
+    """
+    found = Overrides()
+    by: dict[str, TensorBits] = {}
+    used: set[TensorBits] = set()
+    expressions = [(item, re.compile(item.pattern)) for item in wanted]
+    for path, expert in quantizable(moe) if wanted else ():
+        for item, expression in expressions:
+            if not expression.search(path):
+                continue
+            used.add(item)
+            if by.setdefault(path, item).bits != item.bits:
+                raise ValueError(f"tensor_bits: {by[path].pattern!r} gives {path} {by[path].bits} bits and "
+                                 f"{item.pattern!r} {item.bits}")
+            _set(found, path, expert, item)
+    unused = [item.pattern for item in wanted if item not in used]
+    if unused:
+        examples = ", ".join(path for path, _ in _one_of_each(moe))
+        raise ValueError(f"tensor_bits: {unused[0]!r} matches nothing that is quantized; there are, for instance, "
+                         f"{examples}")
+    return found
+
+
+def _set(found: Overrides, path: str, expert: tuple[int, int] | None, item: TensorBits) -> None:
+    if expert is None:
+        if item.bits == 0:
+            raise ValueError(f"tensor_bits: {item.pattern!r} gives {path} 0 bits; only routed experts can have none")
+        found.linears[path] = item.bits
+    else:
+        if item.bits == UNQUANTIZED:
+            raise ValueError(f"tensor_bits: {item.pattern!r} gives {path} 16 bits; a routed expert has 0..8")
+        found.experts[expert] = item.bits
+
+
+def _one_of_each(moe: MoeModel) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """The first path of each kind of name."""
+    seen = set()
+    for path, expert in quantizable(moe):
+        kind = re.sub(r"\d+", "", path)
+        if kind not in seen:
+            seen.add(kind)
+            yield path, expert

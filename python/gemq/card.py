@@ -1,0 +1,106 @@
+"""The model card of a checkpoint: ``README.md`` with what the hub reads and what a reader needs to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from gemq import __version__, durable
+from gemq.checkpoint import PackedConfig, load_packed_config
+from gemq.evaluations import read_evaluations
+from gemq.integrity import CARD_FILE, read_json
+from gemq.summary import summarize
+
+# how many bytes the hub's pages call a megabyte
+_MB = 1e6
+
+
+def hub_name(model: str) -> str | None:
+    """``model`` if it is the name of a hub repository rather than a folder, else None."""
+    parts = model.split("/")
+    return model if len(parts) == 2 and all(parts) and not model.startswith((".", "~")) and not Path(model).exists() \
+        else None
+
+
+def write_card(folder: Path, name: str | None = None) -> Path:
+    """Write ``README.md`` of the checkpoint in ``folder`` from the files beside it; it replaces an earlier one.
+
+    ``name`` is the checkpoint's in the text (default: the folder's). The base model is the one that
+    ``gemq_report.json`` names, if it is of the hub: a local path is nobody else's business. Measured perplexities are
+    those of ``gemq_evaluations.json``. Raises :class:`gemq.CheckpointError` if the folder is no checkpoint.
+    """
+    folder = Path(folder)
+    config = load_packed_config(folder)
+    report = read_json(folder / "gemq_report.json") if (folder / "gemq_report.json").is_file() else {}
+    options = report.get("options") or {}
+    model = options.get("model") if isinstance(options, dict) else None
+    base = hub_name(model) if isinstance(model, str) else None
+    data = ModelCardData(
+        base_model=base, library_name="transformers", pipeline_tag="text-generation",
+        tags=["gemq", "quantized", "mixture-of-experts", "moe"],
+        **({"base_model_relation": "quantized"} if base else {}),
+    )
+    text = _text(folder, name or _name(folder.resolve()), config, base, report)
+    # read as the hub reads it
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    durable.write_atomic(folder / CARD_FILE, str(card).encode())
+    return folder / CARD_FILE
+
+
+def _name(folder: Path) -> str:
+    """The folder's name, behind its parent's where that is only a budget: ``mixtral-2.5`` for ``mixtral/2.5``."""
+    return f"{folder.parent.name}-{folder.name}" if folder.name.replace(".", "", 1).isdigit() else folder.name
+
+
+def _text(folder: Path, name: str, config: PackedConfig, base: str | None, report: dict[str, Any]) -> str:
+    summary = summarize(folder)
+    widths = [b for row in config.expert_bits.values() for b in row]
+    shares = ", ".join(f"{100 * widths.count(b) / len(widths):.0f}% at {b}" for b in sorted(set(widths)))
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "A mixture-of-experts model"
+    parts = [
+        f"# {name}\n",
+        f"{origin} with its experts quantized to {summary.expert_bits:.2f} bits on average by gemq {__version__} "
+        f"(method of [GEMQ](https://arxiv.org/abs/2605.23078)). It needs the package gemq to run.\n",
+        "| | |\n|---|---|",
+        f"| routed experts | {summary.expert_bits:.3f} bits: {shares} |",
+        f"| attention, dense MLPs, routers | {config.attention_bits}, {config.dense_bits}, {config.router_bits} bits |",
+    ]
+    if config.shared_bits:
+        shared = sorted(set(config.shared_bits.values()))
+        parts.append(f"| shared experts | {', '.join(map(str, shared))} bits |")
+    parts += [f"| groups | {config.group_size} columns |", f"| size | {summary.tensor_bytes / _MB:,.1f} MB |"]
+    parameters = report.get("parameters")
+    if isinstance(parameters, int) and parameters > 0:
+        parts.append(f"| the same in 16 bits | {2 * parameters / _MB:,.1f} MB |")
+    return "\n".join(parts) + "\n" + _scores(folder) + _USE.format(name=name)
+
+
+def _scores(folder: Path) -> str:
+    scores = read_evaluations(folder)
+    if not scores:
+        return ""
+    rows = [f"| {_cell(s.data)} | {s.length:,} | {s.tokens:,} | {s.perplexity:.3f} |" for s in scores]
+    return "\n## Measured\n\n| text | window | tokens | perplexity |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ").replace("<", "&lt;")
+
+
+_USE = """
+## Use
+
+```python
+import gemq
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+ids = tokenizer("It was a dark night", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
+```
+
+or at the terminal: `gemq generate {name} "It was a dark night"`.
+"""

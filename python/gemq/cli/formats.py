@@ -1,0 +1,101 @@
+"""``-o md|json|jsonl|csv``: one set of rows, for people or for the next program."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from gemq.cli import display
+
+
+class Format(StrEnum):
+    """How a table is printed."""
+
+    table = "table"
+    md = "md"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", "-o", help="table, md, json, jsonl or csv.")]
+# where -o is the output already
+LongFormatOption = Annotated[Format, typer.Option("--format", help="table, md, json, jsonl or csv.")]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading for people, its key in records, and how a value is shown."""
+
+    title: str
+    key: str
+    show: Callable[[Any], str] = str
+
+    def cell(self, record: dict[str, Any]) -> str:
+        """The value for people; empty where there is none."""
+        value = record.get(self.key)
+        missing = value is None or (isinstance(value, float) and not math.isfinite(value))
+        return "" if missing else self.show(value)
+
+
+def emit(title: str, columns: Sequence[Column], records: Sequence[dict[str, Any]], form: Format) -> None:
+    """Print ``records`` to standard output: the columns as a table or Markdown, all their fields otherwise.
+
+    JSON and CSV hold raw numbers; a number that is not finite is null, or empty.
+    """
+    if form is Format.table:
+        rows = [[column.cell(record) for column in columns] for record in records]
+        display.output().print(display.table(title, [c.title for c in columns], rows))
+    elif form is Format.md:
+        print(markdown([c.title for c in columns], [[c.cell(r) for c in columns] for r in records]))
+    elif form is Format.json:
+        print(json.dumps([_plain(r) for r in records], indent=1))
+    elif form is Format.jsonl:
+        for record in records:
+            print(json.dumps(_plain(record)))
+    else:
+        flat = [_flat(record) for record in records]
+        names = list(dict.fromkeys(name for record in flat for name in record))
+        writer = csv.DictWriter(sys.stdout, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, ready to paste: first column left, the others right."""
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", r"\|").replace("\n", " ") for c in cells) + " |"
+
+    return "\n".join([line(titles), "|---" + "|---:" * (len(titles) - 1) + "|", *map(line, rows)])
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with what is not JSON made so."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """Nested fields as ``outer.inner``, lists as JSON."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}": item for inner, item in _flat(value).items()}
+        elif isinstance(value, (list, tuple)):
+            found[key] = json.dumps(_plain(value))
+        else:
+            found[key] = "" if _plain(value) is None else _plain(value)
+    return found

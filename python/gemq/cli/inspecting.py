@@ -1,0 +1,69 @@
+"""``gemq inspect`` and ``gemq verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import gemq
+from gemq.cli import display
+from gemq.cli.formats import Column, Format, FormatOption, emit
+from gemq.summary import summarize
+
+_BYTES = (
+    Column("tensors", "tensors"), Column("size", "bytes", display.size),
+    Column("share", "share", lambda v: f"{100 * v:.1f}%".replace("100.0%", "100%")),
+)
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")],
+    form: FormatOption = Format.table,
+) -> None:
+    """Bits and sizes of a packed checkpoint, and its bit map.
+
+    [dim]gemq inspect mixtral-2.5 -o json[/dim]
+    """
+    summary = summarize(model)
+    config, total = summary.config, summary.tensor_bytes
+    rows = [{"tensors": kind, "bytes": count, "share": count / total} for kind, count in summary.bytes_by_kind.items()]
+    rows.append({"tensors": "all tensors", "bytes": total, "share": 1.0})
+    rows.append({"tensors": "files", "bytes": summary.file_bytes, "share": summary.file_bytes / total})
+    if form in (Format.json, Format.jsonl):
+        whole = config.to_dict() | {"bits_per_expert": summary.expert_bits, "bytes": summary.bytes_by_kind,
+                                    "tensor_bytes": total, "file_bytes": summary.file_bytes}
+        print(json.dumps(whole, indent=1 if form is Format.json else None))
+        return
+    if form is Format.table:
+        out = display.output()
+        out.print(
+            f"{summary.expert_bits:.3f} bits per routed expert, attention {config.attention_bits}, dense "
+            f"{config.dense_bits}, routers {config.router_bits}, groups of {config.group_size}, method {config.method}",
+            highlight=False, markup=False,
+        )
+        for path, width in config.linear_bits.items():
+            out.print(f"{path}: {width} bits", highlight=False, markup=False)
+        out.print(display.bit_map(config.expert_bits, config.shared_bits))
+    emit("bytes", _BYTES, rows, form)
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")],
+    form: FormatOption = Format.table,
+) -> None:
+    """Compare every file of a checkpoint with the SHA-256 sums recorded when it was saved.
+
+    [dim]gemq verify mixtral-2.5[/dim]
+    """
+    found = gemq.verify(model)
+    if form is not Format.table:
+        columns = (Column("checkpoint", "checkpoint"), Column("files", "files"), Column("size", "bytes", display.size))
+        emit("", columns, [{"checkpoint": str(model), "files": found.files, "bytes": found.bytes}], form)
+        return
+    display.output().print(
+        f"{model}: {found.files} files, {display.size(found.bytes)}, as saved", markup=False, highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,143 @@
+"""Settings files: ``--config settings.yaml`` under the command line and over the defaults, and ``gemq settings``."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+# not settings: they say where settings come from, or end the command
+_NEVER = {"config-file", "config", "help", "example"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags, and without keys that come twice."""
+
+
+def _distinct(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", node.start_mark)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _distinct)
+
+
+def _options(command) -> dict[str, Any]:
+    """The parameters of a command by the name that a settings file uses: the long option, or the argument."""
+    found = {}
+    for parameter in command.params:
+        long = [o for o in parameter.opts if o.startswith("--")]
+        name = (long[0][2:] if long else parameter.name).replace("_", "-")
+        if name not in _NEVER:
+            found[name] = parameter
+    return found
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise typer.BadParameter(f"--config {path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise typer.BadParameter(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise typer.BadParameter(f"--config {path} must hold keys and values, got {type(content).__name__}")
+    return content
+
+
+def _value(path: Path, key: str, value: Any, parameter) -> Any:
+    """A YAML value as the command line would spell it."""
+    repeats = bool(getattr(parameter, "multiple", False))
+    if getattr(parameter, "is_flag", False):
+        if not isinstance(value, bool):
+            raise typer.BadParameter(f"--config {path}: {key} must be true or false, got {value!r}")
+        return value
+    if isinstance(value, dict) and repeats:
+        return [f"{name}={item}" for name, item in value.items()]
+    if isinstance(value, list):
+        words = [_word(path, key, item) for item in value]
+        return words if repeats else ",".join(words)
+    return [_word(path, key, value)] if repeats else _word(path, key, value)
+
+
+def _word(path: Path, key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise typer.BadParameter(f"--config {path}: {key} must be a text, a number or a list of them, got {value!r}")
+    return str(value)
+
+
+def load_settings(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of ``--config``: put the file's values under the command line's. Unknown keys are errors."""
+    if path is None or context.resilient_parsing:
+        return path
+    known, values = _options(context.command), {}
+    for key, value in _parse(path).items():
+        name = str(key).replace("_", "-")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"gemq settings {context.command.name} shows all"
+            raise typer.BadParameter(f"--config {path}: unknown key {key!r}; {hint}")
+        if value is not None:
+            values[known[name].name] = _value(path, str(key), value, known[name])
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", callback=load_settings, is_eager=True,
+                 help="YAML file of settings; the command line wins over it (see gemq settings --example)."),
+]
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter came from the command line or a settings file, rather than being the default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def settings(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(help="Whose settings: quantize, eval, generate or bench.")] = "quantize",
+    example: Annotated[bool, typer.Option("--example", help="Print a settings file with every key and its default.")]
+    = False,
+) -> None:
+    """Show what a settings file for --config may hold.
+
+    [dim]gemq settings --example > settings.yaml[/dim]
+    """
+    commands = context.find_root().command.commands
+    known = [name for name, c in commands.items() if any(p.name == "config_file" for p in c.params)]
+    if command not in known:
+        raise typer.BadParameter(f"settings files are for {', '.join(known)}, got {command!r}")
+    options = _options(commands[command])
+    if not example:
+        print("\n".join(options))
+        return
+    print(f"# gemq {command} --config settings.yaml")
+    print("# Defaults are shown: take the # away from what is to be different. The command line wins over this file,")
+    print("# this file over a recipe, and a recipe over the defaults.")
+    for name, parameter in options.items():
+        print()
+        for line in textwrap.wrap(" ".join((parameter.help or name).split()), 100):
+            print(f"## {line}")
+        print(_line(name, parameter))
+
+
+def _line(name: str, parameter) -> str:
+    default = parameter.default
+    if default is None or callable(default) or default == [] or type(default).__name__ == "Sentinel":
+        return f"# {name}:"
+    plain = getattr(default, "value", default)
+    # one scalar, without the document's end mark; texts that would read as numbers are quoted
+    written = yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+    return f"# {name}: {written}"

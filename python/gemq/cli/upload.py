@@ -1,0 +1,25 @@
+"""``gemq upload``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemq import hub
+from gemq.cli import display
+
+
+def upload(
+    checkpoint: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")],
+    repo: Annotated[str, typer.Argument(help="Repository, like owner/name; it is made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+) -> None:
+    """Put a checkpoint on the Hugging Face hub, after comparing its files with its manifest.
+
+    [dim]gemq upload out/2.5 me/mixtral-2.5[/dim]
+    """
+    hub.check_repo(repo)
+    hub.check_login()
+    display.output().print(hub.upload(checkpoint, repo, private=private), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+"""Measured perplexities, kept beside the checkpoint that was measured.
+
+``gemq_evaluations.json``, written by ``gemq eval --record``; nothing that is loaded depends on it, so it is not part
+of the manifest and may grow after a checkpoint was saved::
+
+    {"version": 1, "evaluations": [{"data": "wikitext2", "length": 2048, "perplexity": 4.61, "tokens": 341469,
+      "seconds": 812.4, "gemq": "0.1.0"}]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gemq.errors import CheckpointError
+from gemq.integrity import EVALUATIONS_FILE, read_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """Token perplexity on ``data`` in windows of ``length`` tokens, over ``tokens`` predicted tokens."""
+
+    data: str
+    length: int
+    perplexity: float
+    tokens: int
+    seconds: float | None = None
+    model: str | None = None
+    gemq: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What makes two scores comparable: text, window and extent."""
+        return self.data, self.length, self.tokens
+
+
+def score_of(record: Any) -> Score:
+    """A score from JSON. Raises ``ValueError`` saying what is wrong with the record."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object, got {type(record).__name__}")
+    wanted = {"data": str, "length": int, "perplexity": (int, float), "tokens": int}
+    for name, kind in wanted.items():
+        value = record.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} must be given, got {value!r:.60}")
+    seconds = record.get("seconds")
+    if not math.isfinite(record["perplexity"]) or record["perplexity"] < 1:
+        raise ValueError(f"perplexity must be a number of at least 1, got {record['perplexity']}")
+    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
+        raise ValueError(f"seconds must be >= 0, got {seconds!r:.60}")
+    texts = {n: v if isinstance(v, str) else None for n, v in ((n, record.get(n)) for n in ("model", "gemq"))}
+    return Score(record["data"], record["length"], float(record["perplexity"]), record["tokens"], seconds, **texts)
+
+
+def read_evaluations(folder: str | os.PathLike) -> list[Score]:
+    """What was recorded of a checkpoint; nothing if there is no such file. Raises :class:`CheckpointError`."""
+    file = Path(folder) / EVALUATIONS_FILE
+    if not file.is_file():
+        return []
+    content = read_json(file)
+    records = content.get("evaluations")
+    if content.get("version") != VERSION or not isinstance(records, list):
+        raise CheckpointError(f"{file} is not a list of evaluations of version {VERSION}")
+    try:
+        return [score_of(record) for record in records]
+    except ValueError as error:
+        raise CheckpointError(f"{file} is malformed: {error}") from None
+
+
+def record(folder: str | os.PathLike, score: Score) -> Path:
+    """Add a score to a checkpoint's file, in place of an earlier one of the same text, window and extent."""
+    file = Path(folder) / EVALUATIONS_FILE
+    kept = [s for s in read_evaluations(folder) if s.key != score.key]
+    rows = [{k: v for k, v in asdict(s).items() if v is not None and k != "model"} for s in [*kept, score]]
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(json.dumps({"version": VERSION, "evaluations": rows}, indent=1) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return file

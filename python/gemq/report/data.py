@@ -1,0 +1,243 @@
+"""What a report is drawn from: the JSON files that lie beside checkpoints, checked and made plain.
+
+``gemq_report.json``, ``gemq_run.json``, ``gemq_costs.json``, ``gemq_evaluations.json`` and ``config.json`` of quantized
+checkpoints, and the ``table.json`` of ``gemq demo``. No weights are read but the routers, and only if the original
+model is given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gemq.algorithms.allocation import Costs
+from gemq.errors import CheckpointError
+from gemq.evaluations import Score, read_evaluations, score_of
+from gemq.integrity import RUN_FILE, read_json
+from gemq.pipeline import COSTS_FILE, REPORT_FILE
+from gemq.summary import Summary, summarize
+
+TABLE_FILE = "table.json"
+
+
+@dataclass(frozen=True)
+class RouterShift:
+    """How far one layer's router moved: relative change of its ``weights`` (Frobenius norm), and the share of
+    ``selected`` experts that the original model would not have selected (None where it was not measured)."""
+
+    weights: float
+    selected: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One quantized checkpoint: its headers' sums, and whatever was recorded beside it.
+
+    ``error`` and ``tokens`` map decoder layers to the mean output error of GPTQ and the fewest calibration tokens
+    that one of its experts saw; ``seconds`` stages to their time.
+    """
+
+    name: str
+    folder: Path
+    summary: Summary
+    base: str | None = None
+    calibration: str | None = None
+    parameters: int | None = None
+    objective: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: dict[int, float] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    shift: dict[int, RouterShift] = field(default_factory=dict)
+    costs: Costs | None = None
+    scores: tuple[Score, ...] = ()
+
+    @property
+    def bits(self) -> dict[int, list[int]]:
+        """Widths of the routed experts by decoder layer."""
+        return dict(sorted(self.summary.config.expert_bits.items()))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row of a demo's table: a method at a budget (None: unquantized), perplexity, bytes, seconds."""
+
+    method: str
+    bits: float | None
+    perplexity: float
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All checkpoints, by falling size; scores of other models; the demo's table."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    others: tuple[Score, ...] = ()
+    table: tuple[Compared, ...] = ()
+
+
+def load(
+    folders: Iterable[str | os.PathLike], *, scores: Iterable[str | os.PathLike] = (),
+    source: str | os.PathLike | None = None,
+) -> ReportData:
+    """Read checkpoints, and folders whose subfolders are checkpoints (as several budgets and the demo leave them).
+
+    ``scores`` are files of ``gemq eval -o json`` or ``-o jsonl``; ``source`` is the folder of the original model, whose
+    routers are compared. Raises :class:`CheckpointError` naming the folder or file that cannot be used.
+    """
+    found, table = [], []
+    for folder in map(Path, folders):
+        found += _checkpoints(folder)
+        if (folder / TABLE_FILE).is_file():
+            table += _table(folder / TABLE_FILE)
+    if len({c.folder.resolve() for c in found}) != len(found):
+        raise CheckpointError("a checkpoint was named twice")
+    extra = [score for file in scores for score in _scores(Path(file))]
+    found, others = _share_out(found, extra)
+    if source is not None:
+        from gemq.report.routers import weight_shift
+
+        found = [_with_shift(c, weight_shift(c.folder, Path(source))) for c in found]
+    found.sort(key=lambda c: (-c.summary.tensor_bytes, c.name))
+    return ReportData(tuple(_distinct_names(found)), tuple(others), tuple(table))
+
+
+def _checkpoints(folder: Path) -> list[Checkpoint]:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    if (folder / "config.json").is_file():
+        return [_checkpoint(folder)]
+    inside = sorted(p.parent for p in folder.glob("*/config.json"))
+    if not inside:
+        raise CheckpointError(f"{folder} is no checkpoint and holds none: neither it nor a subfolder has a config.json")
+    return [_checkpoint(path) for path in inside]
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    summary = summarize(folder)
+    report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
+    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    costs = None
+    if (folder / COSTS_FILE).is_file():
+        try:
+            costs = Costs.load(folder / COSTS_FILE)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+    try:
+        recorded = _recorded(report | {name: run[name] for name in ("seconds",) if name in run})
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{REPORT_FILE} or {RUN_FILE} in {folder} is malformed: {error}") from None
+    if costs is not None and set(costs.layers) != set(summary.config.expert_bits):
+        raise CheckpointError(f"{folder / COSTS_FILE} is of other layers than config.json")
+    return Checkpoint(folder.resolve().name, folder, summary, costs=costs, scores=tuple(read_evaluations(folder)),
+                      **recorded)
+
+
+def _recorded(report: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``gemq_report.json`` that are drawn; older files hold fewer."""
+    options = report.get("options") or {}
+    error, tokens = _by_layer(report.get("matrices") or {})
+    shift = (report.get("router_shift") or {}).get("layers") or {}
+    return {
+        "base": _model_name(options.get("model")),
+        "calibration": _model_name(options.get("calibration")),
+        "parameters": None if report.get("parameters") is None else int(report["parameters"]),
+        "objective": None if report.get("objective") is None else _number(report["objective"]),
+        "seconds": {str(name): _number(value) for name, value in (report.get("seconds") or {}).items()},
+        "error": error,
+        "tokens": tokens,
+        "shift": {
+            int(layer): RouterShift(
+                _number(found["weights"]), None if found.get("selected") is None else _number(found["selected"])
+            )
+            for layer, found in shift.items()
+        },
+    }
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value!r:.60}")
+    return float(value)
+
+
+def _model_name(value: Any) -> str | None:
+    """A hub name as it is, a path without its folders: where a model lay is no part of a report."""
+    if not isinstance(value, str) or not value:
+        return None
+    return value if value.count("/") == 1 and not value.startswith((".", "/")) else value.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _by_layer(matrices: dict[str, Any]) -> tuple[dict[int, float], dict[int, int]]:
+    """Mean output error and fewest tokens of the routed experts' matrices, by decoder layer."""
+    errors: dict[int, list[float]] = {}
+    tokens: dict[int, list[int]] = {}
+    for path, report in matrices.items():
+        if ".experts." not in path:
+            continue
+        layer = int(path.split(".layers.", 1)[1].split(".", 1)[0])
+        errors.setdefault(layer, []).append(_number(report["error"]))
+        tokens.setdefault(layer, []).append(int(report["tokens"]))
+    return {n: sum(v) / len(v) for n, v in sorted(errors.items())}, {n: min(v) for n, v in sorted(tokens.items())}
+
+
+def _table(file: Path) -> list[Compared]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return [
+            Compared(str(r["method"]), None if r["bits"] is None else _number(r["bits"]), _number(r["perplexity"]),
+                     int(r["bytes"]), _number(r["seconds"]))
+            for r in rows
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} is not a table of gemq demo ({type(error).__name__}: {error})") from None
+
+
+def _scores(file: Path) -> list[Score]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        records = json.loads(text) if text.lstrip().startswith("[") else [
+            json.loads(line) for line in text.splitlines() if line.strip()
+        ]
+        return [score_of(record) for record in records]
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} does not hold records of gemq eval -o json ({error})") from None
+
+
+def _share_out(found: list[Checkpoint], extra: list[Score]) -> tuple[list[Checkpoint], list[Score]]:
+    """Scores whose model is one of the checkpoints go to it, the others stay."""
+    others = []
+    for score in extra:
+        path = Path(score.model or "").resolve()
+        at = next((i for i, c in enumerate(found) if c.folder.resolve() == path), None)
+        if at is None:
+            others.append(replace(score, model=_model_name(score.model) or "unnamed"))
+        else:
+            kept = [s for s in found[at].scores if s.key != score.key]
+            found[at] = replace(found[at], scores=(*kept, score))
+    return found, others
+
+
+def _with_shift(checkpoint: Checkpoint, weights: dict[int, float]) -> Checkpoint:
+    recorded = {n: s.selected for n, s in checkpoint.shift.items()}
+    return replace(
+        checkpoint, shift={n: RouterShift(value, recorded.get(n)) for n, value in weights.items()}
+    )
+
+
+def _distinct_names(found: list[Checkpoint]) -> list[Checkpoint]:
+    """Two checkpoints of one name are told apart by their folder's parent."""
+    names = [c.name for c in found]
+    return [
+        c if names.count(c.name) == 1
+        else replace(c, name=f"{c.folder.resolve().parent.name}/{c.name}")
+        for c in found
+    ]

@@ -1,0 +1,494 @@
+"""What users expect of a command line: settings files, recipes, overrides, previews, formats, uploads, quiet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+
+import pytest
+import typer
+import yaml
+from huggingface_hub import ModelCard
+
+import gemq
+from gemq import hub
+from gemq.card import hub_name, write_card
+from gemq.checkpoint import load_packed_config
+from gemq.cli.app import app
+from gemq.cli.recipes import RECIPES, Recipe
+from gemq.cli.run import run
+from gemq.evaluations import Score, record
+from gemq.pipeline import load_unquantized
+from gemq.summary import summarize
+
+
+@pytest.fixture
+def gemq_run(capsys):
+    """Run a command in this process: ``(exit code, standard output, standard error)``."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def quick(text_file):
+    """Options that make quantizing the tiny model take no time."""
+    return ["--calibration", str(text_file), "--samples", "6", "--length", "24"]
+
+
+@pytest.fixture(scope="module")
+def made(model_folder, quick, tmp_path_factory):
+    """A quantized tiny model with a linear and an expert of their own widths, and the log of its layers."""
+    folder = tmp_path_factory.mktemp("made")
+    overrides = ["--tensor-bits", "o_proj=8", "--tensor-bits", r"layers\.1\..*experts\.2$=0",
+                 "--tensor-bits", "layers.0.self_attn.q_proj=16"]
+    arguments = ["quantize", str(model_folder), "-o", str(folder / "tiny"), "--bits", "2", *quick, *overrides]
+    assert run([*arguments, "--layer-log", str(folder / "layers.csv"), "-q"]) == 0
+    return folder / "tiny"
+
+
+# overrides by name
+
+
+def test_overrides_win_and_survive_saving_and_loading(made, model_folder):
+    config = load_packed_config(made)
+    assert config.expert_bits[1][2] == 0 and 0 not in config.expert_bits[0]
+    assert config.linear_bits == {"model.layers.0.self_attn.o_proj": 8, "model.layers.1.self_attn.o_proj": 8,
+                                  "model.layers.0.self_attn.q_proj": 16}
+    model = gemq.from_pretrained(made)
+    assert model.model.layers[0].self_attn.o_proj.bits == 8 and model.model.layers[0].self_attn.k_proj.bits == 4
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear"
+    gemq.verify(made)
+    # a reader of version 1 alone must refuse it rather than misread it
+    stored = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert stored["version"] == 2
+    assert len(gemq.generate(str(made), "it was on", max_new_tokens=4).tokens) == 4
+
+
+def test_checkpoints_without_overrides_stay_version_1(model_folder, quick, tmp_path):
+    arguments = ["quantize", str(model_folder), "-o", str(tmp_path / "u"), "--method", "uniform", "--bits", "2", *quick]
+    assert run([*arguments, "-q"]) == 0
+    stored = json.loads((tmp_path / "u" / "config.json").read_text())["quantization_config"]
+    assert stored["version"] == 1 and "linear_bits" not in stored
+
+
+def test_linear_bits_of_an_unknown_module_are_refused(made, tmp_path):
+    from dataclasses import replace
+
+    folder = shutil.copytree(made, tmp_path / "copy")
+    config = load_packed_config(folder)
+    edited = json.loads((folder / "config.json").read_text())
+    edited["quantization_config"] = replace(config, linear_bits={"model.layers.9.q": 8}).to_dict()
+    (folder / "config.json").write_text(json.dumps(edited))
+    with pytest.raises(gemq.CheckpointError, match=r"linear_bits names 'model\.layers\.9\.q'"):
+        gemq.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["o_porj=8"], r"'o_porj' matches nothing that is quantized; there are, for instance, model\.layers\.0\.self_attn"),
+    (["gate=8"], "'gate' matches nothing"),
+    (["o_proj=8", r"layers\.0=4"], r"'o_proj' gives model\.layers\.0\.self_attn\.o_proj 8 bits and 'layers"),
+    (["o_proj=9"], "must get 0..8 bits, or 16, got 9"),
+    (["o_proj=0"], r"gives model\.layers\.0\.self_attn\.o_proj 0 bits; only routed experts can have none"),
+    ([r"experts\.0=16"], "16 bits; a routed expert has 0..8"),
+    (["o_proj"], "--tensor-bits must be like 'o_proj=8', got 'o_proj'"),
+    (["o_proj=many"], "--tensor-bits must be like"),
+    (["(=8"], r"'\(' is no regular expression"),
+    (["=8"], "the pattern must not be empty"),
+])
+def test_bad_overrides(gemq_run, model_folder, tmp_path, overrides, message):
+    options = [word for text in overrides for word in ("--tensor-bits", text)]
+    code, out, err = gemq_run("quantize", model_folder, "-o", tmp_path / "out", "--dry-run", *options)
+    assert (code, out) == (2, "") and re.search(message, err), err
+
+
+# previews
+
+
+def test_a_preview_with_costs_is_the_checkpoint_to_the_byte(gemq_run, made, model_folder, tmp_path):
+    options = ["--bits", "2", "--costs", made, "--tensor-bits", "o_proj=8", "--tensor-bits", "q_proj=16"]
+    preview = ["quantize", model_folder, "-o", tmp_path / "out", "--dry-run", "--format", "jsonl", *options]
+    code, out, _ = gemq_run(*preview)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and not list(tmp_path.iterdir())
+    arguments = ["--calibration", made.parent / "none.txt"]
+    assert gemq_run("quantize", model_folder, "-o", tmp_path / "out", *options, *arguments)[0] == 2
+    folder = tmp_path / "real"
+    code, *_ = gemq_run("quantize", model_folder, "-o", folder, *options, "--calibration", _text(made), "--samples",
+                        "6", "--length", "24")
+    assert code == 0
+    assert sum(r["after"] for r in rows) == summarize(folder).tensor_bytes
+    widths = {r["tensor"]: r["widths"] for r in rows if r["widths"]}
+    assert widths["model.layers.0.mlp.experts.down_proj"] == load_packed_config(folder).expert_bits[0]
+    # nothing was measured anew
+    assert "measure" not in json.loads((folder / "gemq_run.json").read_text())["seconds"]
+    assert (folder / "gemq_costs.json").read_text() == (made / "gemq_costs.json").read_text()
+
+
+def _text(made):
+    return json.loads((made / "gemq_report.json").read_text())["options"]["calibration"]
+
+
+def test_a_preview_without_costs_says_so_and_writes_nothing(gemq_run, model_folder, tmp_path):
+    code, out, err = gemq_run("quantize", model_folder, "-o", tmp_path / "out", "--dry-run", "--bits", "2.5,2",
+                              "--calibration", "no-such-file.txt")
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert "at 2.5 bits per expert" in out and "at 2 bits per expert" in out and out.count("nothing was written") == 2
+    assert "their widths follow from costs" in " ".join(err.split())
+
+
+def test_a_preview_of_uniform_widths_is_exact(gemq_run, model_folder, quick, tmp_path):
+    options = ["--method", "uniform", "--bits", "3"]
+    _, out, _ = gemq_run("quantize", model_folder, "-o", tmp_path / "out", "--dry-run", "--format", "json", *options)
+    assert gemq_run("quantize", model_folder, "-o", tmp_path / "out", *options, *quick, "--no-tune-routers")[0] == 0
+    assert sum(r["after"] for r in json.loads(out)) == summarize(tmp_path / "out").tensor_bytes
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--bits", "1.1"], r"the budget must be in"),
+    (["--costs", "nowhere"], "no costs in nowhere"),
+    (["--costs", "{made}", "--candidates", "1,2,4"], "costs have no width 4"),
+    (["--costs", "{made}", "--method", "pmq"], "costs are for method gemq, got 'pmq'"),
+])
+def test_previews_refuse_what_quantizing_would(gemq_run, made, model_folder, tmp_path, options, message):
+    options = [str(made) if o == "{made}" else o for o in options]
+    code, out, err = gemq_run("quantize", model_folder, "-o", tmp_path / "out", "--dry-run", *options)
+    assert (code, out) == (2, "") and re.search(message, err), err
+
+
+def test_costs_of_another_model_are_refused(made):
+    from tiny_models import tiny_model
+
+    from gemq.algorithms.progressive import MethodConfig
+    from gemq.algorithms.saved_costs import saved_statistics
+    from gemq.models import describe
+    from gemq.pipeline import load_costs
+
+    with pytest.raises(ValueError, match=r"costs are of another model: experts a layer 4, the model has 6"):
+        saved_statistics(load_costs(made), describe(tiny_model("mixtral", experts=6)), MethodConfig())
+    found = saved_statistics(load_costs(made), describe(tiny_model("mixtral")), MethodConfig(candidates=(1, 3)))
+    assert found.costs.candidates == (1, 3) and found.costs.routed.shape == (2, 4, 2)
+
+
+# what a run says
+
+
+def test_a_line_per_layer_and_its_log(gemq_run, made, model_folder, quick, tmp_path):
+    log = tmp_path / "layers.jsonl"
+    options = ["--bits", "2.5,2", *quick, "--layer-log", log]
+    code, _, err = gemq_run("quantize", model_folder, "-o", tmp_path / "o", *options)
+    assert code == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(r["budget"], r["layer"]) for r in lines] == [(2.5, 0), (2.5, 1), (2.0, 0), (2.0, 1)]
+    for r in lines:
+        assert f"budget {r['budget']:g}, layer {r['layer']}: {r['bits']:.2f} bits, at least {r['tokens']}" in err
+    report = json.loads((tmp_path / "o" / "2" / "gemq_report.json").read_text())
+    tokens = [r["tokens"] for name, r in report["matrices"].items() if "layers.0.mlp.experts" in name]
+    assert lines[2]["tokens"] == min(tokens)
+    kept = json.loads((tmp_path / "o" / "2" / "gemq_run.json").read_text())
+    assert kept["peak_bytes"]["ram"] > 1e8 and set(kept["seconds"]) >= {"measure", "quantize"}
+    assert re.search(r"peak memory: .* RAM", err)
+    model = load_unquantized(str(model_folder))
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    rows = list(csv.DictReader(io.StringIO((made.parent / "layers.csv").read_text())))
+    assert [r["layer"] for r in rows] == ["0", "1"] and float(rows[0]["error"]) > 0
+    assert gemq_run("quantize", model_folder, "-o", tmp_path / "p", *quick, "--layer-log", "x.txt")[0] == 2
+
+
+def test_experts_that_saw_few_tokens_are_named(gemq_run, model_folder, text_file, tmp_path):
+    few = ["--calibration", text_file, "--samples", "1", "--length", "16", "--bits", "2", "--no-tune-routers"]
+    code, out, err = gemq_run("quantize", model_folder, "-o", tmp_path / "out", *few, "-q")
+    assert code == 0 and "warning" not in out
+    # 16 tokens cannot fill the 64 columns of any of the 8 experts, and -q does not hide that
+    line = next(line for line in err.splitlines() if line.startswith("warning: "))
+    assert "8 experts saw fewer calibration tokens than they have inputs: model.layers." in line
+    assert "done in" not in err and "peak memory" not in err
+
+
+def test_colour_follows_the_flag_the_variable_and_the_terminal(gemq_run, made, monkeypatch):
+    coloured = re.compile(r"\x1b\[(\d+;)*[39][0-8]")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert "\x1b" not in gemq_run("inspect", made)[1]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert coloured.search(gemq_run("inspect", made)[1])
+    assert not coloured.search(gemq_run("inspect", made, "--no-color")[1])
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not coloured.search(gemq_run("inspect", made)[1])
+
+
+# formats
+
+
+def test_formats_of_a_table(gemq_run, made):
+    _, table, _ = gemq_run("allocate", made, "--bits", "2.5,2")
+    _, md, _ = gemq_run("allocate", made, "--bits", "2.5,2", "-o", "md")
+    _, text, _ = gemq_run("allocate", made, "--bits", "2.5,2", "-o", "json")
+    _, lines, _ = gemq_run("allocate", made, "--bits", "2.5,2", "-o", "jsonl")
+    _, sheet, _ = gemq_run("allocate", made, "--bits", "2.5,2", "-o", "csv")
+    records = json.loads(text)
+    same = [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+    assert [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines.splitlines()] == same
+    rows = list(csv.DictReader(io.StringIO(sheet)))
+    assert [float(r["bits_per_expert"]) for r in rows] == [r["bits_per_expert"] for r in records]
+    head, rule, first, *_ = md.splitlines()
+    assert head.startswith("| budget | bits/expert |") and rule == "|---|---:|---:|---:|---:|---:|"
+    assert first.startswith("| 2.5 | 2.500 |") and len(md.splitlines()) == 4
+    assert "bits per layer and expert" in table
+    assert gemq_run("allocate", made, "-o", "xml")[0] == 2
+
+
+def test_inspect_and_verify_for_programs(gemq_run, made):
+    found = json.loads(gemq_run("inspect", made, "-o", "json")[1])
+    summary = summarize(made)
+    assert found["bits_per_expert"] == summary.expert_bits and found["tensor_bytes"] == summary.tensor_bytes
+    assert found["linear_bits"]["model.layers.0.self_attn.o_proj"] == 8
+    rows = list(csv.DictReader(io.StringIO(gemq_run("inspect", made, "-o", "csv")[1])))
+    assert sum(int(r["bytes"]) for r in rows[:-2]) == int(rows[-2]["bytes"]) == summary.tensor_bytes
+    assert json.loads(gemq_run("verify", made, "-o", "jsonl")[1])["files"] > 4
+    assert "o_proj: 8 bits" in gemq_run("inspect", made)[1]
+
+
+def test_bench_reports_percentiles(gemq_run, tmp_path):
+    from tiny_models import tiny_model
+
+    tiny_model("mixtral").config.save_pretrained(tmp_path)
+    options = ["--model-config", tmp_path / "config.json", "--bits", "2", "--random-weights", "--tokens", "8",
+               "--prompt-length", "8", "--profile-steps", "0", "--prompt-repeats", "4"]
+    code, out, _ = gemq_run("bench", *options, "-o", "json")
+    found = json.loads(out)["runs"]["gemq"]
+    assert code == 0 and set(found["first_token"]) == set(found["step_seconds"]) == {"p50", "p20", "p80", "p95", "p99"}
+    for times in (found["first_token"], found["step_seconds"]):
+        assert 0 < times["p20"] <= times["p50"] <= times["p80"] <= times["p95"] <= times["p99"]
+    assert found["first_token_seconds"] == found["first_token"]["p50"]
+    md = gemq_run("bench", *options, "-o", "md")[1]
+    assert "tokens/s (p20 to p80)" in md and re.search(r"\| [\d.]+ \([\d.]+ to [\d.]+\) \|", md)
+    row = next(csv.DictReader(io.StringIO(gemq_run("bench", *options, "-o", "csv")[1])))
+    assert float(row["first_token_ms.p95"]) > 0 and "rate" not in row
+
+
+# settings files and recipes
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(gemq_run, model_folder, tmp_path):
+    file = write(tmp_path / "s.yaml", {"model": str(model_folder), "output": str(tmp_path / "o"), "bits": [2.5, 2],
+                                       "attention-bits": 8, "tensor_bits": {"o_proj": 3}, "method": "uniform"})
+    _, out, err = gemq_run("quantize", "--config", file, "--dry-run", "--format", "jsonl")
+    rows = [json.loads(line) for line in out.splitlines()]
+    bits = {r["tensor"]: r["bits"] for r in rows if r["budget"] == 2.0}
+    assert {r["budget"] for r in rows} == {2.5, 2.0}, err
+    assert bits["model.layers.0.self_attn.q_proj.weight"] == 8 and bits["model.layers.0.self_attn.o_proj.weight"] == 3
+    _, out, _ = gemq_run("quantize", "--config", file, "--dry-run", "--format", "jsonl", "--bits", "3",
+                         "--attention-bits", "5")
+    rows = [json.loads(line) for line in out.splitlines()]
+    bits = {r["tensor"]: r["bits"] for r in rows}
+    assert {r["budget"] for r in rows} == {3.0} and bits["model.layers.1.self_attn.k_proj.weight"] == 5
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"sampels": 3}, "unknown key 'sampels'; did you mean samples"),
+    ({"zzz": 3}, "unknown key 'zzz'; gemq settings quantize shows all"),
+    ({"samples": "many"}, "samples"),
+    ({"samples": True}, "samples must be a text, a number or a list of them, got True"),
+    ({"overwrite": "yes"}, "overwrite must be true or false, got 'yes'"),
+    ({"bits": {"a": 1}}, "bits must be a text"),
+    ("- a\n- b\n", "must hold keys and values, got list"),
+    ("a: [1\n", "is not YAML"),
+    ("samples: 1\nsamples: 2\n", "the key 'samples' comes twice"),
+    ("a: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+])
+def test_bad_settings_files(gemq_run, model_folder, tmp_path, content, message):
+    file = write(tmp_path / "s.yaml", content)
+    code, out, err = gemq_run("quantize", model_folder, "-o", tmp_path / "o", "--dry-run", "--config", file)
+    assert (code, out) == (2, "") and message in " ".join(err.split()), err
+    assert gemq_run("quantize", model_folder, "-o", tmp_path / "o", "--config", tmp_path / "none.yaml")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "bench"])
+def test_the_example_is_a_settings_file_with_every_option(gemq_run, command, tmp_path):
+    code, out, _ = gemq_run("settings", command, "--example")
+    assert code == 0 and yaml.safe_load(out) is None
+    active = "\n".join(line[2:] for line in out.splitlines() if re.match(r"# [a-z-]+:", line))
+    found = yaml.safe_load(active)
+    parameters = typer.main.get_command(app).commands[command].params
+    names = {p.name for p in parameters} - {"config_file", "help"}
+    assert len(found) == len(names) and gemq_run("settings", command)[1].split() == list(found)
+    if command == "quantize":
+        assert found["samples"] == 128 and found["candidates"] == "1,2,3" and found["tune-routers"] is True
+
+
+def test_settings_serve_other_commands(gemq_run, made, text_file, tmp_path):
+    file = write(tmp_path / "e.yaml", {"data": str(text_file), "length": 32, "limit": 2})
+    code, out, _ = gemq_run("eval", made, "--config", file, "-o", "jsonl", "-q")
+    assert code == 0 and json.loads(out)["tokens"] == 2 * 31
+    assert gemq_run("settings", "inspect")[0] == 2
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What `gemq quantize` would hand to the library."""
+    seen = []
+    monkeypatch.setattr("gemq.cli.quantizing.show_preview", lambda config, form: seen.append(config))
+    return seen
+
+
+def test_recipes_set_what_is_not_given(gemq_run, told, tmp_path):
+    base = ["quantize", "m", "-o", tmp_path / "o", "--dry-run"]
+    for recipe in Recipe:
+        assert gemq_run(*base, "--recipe", recipe.value)[0] == 0
+    assert gemq_run(*base, "--recipe", "fast", "--samples", "128", "--tune-routers")[0] == 0
+    file = write(tmp_path / "s.yaml", {"recipe": "fast", "constraints": "c2c3"})
+    assert gemq_run(*base, "--config", file)[0] == 0
+    default, best, paper, fast, explicit, mixed = told
+    assert (default.samples, default.method.per_layer, default.method.perturbation) == (128, "c2c3", "gptq")
+    assert (best.samples, best.method.per_layer, best.method.perturbation) == (256, "none", "gptq")
+    assert (paper.samples, paper.method.perturbation, paper.method.gptq.propagate_from) == (128, "rtn", 4)
+    assert (fast.samples, fast.method.estimate, fast.method.tune) == (32, "fp", False)
+    # what is said counts, also where it says the default
+    assert (explicit.samples, explicit.method.tune, explicit.method.estimate) == (128, True, "fp")
+    assert (mixed.method.per_layer, mixed.samples) == ("c2c3", 32)
+    assert gemq_run(*base, "--recipe", "slow")[0] == 2
+    names = {p.name for p in typer.main.get_command(app).commands["quantize"].params}
+    assert all(set(values) <= names for values in RECIPES.values())
+
+
+# model cards and uploads
+
+
+def test_the_card_says_what_the_hub_reads(made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "2.5")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.tags[0] == "gemq" and card.data.library_name == "transformers" and card.data.base_model is None
+    assert str(made.parent) not in card.text and "## Measured" not in card.text
+    summary = summarize(folder)
+    assert f"{summary.expert_bits:.3f} bits: " in card.text and f"{summary.tensor_bytes / 1e6:,.1f} MB" in card.text
+    report = json.loads((folder / "gemq_report.json").read_text())
+    report["options"]["model"] = "mistralai/Mixtral-8x7B-v0.1"
+    (folder / "gemq_report.json").write_text(json.dumps(report))
+    record(folder, Score("wiki|text", 2048, 4.125, 2047))
+    write_card(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "mistralai/Mixtral-8x7B-v0.1" and card.data.base_model_relation == "quantized"
+    assert r"| wiki\|text | 2,048 | 2,047 | 4.125 |" in card.text
+    assert f"# {tmp_path.name}-2.5" in card.text
+    code = re.search(r"```python\n(.*?)```", card.text, re.S)[1]
+    compile(code, "card", "exec")
+
+
+def test_folders_are_no_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert hub_name("owner/name") == "owner/name"
+    assert [hub_name(n) for n in ("a/b", "/x/y", "./x", "name", "x/y/z", "~/m")] == [None] * 6
+
+
+class FakeApi:
+    """The hub, as far as uploading goes; keeps what it was sent."""
+
+    def __init__(self, fail: str = ""):
+        self.fail, self.calls = fail, []
+
+    def whoami(self):
+        if self.fail == "whoami":
+            raise OSError("no token\nmore")
+        return {"name": "me"}
+
+    def create_repo(self, repo, *, private, exist_ok):
+        self.calls.append(("create", repo, private))
+        assert exist_ok
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        if self.fail == "upload":
+            raise OSError("connection lost\nmore")
+        self.calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir())))
+
+
+@pytest.fixture
+def api(monkeypatch):
+    """Nothing leaves the machine."""
+    fake = FakeApi()
+    monkeypatch.setattr(hub, "_api", lambda: fake)
+    return fake
+
+
+def test_quantizing_can_upload_every_budget(gemq_run, api, model_folder, quick, tmp_path):
+    options = ["--bits", "2.5,2", "--method", "uniform", "--upload-repo", "me/tiny", "--private"]
+    code, _, err = gemq_run("quantize", model_folder, "-o", tmp_path / "o", *quick, *options)
+    assert code == 0, err
+    assert [c[:2] for c in api.calls] == [("create", "me/tiny-2.5"), ("upload", "me/tiny-2.5"),
+                                          ("create", "me/tiny-2"), ("upload", "me/tiny-2")]
+    assert api.calls[0][2] is True
+    assert {"config.json", "model.safetensors", "README.md", "gemq_manifest.json"} <= set(api.calls[1][2])
+    assert 'from_pretrained("me/tiny-2")' in (tmp_path / "o" / "2" / "README.md").read_text()
+    assert "https://hub/me/tiny-2.5" in err
+
+
+def test_uploads_fail_early_and_can_be_repeated(gemq_run, api, made, model_folder, quick, tmp_path):
+    api.fail = "whoami"
+    code, _, err = gemq_run("quantize", model_folder, "-o", tmp_path / "o", *quick, "--upload-repo", "me/x")
+    assert code == 2 and "run `hf auth login` (no token)" in err and not list(tmp_path.iterdir())
+    code, _, err = gemq_run("quantize", model_folder, "-o", tmp_path / "o", *quick, "--upload-repo", "a/b/c")
+    assert code == 2 and "upload_repo must be like owner/name, got 'a/b/c'" in err and not list(tmp_path.iterdir())
+    api.fail = "upload"
+    copy = shutil.copytree(made, tmp_path / "copy")
+    code, _, err = gemq_run("upload", copy, "me/x")
+    assert code == 2 and "me/x could not be uploaded (connection lost)" in err and "`gemq upload` tries again" in err
+    api.fail = ""
+    (copy / "README.md").write_text("my own card")
+    assert gemq_run("upload", copy, "me/x") == (0, "https://hub/me/x\n", "")
+    assert (copy / "README.md").read_text() == "my own card"
+
+
+def test_a_damaged_checkpoint_is_not_uploaded(gemq_run, api, made, tmp_path):
+    copy = shutil.copytree(made, tmp_path / "copy")
+    raw = bytearray((copy / "model.safetensors").read_bytes())
+    raw[-5] ^= 1
+    (copy / "model.safetensors").write_bytes(raw)
+    code, _, err = gemq_run("upload", copy, "me/x")
+    assert code == 2 and "differs from its SHA-256" in err and not api.calls
+
+
+# help and completion
+
+
+def commands():
+    return typer.main.get_command(app).commands
+
+
+def test_options_are_kebab_case_and_every_command_has_an_example():
+    for name, command in commands().items():
+        assert re.search(rf"gemq {name}\b", command.help or ""), f"{name} has no example"
+        for parameter in command.params:
+            assert not any("_" in option for option in parameter.opts), parameter.opts
+            assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help"
+
+
+def test_completion_is_offered_and_answers(gemq_run, monkeypatch, capsys):
+    assert "--install-completion" in gemq_run("--help")[1]
+    for name, value in {"_GEMQ_COMPLETE": "complete_bash", "COMP_WORDS": "gemq qu", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        run([])
+    assert (stopped.value.code, capsys.readouterr().out.split()) == (0, ["quantize"])
+
+
+def test_code_of_strangers_is_not_run_unless_asked():
+    for command in commands().values():
+        for parameter in command.params:
+            if "trust_remote_code" in parameter.name:
+                assert parameter.default is False
+    assert gemq.QuantizeConfig("m", "o").trust_remote_code is False
