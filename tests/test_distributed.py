@@ -74,6 +74,7 @@ def test_two_processes_give_the_bits_of_one(tmp_path):
     same_as_one(2, tmp_path, ["mixtral:7:2", "deepseek_v2:5:2"])
 
 
+@pytest.mark.slow
 def test_three_processes_give_the_bits_of_one(tmp_path):
     # four batches are uneven; of one batch, two processes have none
     same_as_one(3, tmp_path, ["mixtral:7:2", "qwen2_moe:3:4"])
