@@ -47,9 +47,11 @@ def shared(text: str) -> int | None:
 
 def allocation(path: Path | None, bits: str | None) -> tuple[tuple[float, ...], GivenAllocation | None]:
     """The budgets, and the allocation of ``--allocation``, whose mean ``--bits`` then bounds (if it is given)."""
+    limits = budgets(DEFAULT_BITS if bits is None else bits)
     if path is None:
-        return budgets(bits or DEFAULT_BITS), None
-    limits = budgets(bits) if bits else (float(MAX_BITS),)
+        return limits, None
+    if bits is None:
+        limits = (float(MAX_BITS),)
     if len(limits) != 1:
         raise typer.BadParameter(f"--allocation is for one budget, got --bits {bits}")
-    return limits, read_allocation(path, limits[0] if bits else None)
+    return limits, read_allocation(path, None if bits is None else limits[0])
