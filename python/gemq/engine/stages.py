@@ -207,11 +207,13 @@ def quantize(source: Source, sweep: Sweep, plan: BitPlan, config: GptqConfig) ->
                 result = quantize_layer(
                     source, walk.calls, index, walk.scratch, walk.name(index), plan, config, sweep.budget
                 )
-                record_of(source.moe, result).save(sweep.stage.file(f"layer-{index}"))
+                record = record_of(source.moe, result)
+                # the codes, a byte each, are packed now
+                del result
+                record.save(sweep.stage.file(f"layer-{index}"))
                 if sweep.on_layer:
                     seconds = time.perf_counter() - began
-                    sweep.on_layer(layer_report(index, plan.experts.get(index), result.reports.items(), seconds))
-                del result
+                    sweep.on_layer(layer_report(index, plan.experts.get(index), record.reports.items(), seconds))
             if index + 1 < quantized.layers:
                 walk.forward(index)
         walk.scratch.drop(walk.name(index))
