@@ -1,0 +1,57 @@
+// Attention of the new tokens over a static cache: grouped heads, rotary halves, optional norms of every
+// head.
+#pragma once
+
+#include <vector>
+
+#include "decode/operation.h"
+
+namespace gemq {
+
+struct AttentionShape {
+  int heads, groups, dim;  // query heads, key and value heads, numbers a head
+  int rotary;              // numbers of a head that turn
+  const float* cosines;    // [positions, rotary]
+  const float* sines;      // [positions, rotary], the first half negated
+  int64_t positions;       // rows of these tables
+  void *keys, *values;     // [batch, groups, slots, dim]
+  Element type;            // of keys and values
+  int64_t slots;
+  float scale;
+  std::vector<float> query_norm, key_norm;  // [dim] each, or empty
+  float eps;
+};
+
+class Attend : public Operation {
+public:
+  Attend(const Kernels& kernels, const Rows& query, const Rows& key, const Rows& value, Rows& out,
+         AttentionShape shape);
+  const char* name() const override { return "attend"; }
+  void reset(const StepInput& step, int threads) override;
+  void run(const StepInput& step, Team team, float* scratch) override;
+  int64_t scratch_floats() const override;
+
+private:
+  // Slots of the cache that are one item: so many keys and values stay in a near cache, and long texts are
+  // shared out among threads in the same way whatever their number.
+  static constexpr int64_t kSpan = 256;
+  int heads_a_group() const { return shape_.heads / shape_.groups; }
+  int64_t most_spans() const { return (shape_.slots + kSpan - 1) / kSpan; }
+  void attend_span(const StepInput& step, int64_t item, float* scratch);
+  void store_new(const StepInput& step, int64_t row, int group, float* scratch);
+  void merge(int64_t row);
+  // Where the results of a span's heads are.
+  int64_t partial(int64_t row, int64_t span, int head) const {
+    return (row * most_spans() + span) * shape_.heads + head;
+  }
+
+  const Kernels& kernels_;
+  const Rows &query_, &key_, &value_;
+  Rows& out_;
+  AttentionShape shape_;
+  int64_t spans_ = 0;
+  Phase parts_;
+  AlignedFloats most_, sums_, contexts_;
+};
+
+}  // namespace gemq
