@@ -28,10 +28,17 @@ void Norm::run(const StepInput&, Team team, float*) {
 void SiluMul::run(const StepInput&, Team team, float*) {
   last_.work(team, [&](int64_t item) {
     const int64_t row = item / runs(), first = item % runs() * kColumns;
-    const int64_t count = std::min(kColumns, out_.width() - first);
-    // rows are padded to whole blocks
-    const auto blocks = static_cast<int>((count + 15) / 16);
-    kernels_.silu_mul(gate_.row(row) + first, up_.row(row) + first, out_.row(row) + first, blocks);
+    const int64_t count = std::min(kColumns, out_.width() - first), whole = count / 16 * 16;
+    const float *gate = gate_.row(row) + first, *up = up_.row(row) + first;
+    float* out = out_.row(row) + first;
+    kernels_.silu_mul(gate, up, out, static_cast<int>(whole / 16));
+    if (whole < count) {
+      float rest[3][16] = {};
+      std::copy(gate + whole, gate + count, rest[0]);
+      std::copy(up + whole, up + count, rest[1]);
+      kernels_.silu_mul(rest[0], rest[1], rest[2], 1);
+      std::copy_n(rest[2], count - whole, out + whole);
+    }
     out_.finish(row, first, count);
   });
 }

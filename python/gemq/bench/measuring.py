@@ -112,7 +112,7 @@ def measure(
     bandwidth = bandwidth or copy_bandwidth(device)
     low, high = _quantile(steady, 0.2), _quantile(steady, 0.8)
     return Measurement(
-        decoding.mode, type(decoding.eager_step).__name__, batch, prompt_length, tokens,
+        decoding.mode, decoding.step_kind, batch, prompt_length, tokens,
         {"p50": batch / median, "p20": batch / high, "p80": batch / low},
         {"p50": median, "p20": low, "p80": high},
         decoding.timing.prefill, decoding.timing.setup, memory,

@@ -25,27 +25,42 @@ from gemq.ops import checks, cpu
 from gemq.ops.decode import MAX_ROWS, Attention, DecodeProgram, Matrix
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_narrowed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = weakref.WeakKeyDictionary()
+_COMPARED_ROWS = 512
+_narrowed: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
 
 def as_stored(linear: nn.Module) -> Tensor:
-    """The weight of ``linear``, from a 16-bit copy where that holds every element exactly."""
-    weight = linear.weight.detach()
+    """The weight of ``linear``, from a 16-bit copy where that holds every element exactly.
+
+    A copy of an earlier call is compared with the weight before it is used again: weights may have changed.
+    """
+    weight = linear.weight.detach().contiguous()
     if weight.dtype != torch.float32:
-        return weight.contiguous()
-    version = None if weight.is_inference() else weight._version
-    key = (weight.data_ptr(), tuple(weight.shape), version)
-    found = _narrowed.get(linear)
-    if found is not None and found[0] == key and version is not None:
-        return found[1]
-    out = weight.contiguous()
+        return weight
+    held = _narrowed.pop(linear, None)
+    if held is None or held.shape != weight.shape or not _holds(held, weight):
+        held = _narrow(weight)
+    if held is None:
+        return weight
+    _narrowed[linear] = held
+    return held
+
+
+def _narrow(weight: Tensor) -> Tensor | None:
     for dtype in (torch.bfloat16, torch.float16):
+        # a few rows tell in most cases
+        if not torch.equal(weight[:4].to(dtype).float(), weight[:4]):
+            continue
         narrow = cpu.empty(weight.numel(), dtype).view(weight.shape).copy_(weight)
-        if torch.equal(narrow.float(), weight):
-            out = narrow
-            break
-    _narrowed[linear] = (key, out)
-    return out
+        if _holds(narrow, weight):
+            return narrow
+    return None
+
+
+def _holds(narrow: Tensor, weight: Tensor) -> bool:
+    """Whether every element is the same, compared in parts: the float32 form of the whole would be another copy."""
+    pairs = zip(narrow.split(_COMPARED_ROWS), weight.split(_COMPARED_ROWS), strict=True)
+    return all(torch.equal(part.float(), rows) for part, rows in pairs)
 
 
 class NativeStep:
