@@ -10,8 +10,6 @@ void moe_ffn_cpu(const MoeFfnArgs& a, int threads) {
   const auto live = [&](int e) { return a.gate_up.bits[e] > 0 && a.down.bits[e] > 0; };
   Routing routing;
   routing.fill(a.topk_ids, pairs, a.num_experts, live);
-  threads =
-      threads_worth(static_cast<int64_t>(routing.pairs.size()) * 3 * a.hidden * a.intermediate, threads);
   const auto* floats = a.type == kElementFloat32 ? static_cast<const float*>(a.x) : nullptr;
   Activations x(variant, a.precision, a.tokens, a.hidden, a.group_size, floats);
   Activations inner(variant, a.precision, pairs, a.intermediate, a.down_group_size);

@@ -10,7 +10,6 @@ void moe_gemm_cpu(const MoeGemmArgs& a, int threads) {
   const int64_t pairs = a.tokens * a.top_k, x_rows = a.x_per_slot ? pairs : a.tokens;
   Routing routing;
   routing.fill(a.topk_ids, pairs, a.num_experts, [&](int e) { return a.stack.bits[e] > 0; });
-  threads = threads_worth(static_cast<int64_t>(routing.pairs.size()) * a.k * a.n, threads);
   const auto* floats = a.type == kElementFloat32 ? static_cast<const float*>(a.x) : nullptr;
   Activations x(variant, a.precision, x_rows, a.k, a.group_size, floats);
   Projection projection{variant, a.stack, x, routing.pairs};
