@@ -4,8 +4,8 @@
 default hidden 1024, ffn 3584, 4 layers, 8 experts, top 2, vocabulary 4096, attention at 4 bits), decodes at batch 1
 with the compiled step and with the step in torch's operations in turns, prints a table and writes
 ``benchmarks/results/cpu-decode-<date>.json``. ``best`` is the fastest step of all, which other load on the machine
-touches least; ``p50`` the median of the best run. ``inside`` is the share of a run's fastest step that the compiled
-program takes: the rest is sampling and the loop in Python.
+touches least; ``p50`` the median of the best run. ``inside`` is the share of the fastest step that the compiled program
+takes: the rest is sampling and the loop in Python. ``experts`` is the rate at which the median step reads the experts.
 
 llama.cpp's figures come from ``--llama 4=616,3=353`` (tokens a second by bits) or ``--llama-bench FILE``, what
 ``llama-bench -o json -p 0 -n 128`` wrote about Q4_0, Q3_K, Q2_K and IQ1_S files of the same shapes.
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from torch import nn
 
 from gemq import ops
 from gemq.bench import random_model
+from gemq.bench.roofline import expert_sizes
 from gemq.generation import Decoding, GenerationOptions
 
 # times llama.cpp at the format of that many bits
@@ -51,41 +54,65 @@ def build(options: argparse.Namespace, bits: float) -> nn.Module:
     return model.to(getattr(torch, options.dtype)).eval()
 
 
-def decode(model: nn.Module, step: str, options: argparse.Namespace) -> tuple[list[float], list[int], float]:
-    """Seconds of every step after the first few, the tokens, and the program's share of the fastest step."""
+@dataclass(frozen=True)
+class Run:
+    """Seconds of every step after the first few, and of the program's experts and of all its operations in each."""
+
+    tokens: list[int]
+    times: list[float]
+    experts: list[float]
+    inside: list[float]
+
+
+def decode(model: nn.Module, step: str, options: argparse.Namespace) -> Run:
+    """One run of one step; the program measures itself."""
     prompt = torch.randint(
         0, options.vocabulary, (1, options.prompt_length), generator=torch.Generator().manual_seed(0)
     )
-    run = Decoding(model, prompt, None, GenerationOptions(options.tokens, ignore_eos=True), compile="none", step=step)
-    times, inside, tokens, before = [], [0.0], [], None
-    for token in run:
+    limits = GenerationOptions(options.tokens, ignore_eos=True)
+    decoding = Decoding(model, prompt, None, limits, compile="none", step=step)
+    tokens, times, sums, before = [], [], [], None
+    for token in decoding:
         now = time.perf_counter()
         tokens.append(int(token[0]))
         if before is not None:
             times.append(now - before)
-            if step == "native":
-                inside.append(sum(seconds for _, seconds in run.step.program.seconds()))
         if step == "native" and len(times) == 1:
-            run.step.program.measure()
+            decoding.step.program.measure()
+        if step == "native" and times:
+            sums.append(decoding.step.program.seconds())
         before = time.perf_counter()
-    fastest = min(range(_SETTLING, len(times)), key=times.__getitem__)
-    share = (inside[fastest + 1] - inside[fastest]) / times[fastest] if step == "native" else 0.0
-    return times[_SETTLING:], tokens, share
+    experts = [sum(seconds for name, seconds in found if name == "experts") for found in sums]
+    inside = [sum(seconds for _, seconds in found) for found in sums]
+    differences = ([b - a for a, b in itertools.pairwise(values)][_SETTLING - 1 :] for values in (experts, inside))
+    return Run(tokens, times[_SETTLING:], *differences)
+
+
+def expert_bytes(model: nn.Module) -> float:
+    """Of a token: two experts of the mean size in every layer."""
+    layers = model.model.layers
+    return sum(2 * statistics.mean(expert_sizes(layer.mlp.experts)) for layer in layers)
 
 
 def measure(bits: float, options: argparse.Namespace) -> dict:
     """One width: both steps in turns."""
     model = build(options, bits)
-    runs, tokens, inside = {step: [] for step in STEPS}, {}, []
+    runs: dict[str, list[Run]] = {step: [] for step in STEPS}
     for _ in range(options.repeats):
         for step in STEPS:
-            times, tokens[step], share = decode(model, step, options)
-            runs[step].append(times)
-            inside += [share] if step == "native" else []
-    row = {"bits": bits, "inside": statistics.median(inside), "same_tokens": tokens["native"] == tokens["lean"]}
+            runs[step].append(decode(model, step, options))
+    native = runs["native"]
+    steps = [(time, inside) for run in native for time, inside in zip(run.times, run.inside, strict=True)]
+    fastest = min(steps)
+    row = {
+        "bits": bits, "inside": fastest[1] / fastest[0],
+        "experts_gb_s": expert_bytes(model) / min(statistics.median(run.experts) for run in native) / 1e9,
+        "same_tokens": native[0].tokens == runs["lean"][0].tokens,
+    }
     for step, found in runs.items():
         row[step] = {
-            "best": 1 / min(min(times) for times in found), "p50": 1 / min(statistics.median(t) for t in found),
+            "best": 1 / min(min(run.times) for run in found),
+            "p50": 1 / min(statistics.median(run.times) for run in found),
         }
     return row
 
@@ -104,7 +131,8 @@ def show(row: dict) -> str:
     """One line of the table."""
     parts = [f"{row['bits']:4g} bits"]
     parts += [f"{step} {row[step]['p50']:7.1f} (best {row[step]['best']:7.1f})" for step in STEPS]
-    parts.append(f"inside {100 * row['inside']:3.0f}%" + ("" if row["same_tokens"] else ", tokens differ"))
+    parts.append(f"inside {100 * row['inside']:3.0f}%, experts {row['experts_gb_s']:.1f} GB/s")
+    parts += [] if row["same_tokens"] else ["tokens differ"]
     if "ratio" in row:
         met = "" if row["target"] is None else f" (target {row['target']:g}: {'met' if row['met'] else 'MISSED'})"
         parts.append(f"llama.cpp {row['llama.cpp']:.1f}, {row['ratio']:.2f} times{met}")

@@ -25,7 +25,8 @@ from gemq.ops import checks, cpu
 from gemq.ops.decode import MAX_ROWS, Attention, DecodeProgram, Matrix
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_COMPARED_ROWS = 512
+# elements that are compared at a time: their float32 form stays in a near cache
+_COMPARED = 1 << 17
 _narrowed: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
 
@@ -59,7 +60,8 @@ def _narrow(weight: Tensor) -> Tensor | None:
 
 def _holds(narrow: Tensor, weight: Tensor) -> bool:
     """Whether every element is the same, compared in parts: the float32 form of the whole would be another copy."""
-    pairs = zip(narrow.split(_COMPARED_ROWS), weight.split(_COMPARED_ROWS), strict=True)
+    rows = max(_COMPARED // weight.shape[1], 1)
+    pairs = zip(narrow.split(rows), weight.split(rows), strict=True)
     return all(torch.equal(part.float(), rows) for part, rows in pairs)
 
 
