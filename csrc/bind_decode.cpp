@@ -108,6 +108,50 @@ void bind_attend(Program& program, const AttentionAddress& a) {
                       rows(program, "out", a.out, queries), std::move(shape));
 }
 
+void bind_attend_latent(Program& program, const LatentAddress& a) {
+  for (const auto& [name, value] :
+       {std::pair{"heads", a.heads}, {"nope", a.nope}, {"rank", a.rank}, {"v_dim", a.v_dim}}) {
+    check_at_least(name, value, 1);
+  }
+  if (a.rope < 2 || a.rope % 2 != 0) bad_value("rope", a.rope, "even and at least 2");
+  for (const auto& [name, at] : {std::pair{"into", a.into},
+                                 {"from", a.from},
+                                 {"norm", a.norm},
+                                 {"cosines", a.cosines},
+                                 {"sines", a.sines},
+                                 {"latents", a.latents},
+                                 {"ropes", a.ropes}}) {
+    check_pointer(name, at);
+  }
+  check_at_least("slots", a.slots, 1);
+  check_at_least("positions", a.positions, 1);
+  LatentShape shape{a.heads,
+                    a.nope,
+                    a.rope,
+                    a.rank,
+                    a.v_dim,
+                    reinterpret_cast<const void*>(a.into),
+                    reinterpret_cast<const void*>(a.from),
+                    check_type(a.expand_type),
+                    floats(a.norm, a.rank),
+                    a.eps,
+                    reinterpret_cast<const float*>(a.cosines),
+                    reinterpret_cast<const float*>(a.sines),
+                    a.positions,
+                    a.apart,
+                    reinterpret_cast<void*>(a.latents),
+                    reinterpret_cast<void*>(a.ropes),
+                    check_type(a.type),
+                    a.slots,
+                    a.scale};
+  program.limits.slots = std::min(program.limits.slots, a.slots);
+  program.limits.positions = std::min(program.limits.positions, a.positions);
+  const auto heads = static_cast<int64_t>(a.heads);
+  program.add<AttendLatent>(program.variant(), rows(program, "query", a.query, heads * (a.nope + a.rope)),
+                            rows(program, "latent", a.latent, a.rank + a.rope),
+                            rows(program, "out", a.out, heads * a.v_dim), std::move(shape));
+}
+
 void bind_experts(Program& program, const ExpertsAddress& a) {
   Rows& x = rows(program, "x", a.x);
   check_at_least("experts", a.experts, 1);

@@ -31,6 +31,21 @@ struct AttentionAddress {
   float eps;
 };
 
+struct LatentAddress {
+  int query, latent, out, heads, nope, rope, rank, v_dim;
+  uintptr_t into, from;
+  int expand_type;
+  uintptr_t norm;
+  float eps;
+  uintptr_t cosines, sines;
+  int64_t positions;
+  bool apart;
+  uintptr_t latents, ropes;
+  int type;
+  int64_t slots;
+  float scale;
+};
+
 struct ExpertsAddress {
   int logits, x, out, top_k;
   bool sigmoid, normalize;
@@ -47,6 +62,7 @@ void bind_norm(Program& program, int x, uintptr_t weight, float eps, int out);
 void bind_silu_mul(Program& program, int gate, int up, int out);
 void bind_linear(Program& program, int x, const std::vector<MatrixAddress>& matrices, bool onto, int gate);
 void bind_attend(Program& program, const AttentionAddress& attention);
+void bind_attend_latent(Program& program, const LatentAddress& attention);
 void bind_experts(Program& program, const ExpertsAddress& experts);
 void bind_run(Program& program, uintptr_t tokens, uintptr_t positions, uintptr_t starts, int64_t slot,
               int threads);

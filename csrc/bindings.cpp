@@ -114,6 +114,13 @@ PYBIND11_MODULE(_C, module) {
            arg("dim"), arg("rotary"), arg("cosines"), arg("sines"), arg("positions"), arg("keys"),
            arg("values"), arg("type"), arg("slots"), arg("scale"), arg("query_norm"), arg("key_norm"),
            arg("eps"));
+  py::class_<LatentAddress>(module, "LatentAddress", "A latent attention of a decode program.")
+      .def(py::init<int, int, int, int, int, int, int, int, uintptr_t, uintptr_t, int, uintptr_t, float,
+                    uintptr_t, uintptr_t, int64_t, bool, uintptr_t, uintptr_t, int, int64_t, float>(),
+           py::kw_only(), arg("query"), arg("latent"), arg("out"), arg("heads"), arg("nope"), arg("rope"),
+           arg("rank"), arg("v_dim"), arg("into"), arg("from_"), arg("expand_type"), arg("norm"), arg("eps"),
+           arg("cosines"), arg("sines"), arg("positions"), arg("apart"), arg("latents"), arg("ropes"),
+           arg("type"), arg("slots"), arg("scale"));
   py::class_<ExpertsAddress>(module, "ExpertsAddress", "A block of experts of a decode program.")
       .def(py::init<int, int, int, int, bool, bool, float, float, uintptr_t, int, int, int, StackAddress,
                     StackAddress, int, int, int, int>(),
@@ -135,6 +142,7 @@ PYBIND11_MODULE(_C, module) {
       .def("silu_mul", &bind_silu_mul, arg("gate"), arg("up"), arg("out"))
       .def("linear", &bind_linear, arg("x"), arg("matrices"), arg("onto") = false, arg("gate") = -1)
       .def("attend", &bind_attend, arg("attention"))
+      .def("attend_latent", &bind_attend_latent, arg("attention"))
       .def("experts", &bind_experts, arg("experts"))
       .def("run", &bind_run, Unlocked(), arg("tokens"), arg("positions"), arg("starts"), arg("slot"),
            arg("threads") = 1)

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "decode/operation.h"
+#include "decode/spans.h"
 
 namespace gemq {
 
@@ -32,26 +32,16 @@ public:
   int64_t scratch_floats() const override;
 
 private:
-  // Slots of the cache that are one item: so many keys and values stay in a near cache, and long texts are
-  // shared out among threads in the same way whatever their number.
-  static constexpr int64_t kSpan = 256;
   int heads_a_group() const { return shape_.heads / shape_.groups; }
-  int64_t most_spans() const { return (shape_.slots + kSpan - 1) / kSpan; }
   void attend_span(const StepInput& step, int64_t item, float* scratch);
   void store_new(const StepInput& step, int64_t row, int group, float* scratch);
-  void merge(int64_t row);
-  // Where the results of a span's heads are.
-  int64_t partial(int64_t row, int64_t span, int head) const {
-    return (row * most_spans() + span) * shape_.heads + head;
-  }
 
   const Kernels& kernels_;
   const Rows &query_, &key_, &value_;
   Rows& out_;
   AttentionShape shape_;
-  int64_t spans_ = 0;
+  Spans spans_;
   Phase parts_;
-  AlignedFloats most_, sums_, contexts_;
 };
 
 }  // namespace gemq

@@ -20,10 +20,12 @@ struct DenseArgs {
 
 // Query heads that share a key, against a span of one row's cache.
 struct AttendArgs {
-  const float* queries;  // [heads, dim], rotated
+  const float* queries;  // [heads, dim + more], rotated
   int heads, dim;
   const void *keys, *values;  // [count, dim]
-  Element type;               // of keys and values
+  const void* more_keys;      // [count, more]: what keys have beyond `dim` and values have not
+  int more;
+  Element type;  // of keys and values
   int64_t count;
   float scale;
   float* scores;  // [heads, score_stride(count)], for the kernel's own use

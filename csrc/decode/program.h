@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "decode/attend.h"
+#include "decode/attend_latent.h"
 #include "decode/experts.h"
 #include "decode/linear.h"
 #include "decode/row_operations.h"

@@ -81,27 +81,43 @@ void dense_rows(const DenseArgs& a, int first_token, float* out) {
   }
 }
 
-// scores[j] = scale * query . key j of N heads; returns nothing but the largest in most[].
+// sums[h] += key . query h of N heads, `step` floats apart
+template <Element E, int N>
+GEMQ_INLINE void dots(const char* key, const float* query, int64_t step, int count, float* sums) {
+  Float sum[N] = {};
+  int d = 0;
+  for (; d + kLanes <= count; d += kLanes) {
+    const Float k = load_as<E>(key, d);
+#pragma GCC unroll 4
+    for (int h = 0; h < N; ++h) sum[h] += k * load<Float>(query + h * step + d);
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < N; ++h) {
+    sums[h] += total(sum[h]);
+    for (int rest = d; rest < count; ++rest) sums[h] += one_as<E>(key, rest) * query[h * step + rest];
+  }
+}
+
+// scores[j] = scale * query . key j of N heads, and the largest of each head.
 template <Element E, int N>
 GEMQ_INLINE void score(const AttendArgs& a, int first, int64_t stride) {
-  const float* query = a.queries + first * a.dim;
+  const int64_t step = a.dim + a.more;
+  const float* query = a.queries + first * step;
   float most[N];
 #pragma GCC unroll 4
   for (int h = 0; h < N; ++h) most[h] = -INFINITY;
-  const auto* key = static_cast<const char*>(a.keys);
-  for (int64_t j = 0; j < a.count; ++j, key += static_cast<int64_t>(a.dim) * element_bytes(E)) {
-    Float sum[N] = {};
-    int d = 0;
-    for (; d + kLanes <= a.dim; d += kLanes) {
-      const Float k = load_as<E>(key, d);
-#pragma GCC unroll 4
-      for (int h = 0; h < N; ++h) sum[h] += k * load<Float>(query + h * a.dim + d);
+  const auto *key = static_cast<const char*>(a.keys), *more = static_cast<const char*>(a.more_keys);
+  for (int64_t j = 0; j < a.count; ++j) {
+    float sums[N] = {};
+    dots<E, N>(key, query, step, a.dim, sums);
+    key += static_cast<int64_t>(a.dim) * element_bytes(E);
+    if (a.more > 0) {
+      dots<E, N>(more, query + a.dim, step, a.more, sums);
+      more += static_cast<int64_t>(a.more) * element_bytes(E);
     }
 #pragma GCC unroll 4
     for (int h = 0; h < N; ++h) {
-      float value = total(sum[h]);
-      for (int rest = d; rest < a.dim; ++rest) value += one_as<E>(key, rest) * query[h * a.dim + rest];
-      value *= a.scale;
+      const float value = sums[h] * a.scale;
       a.scores[(first + h) * stride + j] = value;
       most[h] = value > most[h] ? value : most[h];
     }

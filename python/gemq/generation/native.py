@@ -1,8 +1,8 @@
 """A decoding step of a packed model on the CPU as one compiled program (:mod:`gemq.ops.decode`).
 
 The same computation as :class:`gemq.generation.step.LeanStep`, with activations in float32 whatever the model's dtype,
-one call a token, and no Python between operations. It serves grouped attention, known routers, experts packed for the
-CPU and up to 16 rows; other structures keep their step.
+one call a token, and no Python between operations. It serves grouped and latent attention, known routers, experts
+packed for the CPU and up to 16 rows; other structures keep their step.
 
 Unquantized weights are read as they are stored. Those of a float32 model whose every element is a bfloat16 or float16
 number, as those of a 16-bit checkpoint are, are read from a 16-bit copy: the same products from half the bytes. The
@@ -16,12 +16,12 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from gemq.generation.attention import GroupedAttention, rotary_tables
+from gemq.generation.attention import GroupedAttention, LatentAttention, rotary_tables
 from gemq.generation.routers import routing_of
 from gemq.generation.step import LeanStep, Progress
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.base import profiled
-from gemq.ops import checks, cpu
+from gemq.ops import checks, cpu, decode
 from gemq.ops.decode import MAX_ROWS, Attention, DecodeProgram, Matrix
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -81,7 +81,9 @@ class NativeStep:
         program.embed(decoder.embed_tokens.weight.detach().contiguous(), self.x)
         for layer, state in zip(decoder.layers, cache.layers, strict=False):
             self._norm(self.x, layer.input_layernorm, self.y)
-            self._attention(layer.self_attn, state)
+            latent = hasattr(layer.self_attn, "kv_lora_rank")
+            out = (self._latent if latent else self._grouped)(layer.self_attn, state)
+            self._linear(out, {self.x: layer.self_attn.o_proj}, onto=True)
             self._norm(self.x, layer.post_attention_layernorm, self.y)
             if hasattr(layer.mlp, "experts"):
                 self._experts(layer.mlp)
@@ -124,7 +126,7 @@ class NativeStep:
         width = _in_features(next(iter(layers.values())))
         self.program.linear(x, width, matrices, onto, gate)
 
-    def _attention(self, module: nn.Module, state) -> None:
+    def _grouped(self, module: nn.Module, state) -> int:
         program, known = self.program, GroupedAttention(module, state.keys, state.values)
         query, key, value = self._buffers(module.q_proj, module.k_proj, module.v_proj)
         out = program.buffer(module.o_proj.in_features)
@@ -141,7 +143,29 @@ class NativeStep:
         program.attend(Attention(
             query, key, value, out, heads, state.keys, state.values, cosines, sines, known.scale, **norms
         ))
-        self._linear(out, {self.x: module.o_proj}, onto=True)
+        return out
+
+    def _latent(self, module: nn.Module, state) -> int:
+        program, heads, compressed = self.program, module.num_heads, module.q_lora_rank is not None
+        first = module.q_a_proj if compressed else module.q_proj
+        query, latent = self._buffers(first, module.kv_a_proj_with_mqa)
+        self._linear(self.y, {query: first, latent: module.kv_a_proj_with_mqa})
+        if compressed:
+            self._norm(query, module.q_a_layernorm, query)
+            (whole,) = self._buffers(module.q_b_proj)
+            self._linear(query, {whole: module.q_b_proj})
+            query = whole
+        known = LatentAttention(module, state.keys, state.values)
+        out = program.buffer(heads * known.v_dim)
+        half = known.rope // 2
+        cosines, sines = self.rotary[0][:, :half], self.rotary[1][:, -half:]
+        program.attend_latent(decode.LatentAttention(
+            query, latent, out, known.into_latent.transpose(1, 2).contiguous(),
+            known.from_latent.transpose(1, 2).contiguous(), module.kv_a_layernorm.weight,
+            module.kv_a_layernorm.variance_epsilon, cosines.contiguous(), sines.contiguous(), known.apart, state.keys,
+            state.values, known.scale,
+        ))
+        return out
 
     def _experts(self, block: nn.Module) -> None:
         program, experts, rule = self.program, block.experts, routing_of(block.gate)
@@ -200,13 +224,21 @@ def _is_mlp(mlp: nn.Module) -> bool:
     return activation in ("SiLU", "SiLUActivation") and all(_is_linear(getattr(mlp, n, None)) for n in _MLP)
 
 
+def _is_attention(module: nn.Module, keys: Tensor, values: Tensor) -> bool:
+    """Whether an attention of a form that :class:`LeanStep` knows has linears and a cache that the program reads."""
+    if keys.dtype not in checks.FLOATS or not (keys.is_contiguous() and values.is_contiguous()):
+        return False
+    if GroupedAttention.fits(module, keys, values):
+        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    else:
+        names = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+        names += ["q_proj"] if module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
+    return all(_is_linear(getattr(module, name)) for name in names)
+
+
 def _known(layer: nn.Module, state) -> bool:
-    attention, mlp = layer.self_attn, layer.mlp
-    if not GroupedAttention.fits(attention, state.keys, state.values) or state.keys.dtype not in checks.FLOATS:
-        return False
-    if not (state.keys.is_contiguous() and state.values.is_contiguous()):
-        return False
-    if not all(_is_linear(getattr(attention, f"{n}_proj")) for n in "qkvo"):
+    mlp = layer.mlp
+    if not _is_attention(layer.self_attn, state.keys, state.values):
         return False
     experts = getattr(mlp, "experts", None)
     if experts is None:

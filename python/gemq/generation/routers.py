@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from gemq.ops.decode import Routing
@@ -28,7 +30,19 @@ def _corrected(router: nn.Module) -> Routing:
     )
 
 
+def _scaled(router: nn.Module) -> Routing | None:
+    """DeepSeek-V2's."""
+    plain = Routing(router.top_k, normalize=False, scale=router.routed_scaling_factor)
+    if router.topk_method == "greedy":
+        return plain
+    if router.topk_method != "group_limited_greedy":
+        return None
+    return replace(plain, group_score="largest", groups=router.num_group, kept_groups=router.topk_group)
+
+
 _RULES = {
+    "DeepseekV2TopkRouter": _scaled,
+    "DeepseekV3TopkRouter": _corrected,
     "MixtralTopKRouter": _normalized,
     "Qwen2MoeTopKRouter": _optional,
     "Qwen3MoeTopKRouter": _optional,

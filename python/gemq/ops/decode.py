@@ -59,6 +59,32 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """DeepSeek's attention over ``latents [batch, 1, slots, rank]`` and ``ropes [batch, 1, slots, rope]``, into which
+    the new ones are written.
+
+    ``query [heads * (nope + rope)]``, ``latent [rank + rope]`` and ``out [heads * v_dim]`` are buffers. ``into [heads,
+    rank, nope]`` folds the expansion of keys into the queries, ``from_ [heads, v_dim, rank]`` expands the values.
+    ``norm [rank]`` is of new latents; ``cosines`` and ``sines`` float32 ``[positions, rope / 2]`` turn neighbours,
+    which end up half the vector ``apart`` or side by side.
+    """
+
+    query: int
+    latent: int
+    out: int
+    into: Tensor
+    from_: Tensor
+    norm: Tensor
+    eps: float
+    cosines: Tensor
+    sines: Tensor
+    apart: bool
+    latents: Tensor
+    ropes: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
 class Routing:
     """From a router's logits to experts and weights, as :func:`gemq.ops.topk_routing` with what DeepSeek and GLM4 add:
     only the best ``kept_groups`` of ``groups`` runs of experts take part (``group_score`` "largest" or "two_largest" of
@@ -151,6 +177,23 @@ class DecodeProgram:
             type=cpu.TYPES[a.keys.dtype], slots=shape[2], scale=a.scale,
             query_norm=self._floats("query_norm", a.query_norm, shape[3]),
             key_norm=self._floats("key_norm", a.key_norm, shape[3]), eps=a.eps,
+        ))
+
+    def attend_latent(self, a: LatentAttention) -> None:
+        """Queries folded, the cache's new entries, attention, and the values expanded."""
+        heads, rank, nope = a.into.shape
+        slots, rope = a.ropes.shape[2:]
+        v_dim, positions = a.from_.shape[1], a.cosines.shape[0]
+        self._program.attend_latent(core().LatentAddress(
+            query=a.query, latent=a.latent, out=a.out, heads=heads, nope=nope, rope=rope, rank=rank, v_dim=v_dim,
+            into=self._address("into", a.into),
+            from_=self._address("from_", a.from_, a.into.dtype, (heads, v_dim, rank)),
+            expand_type=cpu.TYPES[a.into.dtype], norm=self._floats("norm", a.norm, rank), eps=a.eps,
+            cosines=self._address("cosines", a.cosines, torch.float32, (positions, rope // 2)),
+            sines=self._address("sines", a.sines, torch.float32, (positions, rope // 2)), positions=positions,
+            apart=a.apart, latents=self._address("latents", a.latents, shape=(self.batch, 1, slots, rank)),
+            ropes=self._address("ropes", a.ropes, a.latents.dtype, (self.batch, 1, slots, rope)),
+            type=cpu.TYPES[a.latents.dtype], slots=slots, scale=a.scale,
         ))
 
     def experts(
