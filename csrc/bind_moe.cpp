@@ -15,8 +15,16 @@ T* as(uintptr_t pointer) {
   return reinterpret_cast<T*>(pointer);
 }
 
-// The stack behind the addresses, each expert n x k, named in messages with `name`. Every expert must lie
-// inside the buffers, which may be null when none stores anything.
+void check_tokens(int64_t tokens, int top_k, int num_experts, int threads) {
+  check_at_least("num_experts", num_experts, 0);
+  check_at_least("top_k", top_k, 1);
+  check_at_least("tokens", tokens, 0);
+  check_int32("tokens * top_k", tokens * top_k);
+  check_threads(threads);
+}
+
+}  // namespace
+
 Stack check_stack(const std::string& name, const StackAddress& at, int num_experts, int64_t n, int64_t k,
                   int group_size) {
   const Stack stack{as<const uint8_t>(at.codes), as<const uint16_t>(at.meta), as<const int32_t>(at.bits),
@@ -62,16 +70,6 @@ Precision check_precision(int precision) {
   check_range("precision", precision, kExact, kInt8);
   return static_cast<Precision>(precision);
 }
-
-void check_tokens(int64_t tokens, int top_k, int num_experts, int threads) {
-  check_at_least("num_experts", num_experts, 0);
-  check_at_least("top_k", top_k, 1);
-  check_at_least("tokens", tokens, 0);
-  check_int32("tokens * top_k", tokens * top_k);
-  check_threads(threads);
-}
-
-}  // namespace
 
 void bind_moe_gemm(uintptr_t x, bool x_per_slot, const StackAddress& stack, int num_experts,
                    uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k,

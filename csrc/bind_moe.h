@@ -1,6 +1,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+
+#include "moe_cpu/moe.h"
 
 namespace gemq {
 
@@ -9,6 +12,13 @@ struct StackAddress {
   uintptr_t codes, meta, bits, offsets, meta_offsets;
   int64_t code_bytes, meta_elements;
 };
+
+// The stack behind the addresses, each expert n x k, named in messages with `name`. Every expert must lie
+// inside the buffers, which may be null when none stores anything.
+Stack check_stack(const std::string& name, const StackAddress& at, int num_experts, int64_t n, int64_t k,
+                  int group_size);
+Element check_type(int type);
+Precision check_precision(int precision);
 
 void bind_moe_gemm(uintptr_t x, bool x_per_slot, const StackAddress& stack, int num_experts,
                    uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k,

@@ -1,10 +1,13 @@
 // gemq._C: what the extension offers. Pointers are integers; every function checks its numbers, releases the
 // interpreter lock and calls one launcher.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "bind_decode.h"
 #include "bind_gptq.h"
 #include "bind_moe.h"
 #include "bind_pack.h"
+#include "checks.h"
 #include "gemq/huge_pages.h"
 #include "moe_cpu/kernels.h"
 
@@ -100,4 +103,49 @@ PYBIND11_MODULE(_C, module) {
   module.def("lowbit_gemm_cpu", &bind_lowbit_gemm, Unlocked(), arg("x"), arg("qweight"), arg("meta"),
              arg("out"), arg("tokens"), arg("k"), arg("n"), arg("bits"), arg("group_size"), arg("type"),
              arg("precision"), arg("threads") = 1, "x [tokens, k] times one cpu_tile matrix [n, k].");
+
+  py::class_<MatrixAddress>(module, "MatrixAddress", "A linear layer of a decode program.")
+      .def(py::init<uintptr_t, uintptr_t, int, int, int, int64_t, uintptr_t, int>(), arg("weights"),
+           arg("meta"), arg("bits"), arg("group_size"), arg("type"), arg("n"), arg("bias"), arg("out"));
+  py::class_<AttentionAddress>(module, "AttentionAddress", "An attention of a decode program.")
+      .def(py::init<int, int, int, int, int, int, int, int, uintptr_t, uintptr_t, int64_t, uintptr_t,
+                    uintptr_t, int, int64_t, float, uintptr_t, uintptr_t, float>(),
+           py::kw_only(), arg("query"), arg("key"), arg("value"), arg("out"), arg("heads"), arg("groups"),
+           arg("dim"), arg("rotary"), arg("cosines"), arg("sines"), arg("positions"), arg("keys"),
+           arg("values"), arg("type"), arg("slots"), arg("scale"), arg("query_norm"), arg("key_norm"),
+           arg("eps"));
+  py::class_<LatentAddress>(module, "LatentAddress", "A latent attention of a decode program.")
+      .def(py::init<int, int, int, int, int, int, int, int, uintptr_t, uintptr_t, int, uintptr_t, float,
+                    uintptr_t, uintptr_t, int64_t, bool, uintptr_t, uintptr_t, int, int64_t, float>(),
+           py::kw_only(), arg("query"), arg("latent"), arg("out"), arg("heads"), arg("nope"), arg("rope"),
+           arg("rank"), arg("v_dim"), arg("into"), arg("from_"), arg("expand_type"), arg("norm"), arg("eps"),
+           arg("cosines"), arg("sines"), arg("positions"), arg("apart"), arg("latents"), arg("ropes"),
+           arg("type"), arg("slots"), arg("scale"));
+  py::class_<ExpertsAddress>(module, "ExpertsAddress", "A block of experts of a decode program.")
+      .def(py::init<int, int, int, int, bool, bool, float, float, uintptr_t, int, int, int, StackAddress,
+                    StackAddress, int, int, int, int>(),
+           py::kw_only(), arg("logits"), arg("x"), arg("out"), arg("top_k"), arg("sigmoid"), arg("normalize"),
+           arg("epsilon"), arg("scale"), arg("bias"), arg("group_score"), arg("groups"), arg("kept_groups"),
+           arg("gate_up"), arg("down"), arg("experts"), arg("intermediate"), arg("group_size"),
+           arg("down_group_size"));
+  py::class_<Program>(
+      module, "DecodeProgram",
+      "A decode step as operations over numbered buffers [batch, width]; nothing is kept alive.")
+      .def(py::init([](int64_t batch, int precision) {
+             check_range("batch", batch, 1, 64);
+             return std::make_unique<Program>(batch, check_precision(precision));
+           }),
+           arg("batch"), arg("precision"))
+      .def("buffer", &bind_buffer, arg("width"), arg("external") = 0)
+      .def("embed", &bind_embed, arg("table"), arg("type"), arg("tokens"), arg("out"))
+      .def("norm", &bind_norm, arg("x"), arg("weight"), arg("eps"), arg("out"))
+      .def("silu_mul", &bind_silu_mul, arg("gate"), arg("up"), arg("out"))
+      .def("linear", &bind_linear, arg("x"), arg("matrices"), arg("onto") = false, arg("gate") = -1)
+      .def("attend", &bind_attend, arg("attention"))
+      .def("attend_latent", &bind_attend_latent, arg("attention"))
+      .def("experts", &bind_experts, arg("experts"))
+      .def("run", &bind_run, Unlocked(), arg("tokens"), arg("positions"), arg("starts"), arg("slot"),
+           arg("threads") = 1)
+      .def("measure", &Program::measure, arg("on"))
+      .def("seconds", &Program::seconds);
 }

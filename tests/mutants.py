@@ -48,6 +48,7 @@ class Mutant(NamedTuple):
 ALLOCATION, GPTQ, IMPORTANCE = ("tests/test_allocation.py",), ("tests/test_gptq.py",), ("tests/test_importance.py",)
 BITS, PROGRESSIVE = ("tests/test_core_bits.py",), ("tests/test_progressive.py",)
 GPTQ_IMPORT = ("tests/test_gptq_import.py",)
+DECODE = ("tests/test_decode_program.py",)
 CHECKPOINT = ("tests/test_checkpoint.py",)
 MUTANTS = (
     Mutant("packing: the last codes of a row one bit off", "csrc/include/gemq/bits.h",
@@ -78,6 +79,15 @@ MUTANTS = (
     Mutant("Triton: metadata of the next group", "triton_kernels/body.py",
            "at = _threads(tl.minimum(g, last_group) * 64, RUN)",
            "at = _threads(tl.minimum(g + 1, last_group) * 64, RUN)", ("tests/triton_cases.py::test_padded_columns",)),
+    Mutant("decode step: padding is attended to", "csrc/decode/spans.h",
+           "std::max(span * kSlots, step.starts[row])", "span * kSlots", DECODE),
+    Mutant("decode step: spans of the cache weigh the same", "csrc/decode/spans.h",
+           "count_ == 1 ? 1.0f : std::exp(*from.most - most)", "1.0f", DECODE),
+    Mutant("decode step: routing weights with the bias of the choice", "csrc/decode/routing.cpp",
+           "weights[i] = s.scores[e];", "weights[i] = s.choice[e];", DECODE),
+    Mutant("decode step: the last columns without their bias", "csrc/decode/linear.cpp",
+           "m.bias.empty() ? from[i] : from[i] + m.bias[first + i]",
+           "m.bias.empty() || width < kBlockRows ? from[i] : from[i] + m.bias[first + i]", DECODE),
     Mutant("experts: offsets counted after the expert", "python/gemq/format.py",
            "        codes.append(code_at)\n        metas.append(meta_at)\n",
            "        codes.append(code_at + (1 if index else 0))\n        metas.append(meta_at)\n",

@@ -24,7 +24,7 @@ SOURCES = (
     "pack/no_cuda.cpp",
 )  # fmt: skip
 # as CMakeLists.txt compiles them
-KERNELS = ("moe_cpu/exact.cpp", "moe_cpu/integer.cpp", "moe_cpu/rows.cpp", "gptq/rows.cpp")
+KERNELS = ("moe_cpu/exact.cpp", "moe_cpu/integer.cpp", "moe_cpu/rows.cpp", "gptq/rows.cpp", "decode/vector_rows.cpp")
 KERNEL_FLAGS = ("-O3", "-ffp-contract=fast", "-Wno-psabi", "-DGEMQ_VARIANT=portable", "-DGEMQ_KERNELS=kPortableKernels")
 FILES = (
     "test_core_bits.py", "test_core_moe.py", "test_core_properties.py", "test_core_threads.py",

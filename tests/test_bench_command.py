@@ -234,7 +234,7 @@ def test_measurement(configs, quick, family):
     result = run_bench(BenchConfig(str(configs[family]), 2.5, tokens=12, batch=3, prompt_length=7, shared_bits=3))
     found = result.runs["gemq"]
     assert result.strongest == "gemq" and result.bits_per_expert == 2.5 and result.widths == {"2": 0.5, "3": 0.5}
-    assert found.step == ("ModelStep" if family == "qwen3_next" else "LeanStep")
+    assert found.step == ("transformers" if family == "qwen3_next" else "native")
     assert found.mode == "none" and found.batch == 3 and result.dtype == "bfloat16"
     steps, rate = found.step_seconds, found.tokens_per_second
     assert 0 < steps["p20"] <= steps["p50"] <= steps["p80"]

@@ -322,3 +322,43 @@ def test_a_spent_budget_starts_nothing(tmp_path: Path) -> None:
 def test_bad_options_of_the_benchmark(options: list[str], message: str, tmp_path: Path) -> None:
     done = bench(tmp_path, *options)
     assert done.returncode == 4 and message in done.stderr
+
+
+def cpu_decode(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "benchmarks/cpu_decode.py", *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_decoding_beside_llama(tmp_path: Path) -> None:
+    """Both steps give the same tokens; llama.cpp's figures are matched by format."""
+    theirs = tmp_path / "theirs.json"
+    run = {"model_filename": "m.gguf", "n_prompt": 0, "n_gen": 64}
+    theirs.write_text(json.dumps([
+        run | {"model_type": "llama 8x Q2_K - Medium", "avg_ts": 1.0}, run | {"model_type": "Q2_K", "avg_ts": 0.001},
+        run | {"model_type": "Q2_K", "avg_ts": 5.0, "n_prompt": 64, "n_gen": 0},
+    ]))
+    out = tmp_path / "rows.json"
+    done = cpu_decode(
+        "--bits", "2,1.5", "--hidden", "256", "--ffn", "256", "--layers", "1", "--vocabulary", "64", "--tokens", "9",
+        "--repeats", "1", "--llama-bench", str(theirs), "--llama", "1.5=1e9", "--output", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    two, less = found["rows"]
+    assert two["same_tokens"] and less["same_tokens"]
+    assert two["llama.cpp"] == 1.0 and two["ratio"] == two["native"]["p50"] and two["target"] == 1.5 and two["met"]
+    assert less["llama.cpp"] == 1e9 and not less["met"] and "MISSED" in done.stdout
+    assert 0 < two["inside"] < 1 and 0 < two["experts_gb_s"] < 1000
+    assert two["native"]["best"] >= two["native"]["p50"] > 0
+    assert str(tmp_path) not in done.stdout + out.read_text()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--llama", "4:616"], "--llama must be like 4=616,3=353, got '4:616'"),
+    (["--llama-bench", "nothing.json"], "error: [Errno 2] No such file or directory: 'nothing.json'"),
+    (["--tokens", "3"], "--tokens must be at least 7, got 3"),
+])  # fmt: skip
+def test_bad_options_of_the_decode_benchmark(options: list[str], message: str) -> None:
+    done = cpu_decode(*options)
+    assert done.returncode != 0 and message in done.stderr

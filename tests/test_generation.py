@@ -27,8 +27,8 @@ def model(family):
     return tiny_model(family)
 
 
-def lean_or_skip(family, lean=True):
-    if lean and family not in LEAN:
+def lean_or_skip(family, step="lean"):
+    if step == "lean" and family not in LEAN:
         pytest.skip("no lean step for this structure")
 
 
@@ -48,41 +48,43 @@ def reference(model, ids, mask=None, new=NEW, **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)[:, ids.shape[1] :]
 
 
-def decode(model, ids, mask=None, new=NEW, compile="none", lean=None, **options):
+def decode(model, ids, mask=None, new=NEW, compile="none", step="auto", **options):
     options = {"ignore_eos": True} | options
-    return Decoding(model, ids, mask, GenerationOptions(new, **options), compile=compile, lean=lean)
+    return Decoding(model, ids, mask, GenerationOptions(new, **options), compile=compile, step=step)
 
 
 def tokens(*arguments, **options):
     return torch.stack(list(decode(*arguments, **options)), 1)
 
 
-@pytest.mark.parametrize("lean", [True, False], ids=["lean", "transformers"])
-def test_greedy_is_generates(family, model, lean):
-    lean_or_skip(family, lean)
+@pytest.mark.parametrize("step", ["lean", "transformers"])
+def test_greedy_is_generates(family, model, step):
+    lean_or_skip(family, step)
     ids = random_windows(3, 9, 1)
     expected = reference(model, ids)
     assert len(expected.unique()) > 5
-    run = decode(model, ids, lean=lean)
+    run = decode(model, ids, step=step)
     assert torch.equal(torch.stack(list(run), 1), expected)
-    assert isinstance(run.step, LeanStep if lean else ModelStep)
+    assert isinstance(run.step, LeanStep if step == "lean" else ModelStep) and run.step_kind == step
 
 
-@pytest.mark.parametrize("lean", [True, False], ids=["lean", "transformers"])
-def test_padded_rows_are_generates(family, model, lean):
-    lean_or_skip(family, lean)
+@pytest.mark.parametrize("step", ["lean", "transformers"])
+def test_padded_rows_are_generates(family, model, step):
+    lean_or_skip(family, step)
     ids, mask = padded()
     expected = reference(model, ids, mask)
-    assert torch.equal(tokens(model, ids, mask, lean=lean), expected)
+    assert torch.equal(tokens(model, ids, mask, step=step), expected)
     # and each row is what it is alone
-    alone = tokens(model, ids[2:3, 7:], lean=lean)
+    alone = tokens(model, ids[2:3, 7:], step=step)
     assert torch.equal(alone[0], expected[2])
 
 
 def test_a_known_model_takes_the_lean_step(family, model):
+    """Unquantized; packed ones are in tests/test_native_step.py."""
     run = decode(model, random_windows(1, 5, 0), new=3)
+    assert run.step_kind is None
     list(run)
-    assert isinstance(run.step, LeanStep if family in LEAN else ModelStep)
+    assert run.step_kind == ("lean" if family in LEAN else "transformers")
 
 
 @torch.inference_mode()
@@ -338,8 +340,8 @@ def test_structures_without_a_lean_step():
     """What would be computed wrongly is left to transformers, or refused where the lean step was asked for."""
     ids, mask = padded(3, 9)
     hybrid = tiny_model("qwen3_next")
-    with pytest.raises(ValueError, match="lean=True needs a model of known structure"):
-        list(decode(hybrid, ids, mask, lean=True))
+    with pytest.raises(ValueError, match="step='lean' needs a model of known structure"):
+        list(decode(hybrid, ids, mask, step="lean"))
     with pytest.raises(ValueError, match="compile='compile' needs a model of known structure"):
         list(decode(hybrid, ids, mask, compile="compile"))
     for name, option, value in (("olmoe", "clip_qkv", 0.5), ("deepseek_v3", "rope_interleave", False)):

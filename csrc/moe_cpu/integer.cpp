@@ -70,7 +70,7 @@ constexpr int kInPlace = !kVnni || P == 8        ? 1
                          : kLanes == 8 || P == 4 ? 2
                                                  : 4;
 
-// sum[part][term] = fields of one plane of one group of each part . one token.
+// sum[part][term] = codes of one plane, one group of each part . one token.
 template <int P, int TERMS, int PARTS>
 GEMQ_INLINE void plane_sums(const uint8_t* codes, int64_t part_bytes, int group, const int8_t* x,
                             Int (*sum)[TERMS]) {
@@ -109,6 +109,67 @@ GEMQ_INLINE void plane_sums(const uint8_t* codes, int64_t part_bytes, int group,
   }
 }
 
+// a | (b & mask)
+GEMQ_INLINE Word or_masked(Word a, Word b, Word mask) {
+#if defined(__AVX512F__)
+  return (Word)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)mask, 0xf8);
+#else
+  return a | (b & mask);
+#endif
+}
+
+// The P-bit fields of columns 4 * quad and the next three, at bit `first` of each byte of `code`.
+template <int P>
+GEMQ_INLINE Word with_fields(Word code, const uint8_t* plane, int quad, int first) {
+  constexpr int kFields = 8 / P;
+  const Word words = load<Word>(plane + quad / kFields * 64);
+  const int down = quad % kFields * P - first;
+  return or_masked(code, down >= 0 ? words >> down : words << -down, (kFieldMask<P> << first) - Word{});
+}
+
+// The same for widths of several planes: codes are put together first, so that each meets the activations
+// once.
+template <int BITS, int TERMS, int PARTS>
+GEMQ_INLINE void joined_sums(const uint8_t* codes, int64_t part_bytes, int group, const int8_t* x,
+                             Int (*sum)[TERMS]) {
+  constexpr int kChains = kLanes == 16 ? 4 : 2;  // sums that do not wait for each other
+  constexpr int kQuads = 8;                      // of 32 columns, one vector of the 1-bit plane
+  Int chain[PARTS][TERMS][kChains] = {};
+  for (int c = 0; c < group; c += 4 * kQuads) {
+    const uint8_t *fours = codes + 8 * c, *twos = codes + 2 * group * (BITS & 4) + 4 * c,
+                  *ones = codes + 2 * group * (BITS & 6) + 2 * c;
+#pragma GCC unroll 8
+    for (int i = 0; i < BITS; ++i) prefetch(codes + 2 * c * BITS + 64 * i + kAhead);
+#pragma GCC unroll 8
+    for (int quad = 0; quad < kQuads; ++quad) {
+      Bytes activations[TERMS];
+#pragma GCC unroll 2
+      for (int t = 0; t < TERMS; ++t) activations[t] = four(x + TERMS * (c + 4 * quad) + 4 * t);
+#pragma GCC unroll 2
+      for (int p = 0; p < PARTS; ++p) {
+        Word code = {};
+        if constexpr ((BITS & 4) != 0) code = with_fields<4>(code, fours + p * part_bytes, quad, 0);
+        if constexpr ((BITS & 2) != 0) code = with_fields<2>(code, twos + p * part_bytes, quad, BITS & 4);
+        if constexpr ((BITS & 1) != 0) code = with_fields<1>(code, ones + p * part_bytes, quad, BITS & 6);
+#pragma GCC unroll 2
+        for (int t = 0; t < TERMS; ++t) {
+          Int& to = chain[p][t][quad % kChains];
+          to = dot<false>(to, (Bytes)code, activations[t]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < PARTS; ++p) {
+#pragma GCC unroll 2
+    for (int t = 0; t < TERMS; ++t) {
+#pragma GCC unroll 4
+      for (int i = 1; i < kChains; ++i) chain[p][t][0] += chain[p][t][i];
+      sum[p][t] = chain[p][t][0];
+    }
+  }
+}
+
 // total + s * (scale * sum) + m * (sum of x)
 GEMQ_INLINE Float add_group(Float total, Int sum, float scale, float x_sum, Float s, Float m) {
   total += (__builtin_convertvector(sum, Float) * scale) * s;
@@ -138,15 +199,11 @@ void one_token(const BlockArgs& a, int token, Parts at) {
     Float total[PARTS] = {};
     for (int64_t g = 0; g < groups; ++g) {
       Int sum[PARTS][TERMS] = {};
-      for_each_plane(BITS, group, at.codes, [&](auto width, int first, const uint8_t* plane) {
-        Int part[PARTS][TERMS];
-        plane_sums<decltype(width)::value, TERMS, PARTS>(plane, at.code_step, group, x, part);
-#pragma GCC unroll 2
-        for (int p = 0; p < PARTS; ++p) {
-#pragma GCC unroll 2
-          for (int t = 0; t < TERMS; ++t) sum[p][t] += part[p][t] << first;
-        }
-      });
+      if constexpr (BITS == 3 || (BITS > 4 && BITS < 8)) {
+        joined_sums<BITS, TERMS, PARTS>(at.codes, at.code_step, group, x, sum);
+      } else {
+        plane_sums<BITS, TERMS, PARTS>(at.codes, at.code_step, group, x, sum);
+      }
       prefetch(at.meta + kMetaAhead / 2);
 #pragma GCC unroll 2
       for (int p = 0; p < PARTS; ++p) {

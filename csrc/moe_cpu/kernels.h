@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "decode/kernels.h"
+#include "gemq/element.h"
 #include "gptq/group.h"
 
 namespace gemq {
@@ -36,9 +38,6 @@ struct BlockArgs {
   RowsView rows;
 };
 
-// Element types of activations and outputs, numbered as in the bindings.
-enum Element : int { kElementFloat32 = 0, kElementFloat16 = 1, kElementBFloat16 = 2 };
-
 struct Kernels {
   const char* name;
   // out[blocks][count][16], with activations in float32
@@ -56,6 +55,13 @@ struct Kernels {
   void (*narrow)(const float* x, int64_t count, Element type, void* out);
   // GPTQ's column loop in one group of up to 16 rows
   void (*gptq_rows)(const GptqRows& args);
+  // A decode step's, see decode/kernels.h
+  void (*dense_product)(const DenseArgs& args, float* out);
+  void (*attend)(const AttendArgs& args);
+  // out = weight * x / sqrt(mean(x^2) + eps); out may be x
+  void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
+  // The first `rotary` of `dim` numbers turned by halves: x * cosines + (halves exchanged) * sines
+  void (*rotate)(const float* x, const float* cosines, const float* sines, int rotary, int dim, float* out);
 };
 
 #ifdef GEMQ_X86

@@ -1,3 +1,4 @@
+#include "gemq/phase.h"
 #include "moe_cpu/moe.h"
 #include "moe_cpu/output.h"
 #include "moe_cpu/projection.h"
@@ -7,7 +8,8 @@ namespace gemq {
 void moe_gemm_cpu(const MoeGemmArgs& a, int threads) {
   const Kernels& variant = kernels();
   const int64_t pairs = a.tokens * a.top_k, x_rows = a.x_per_slot ? pairs : a.tokens;
-  const Routing routing = route(a.topk_ids, pairs, a.num_experts, [&](int e) { return a.stack.bits[e] > 0; });
+  Routing routing;
+  routing.fill(a.topk_ids, pairs, a.num_experts, [&](int e) { return a.stack.bits[e] > 0; });
   const auto* floats = a.type == kElementFloat32 ? static_cast<const float*>(a.x) : nullptr;
   Activations x(variant, a.precision, x_rows, a.k, a.group_size, floats);
   Projection projection{variant, a.stack, x, routing.pairs};

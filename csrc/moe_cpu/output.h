@@ -17,6 +17,7 @@ struct Output {
   const float* weights;
   int64_t rows;        // of out
   Buffer<float> wide;  // float32 rows where `type` is another
+  bool onto = false;   // add to what `out` holds, which is float32
 
   Output(const Kernels& kernels, void* out, Element type, int64_t n, int top_k, const float* weights,
          int64_t tokens)
@@ -41,7 +42,7 @@ struct Output {
   // Zeros whatever the given blocks of columns will not be overwritten with.
   void clear(const Routing& routing, Range blocks) const {
     const Range c = columns(blocks);
-    if (c.end <= c.begin) return;
+    if (c.end <= c.begin || onto) return;
     const auto zero = [&](int64_t row) {
       std::memset(floats() + row * n + c.begin, 0, sizeof(float) * (c.end - c.begin));
     };

@@ -74,24 +74,6 @@ void quantize(const float* x, int group_size, int terms, int8_t* q, float* scale
              : quantize_group<1>(x, group_size, q, scale, sum);
 }
 
-// e^v to a few units in the last place: 2^n * e^r with r in [-ln(2) / 2, ln(2) / 2]. NaN stays NaN.
-GEMQ_INLINE Float exp_float(Float v) {
-  v = v > 88.0f ? broadcast(88.0f) : v;
-  v = v < -87.0f ? broadcast(-87.0f) : v;
-  const Float shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
-  const Float n = shifted - 12582912.0f;
-  const Float r = (v - n * 0.693145752f) - n * 1.42860677e-6f;  // ln(2) in two parts, n * the first is exact
-  Float p = r * 1.9841270e-4f + 1.3888889e-3f;
-  p = p * r + 8.3333333e-3f;
-  p = p * r + 4.1666667e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const Int exponent = ((Int)shifted - 0x4b400000 + 127) << 23;
-  return p * (Float)exponent;
-}
-
 void silu_mul(const float* gate, const float* up, float* out, int blocks) {
   for (int i = 0; i < kRows * blocks; i += kLanes) {
     const Float g = load<Float>(gate + i);
@@ -139,6 +121,10 @@ namespace GEMQ_VARIANT {
 void exact_product(const BlockArgs& args, float* out);    // exact.cpp
 void integer_product(const BlockArgs& args, float* out);  // integer.cpp
 void gptq_rows(const GptqRows& args);                     // gptq/rows.cpp
+void dense_product(const DenseArgs& args, float* out);    // decode/vector_rows.cpp
+void attend(const AttendArgs& args);
+void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out);
+void rotate(const float* x, const float* cosines, const float* sines, int rotary, int dim, float* out);
 }  // namespace GEMQ_VARIANT
 
 #ifdef __AVX2__
@@ -158,6 +144,10 @@ const Kernels GEMQ_KERNELS = {GEMQ_TEXT(GEMQ_VARIANT),
                               add_scaled,
                               widen,
                               narrow,
-                              GEMQ_VARIANT::gptq_rows};
+                              GEMQ_VARIANT::gptq_rows,
+                              GEMQ_VARIANT::dense_product,
+                              GEMQ_VARIANT::attend,
+                              GEMQ_VARIANT::rms_norm,
+                              GEMQ_VARIANT::rotate};
 
 }  // namespace gemq

@@ -61,6 +61,34 @@ GEMQ_INLINE Float load_half(const uint16_t* at) {
 #endif
 }
 
+// e^v to a few units in the last place: 2^n * e^r with r in [-ln(2) / 2, ln(2) / 2]. NaN stays NaN.
+GEMQ_INLINE Float exp_float(Float v) {
+  v = v > 88.0f ? broadcast(88.0f) : v;
+  v = v < -87.0f ? broadcast(-87.0f) : v;
+  const Float shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+  const Float n = shifted - 12582912.0f;
+  const Float r = (v - n * 0.693145752f) - n * 1.42860677e-6f;  // ln(2) in two parts, n * the first is exact
+  Float p = r * 1.9841270e-4f + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Int exponent = ((Int)shifted - 0x4b400000 + 127) << 23;
+  return p * (Float)exponent;
+}
+
+GEMQ_INLINE float total(Float v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
 template <int P>
 struct Constant {
   static constexpr int value = P;

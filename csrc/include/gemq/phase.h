@@ -14,10 +14,23 @@ namespace gemq {
 // one that comes late finds its share done.
 class Phase {
 public:
-  Phase(int64_t items, int threads) : items_(items), next_(new Counter[threads]) {}
+  Phase() = default;
+  Phase(int64_t items, int threads) { reset(items, threads); }
+
+  // For another round; nobody may be at work.
+  void reset(int64_t items, int threads) {
+    if (threads != threads_) {
+      next_.reset(new Counter[threads]);
+      threads_ = threads;
+    }
+    for (int i = 0; i < threads; ++i) next_[i].value.store(0, std::memory_order_relaxed);
+    done_.value.store(0, std::memory_order_relaxed);
+    items_ = items;
+  }
 
   template <class F>
   void work(Team team, F&& f) {
+    int64_t count = 0;
     for (int i = 0; i < team.size; ++i) {
       const int rank = (team.rank + i) % team.size;
       const Range share = Team{rank, team.size}.share(items_);
@@ -25,9 +38,11 @@ public:
         const int64_t item = share.begin + next_[rank].value.fetch_add(1, std::memory_order_relaxed);
         if (item >= share.end) break;
         f(item);
-        done_.value.fetch_add(1, std::memory_order_release);
+        ++count;
       }
     }
+    // once: the counter's cache line goes from core to core
+    if (count > 0) done_.value.fetch_add(count, std::memory_order_release);
   }
 
   // Until all items are done, by whomever.
@@ -48,7 +63,8 @@ private:
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };
-  int64_t items_;
+  int64_t items_ = 0;
+  int threads_ = 0;
   std::unique_ptr<Counter[]> next_;
   Counter done_;
 };

@@ -122,7 +122,7 @@ def measure(
     first.append(decoding.timing.prefill)
     low, high = _quantile(steady, 0.2), _quantile(steady, 0.8)
     return Measurement(
-        decoding.mode, type(decoding.eager_step).__name__, batch, prompt_length, tokens,
+        decoding.mode, decoding.step_kind, batch, prompt_length, tokens,
         {"p50": batch / median, "p20": batch / high, "p80": batch / low},
         _percentiles(steady), statistics.median(first), decoding.timing.setup, memory,
         Roofline(touched, experts, bandwidth, touched / bandwidth / median), kernels, _percentiles(first),

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from gemq.generation.graph import GraphedStep
 from gemq.generation.memory import cache_error, check_cache_fits, free_bytes
+from gemq.generation.native import NativeStep
 from gemq.generation.options import MAX_BATCH, GenerationOptions, ending
 from gemq.generation.sampling import Sampler
 from gemq.generation.step import LeanStep, ModelStep, Progress
 from gemq.models.families import check_supported
 
+STEPS = ("auto", "native", "lean", "transformers")
 MODES = ("auto", "none", "compile", "graph")
 # steps in flight on a GPU beyond the one that is waited for, so that the device never waits for the host
 _LAG = 1
@@ -45,7 +47,9 @@ class Decoding:
         options: see :class:`GenerationOptions`.
         compile: "none" runs operations one by one, "graph" replays a whole step as a CUDA graph, "compile" lets
             torch.compile fuse the step (on CUDA as a graph too); "auto" is "graph" on CUDA, else "none".
-        lean: False runs transformers' forward in every step instead of :class:`LeanStep`; None decides by what fits.
+        step: what computes a step: "native" (one compiled program on the CPU, :mod:`gemq.generation.native`), "lean"
+            (:class:`gemq.generation.step.LeanStep`), "transformers" (the model's own forward); "auto" takes the first
+            that serves the model's structure, its device, the batch and ``compile``. :attr:`step_kind` says which.
 
     An ended row gives the padding token; iteration stops when all rows have ended. Raises ``ValueError``,
     ``TypeError`` or :class:`gemq.errors.GemqError` before any work, :class:`gemq.errors.OutOfMemoryError` also later.
@@ -53,14 +57,16 @@ class Decoding:
 
     def __init__(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None,
-        options: GenerationOptions | None = None, *, compile: str = "auto", lean: bool | None = None,
+        options: GenerationOptions | None = None, *, compile: str = "auto", step: str = "auto",
     ):
         self.model, self.options = model, options or GenerationOptions()
         self.device = model.get_input_embeddings().weight.device
         self.mode = _mode(compile, self.device)
         self.prompt, self.mask = check_prompt(model, input_ids, attention_mask, self.options)
         self.prompt, self.mask = self.prompt.to(self.device), self.mask.to(self.device)
-        self.lean, self.automatic = lean, compile == "auto"
+        if step not in STEPS:
+            raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
+        self.wanted, self.automatic, self.step_kind = step, compile == "auto", None
         self.eos, self.pad = ending(self.options, model)
         self.timing = Timing()
 
@@ -126,18 +132,17 @@ class Decoding:
 
     @torch.inference_mode()
     def _set_up(self) -> None:
-        fits = LeanStep.fits(self.model, self.cache)
-        if self.lean and not fits:
-            raise ValueError("lean=True needs a model of known structure; leave lean out")
-        lean = fits if self.lean is None else self.lean
-        if not lean and self.mode != "none":
+        self.step_kind = self._kind()
+        if self.step_kind == "transformers" and self.mode != "none":
             if not self.automatic:
                 raise ValueError(f"compile={self.mode!r} needs a model of known structure; use compile='none'")
             self.mode = "none"
-        if not lean:
-            self.eager_step = ModelStep(self.model, self.cache, self.limit)
-        else:
+        if self.step_kind == "native":
+            self.eager_step = NativeStep(self.model, self.cache, self.limit, self.prompt.shape[0])
+        elif self.step_kind == "lean":
             self.eager_step = LeanStep(self.model, self.cache, self.limit, dynamic=self.mode == "none")
+        else:
+            self.eager_step = ModelStep(self.model, self.cache, self.limit)
         self.step = self.eager_step
         if self.mode == "compile":
             self.step = torch.compile(self.step, fullgraph=True, dynamic=False)
@@ -148,6 +153,19 @@ class Decoding:
             elif self.mode == "compile":
                 # compiles; the first step writes the same keys and values again
                 self.step(self.tokens, self.progress)
+
+    def _kind(self) -> str:
+        """Which step runs; ``ValueError`` if the one that was asked for does not serve this."""
+        native = self.mode == "none" and NativeStep.fits(self.model, self.cache, self.prompt.shape[0])
+        lean = LeanStep.fits(self.model, self.cache)
+        if self.wanted == "native" and not native:
+            raise ValueError("step='native' needs a packed model of known structure on the CPU, at most 16 rows and "
+                             "compile='none'; leave step out")
+        if self.wanted == "lean" and not lean:
+            raise ValueError("step='lean' needs a model of known structure; leave step out")
+        if self.wanted != "auto":
+            return self.wanted
+        return "native" if native else "lean" if lean else "transformers"
 
     def _state(self) -> list[Tensor]:
         tensors = (self.tokens, self.ended, self.progress.slot, self.progress.positions, self.sampler.seen)

@@ -31,7 +31,7 @@ from gemq.ops import checks
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 ACTIVATIONS = ("exact", "int16", "int8")
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _setting = "int16"
 
 
@@ -76,7 +76,7 @@ def empty(elements: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _address(stack: Stack):
+def address(stack: Stack):
     codes, meta = stack[:2]
     return core().StackAddress(*(t.data_ptr() for t in stack), codes.numel(), meta.numel())
 
@@ -94,9 +94,9 @@ def moe_gemm(
         checks.expert_bounds("weight", stack, n, x.shape[-1], group_size, "cpu_tile")
     out = x.new_empty((tokens, top_k, n) if scale is None else (tokens, n))
     core().moe_gemm_cpu(
-        x.data_ptr(), x.dim() == 3, _address(stack), stack[2].numel(), ids.data_ptr(),
+        x.data_ptr(), x.dim() == 3, address(stack), stack[2].numel(), ids.data_ptr(),
         0 if scale is None else scale.data_ptr(), out.data_ptr(), tokens, top_k, x.shape[-1], n, group_size,
-        _TYPES[x.dtype], ACTIVATIONS.index(_setting), torch.get_num_threads(),
+        TYPES[x.dtype], ACTIVATIONS.index(_setting), torch.get_num_threads(),
     )
     return out
 
@@ -111,8 +111,8 @@ def moe_ffn(
     ids, scale = topk_ids.to(torch.int64).contiguous(), topk_weights.float().contiguous()
     out = torch.empty_like(x)
     core().moe_ffn_cpu(
-        x.data_ptr(), _address(gate_up), _address(down), gate_up[2].numel(), ids.data_ptr(), scale.data_ptr(),
-        out.data_ptr(), tokens, top_k, x.shape[-1], intermediate, group_size, down_group_size, _TYPES[x.dtype],
+        x.data_ptr(), address(gate_up), address(down), gate_up[2].numel(), ids.data_ptr(), scale.data_ptr(),
+        out.data_ptr(), tokens, top_k, x.shape[-1], intermediate, group_size, down_group_size, TYPES[x.dtype],
         ACTIVATIONS.index(_setting), torch.get_num_threads(),
     )
     return out
@@ -125,6 +125,6 @@ def dense_gemm(x: Tensor, qweight: Tensor, meta: Tensor, bits: int, n: int, grou
     out = x.new_empty(tokens, n)
     core().lowbit_gemm_cpu(
         x.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, k, n, bits, group_size,
-        _TYPES[x.dtype], ACTIVATIONS.index(_setting), torch.get_num_threads(),
+        TYPES[x.dtype], ACTIVATIONS.index(_setting), torch.get_num_threads(),
     )
     return out

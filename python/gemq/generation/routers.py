@@ -1,0 +1,51 @@
+"""What the routers of transformers' models compute after their logits, by class: their attributes do not tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from gemq.ops.decode import Routing
+
+
+def routing_of(router: nn.Module) -> Routing | None:
+    """The rule of a router whose class is known, else None."""
+    rule = _RULES.get(type(router).__name__)
+    return None if rule is None else rule(router)
+
+
+def _normalized(router: nn.Module) -> Routing:
+    return Routing(router.top_k)
+
+
+def _optional(router: nn.Module) -> Routing:
+    return Routing(router.top_k, normalize=router.norm_topk_prob)
+
+
+def _corrected(router: nn.Module) -> Routing:
+    return Routing(
+        router.top_k, "sigmoid", router.norm_topk_prob, 1e-20, router.routed_scaling_factor,
+        router.e_score_correction_bias, "two_largest", router.num_group, router.topk_group,
+    )
+
+
+def _scaled(router: nn.Module) -> Routing | None:
+    """DeepSeek-V2's."""
+    plain = Routing(router.top_k, normalize=False, scale=router.routed_scaling_factor)
+    if router.topk_method == "greedy":
+        return plain
+    if router.topk_method != "group_limited_greedy":
+        return None
+    return replace(plain, group_score="largest", groups=router.num_group, kept_groups=router.topk_group)
+
+
+_RULES = {
+    "DeepseekV2TopkRouter": _scaled,
+    "DeepseekV3TopkRouter": _corrected,
+    "MixtralTopKRouter": _normalized,
+    "Qwen2MoeTopKRouter": _optional,
+    "Qwen3MoeTopKRouter": _optional,
+    "OlmoeTopKRouter": _optional,
+    "Glm4MoeTopkRouter": _corrected,
+}
