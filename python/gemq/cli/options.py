@@ -48,7 +48,7 @@ def shared(text: str) -> int | None:
 def allocation(path: Path | None, bits: str | None) -> tuple[tuple[float, ...], GivenAllocation | None]:
     """The budgets, and the allocation of ``--allocation``, whose mean ``--bits`` then bounds (if it is given)."""
     if path is None:
-        return budgets(bits or DEFAULT_BITS), None
+        return budgets(DEFAULT_BITS if bits is None else bits), None
     limits = budgets(bits) if bits else (float(MAX_BITS),)
     if len(limits) != 1:
         raise typer.BadParameter(f"--allocation is for one budget, got --bits {bits}")
