@@ -104,7 +104,8 @@ def load(
         from gemq.report.routers import weight_shift
 
         found = [_with_shift(c, weight_shift(c.folder, Path(source))) for c in found]
-    found.sort(key=lambda c: (-c.summary.tensor_bytes, c.name))
+    # the best of the smallest comes last
+    found.sort(key=lambda c: (-c.summary.tensor_bytes, -c.scores[0].perplexity if c.scores else 0.0, c.name))
     return ReportData(tuple(_distinct_names(found)), tuple(others), tuple(table))
 
 
@@ -205,7 +206,8 @@ def _scores(file: Path) -> list[Score]:
         records = json.loads(text) if text.lstrip().startswith("[") else [
             json.loads(line) for line in text.splitlines() if line.strip()
         ]
-        return [score_of(record) for record in records]
+        # a file by its name alone, as `gemq eval --record` keeps it
+        return [replace(s, data=Path(s.data).name if "/" in s.data else s.data) for s in map(score_of, records)]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError) as error:

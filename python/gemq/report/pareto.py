@@ -82,7 +82,9 @@ def figure(where: str, points: list[Point], lines: list[tuple[str, float]]) -> F
             break
     for index, name in reversed(list(enumerate(names))):
         own = sorted((p.bytes / factor, p.perplexity) for p in points if p.series == name)
-        plot.line(own, f"s{index % SERIES}", DASHES[index % len(DASHES)])
+        # models of one size are no curve
+        if own[-1][0] > 1.002 * own[0][0]:
+            plot.line(own, f"s{index % SERIES}", DASHES[index % len(DASHES)])
         for p in points:
             if p.series == name:
                 note = f"{p.series}, {p.name}: perplexity {score(p.perplexity)}, {size(p.bytes)}"
