@@ -246,7 +246,7 @@ def test_malformed_index(sharded, index):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "format version 2, this gemq .* reads up to 1; upgrade"),
+        ({"version": 3}, "format version 3, this gemq .* reads up to 2; upgrade"),
         ({"version": "1"}, "version must be a positive integer, got '1'"),
         ({"version": None}, "version must be a positive integer, got None"),
         ({"version": True}, "version must be a positive integer"),

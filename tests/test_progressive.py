@@ -109,7 +109,7 @@ def test_progression_visits_falling_budgets_and_meets_them() -> None:
         assert stage.allocation.bits_per_expert <= stage.budget + 1e-9
         assert len(stage.router_losses) == 6
     assert [s.budget for s in stages] == [2.5, 2.25, 2.0]
-    assert {s[0] for s in seen} == {"measure", "allocate", "quantize", "tune routers"}
+    assert {s[0] for s in seen} == {"measure", "allocate", "quantize", "tune routers", "compare routers"}
     for row in stages[-1].plan.experts.values():
         assert 3 in row and 2 in row, "each layer keeps a highest and a second-highest expert"
 
