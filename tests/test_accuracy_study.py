@@ -206,7 +206,7 @@ def test_eq6_is_calibrated_where_its_theory_holds() -> None:
     predicted = measure(moe, ids, (3,), originals, perturbation=Perturbation("rtn"), batch_size=64).costs.routed
     true = eq6.true_increases(moe, ids, (3,), originals, Perturbation("rtn"), batch_size=64)
     ratio = true.sum() / eq6.calibrated(predicted, 24).sum()
-    assert 0.4 < ratio < 2.5
+    assert 0.6 < ratio < 1.8
 
 
 def test_spearman_is_pearson_of_ranks() -> None:
@@ -236,7 +236,8 @@ def test_the_balance_loss_is_of_each_layer() -> None:
     assert float(train.balance_loss([first, first.roll(2, 1)], 1)) == pytest.approx(2, rel=1e-3)
     logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     share = np.bincount(logits.topk(2).indices.flatten().numpy(), minlength=6) / 100
-    assert float(train.balance_loss([logits], 2)) == pytest.approx(float(6 * share @ logits.softmax(-1).mean(0).numpy()))
+    expected = float(6 * share @ logits.softmax(-1).mean(0).numpy())
+    assert float(train.balance_loss([logits], 2)) == pytest.approx(expected)
 
 
 def test_every_window_of_a_pass_comes_once() -> None:
@@ -282,5 +283,5 @@ def test_training_that_was_cut_off_ends_with_the_same_weights(architecture, tmp_
 
 def test_a_dead_expert_is_refused(tmp_path) -> None:
     (tmp_path / "text.txt").write_text(words(3000), encoding="utf-8")
-    with pytest.raises(ValueError, match="of an even load, below --least-share 1.5"):
+    with pytest.raises(ValueError, match=r"of an even load, below --least-share 1\.5"):
         train.run(options(tmp_path, "mixtral", "out", "--least-share", "1.5"))

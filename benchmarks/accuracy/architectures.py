@@ -1,8 +1,8 @@
 """Small Mixture-of-Experts models in transformers' own classes, 10 to 60 M parameters each.
 
 They keep what is special in the published ones: Mixtral's 8 experts of which 2 are used; DeepSeek-V2's latent
-attention, dense first layer, shared experts and many small experts; Qwen2-MoE's gated shared expert; Qwen3-MoE's normalised
-queries and many experts without a shared one.
+attention, dense first layer, shared experts and many small experts; Qwen2-MoE's gated shared expert; Qwen3-MoE's
+normalised queries and many experts without a shared one.
 """
 
 from __future__ import annotations
