@@ -426,3 +426,35 @@ def test_the_reference_of_a_replay_is_untouched() -> None:
         moe.model(input_ids=random_windows(1))
     assert not changed(before, reference.model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for mo in (moe, reference) for m in mo.model.modules())
+
+
+@pytest.mark.parametrize("method", ["global-pmq", "two-step", "fisher"])
+def test_methods_on_the_command_line(method, model_folder, text_file, tmp_path) -> None:
+    from gemq.cli.run import run
+    from gemq.summary import summarize
+
+    target = tmp_path / "out"
+    done = run([
+        "quantize", str(model_folder), "-o", str(target), "--method", method, "--bits", "2", "--constraints", "none",
+        "--calibration", str(text_file), "--samples", "2", "--length", "32", "--router-method", "alignment",
+        "--affinity", "1", "--recipe", "paper", "--clip", "none",
+    ])
+    assert done == 0
+    found = summarize(target)
+    assert found.config.method == method and found.expert_bits <= 2
+    assert run(["quantize", str(model_folder), "-o", str(tmp_path / "no"), "--method", "spqr"]) == 2
+    assert run(["quantize", str(model_folder), "-o", str(tmp_path / "no"), "--affinity", "9"]) == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_plan_knows_what_the_fisher_information_takes() -> None:
+    from gemq.planning.memory import Work, in_memory
+    from gemq.planning.parts import count_parts
+
+    parts = count_parts(describe(tiny_model("mixtral")))
+
+    def needs(method: str) -> dict:
+        return in_memory(parts, Work(4, 16, MethodConfig(method=method), 4, True), 0)["measure"].host
+
+    assert needs("fisher")["Fisher information"] == parts.quantizable * 8
+    assert "Fisher information" not in needs("gemq")

@@ -327,7 +327,7 @@ KINDS: dict[str, Callable[[Session, Run], list[dict]]] = {
 
 def run_cell(session: Session, run: Run, conditions: dict) -> dict:
     """Compute a cell and return its content; the session's model is left in any state."""
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     stages = KINDS[run.kind](session, run)
     return {
         "model": label(session.name), "seed": session.seed, "run": asdict(run),
@@ -337,5 +337,6 @@ def run_cell(session: Session, run: Run, conditions: dict) -> dict:
         },
         "parameters": sum(p.numel() for p in session.model.parameters()),
         "layers": len(session.moe.moe), "experts": session.moe.num_experts,
-        "stages": stages, "seconds": time.perf_counter() - start, "conditions": conditions,
+        "stages": stages, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy,
+        "conditions": conditions,
     }
