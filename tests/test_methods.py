@@ -39,6 +39,7 @@ from gemq.algorithms.sequential import BitPlan, quantize_weights
 from gemq.algorithms.two_step import layer_shares, two_step
 from gemq.format import default_group_size
 from gemq.models import describe
+from gemq.pipeline import QuantizeConfig, quantize
 from gemq.reference.grid import dequantize_codes, find_grid, round_to_grid, round_to_nearest
 
 RTN = Perturbation("rtn")
@@ -437,14 +438,39 @@ def test_methods_on_the_command_line(method, model_folder, text_file, tmp_path) 
     done = run([
         "quantize", str(model_folder), "-o", str(target), "--method", method, "--bits", "2", "--constraints", "none",
         "--calibration", str(text_file), "--samples", "2", "--length", "32", "--router-method", "alignment",
-        "--affinity", "1", "--recipe", "paper", "--clip", "none",
+        "--affinity", "1", "--recipe", "paper", "--clip", "none", "--no-stream",
     ])
     assert done == 0
     found = summarize(target)
     assert found.config.method == method and found.expert_bits <= 2
     assert run(["quantize", str(model_folder), "-o", str(tmp_path / "no"), "--method", "spqr"]) == 2
     assert run(["quantize", str(model_folder), "-o", str(tmp_path / "no"), "--affinity", "9"]) == 2
-    assert not (tmp_path / "no").exists()
+    assert run(["quantize", str(model_folder), "-o", str(tmp_path / "no"), "--affinity", "1"]) == 2
+    assert not list(tmp_path.glob("no*"))
+
+
+@pytest.mark.parametrize("options, named", [
+    ({"method": "fisher"}, "method 'fisher'"),
+    ({"router_method": "alignment", "affinity": 1.0}, "router_method 'alignment', affinity"),
+])  # fmt: skip
+def test_what_needs_the_whole_model_does_not_stream(options, named, model_folder, tmp_path) -> None:
+    config = QuantizeConfig(str(model_folder), str(tmp_path / "no"), method=MethodConfig(**options))
+    with pytest.raises(ValueError, match=f"{named}: not with one layer at a time; give --no-stream"):
+        quantize(config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["global-pmq", "two-step"])
+def test_streamed_methods_choose_the_same_widths(method, model_folder, text_file, tmp_path) -> None:
+    from gemq.summary import summarize
+
+    found = []
+    for stream in (True, False):
+        target = tmp_path / str(stream)
+        chosen = MethodConfig(budgets=(2.0,), method=method, per_layer="none", tune=False, **FAST)
+        quantize(QuantizeConfig(str(model_folder), str(target), str(text_file), 2, 32, stream=stream, method=chosen))
+        found.append(summarize(target).config.expert_bits)
+    assert found[0] == found[1]
 
 
 def test_the_plan_knows_what_the_fisher_information_takes() -> None:

@@ -114,6 +114,15 @@ class MethodConfig:
         return self.method if self.given is None else "given"
 
 
+def in_memory_only(config: MethodConfig) -> list[str]:
+    """The options of ``config`` that need the whole model at once, which an engine that streams layers has not."""
+    return [
+        *(["method 'fisher'"] if config.method == "fisher" else []),
+        *(["router_method 'alignment'"] if config.tune and config.router_method == "alignment" else []),
+        *(["affinity"] if config.affinity else []),
+    ]
+
+
 @dataclass(frozen=True)
 class StageResult:
     """One budget's outcome. The model holds the dequantized weights and tuned routers when it is yielded."""
