@@ -285,3 +285,14 @@ def test_a_dead_expert_is_refused(tmp_path) -> None:
     (tmp_path / "text.txt").write_text(words(3000), encoding="utf-8")
     with pytest.raises(ValueError, match=r"of an even load, below --least-share 1\.5"):
         train.run(options(tmp_path, "mixtral", "out", "--least-share", "1.5"))
+
+
+def test_a_merged_study_can_be_recorded(model_folder, texts, tmp_path) -> None:
+    from benchmark_modules import load
+
+    out = tmp_path / "study"
+    study.main(arguments(model_folder, texts, out, "--seeds", "0", "--table", "maps"))
+    merged = json.loads((out / "study.json").read_text())
+    found = load("record").recorded("accuracy", merged, None)
+    assert found["kind"] == "accuracy" and found["conditions"]["commit"] and found["cells"] == merged["cells"]
+    assert all("conditions" not in cell for cell in merged["cells"])

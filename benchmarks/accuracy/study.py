@@ -7,7 +7,8 @@
 
 Cells (a model, a seed, a method) are kept in ``OUT/cells``; what is there is not computed again, and interrupting costs
 only the cell at hand. ``--dry-run`` counts what is left and how long it will take, from the cells already measured.
-Then ``OUT/study.md``, its figures and ``OUT/study.json`` are written from the cells that exist.
+Then ``OUT/study.md``, its figures and ``OUT/study.json`` are written from the cells that exist; ``python
+benchmarks/record.py accuracy OUT/study.json`` puts the latter into ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def compute(todo: list[Cell], settings: Settings, options: argparse.Namespace) -
     for number, cell in enumerate(todo, 1):
         if session is None or (session.name, session.seed) != (cell.model, cell.seed):
             session = cells.Session(cell.model, cell.seed, settings, folder, options.device)
-        conditions = record.conditions("benchmarks/accuracy/study.py")
+        conditions = record.conditions(f"python benchmarks/accuracy/study.py --table {options.table}")
         result = cells.run_cell(session, cell.run, conditions)
         cells.write_json(cell.path, result)
         scores = [", ".join(f"{s['budget']:g}: {v:.2f}" for v in list(s.get("perplexity", {}).values())[:1])
@@ -145,7 +146,13 @@ def write(chosen: dict[str, tables.Table], planned_cells: list[Cell], options: a
     study = render.Study(models, sorted({cell.seed for cell in planned_cells}), by_run)
     text = render.document(study, chosen, options.out)
     (options.out / "study.md").write_text(text, encoding="utf-8")
-    merged = {"command": "python benchmarks/accuracy/study.py", "cells": results}
+    merged = {"cells": [{k: v for k, v in result.items() if k != "conditions"} for result in results]}
+    if results:
+        # the cells of a study may have been computed at several commits: all are named
+        given = [result["conditions"] for result in results]
+        commits = ", ".join(dict.fromkeys(c["commit"] for c in given))
+        merged["conditions"] = given[0] | {"commit": commits, "load": [min(c["load"] for c in given),
+                                                                       max(c["load"] for c in given)]}
     cells.write_json(options.out / "study.json", merged)
     return merged
 
