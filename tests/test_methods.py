@@ -12,7 +12,13 @@ from tiny_models import random_windows, tiny_model
 from torch import nn
 
 from gemq.algorithms.allocation import Costs, feasible_range, solve
-from gemq.algorithms.balanced_windows import balanced_windows, expert_loads, imbalance, pick_balanced
+from gemq.algorithms.balanced_windows import (
+    balanced_windows,
+    expert_loads,
+    imbalance,
+    pick_balanced,
+    self_sampled_windows,
+)
 from gemq.algorithms.baselines import global_pmq
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.gptq import GptqConfig, gptq
@@ -326,6 +332,45 @@ def test_balanced_windows_are_more_even_than_the_first() -> None:
     found = balanced_windows(moe, pool, 8)
     assert len(found) == 8 and all(any(torch.equal(w, p) for p in pool) for w in found)
     assert imbalance(expert_loads(moe, found).sum(0)) < 0.7 * imbalance(loads[:8].sum(0))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_one_beam_is_plain_sampling(family: str) -> None:
+    """Token after token from the whole text so far, without a cache."""
+    moe = describe(tiny_model(family))
+    found = self_sampled_windows(moe, 2, 9, beams=1, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    for window in found:
+        ids = torch.randint(96, (1, 1), generator=generator)
+        while ids.shape[1] < 9:
+            with torch.no_grad():
+                logs = moe.model(input_ids=ids).logits[:, -1].double().softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(logs, 1, generator=generator)], 1)
+        assert torch.equal(ids[0], window)
+
+
+def test_self_sampling_weighs_likelihood_against_balance() -> None:
+    moe = describe(tiny_model("mixtral"))
+    with torch.no_grad():
+        for layer in moe.moe:
+            layer.router.weight[0] += 0.3 * layer.router.weight.norm() / 8  # a favourite
+    spread, nll = [], []
+    for temperature in (0.02, 1e6):
+        found = self_sampled_windows(moe, 6, 16, temperature=temperature, seed=1)
+        assert torch.equal(found, self_sampled_windows(moe, 6, 16, temperature=temperature, seed=1))
+        assert found.shape == (6, 16) and int(found.min()) >= 0 and int(found.max()) < 96
+        spread.append(imbalance(expert_loads(moe, found[:, :-1]).sum(0)))
+        nll.append(float(torch.stack([losses_of(moe.model, w) for w in found]).mean()))
+    assert spread[0] < 0.9 * spread[1] and nll[0] > nll[1]
+    for given in ({"count": 0}, {"length": 1}, {"beams": 0}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="count and beams must be at least 1"):
+            self_sampled_windows(moe, **{"count": 1, "length": 4} | given)
+
+
+def losses_of(model, window):
+    with torch.no_grad():
+        logits = model(input_ids=window[None]).logits[0, :-1]
+    return nn.functional.cross_entropy(logits, window[1:])
 
 
 # --- outliers ---

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from gemq.algorithms.allocation import Costs
-from gemq.algorithms.balanced_windows import balanced_windows
+from gemq.algorithms.balanced_windows import balanced_windows, self_sampled_windows
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.gptq import GptqConfig
@@ -59,7 +59,8 @@ class Run:
     """What a cell does. ``kind``: ``quantize`` by the method, ``spqr`` (uniform with outliers), ``fp`` (nothing),
     ``statistics`` (Eq. 6 of the full-precision model) or ``eq6`` (predicted against true loss). Options as in
     :class:`gemq.algorithms.progressive.MethodConfig`; ``routers`` is none, loss or alignment, and ``replay``
-    evaluates with the full-precision routers' decisions as well. ``balanced`` calibrates on balanced windows."""
+    evaluates with the full-precision routers' decisions as well. ``balanced`` calibrates on balanced windows of the
+    text, ``self_sampled`` on such as the model writes."""
 
     kind: str = "quantize"
     method: str = "gemq"
@@ -74,6 +75,7 @@ class Run:
     router_bits: int = 16
     affinity: float = 0.0
     balanced: bool = False
+    self_sampled: bool = False
     calibration: str | None = None
     samples: int | None = None
     router_samples: int | None = None
@@ -125,7 +127,8 @@ def _used(run: Run, settings: Settings) -> dict:
 
 def cell_name(model: str, model_print: str, seed: int, run: Run, settings: Settings) -> str:
     """The file name of a cell's result."""
-    options = asdict(run) | {"calibration": None, "samples": None}
+    # an option that is added later, at a default that does what was done before, leaves old results valid
+    options = {k: v for k, v in asdict(run).items() if v != getattr(Run, k) and k not in ("calibration", "samples")}
     key = json.dumps([VERSION, model_print, seed, options, _used(run, settings)], sort_keys=True)
     return f"{label(model)}-{run.kind}-s{seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
@@ -159,8 +162,11 @@ class Session:
         self.texts = {n: evaluation_windows(self.tokenizer, s, length, limit) for n, s in settings.texts}
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  (a session lives as long as its cells)
-    def windows(self, calibration: str | None, samples: int, balanced: bool) -> Tensor:
+    def windows(self, calibration: str | None, samples: int, balanced: bool, self_sampled: bool = False) -> Tensor:
         """Calibration windows of this seed."""
+        if self_sampled:
+            self.originals.restore()
+            return self_sampled_windows(self.moe, samples, self.settings.length, seed=self.seed)
         source = dict(self.settings.calibration)[calibration or self.settings.calibration[0][0]]
         count = samples * (POOL if balanced else 1)
         found = calibration_windows(self.tokenizer, source, count, self.settings.length, self.seed)
@@ -187,12 +193,13 @@ class Session:
 
     def calibrating(self, run: Run) -> Tensor:
         """The run's calibration windows."""
-        return self.windows(run.calibration, run.samples or self.settings.samples, run.balanced)
+        count = run.samples or self.settings.samples
+        return self.windows(run.calibration, count, run.balanced, run.self_sampled)
 
     def router_windows(self, run: Run) -> Tensor:
         """Those that tune its routers."""
         count = run.router_samples
-        return self.calibrating(run) if count is None else self.windows(run.calibration, count, run.balanced)
+        return self.calibrating(run) if count is None else self.windows(run.calibration, count, run.balanced, run.self_sampled)
 
     def scores(self) -> dict[str, float]:
         """Perplexity by text of the model as it is."""
@@ -201,7 +208,7 @@ class Session:
     def statistics(self, run: Run) -> ExpertStatistics:
         """Of the full-precision model, from the cache if they were measured before."""
         what = asdict(run)
-        names = ("candidates", "perturbation", "balanced")
+        names = ("candidates", "perturbation", "balanced", "self_sampled")
         key = [VERSION, self.print, self.seed, run.method == "fisher", *(what[n] for n in names),
                _used(run, self.settings) | {"texts": None, "limit": None}]
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -49,10 +49,10 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
         ), (("PMQ", "uniform"), ("GEMQ", "PMQ"), ("GEMQ", "uniform"), ("GEMQ, paper's options", "PMQ"))),
         Table("2", "Stand-ins for SpQR, MoEQuant and EAQuant at equal bits per expert", (
             ("uniform", at(UNIFORM)), ("SpQR-style outliers", at(UNIFORM, kind="spqr")),
-            ("MoEQuant-style: affinity, balanced windows", at(UNIFORM, affinity=1.0, balanced=True)),
+            ("MoEQuant-style: affinity, self-sampled windows", at(UNIFORM, affinity=1.0, self_sampled=True)),
             ("EAQuant-style: balanced windows, aligned routers", at(UNIFORM, balanced=True, routers="alignment")),
             ("GEMQ", at(TUNED)),
-        ), (("GEMQ", "SpQR-style outliers"), ("GEMQ", "MoEQuant-style: affinity, balanced windows"),
+        ), (("GEMQ", "SpQR-style outliers"), ("GEMQ", "MoEQuant-style: affinity, self-sampled windows"),
             ("GEMQ", "EAQuant-style: balanced windows, aligned routers"))),
         Table("3", "Calibration text", tuple((name, at(TUNED, calibration=name)) for name in mixed)),
         Table("5", "How routers are handled, experts as GEMQ has them", (
