@@ -198,8 +198,9 @@ class Session:
 
     def router_windows(self, run: Run) -> Tensor:
         """Those that tune its routers."""
-        count = run.router_samples
-        return self.calibrating(run) if count is None else self.windows(run.calibration, count, run.balanced, run.self_sampled)
+        if run.router_samples is None:
+            return self.calibrating(run)
+        return self.windows(run.calibration, run.router_samples, run.balanced, run.self_sampled)
 
     def scores(self) -> dict[str, float]:
         """Perplexity by text of the model as it is."""

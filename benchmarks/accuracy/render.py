@@ -71,7 +71,7 @@ def _gap(study: Study, model: str, run: Run, values: dict[str, list[float]]) -> 
     """Rise of log perplexity over full precision with routers tuned alike, in percent, mean over texts."""
     rises = []
     for text, found in values.items():
-        base = study.full(model, text, run.routers == "loss")
+        base = study.perplexities(model, tables.control(run), 16.0, text)
         if found and base:
             rises.append(math.log(np.mean(found) / np.mean(base)))
     return f"{100 * float(np.mean(rises)):+.1f}%" if rises else "—"
@@ -79,7 +79,7 @@ def _gap(study: Study, model: str, run: Run, values: dict[str, list[float]]) -> 
 
 def _perplexity(study: Study, model: str, table: tables.Table) -> list[str]:
     texts = study.texts(model)
-    lines = ["| bits | | " + " | ".join(texts) + " | over FP tuned alike |", "|---|---|" + "---|" * (len(texts) + 1)]
+    lines = [f"| bits | {table.varied} | " + " | ".join(texts) + " | over FP tuned alike |", "|---|---|" + "---|" * (len(texts) + 1)]
     entries: list[tuple[float, int, str]] = []
     for at, (label, run, field) in enumerate(_rows_of(table)):
         for budget in (16.0,) if run.kind == "fp" else run.budgets:
@@ -184,7 +184,7 @@ def _importance(study: Study, model: str, table: tables.Table) -> list[str]:
 
 
 def _routes(study: Study, model: str, table: tables.Table) -> list[str]:
-    lines = ["| bits | | tokens with other experts than in full precision, mean over layers | first layer | last |",
+    lines = ["| bits | method | tokens with other experts than in full precision, all layers | first layer | last |",
              "|---|---|---|---|---|"]
     entries = []
     for at, (label, run) in enumerate(table.rows):

@@ -93,9 +93,13 @@ def planned(options: argparse.Namespace, settings: Settings) -> tuple[dict[str, 
 
 def _runs(table: tables.Table, first_seed: bool) -> Iterator[Run]:
     for _, run in table.rows:
-        # the bare model does not depend on the calibration seed
-        if (table.seeds == tables.ALL_SEEDS and run != tables.FP) or first_seed:
-            yield run
+        if table.seeds == tables.FIRST_SEED and not first_seed:
+            continue
+        controls = [tables.FP, tables.control(run)] if run.kind in ("quantize", "spqr") else []
+        for wanted in (*controls, run):
+            # the bare model does not depend on the calibration seed
+            if wanted != tables.FP or first_seed:
+                yield wanted
 
 
 def seconds_left(todo: list[Cell], done: list[dict]) -> float | None:

@@ -18,7 +18,7 @@ LOW = (2.0, 1.5)
 @dataclass(frozen=True)
 class Table:
     """``rows`` are ``(label, run)``; ``orders`` are ``(better, worse)`` labels, as the paper has them. ``view`` says
-    how it is rendered: ``perplexity`` by budget and text, or a name of :mod:`render`."""
+    how it is rendered: ``perplexity`` by budget and text, or a name of :mod:`render`; ``varied`` heads the labels."""
 
     key: str
     title: str
@@ -26,6 +26,18 @@ class Table:
     orders: tuple[tuple[str, str], ...] = ()
     view: str = "perplexity"
     seeds: str = ALL_SEEDS
+    varied: str = "method"
+
+
+def control(run: Run) -> Run:
+    """Full precision as ``run`` has to be compared with: its routers tuned alike, on the same windows."""
+    if run.routers != "loss":
+        return FP
+    return replace(
+        FP_TUNED, calibration=run.calibration, samples=run.samples, balanced=run.balanced,
+        self_sampled=run.self_sampled, router_samples=run.router_samples, router_epochs=run.router_epochs,
+        router_lr=run.router_lr,
+    )
 
 
 def _rows(base: Run, budgets: tuple[float, ...], **options: tuple) -> tuple[tuple[str, Run], ...]:
@@ -54,7 +66,7 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
             ("GEMQ", at(TUNED)),
         ), (("GEMQ", "SpQR-style outliers"), ("GEMQ", "MoEQuant-style: affinity, self-sampled windows"),
             ("GEMQ", "EAQuant-style: balanced windows, aligned routers"))),
-        Table("3", "Calibration text", tuple((name, at(TUNED, calibration=name)) for name in mixed)),
+        Table("3", "Calibration text", tuple((name, at(TUNED, calibration=name)) for name in mixed), varied="text"),
         Table("5", "How routers are handled, experts as GEMQ has them", (
             ("FP", FP), ("FP, routers tuned", FP_TUNED), ("none", at(GEMQ, low, replay=True)),
             ("aligned layer by layer", at(GEMQ, low, routers="alignment")),
@@ -67,9 +79,9 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
         ), (("quantized, routers tuned", "full precision"), ("quantized, routers tuned", "quantized")),
               view="estimates"),
         Table("15", "Calibration subsets: the seeds of table 1", (("GEMQ", at(TUNED)),), view="subsets"),
-        Table("16", "Calibration windows", _rows(GEMQ, low, samples=(8, 16, 32, 64, 128))),
+        Table("16", "Calibration windows", _rows(GEMQ, low, samples=(8, 16, 32, 64, 128)), varied="windows"),
         Table("17", "Constraints per layer", _rows(GEMQ, low, per_layer=("none", "c2", "c3", "c2c3")),
-              (("c2c3", "none"),)),
+              (("c2c3", "none"),), varied="at least one expert a layer at"),
         Table("18", "Candidate widths, and what is minimised", (
             *((",".join(map(str, c)), at(GEMQ, low, candidates=c)) for c in
               ((1, 2, 3), (0, 1, 2, 3), (1, 2, 3, 4), (0, 1, 2, 3, 4), (1, 2, 4))),
@@ -77,8 +89,9 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
             ("weight-Fisher", at(GEMQ, low, method="fisher")),
             ("PMQ's coefficients, all layers", at(PMQ, low, method="global-pmq")),
         ), (("1,2,3", "weight-Fisher"), ("1,2,3", "PMQ's coefficients, all layers"))),
-        Table("19", "Bits of attention", _rows(GEMQ, low, attention_bits=(2, 3, 4, 8, 16))),
-        Table("20", "Bits of tuned routers", _rows(TUNED, low, router_bits=(2, 3, 4, 8, 16))),
+        Table("19", "Bits of attention", _rows(GEMQ, low, attention_bits=(2, 3, 4, 8, 16)),
+              varied="attention bits"),
+        Table("20", "Bits of tuned routers", _rows(TUNED, low, router_bits=(2, 3, 4, 8, 16)), varied="router bits"),
         Table("21", "Ablation: from one width to the whole method", (
             ("uniform", at(UNIFORM)), ("PMQ, a program a layer", at(PMQ)),
             ("PMQ's coefficients, all layers", at(PMQ, method="global-pmq", per_layer="none")),
