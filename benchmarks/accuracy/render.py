@@ -79,7 +79,8 @@ def _gap(study: Study, model: str, run: Run, values: dict[str, list[float]]) -> 
 
 def _perplexity(study: Study, model: str, table: tables.Table) -> list[str]:
     texts = study.texts(model)
-    lines = [f"| bits | {table.varied} | " + " | ".join(texts) + " | over FP tuned alike |", "|---|---|" + "---|" * (len(texts) + 1)]
+    lines = [f"| bits | {table.varied} | {' | '.join(texts)} | over FP tuned alike |",
+             "|---|---|" + "---|" * (len(texts) + 1)]
     entries: list[tuple[float, int, str]] = []
     for at, (label, run, field) in enumerate(_rows_of(table)):
         for budget in (16.0,) if run.kind == "fp" else run.budgets:
