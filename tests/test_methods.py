@@ -505,6 +505,14 @@ def test_what_needs_the_whole_model_does_not_stream(options, named, model_folder
     assert not list(tmp_path.iterdir())
 
 
+def test_what_needs_the_whole_model_is_not_shared_out(monkeypatch) -> None:
+    from gemq import distributed
+
+    monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 2))
+    with pytest.raises(ValueError, match="method 'fisher': not with several processes, got 2"):
+        next(quantize_progressively(describe(tiny_model("mixtral")), random_windows(2), MethodConfig(method="fisher")))
+
+
 @pytest.mark.parametrize("method", ["global-pmq", "two-step"])
 def test_streamed_methods_choose_the_same_widths(method, model_folder, text_file, tmp_path) -> None:
     from gemq.summary import summarize

@@ -34,7 +34,8 @@ from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_prog
 from gemq.algorithms.router_alignment import changed_routes, chosen_experts, replayed_routing
 from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
 from gemq.models import describe
-from gemq.pipeline import load_tokenizer, load_unquantized, packed_bytes
+from gemq.pipeline import load_tokenizer, load_unquantized
+from gemq.planning.output import packed_bytes
 
 VERSION = 1
 POOL = 8  # balanced windows are chosen out of this many times as many

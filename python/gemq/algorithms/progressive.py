@@ -115,7 +115,7 @@ class MethodConfig:
 
 
 def in_memory_only(config: MethodConfig) -> list[str]:
-    """The options of ``config`` that need the whole model at once, which an engine that streams layers has not."""
+    """The options of ``config`` that need the whole model in one process: not streamed, not shared out."""
     return [
         *(["method 'fisher'"] if config.method == "fisher" else []),
         *(["router_method 'alignment'"] if config.tune and config.router_method == "alignment" else []),
@@ -239,6 +239,8 @@ def quantize_progressively(
     """
     originals = originals or Originals(moe)
     originals.restore()
+    if (whole := in_memory_only(config)) and distributed.world().size > 1:
+        raise ValueError(f"{', '.join(whole)}: not with several processes, got {distributed.world().size}")
     unmoved = RouterShift(moe, windows)
     router_windows = windows if router_windows is None else router_windows
     aligned = config.tune and config.router_method == "alignment"
