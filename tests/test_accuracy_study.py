@@ -296,3 +296,12 @@ def test_a_merged_study_can_be_recorded(model_folder, texts, tmp_path) -> None:
     found = load("record").recorded("accuracy", merged, None)
     assert found["kind"] == "accuracy" and found["conditions"]["commit"] and found["cells"] == merged["cells"]
     assert all("conditions" not in cell for cell in merged["cells"])
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n<!-- begin study -->\nold\n<!-- end study -->\nlast\n")
+    given = arguments(model_folder, texts, out, "--seeds", "0", "--table", "maps", "--into", str(page))
+    study.main([*given, "--command", "make study TABLE=maps", "--commit", "abc"])
+    text = page.read_text()
+    assert "old" not in text and text.startswith("# Page\n") and text.endswith("<!-- end study -->\nlast\n")
+    assert "### tiny-mixtral" in text and "commit abc" in text and "`make study TABLE=maps`" in text
+    assert "](images/accuracy-tiny-mixtral-maps.png)" in text
+    assert (tmp_path / "images" / "accuracy-tiny-mixtral-maps.png").is_file()

@@ -161,6 +161,29 @@ def write(chosen: dict[str, tables.Table], planned_cells: list[Cell], options: a
     return merged
 
 
+def put_into(page: Path, out: Path, conditions: dict, command: str) -> None:
+    """Put ``study.md`` between the page's markers, its headings one level lower, figures into ``images`` beside it."""
+    begin, end = "<!-- begin study -->", "<!-- end study -->"
+    before, first, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, second, after = rest.partition(end)
+    if not (first and second):
+        raise ValueError(f"{page} has no {begin} ... {end}")
+    _, _, body = (out / "study.md").read_text(encoding="utf-8").partition("\n")
+    images = page.parent / "images"
+    images.mkdir(exist_ok=True)
+    for figure in sorted(out.glob("*.png")):
+        if f"]({figure.name})" in body:
+            (images / f"accuracy-{figure.name}").write_bytes(figure.read_bytes())
+            body = body.replace(f"]({figure.name})", f"](images/accuracy-{figure.name})")
+    body = body.replace("\n## ", "\n### ").replace("\n### Table", "\n#### Table")
+    c = conditions
+    said = f"{c['machine']}; commit {c['commit']}, {c['date']}, torch {c['torch']}; `{command}`."
+    text = f"{before}{begin}\n{body.strip()}\n\n{said}\n{end}{after}"
+    temporary = page.with_name(f".{page.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(page)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,6 +200,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("study-out"))
     parser.add_argument("--dry-run", action="store_true", help="count and estimate only")
+    parser.add_argument("--into", type=Path, help="a Markdown page with markers to put the study into")
+    parser.add_argument("--command", default="make study", help="what that page says was run")
+    parser.add_argument("--commit", help="what it says was measured (default: what the cells say)")
     parser.add_argument("--cells", type=int, help="stop after this many new cells")
     options = parser.parse_args(arguments)
     options.models = options.models or DEFAULTS["models"]
@@ -199,7 +225,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     compute(todo[: options.cells], replace(settings), options)
-    write(chosen, wanted, options)
+    merged = write(chosen, wanted, options)
+    if options.into is not None:
+        given = merged["conditions"] | ({"commit": options.commit} if options.commit else {})
+        put_into(options.into, options.out, given, options.command)
     print(options.out / "study.md")
 
 
