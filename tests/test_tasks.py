@@ -10,7 +10,7 @@ import torch
 from packed_models import quantized
 from tiny_text import WORDS
 
-from gemq import evaluation
+from gemq import tasks
 from gemq.errors import CalibrationError
 
 TASK = """
@@ -61,13 +61,13 @@ def test_a_packed_model_is_scored_as_by_hand(task, tokenizer, monkeypatch, tmp_p
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder, questions = task
     packed = quantized("mixtral", 2.5, tune=False).packed
-    found = evaluation.evaluate_tasks(packed, tokenizer, ["tiny_choice"], task_folder=folder, batch_size=4)
+    found = tasks.evaluate_tasks(packed, tokenizer, ["tiny_choice"], task_folder=folder, batch_size=4)
     assert found["tiny_choice"]["acc"] == pytest.approx(expected(packed, tokenizer, questions))
     assert 0 < found["tiny_choice"]["acc"] < 1
-    few = evaluation.evaluate_tasks(packed, tokenizer, ["tiny_choice"], task_folder=folder, limit=5)
+    few = tasks.evaluate_tasks(packed, tokenizer, ["tiny_choice"], task_folder=folder, limit=5)
     assert few["tiny_choice"]["acc"] == pytest.approx(expected(packed, tokenizer, questions[:5]))
     with pytest.raises(CalibrationError, match="has no task no_such"):
-        evaluation.evaluate_tasks(packed, tokenizer, ["no_such"], task_folder=folder)
+        tasks.evaluate_tasks(packed, tokenizer, ["no_such"], task_folder=folder)
 
 
 def test_without_the_harness_one_line_says_what_to_install(task, tokenizer, monkeypatch) -> None:
@@ -75,7 +75,7 @@ def test_without_the_harness_one_line_says_what_to_install(task, tokenizer, monk
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(CalibrationError, match=r"pip install 'gemq\[eval\]'"):
-        evaluation.evaluate_tasks(torch.nn.Linear(1, 1), tokenizer, ["x"], task_folder=task[0])
+        tasks.evaluate_tasks(torch.nn.Linear(1, 1), tokenizer, ["x"], task_folder=task[0])
 
 
 @pytest.mark.parametrize("given, message", [
@@ -87,4 +87,4 @@ def test_without_the_harness_one_line_says_what_to_install(task, tokenizer, monk
 ])  # fmt: skip
 def test_bad_arguments(given, message, tokenizer) -> None:
     with pytest.raises((ValueError, CalibrationError), match=message):
-        evaluation.evaluate_tasks(torch.nn.Linear(1, 1), tokenizer, **given)
+        tasks.evaluate_tasks(torch.nn.Linear(1, 1), tokenizer, **given)
