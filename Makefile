@@ -6,7 +6,7 @@ OUT ?= demo-out
 # rebuilt when what is compiled or pinned changes; Python sources are used in place
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo docs test lint sanitize clang portable compat sweep fuzz kills mutants benchmark clean
+.PHONY: help demo docs test lint sanitize clang portable compat sweep fuzz kills mutants benchmark study clean
 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
@@ -22,6 +22,7 @@ help:
 	@echo "make kills      ends gemq quantize at every write and rename and at 100 random moments; each must resume alike"
 	@echo "make mutants    plants faults one at a time; at least one test must fail for each (KIND=python or compiled)"
 	@echo "make benchmark  CPU (and, with a GPU, GPU) benchmarks"
+	@echo "make study      the accuracy study; resumable (TABLE=1,21 MODELS=folder DATA='--text a=held.txt' STUDY=study-out)"
 	@echo "make clean      remove the virtual environment and what was built"
 
 # pip alone reads constraints.txt: torch is pinned first so that nothing pulls another build of it
@@ -104,6 +105,11 @@ mutants: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(BIN)/pytest --benchmark-only
+
+TABLE ?= all
+STUDY ?= study-out
+study: $(VENV)/.installed
+	$(BIN)/python benchmarks/accuracy/study.py $(MODELS) $(DATA) --table $(TABLE) --out $(STUDY)
 
 clean:
 	rm -rf $(VENV) build demo-out

@@ -29,7 +29,7 @@ LAYERS = [
     ("summary",),
     ("card",),
     ("outcome",),
-    ("pipeline", "hub", "serving", "interchange"),
+    ("pipeline", "hub", "serving", "interchange", "tasks"),
     ("continuation", "preview"),
     ("gemq",),
     ("bench", "demo", "report"),

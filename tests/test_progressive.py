@@ -171,7 +171,7 @@ def test_perplexity_is_exp_of_the_token_mean() -> None:
 
 def test_bad_options_are_refused() -> None:
     for options, text in (
-        ({"method": "x"}, "method must be one of gemq, pmq, uniform, got 'x'"),
+        ({"method": "x"}, "method must be one of gemq, pmq, uniform, global-pmq, two-step, fisher, got 'x'"),
         ({"estimate": "x"}, "estimate must be one of fp, quantized, tuned, got 'x'"),
         ({"budgets": (9.0,)}, "budgets must be bits per expert in 0..8"),
         ({"budgets": (float("nan"),)}, "budgets must be bits per expert in 0..8"),

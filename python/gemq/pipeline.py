@@ -16,7 +16,13 @@ from gemq.algorithms.allocation import Costs
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.perplexity import perplexity
-from gemq.algorithms.progressive import MethodConfig, StageProgress, StageResult, quantize_progressively
+from gemq.algorithms.progressive import (
+    MethodConfig,
+    StageProgress,
+    StageResult,
+    in_memory_only,
+    quantize_progressively,
+)
 from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.sequential import OnLayer
 from gemq.algorithms.tensor_bits import resolve
@@ -174,6 +180,8 @@ def quantize(
 
     Raises :class:`gemq.errors.GemqError` or ``ValueError`` with one line that says what to change.
     """
+    if config.stream and (whole := in_memory_only(config.method)):
+        raise ValueError(f"{', '.join(whole)}: not with one layer at a time; give --no-stream (stream=False)")
     targets = {b: target_of(config, b) for b in config.method.budgets}
     device = pick_device(config.device)
     costs = None if config.costs is None else load_costs(config.costs)

@@ -1,4 +1,4 @@
-"""Allocations to compare with: one width for all, and PMQ's program for each layer by itself."""
+"""Allocations to compare with: one width for all, PMQ's program for each layer, and PMQ's over all layers at once."""
 
 from __future__ import annotations
 
@@ -100,3 +100,29 @@ def pmq(
         seconds=time.monotonic() - start,
         solver=parts[0].solver,
     )
+
+
+def global_pmq(
+    frequency: np.ndarray,
+    weight: np.ndarray,
+    loss: np.ndarray,
+    candidates: Sequence[int],
+    budget: float,
+    *,
+    per_layer: str = "none",
+    alpha: float = 1.0,
+    beta: float = 1.5,
+    gamma: float = 1.0,
+    solver: str = "auto",
+) -> Allocation:
+    """PMQ's coefficients, as they are, in one program over all layers: the naive way to make it global.
+
+    The coefficients are those of :func:`pmq`; ``per_layer`` as in :func:`gemq.algorithms.allocation.solve`. An error of
+    a block's output counts the same in whichever layer it is, though the loss may feel it more or less, so nothing says
+    that the sums of two layers may be traded against each other.
+
+    Raises ``ValueError`` as :func:`pmq` does.
+    """
+    coefficients = _pmq_costs(frequency, weight, loss, (alpha, beta, gamma))
+    costs = Costs(tuple(candidates), coefficients, tuple(range(len(coefficients))))
+    return solve(costs, budget, per_layer=per_layer, solver=solver)

@@ -34,13 +34,13 @@ class ExpertStatistics:
 
     ``costs`` are Eq. 6; ``frequency`` the share of tokens routed to an expert ``[L, E]``, ``weight`` its mean
     routing weight over all tokens ``[L, E]``, ``error`` the Frobenius norm of ``dz`` summed over windows
-    ``[L, E, B]`` (these three are what PMQ uses).
+    ``[L, E, B]`` (these three are what PMQ uses, and None where costs alone were measured).
     """
 
     costs: Costs
-    frequency: np.ndarray
-    weight: np.ndarray
-    error: np.ndarray
+    frequency: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    error: np.ndarray | None = None
 
 
 @dataclass

@@ -12,21 +12,27 @@ from torch import Tensor
 
 from gemq import distributed
 from gemq.algorithms.allocation import PER_LAYER, Allocation, solve
-from gemq.algorithms.baselines import pmq, uniform
+from gemq.algorithms.baselines import global_pmq, pmq, uniform
+from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.importance import PERTURBATIONS, ExpertStatistics, Perturbation, measure
 from gemq.algorithms.layer_report import LayerReport
 from gemq.algorithms.originals import Originals
+from gemq.algorithms.router_alignment import align_routers, router_logits
 from gemq.algorithms.router_bits import quantize_routers
 from gemq.algorithms.router_shift import LayerShift, RouterShift
 from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
 from gemq.algorithms.sequential import BitPlan, OnLayer, QuantizedWeights, quantize_weights
 from gemq.algorithms.tensor_bits import TensorBits, resolve
+from gemq.algorithms.two_step import two_step
 from gemq.format import UNQUANTIZED
 from gemq.models import MoeModel
 
-METHODS = ("gemq", "pmq", "uniform")
+METHODS = ("gemq", "pmq", "uniform", "global-pmq", "two-step", "fisher")
+# their budget covers routed experts alone; shared ones have shared_bits, or the widest candidate
+ROUTED_ONLY = ("pmq", "global-pmq", "two-step")
+ROUTER_METHODS = ("loss", "alignment")
 ESTIMATES = ("fp", "quantized", "tuned")
 # progress(stage, done, total); a stage starts at done = 0
 StageProgress = Callable[[str, int, int], None]
@@ -48,6 +54,12 @@ class MethodConfig:
 
     ``given`` are widths decided elsewhere: nothing is measured or solved, ``method``, ``candidates`` and ``per_layer``
     do not matter, and the one budget is the largest mean that is accepted.
+
+    Methods to compare with: ``pmq`` (a program for each layer), ``global-pmq`` (its coefficients in one program),
+    ``two-step`` (Eq. 6, layers first, then experts), ``fisher`` (:mod:`gemq.algorithms.fisher` instead of Eq. 6).
+    ``router_method`` tunes routers on the task ``loss``, or layer by layer towards the full-precision ones
+    (``alignment``, :mod:`gemq.algorithms.router_alignment`). ``affinity`` is that of
+    :func:`gemq.algorithms.sequential.quantize_weights`; costs are measured without it.
     """
 
     budgets: tuple[float, ...] = (2.5,)
@@ -59,6 +71,8 @@ class MethodConfig:
     shared_bits: int | None = None
     router_bits: int = 16
     tune: bool = True
+    router_method: str = "loss"
+    affinity: float = 0.0
     estimate: str = "tuned"
     perturbation: str = "gptq"
     batch_size: int = 4
@@ -70,6 +84,10 @@ class MethodConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.router_method not in ROUTER_METHODS:
+            raise ValueError(f"router_method must be one of {', '.join(ROUTER_METHODS)}, got {self.router_method!r}")
+        if not 0 <= self.affinity <= 4:
+            raise ValueError(f"affinity must be an exponent in 0..4, got {self.affinity}")
         if self.estimate not in ESTIMATES:
             raise ValueError(f"estimate must be one of {', '.join(ESTIMATES)}, got {self.estimate!r}")
         if self.perturbation not in PERTURBATIONS:
@@ -94,6 +112,15 @@ class MethodConfig:
     def name(self) -> str:
         """What decided the widths, as a checkpoint records it."""
         return self.method if self.given is None else "given"
+
+
+def in_memory_only(config: MethodConfig) -> list[str]:
+    """The options of ``config`` that need the whole model in one process: not streamed, not shared out."""
+    return [
+        *(["method 'fisher'"] if config.method == "fisher" else []),
+        *(["router_method 'alignment'"] if config.tune and config.router_method == "alignment" else []),
+        *(["affinity"] if config.affinity else []),
+    ]
 
 
 @dataclass(frozen=True)
@@ -154,10 +181,40 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
     if config.method == "pmq":
         sums = (statistics.frequency, statistics.weight, statistics.error)
         return distributed.on_first(lambda: pmq(*sums, config.candidates, budget))
+    if config.method == "global-pmq":
+        sums = (statistics.frequency, statistics.weight, statistics.error)
+        return distributed.on_first(lambda: global_pmq(*sums, config.candidates, budget, per_layer=config.per_layer))
+    if config.method == "two-step":
+        return distributed.on_first(lambda: two_step(statistics.costs, budget, per_layer=config.per_layer))
     has_shared = moe.moe[0].shared is not None
     fixed = config.shared_bits if has_shared else None
     options = {"per_layer": config.per_layer, "fixed_shared_bits": fixed}
     return distributed.on_first(lambda: solve(statistics.costs, budget, **options))
+
+
+def _measure(
+    moe: MoeModel, windows: Tensor, config: MethodConfig, originals: Originals, report: Callable[[int, int], None]
+) -> ExpertStatistics:
+    """What the method's allocation is computed from, on the model as it is."""
+    perturbation = Perturbation(config.perturbation, config.gptq)
+    if config.method == "fisher":
+        costs = weight_fisher(moe, windows, config.candidates, originals, perturbation=perturbation, progress=report)
+        return ExpertStatistics(costs)
+    return measure(
+        moe, windows, config.candidates, originals, perturbation=perturbation, batch_size=config.batch_size,
+        progress=report,
+    )
+
+
+def _tune(
+    moe: MoeModel, windows: Tensor, targets: list[Tensor] | None, config: MethodConfig,
+    report: Callable[[int, int], None],
+) -> list[float]:
+    """Routers by the configured method; the losses of the steps, or the divergences that alignment left."""
+    if targets is None:
+        return tune_routers(moe, windows, config.router, report)
+    found = align_routers(moe, windows, targets, config.router, batch_size=config.batch_size, progress=report)
+    return [after for _, after in found]
 
 
 def must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:
@@ -182,32 +239,32 @@ def quantize_progressively(
     """
     originals = originals or Originals(moe)
     originals.restore()
+    if (whole := in_memory_only(config)) and distributed.world().size > 1:
+        raise ValueError(f"{', '.join(whole)}: not with several processes, got {distributed.world().size}")
     unmoved = RouterShift(moe, windows)
+    router_windows = windows if router_windows is None else router_windows
+    aligned = config.tune and config.router_method == "alignment"
+    targets = router_logits(moe, router_windows, config.batch_size) if aligned else None
     statistics = first_statistics
     budgets = sorted(config.budgets, reverse=True)
     for step, budget in enumerate(budgets):
         timer = _Timer(progress)
         if must_measure(config, step, statistics):
             with timer.stage("measure") as report:
-                statistics = measure(
-                    moe, windows, config.candidates, originals,
-                    perturbation=Perturbation(config.perturbation, config.gptq), batch_size=config.batch_size,
-                    progress=report,
-                )
+                statistics = _measure(moe, windows, config, originals, report)
         with timer.stage("allocate"):
             allocation = allocate(moe, statistics, budget, config)
         allocation, plan = overridden(moe, allocation, plan_of(moe, allocation, config), config)
         with timer.stage("quantize") as report:
             weights = quantize_weights(
                 moe, windows, plan, originals, config.gptq, batch_size=config.batch_size, progress=report,
-                on_layer=at_budget(budget, on_layer),
+                on_layer=at_budget(budget, on_layer), affinity=config.affinity,
             )
         losses: list[float] = []
         before = [p.detach().clone() for p in moe.routers]
         if config.tune:
             with timer.stage("tune routers") as report:
-                losses = tune_routers(moe, router_windows if router_windows is not None else windows, config.router,
-                                      report)
+                losses = _tune(moe, router_windows, targets, config, report)
         if config.router_bits < UNQUANTIZED:
             with timer.stage("quantize routers"):
                 weights.reports |= quantize_routers(

@@ -23,6 +23,8 @@ from gemq.reference.grid import dequantize_codes
 
 Progress = Callable[[int, int], None]
 OnLayer = Callable[[LayerReport], None]
+# quantizer(weights [E, n, k], hessians, bits, config) quantizes a stack of experts in place
+Quantizer = Callable[..., tuple[QuantizedStack, dict[int, GptqReport]]]
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,12 @@ class _Calibration:
     in their order.
     """
 
-    def __init__(self, moe: MoeModel, linears: dict, layer: MoeLayer | None):
+    def __init__(self, moe: MoeModel, linears: dict, layer: MoeLayer | None, affinity: float = 0.0):
         self._device = next(moe.model.parameters()).device
         here = distributed.world()
         owned = list(linears)[here.rank :: here.size]
         self.linears = {path: Hessian(linears[path][0].in_features, self._device) for path in owned}
-        self.layer = layer
+        self.layer, self.affinity = layer, affinity
         self._batch: dict[str, Tensor] = {}
         self.experts = distributed.share(moe.num_experts if layer is not None else 0)
         self.inputs = [Hessian(moe.hidden, self._device) for _ in self.experts]
@@ -123,8 +125,10 @@ class _Calibration:
         for at, e in enumerate(self.experts):
             x, token = routed.rows(e)
             if len(token):
-                self.inputs[at].add(x)
-                self.inner[at].add(expert_hidden(self.layer.experts.gate_up_proj[e], x))
+                # x x' weighted by w ** affinity
+                scale = routed.weight_of(e, token).clamp(min=0) ** (self.affinity / 2) if self.affinity else 1.0
+                self.inputs[at].add(x * scale)
+                self.inner[at].add(expert_hidden(self.layer.experts.gate_up_proj[e], x) * scale)
 
 
 def quantize_stack(
@@ -167,7 +171,7 @@ def quantize_linears(
 
 def _quantize_layer(
     linears: dict, layer: MoeLayer | None, seen: _Calibration, plan: BitPlan, config: GptqConfig,
-    result: QuantizedWeights,
+    result: QuantizedWeights, quantizer: Quantizer,
 ) -> None:
     own = QuantizedWeights(plan, config.group_size)
     quantize_linears({path: linears[path] for path in seen.linears}, seen.linears, config, own)
@@ -181,7 +185,7 @@ def _quantize_layer(
         weights, part = getattr(layer.experts, name), seen.experts
         own = slice(part.start, part.stop)
         # a slice is a view: what is written back reaches the layer
-        stack, reports = quantize_stack(weights[own], hessians, bits[own], config)
+        stack, reports = quantizer(weights[own], hessians, bits[own], config)
         stack, reports = share_stack(weights, bits, part, stack, reports)
         stacks.append(stack)
         for e, report in sorted(reports.items()):
@@ -193,6 +197,7 @@ def _quantize_layer(
 def quantize_weights(
     moe: MoeModel, windows: Tensor, plan: BitPlan, originals: Originals, config: GptqConfig | None = None, *,
     batch_size: int = 8, progress: Progress | None = None, on_layer: OnLayer | None = None,
+    affinity: float = 0.0, quantizer: Quantizer | None = None,
 ) -> QuantizedWeights:
     """Quantize the original weights by ``plan`` and leave the dequantized result in the model.
 
@@ -200,6 +205,10 @@ def quantize_weights(
     layer with its original weights; after quantization the layer runs again for the next one's inputs. Routers are
     the original ones. ``windows`` is int64 ``[N, T]``. ``progress(done, total)`` counts decoder layers,
     and ``on_layer`` gets the :class:`LayerReport` of each.
+
+    ``affinity`` weights a token in its experts' Hessians by its routing weight to that power: 1 is the affinity-guided
+    quantization of MoEQuant (arXiv 2505.03804), 2 the error of the block's output. ``quantizer`` quantizes a stack of
+    experts in place of GPTQ.
     """
     config = config or GptqConfig()
     originals.restore()
@@ -212,14 +221,14 @@ def quantize_weights(
     for index, module in enumerate(moe.layers):
         linears, layer = layer_linears(moe, index, plan), by_index.get(index)
         start, known = time.perf_counter(), len(result.reports)
-        seen = _Calibration(moe, linears, layer)
+        seen = _Calibration(moe, linears, layer, affinity)
         with ExitStack() as stack:
             seen.watch(linears, stack)
             for turn in range(distributed.rounds(windows, batch_size)):
                 if turn < len(hidden):
                     run_layer(module, hidden[turn], calls.kwargs[turn][index])
                 seen.end_batch(ran=turn < len(hidden))
-        _quantize_layer(linears, layer, seen, plan, config, result)
+        _quantize_layer(linears, layer, seen, plan, config, result, quantizer or quantize_stack)
         hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
         if on_layer:
             # a dict keeps the order of insertion: what was added last is this layer's

@@ -43,6 +43,16 @@ class Method(StrEnum):
     gemq = "gemq"
     pmq = "pmq"
     uniform = "uniform"
+    global_pmq = "global-pmq"
+    two_step = "two-step"
+    fisher = "fisher"
+
+
+class RouterMethod(StrEnum):
+    """How routers are tuned."""
+
+    loss = "loss"
+    alignment = "alignment"
 
 
 class Clip(StrEnum):
@@ -110,9 +120,12 @@ def quantize(
     damping: Annotated[float, typer.Option(help="Of the Hessian, in units of its mean diagonal.")] = 0.01,
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
     router_text: Annotated[str | None, typer.Option(help="Text for that (default: the calibration windows).")] = None,
+    router_method: Annotated[RouterMethod, typer.Option(help="On the loss, or towards the full-precision routers.")]
+    = RouterMethod.loss,
     router_lr: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
     router_epochs: Annotated[int, typer.Option(help="Passes over that text.", min=1)] = 1,
     router_batch: Annotated[int, typer.Option(help="Windows a step (paper: 1); processes share them.", min=1)] = 1,
+    affinity: Annotated[float, typer.Option(help="Weight tokens in GPTQ by routing weight to this power.")] = 0.0,
     estimate: Annotated[str, typer.Option(help="Model of later budgets' costs: fp, quantized or tuned.")] = "tuned",
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
     device: Device = None,
@@ -170,7 +183,8 @@ def quantize(
             budgets=budgets, given=given, method=method.value, candidates=options.widths(candidates),
             per_layer=chosen["constraints"], attention_bits=attention_bits, dense_bits=dense_bits,
             shared_bits=options.shared(shared_bits), router_bits=router_bits, tune=chosen["tune_routers"],
-            estimate=chosen["estimate"], perturbation=chosen["perturbation"], batch_size=batch_size,
+            router_method=router_method.value, affinity=affinity, estimate=chosen["estimate"],
+            perturbation=chosen["perturbation"], batch_size=batch_size,
             gptq=GptqConfig.for_recipe("paper" if recipe is Recipe.paper else "default", group_size, damping,
                                        clip.value if clip else None),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),

@@ -134,6 +134,9 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     stages = {"load": {"weights": held["weights"]}}
     if work.method.measures:
         stages["measure"] = held | {"captured activations": captured, "working memory": measure}
+        if work.method.method == "fisher":
+            # sums of squared gradients, and one window's gradients
+            stages["measure"]["Fisher information"] = parts.quantizable * (_FLOAT + d)
     stages["quantize"] = held | {
         "activations": work.shared(3 * tokens * parts.hidden * d), "Hessians": work.shared(hessian_bytes(parts)),
         "codes": codes, "working memory": _largest_expert_gptq(parts, work.shared(parts.experts)),

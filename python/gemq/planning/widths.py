@@ -6,7 +6,7 @@ import numpy as np
 
 from gemq.algorithms.allocation import BUDGET_SLACK, PER_LAYER, Costs, feasible_range, total_bits
 from gemq.algorithms.baselines import uniform
-from gemq.algorithms.progressive import MethodConfig, allocate, overridden, plan_of
+from gemq.algorithms.progressive import ROUTED_ONLY, MethodConfig, allocate, overridden, plan_of
 from gemq.algorithms.tensor_bits import resolve
 from gemq.checkpoint import PackedConfig
 from gemq.models import MoeModel
@@ -15,7 +15,7 @@ from gemq.models import MoeModel
 def _empty_costs(moe: MoeModel, method: MethodConfig) -> Costs:
     layers = [layer.index for layer in moe.moe]
     routed = np.zeros((len(layers), moe.num_experts, len(method.candidates)))
-    if method.method == "pmq" or not moe.shared_multiple:
+    if method.method in ROUTED_ONLY or not moe.shared_multiple:
         return Costs(method.candidates, routed, tuple(layers))
     shared = np.zeros((len(layers), len(method.candidates)))
     return Costs(method.candidates, routed, tuple(layers), shared, moe.shared_multiple)
@@ -28,7 +28,7 @@ def budget_range(moe: MoeModel, method: MethodConfig) -> tuple[float, float]:
     costs = _empty_costs(moe, method)
     if method.method == "pmq":
         return feasible_range(costs)
-    fixed = method.shared_bits if moe.shared_multiple else None
+    fixed = method.shared_bits if costs.shared_multiple else None
     return feasible_range(costs, per_layer=method.per_layer, fixed_shared_bits=fixed)
 
 
@@ -64,7 +64,7 @@ def _program_bits(moe: MoeModel, method: MethodConfig, budget: float, shared: in
     narrowest, widest = method.candidates[0], method.candidates[-1]
     least = moe.num_experts * narrowest + sum(method.candidates[-back] - narrowest for back in kept)
     most = moe.num_experts * widest - sum(widest - method.candidates[-back] for back in kept)
-    variable = bool(moe.shared_multiple) and method.shared_bits is None
+    variable = bool(costs.shared_multiple) and method.shared_bits is None
     total = total_bits(budget, costs, count_shared=variable)
     if variable:
         shared = max((b for b in method.candidates if total - b * layers >= least * layers), default=narrowest)

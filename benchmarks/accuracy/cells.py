@@ -1,0 +1,351 @@
+"""One cell of the study: a model, a calibration seed and one way to quantize, run at falling budgets and evaluated.
+
+A cell's result is a JSON file named by what it was computed from (the model's bytes, the texts, all options), so that a
+study that was cut off goes on where it was and a changed option never reuses an old result. What many cells share (the
+windows, the statistics of the full-precision model) is computed once for a model and seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import eq6
+import numpy as np
+from torch import Tensor
+
+from gemq.algorithms.allocation import Costs
+from gemq.algorithms.balanced_windows import balanced_windows, self_sampled_windows
+from gemq.algorithms.calibration import calibration_windows, evaluation_windows
+from gemq.algorithms.fisher import weight_fisher
+from gemq.algorithms.gptq import GptqConfig
+from gemq.algorithms.importance import ExpertStatistics, Perturbation, measure
+from gemq.algorithms.originals import Originals
+from gemq.algorithms.outliers import OUTLIER_BITS, quantize_weights_with_outliers
+from gemq.algorithms.perplexity import perplexity
+from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
+from gemq.algorithms.router_alignment import changed_routes, chosen_experts, replayed_routing
+from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
+from gemq.models import describe
+from gemq.pipeline import load_tokenizer, load_unquantized
+from gemq.planning.output import packed_bytes
+
+VERSION = 1
+POOL = 8  # balanced windows are chosen out of this many times as many
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a study share. ``calibration`` and ``texts`` are ``(name, source)`` pairs; the first
+    calibration text is the default. ``samples`` windows of ``length`` tokens calibrate, ``limit`` windows a text
+    evaluate (None: all)."""
+
+    calibration: tuple[tuple[str, str], ...]
+    texts: tuple[tuple[str, str], ...]
+    samples: int = 32
+    length: int = 256
+    limit: int | None = 64
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a cell does. ``kind``: ``quantize`` by the method, ``spqr`` (uniform with outliers), ``fp`` (nothing),
+    ``statistics`` (Eq. 6 of the full-precision model) or ``eq6`` (predicted against true loss). Options as in
+    :class:`gemq.algorithms.progressive.MethodConfig`; ``routers`` is none, loss or alignment, and ``replay``
+    evaluates with the full-precision routers' decisions as well. ``balanced`` calibrates on balanced windows of the
+    text, ``self_sampled`` on such as the model writes."""
+
+    kind: str = "quantize"
+    method: str = "gemq"
+    budgets: tuple[float, ...] = (2.5, 2.0, 1.5)
+    routers: str = "none"
+    replay: bool = False
+    candidates: tuple[int, ...] = (1, 2, 3)
+    per_layer: str = "none"
+    perturbation: str = "gptq"
+    estimate: str = "quantized"
+    attention_bits: int = 4
+    router_bits: int = 16
+    affinity: float = 0.0
+    balanced: bool = False
+    self_sampled: bool = False
+    calibration: str | None = None
+    samples: int | None = None
+    router_samples: int | None = None
+    router_epochs: int = 1
+    router_lr: float = 1e-4
+
+
+def fingerprint(model: str) -> str:
+    """SHA-256 over a model folder's config, weights and tokenizer; of the name if it is not a folder."""
+    digest = hashlib.sha256()
+    folder = Path(model)
+    if not folder.is_dir():
+        return hashlib.sha256(model.encode()).hexdigest()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
+        if path.is_file():
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def label(model: str) -> str:
+    """What a model is called: its folder's name, or of a folder called "model" that of the one above."""
+    path = Path(model)
+    return path.resolve().parent.name if path.name == "model" else path.name
+
+
+def text_fingerprint(source: str) -> str:
+    """SHA-256 of a source's local files, or of its name."""
+    digest = hashlib.sha256()
+    for part in source.split(","):
+        name, _, options = part.partition("#") if "#" in part else part.partition("@")
+        path = Path(name)
+        digest.update(path.read_bytes() if path.is_file() else name.encode())
+        digest.update(f"{options};".encode())
+    return digest.hexdigest()
+
+
+def _used(run: Run, settings: Settings) -> dict:
+    """The settings that a run's result depends on; texts by content."""
+    chosen = dict(settings.calibration)[run.calibration or settings.calibration[0][0]]
+    texts = {name: text_fingerprint(source) for name, source in settings.texts}
+    return {
+        "calibration": text_fingerprint(chosen), "texts": {} if run.kind in ("statistics", "eq6") else texts,
+        "samples": run.samples or settings.samples, "length": settings.length, "limit": settings.limit,
+    }
+
+
+def cell_name(model: str, model_print: str, seed: int, run: Run, settings: Settings) -> str:
+    """The file name of a cell's result."""
+    # an option that is added later, at a default that does what was done before, leaves old results valid
+    options = {k: v for k, v in asdict(run).items() if v != getattr(Run, k) and k not in ("calibration", "samples")}
+    key = json.dumps([VERSION, model_print, seed, options, _used(run, settings)], sort_keys=True)
+    return f"{label(model)}-{run.kind}-s{seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write under a temporary name, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Session:
+    """A loaded model and one seed: what its cells share. Not more than one model is held."""
+
+    def __init__(self, model: str, seed: int, settings: Settings, cache: Path, device: str = "cpu"):
+        self.name, self.seed, self.settings, self.cache = model, seed, settings, cache
+        self.print = fingerprint(model)
+        self.tokenizer = load_tokenizer(model)
+        dtype = "float32" if device == "cpu" else "auto"
+        self.model = load_unquantized(model, dtype).to(device).eval()
+        self.moe = describe(self.model)
+        self.originals = Originals(self.moe)
+        length, limit = settings.length, settings.limit
+        self.texts = {n: evaluation_windows(self.tokenizer, s, length, limit) for n, s in settings.texts}
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019  (a session lives as long as its cells)
+    def windows(self, calibration: str | None, samples: int, balanced: bool, self_sampled: bool = False) -> Tensor:
+        """Calibration windows of this seed."""
+        if self_sampled:
+            self.originals.restore()
+            return self_sampled_windows(self.moe, samples, self.settings.length, seed=self.seed)
+        source = dict(self.settings.calibration)[calibration or self.settings.calibration[0][0]]
+        count = samples * (POOL if balanced else 1)
+        found = calibration_windows(self.tokenizer, source, count, self.settings.length, self.seed)
+        if balanced:
+            self.originals.restore()
+            found = balanced_windows(self.moe, found, samples, self.settings.batch_size)
+        return found
+
+    @functools.cached_property
+    def fp_routes(self) -> list[Tensor]:
+        """The experts of every token of 16 windows of the first text in full precision."""
+        self.originals.restore()
+        return chosen_experts(self.moe, self._route_windows)
+
+    @property
+    def _route_windows(self) -> Tensor:
+        return next(iter(self.texts.values()))[:16]
+
+    @functools.cached_property
+    def reference(self):
+        """A full-precision twin, for replayed routing."""
+        self.originals.restore()
+        return describe(copy.deepcopy(self.model))
+
+    def calibrating(self, run: Run) -> Tensor:
+        """The run's calibration windows."""
+        count = run.samples or self.settings.samples
+        return self.windows(run.calibration, count, run.balanced, run.self_sampled)
+
+    def router_windows(self, run: Run) -> Tensor:
+        """Those that tune its routers."""
+        if run.router_samples is None:
+            return self.calibrating(run)
+        return self.windows(run.calibration, run.router_samples, run.balanced, run.self_sampled)
+
+    def scores(self) -> dict[str, float]:
+        """Perplexity by text of the model as it is."""
+        return {name: perplexity(self.model, w, self.settings.batch_size) for name, w in self.texts.items()}
+
+    def statistics(self, run: Run) -> ExpertStatistics:
+        """Of the full-precision model, from the cache if they were measured before."""
+        what = asdict(run)
+        names = ("candidates", "perturbation", "balanced", "self_sampled")
+        key = [VERSION, self.print, self.seed, run.method == "fisher", *(what[n] for n in names),
+               _used(run, self.settings) | {"texts": None, "limit": None}]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.cache / f"statistics-{digest}.npz"
+        if path.is_file():
+            return _load_statistics(path, self.moe, run.candidates)
+        self.originals.restore()
+        perturbation = Perturbation(run.perturbation)
+        if run.method == "fisher":
+            costs = weight_fisher(
+                self.moe, self.calibrating(run), run.candidates, self.originals, perturbation=perturbation
+            )
+            found = ExpertStatistics(costs)
+        else:
+            found = measure(
+                self.moe, self.calibrating(run), run.candidates, self.originals, perturbation=perturbation,
+                batch_size=self.settings.batch_size,
+            )
+        _save_statistics(path, found)
+        return found
+
+
+def _save_statistics(path: Path, found: ExpertStatistics) -> None:
+    arrays = {"routed": found.costs.routed, "shared": found.costs.shared, "frequency": found.frequency,
+              "weight": found.weight, "error": found.error}
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez(temporary, **{k: v for k, v in arrays.items() if v is not None})
+    os.replace(temporary, path)
+
+
+def _load_statistics(path: Path, moe, candidates: tuple[int, ...]) -> ExpertStatistics:
+    with np.load(path, allow_pickle=False) as held:
+        given = dict(held)
+    layers = tuple(layer.index for layer in moe.moe)
+    costs = Costs(candidates, given["routed"], layers, given.get("shared"), moe.shared_multiple)
+    return ExpertStatistics(costs, *(given.get(name) for name in ("frequency", "weight", "error")))
+
+
+def _stage_result(session: Session, run: Run, stage: StageResult) -> dict:
+    found = {
+        "budget": stage.budget, "bits_per_expert": stage.allocation.bits_per_expert,
+        "bytes": packed_bytes(session.moe, stage.weights), "perplexity": session.scores(),
+        "bits": [stage.plan.experts[layer.index] for layer in session.moe.moe],
+        "changed_routes": changed_routes(session.fp_routes, chosen_experts(session.moe, session._route_windows)),
+        "seconds": stage.seconds,
+    }
+    if stage.plan.shared:
+        found["shared_bits"] = [stage.plan.shared[layer.index] for layer in session.moe.moe]
+    if run.replay:
+        with replayed_routing(session.moe, session.reference):
+            found["replayed"] = session.scores()
+    return found
+
+
+def _quantize(session: Session, run: Run) -> list[dict]:
+    names = {f.name for f in fields(MethodConfig)} & {f.name for f in fields(Run)}
+    options = {name: getattr(run, name) for name in names}
+    config = MethodConfig(
+        **options, tune=run.routers != "none", router_method="alignment" if run.routers == "alignment" else "loss",
+        batch_size=session.settings.batch_size, gptq=GptqConfig(),
+        router=RouterTuningConfig(learning_rate=run.router_lr, epochs=run.router_epochs),
+    )
+    # before the weights change
+    _ = session.fp_routes, run.replay and session.reference
+    statistics = None if run.method == "uniform" else session.statistics(run)
+    windows, router = session.calibrating(run), session.router_windows(run)
+    stages = quantize_progressively(
+        session.moe, windows, config, router_windows=router, originals=session.originals, first_statistics=statistics
+    )
+    return [_stage_result(session, run, stage) for stage in stages]
+
+
+def _outliers(session: Session, run: Run) -> list[dict]:
+    found = []
+    for budget in run.budgets:
+        start = time.perf_counter()
+        bits = quantize_weights_with_outliers(
+            session.moe, session.calibrating(run), budget, session.originals, attention=run.attention_bits,
+            batch_size=session.settings.batch_size,
+        )
+        found.append({
+            "budget": budget, "bits_per_expert": bits, "perplexity": session.scores(),
+            "outlier_bits": OUTLIER_BITS, "seconds": {"quantize": time.perf_counter() - start},
+        })
+    return found
+
+
+def _full_precision(session: Session, run: Run) -> list[dict]:
+    """With ``routers`` "loss": the control, its routers tuned as a quantized model's are."""
+    before, size = session.fp_routes, 2 * sum(p.numel() for p in session.model.parameters())
+    session.originals.restore()
+    start = time.perf_counter()
+    if run.routers == "loss":
+        config = RouterTuningConfig(learning_rate=run.router_lr, epochs=run.router_epochs)
+        tune_routers(session.moe, session.router_windows(run), config)
+    routes = changed_routes(before, chosen_experts(session.moe, session._route_windows))
+    return [{"budget": 16.0, "bytes": size, "perplexity": session.scores(), "changed_routes": routes,
+             "seconds": {"tune routers": time.perf_counter() - start}}]
+
+
+def _statistics(session: Session, run: Run) -> list[dict]:
+    found = session.statistics(run)
+    return [{"budget": 16.0, "routed": found.costs.routed.tolist(),
+             "frequency": None if found.frequency is None else found.frequency.tolist()}]
+
+
+def _eq6(session: Session, run: Run) -> list[dict]:
+    session.originals.restore()
+    predicted = session.statistics(run).costs.routed
+    session.originals.restore()
+    true = eq6.true_increases(
+        session.moe, session.calibrating(run), run.candidates, session.originals, Perturbation(run.perturbation),
+        session.settings.batch_size,
+    )
+    return [{"budget": 16.0, "candidates": list(run.candidates), "predicted": predicted.tolist(),
+             "true": true.tolist(), "length": session.settings.length}]
+
+
+KINDS: dict[str, Callable[[Session, Run], list[dict]]] = {
+    "quantize": _quantize, "spqr": _outliers, "fp": _full_precision, "statistics": _statistics, "eq6": _eq6,
+}
+
+
+def run_cell(session: Session, run: Run, conditions: dict) -> dict:
+    """Compute a cell and return its content; the session's model is left in any state."""
+    start, busy = time.perf_counter(), time.process_time()
+    stages = KINDS[run.kind](session, run)
+    return {
+        "model": label(session.name), "seed": session.seed, "run": asdict(run),
+        "settings": asdict(session.settings) | {
+            "calibration": [Path(s).name for _, s in session.settings.calibration],
+            "texts": [n for n, _ in session.settings.texts],
+        },
+        "parameters": sum(p.numel() for p in session.model.parameters()),
+        "layers": len(session.moe.moe), "experts": session.moe.num_experts,
+        "stages": stages, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy,
+        "conditions": conditions,
+    }

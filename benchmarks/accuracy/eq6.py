@@ -1,0 +1,102 @@
+"""Is Eq. 6 right? The loss increase that it predicts for one expert, against that of quantizing just this expert.
+
+Eq. 6 sums squares of ``g * dz`` with ``g`` the gradient of a window's mean loss. With the Fisher information in place
+of the Hessian the expected rise of that mean loss is ``(T - 1) / 2`` times as much: the mean of ``T - 1`` token
+losses has gradients smaller by that factor, and curvature is one square of a token loss's gradient. ``calibrated``
+applies this; a method that only ranks experts needs no such factor, but sums over windows must be in one unit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemq.algorithms.importance import Perturbation
+from gemq.algorithms.layerwise import Routed, watch_experts
+from gemq.algorithms.originals import Originals
+from gemq.algorithms.perplexity import token_losses
+from gemq.models import MoeLayer, MoeModel
+
+
+@torch.no_grad()
+def window_losses(moe: MoeModel, windows: Tensor, batch_size: int) -> float:
+    """The sum over windows of their mean loss, in nats."""
+    return sum(
+        float(token_losses(moe.model, windows[at : at + batch_size]).double().mean(1).sum())
+        for at in range(0, len(windows), batch_size)
+    )
+
+
+@torch.no_grad()
+def _inputs(moe: MoeModel, layer: MoeLayer, windows: Tensor, batch_size: int) -> list[Routed]:
+    seen: list[Routed] = []
+    with watch_experts(layer, lambda routed, output: seen.append(routed)):
+        for at in range(0, len(windows), batch_size):
+            moe.decoder(input_ids=windows[at : at + batch_size], use_cache=False)
+    return seen
+
+
+@torch.no_grad()
+def true_increases(
+    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, perturbation: Perturbation,
+    batch_size: int = 8,
+) -> np.ndarray:
+    """By how much the loss on ``windows`` (as Eq. 6: summed over windows) rises if one expert alone has a width.
+
+    Float64 ``[L, E, B]``; negative where quantizing helps. ``moe`` holds its original weights, and does so after.
+    """
+    base = window_losses(moe, windows, batch_size)
+    found = np.zeros((len(moe.moe), moe.num_experts, len(candidates)))
+    for row, layer in enumerate(moe.moe):
+        seen = _inputs(moe, layer, windows, batch_size)
+        stacks = (layer.experts.gate_up_proj, layer.experts.down_proj)
+        for e, (gate_up, down) in enumerate(zip(*originals.experts(layer), strict=True)):
+            changed = perturbation.ffn(
+                gate_up, down, candidates, lambda e=e, seen=seen: torch.cat([r.rows(e)[0] for r in seen])
+            )
+            for b, pair in enumerate(changed):
+                for stack, weight in zip(stacks, pair, strict=True):
+                    stack[e].copy_(weight)
+                found[row, e, b] = window_losses(moe, windows, batch_size) - base
+            for stack, weight in zip(stacks, (gate_up, down), strict=True):
+                stack[e].copy_(weight)
+    return found
+
+
+def calibrated(predicted: np.ndarray, length: int) -> np.ndarray:
+    """The expected rise of the summed mean losses that costs of Eq. 6 stand for, windows of ``length`` tokens."""
+    return predicted * (length - 1) / 2
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, ties sharing their mean."""
+    order = np.argsort(values, kind="stable")
+    found = np.empty(len(values))
+    found[order] = np.arange(len(values))
+    for value in np.unique(values):
+        same = values == value
+        found[same] = found[same].mean()
+    return found
+
+
+def spearman(one: np.ndarray, two: np.ndarray) -> float:
+    """Rank correlation of two flat arrays."""
+    return float(np.corrcoef(ranks(np.ravel(one)), ranks(np.ravel(two)))[0, 1])
+
+
+def summary(predicted: np.ndarray, true: np.ndarray, candidates: list[int], length: int) -> list[dict]:
+    """By width: Spearman's rank correlation, and the quartiles of true over predicted rise where that is positive."""
+    rows = []
+    for b, bits in enumerate(candidates):
+        ratio = true[..., b] / np.maximum(calibrated(predicted[..., b], length), 1e-300)
+        used = predicted[..., b] > 0
+        low, middle, high = np.quantile(ratio[used], [0.25, 0.5, 0.75])
+        rows.append({
+            "bits": bits, "spearman": spearman(predicted[..., b], true[..., b]),
+            "within_layers": float(np.mean([spearman(p, t) for p, t in
+                                            zip(predicted[..., b], true[..., b], strict=True)])),
+            "ratio": [float(low), float(middle), float(high)],
+            "total": float(true[..., b].sum() / calibrated(predicted[..., b], length).sum()),
+        })
+    return rows

@@ -1,0 +1,124 @@
+"""The paper's tables and figures as lists of cells, each with the orders that the paper reports in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cells import Run
+
+ALL_SEEDS, FIRST_SEED = "all", "first"
+UNIFORM, PMQ = Run(method="uniform"), Run(method="pmq")
+GEMQ = Run(estimate="quantized")
+TUNED = Run(estimate="tuned", routers="loss")
+FP, FP_TUNED = Run(kind="fp"), Run(kind="fp", routers="loss")
+PAPER = replace(GEMQ, perturbation="rtn", per_layer="c2c3")
+LOW = (2.0, 1.5)
+
+
+@dataclass(frozen=True)
+class Table:
+    """``rows`` are ``(label, run)``; ``orders`` are ``(better, worse)`` labels, as the paper has them. ``view`` says
+    how it is rendered: ``perplexity`` by budget and text, or a name of :mod:`render`; ``varied`` heads the labels."""
+
+    key: str
+    title: str
+    rows: tuple[tuple[str, Run], ...]
+    orders: tuple[tuple[str, str], ...] = ()
+    view: str = "perplexity"
+    seeds: str = ALL_SEEDS
+    varied: str = "method"
+
+
+def control(run: Run) -> Run:
+    """Full precision as ``run`` has to be compared with: its routers tuned alike, on the same windows."""
+    if run.routers != "loss":
+        return FP
+    return replace(
+        FP_TUNED, calibration=run.calibration, samples=run.samples, balanced=run.balanced,
+        self_sampled=run.self_sampled, router_samples=run.router_samples, router_epochs=run.router_epochs,
+        router_lr=run.router_lr,
+    )
+
+
+def _rows(base: Run, budgets: tuple[float, ...], **options: tuple) -> tuple[tuple[str, Run], ...]:
+    """One row a value of the one option given; labels are ``option value``."""
+    ((name, values),) = options.items()
+    return tuple((str(value), replace(base, budgets=budgets, **{name: value})) for value in values)
+
+
+def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float, ...]) -> dict[str, Table]:
+    """All tables, for the names of the calibration texts and the budgets; ``low`` are those of the ablations."""
+
+    def at(run: Run, chosen: tuple[float, ...] = budgets, **options: object) -> Run:
+        return replace(run, budgets=chosen, **options)
+
+    mixed = [*calibrations, *(["+".join(calibrations)] if len(calibrations) > 1 else [])]
+    tables = [
+        Table("1", "Methods: perplexity by budget", (
+            ("FP", FP), ("FP, routers tuned", FP_TUNED), ("uniform", at(UNIFORM)), ("PMQ", at(PMQ)),
+            ("GEMQ, paper's options", at(replace(PAPER, routers="loss", estimate="tuned"))),
+            ("GEMQ, no tuning", at(GEMQ)), ("GEMQ", at(TUNED)),
+        ), (("PMQ", "uniform"), ("GEMQ", "PMQ"), ("GEMQ", "uniform"), ("GEMQ, paper's options", "PMQ"))),
+        Table("2", "Stand-ins for SpQR, MoEQuant and EAQuant at equal bits per expert", (
+            ("uniform", at(UNIFORM)), ("SpQR-style outliers", at(UNIFORM, kind="spqr")),
+            ("MoEQuant-style: affinity, self-sampled windows", at(UNIFORM, affinity=1.0, self_sampled=True)),
+            ("EAQuant-style: balanced windows, aligned routers", at(UNIFORM, balanced=True, routers="alignment")),
+            ("GEMQ", at(TUNED)),
+        ), (("GEMQ", "SpQR-style outliers"), ("GEMQ", "MoEQuant-style: affinity, self-sampled windows"),
+            ("GEMQ", "EAQuant-style: balanced windows, aligned routers"))),
+        Table("3", "Calibration text", tuple((name, at(TUNED, calibration=name)) for name in mixed), varied="text"),
+        Table("5", "How routers are handled, experts as GEMQ has them", (
+            ("FP", FP), ("FP, routers tuned", FP_TUNED), ("none", at(GEMQ, low, replay=True)),
+            ("aligned layer by layer", at(GEMQ, low, routers="alignment")),
+            ("tuned on the loss", at(GEMQ, low, routers="loss")),
+        ), (("tuned on the loss", "none"), ("tuned on the loss", "aligned layer by layer"),
+            ("tuned on the loss", "full-precision routing replayed"))),
+        Table("6", "The model on which costs are estimated", (
+            ("full precision", at(TUNED, estimate="fp")), ("quantized", at(TUNED, estimate="quantized")),
+            ("quantized, routers tuned", at(TUNED)),
+        ), (("quantized, routers tuned", "full precision"), ("quantized, routers tuned", "quantized")),
+              view="estimates"),
+        Table("15", "Calibration subsets: the seeds of table 1", (("GEMQ", at(TUNED)),), view="subsets"),
+        Table("16", "Calibration windows", _rows(GEMQ, low, samples=(8, 16, 32, 64, 128)), varied="windows"),
+        Table("17", "Constraints per layer", _rows(GEMQ, low, per_layer=("none", "c2", "c3", "c2c3")),
+              (("c2c3", "none"),), varied="at least one expert a layer at"),
+        Table("18", "Candidate widths, and what is minimised", (
+            *((",".join(map(str, c)), at(GEMQ, low, candidates=c)) for c in
+              ((1, 2, 3), (0, 1, 2, 3), (1, 2, 3, 4), (0, 1, 2, 3, 4), (1, 2, 4))),
+            ("Eq. 6 by rounding", at(GEMQ, low, perturbation="rtn")),
+            ("weight-Fisher", at(GEMQ, low, method="fisher")),
+            ("PMQ's coefficients, all layers", at(PMQ, low, method="global-pmq")),
+        ), (("1,2,3", "weight-Fisher"), ("1,2,3", "PMQ's coefficients, all layers"))),
+        Table("19", "Bits of attention", _rows(GEMQ, low, attention_bits=(2, 3, 4, 8, 16)),
+              varied="attention bits"),
+        Table("20", "Bits of tuned routers", _rows(TUNED, low, router_bits=(2, 3, 4, 8, 16)), varied="router bits"),
+        Table("21", "Ablation: from one width to the whole method", (
+            ("uniform", at(UNIFORM)), ("PMQ, a program a layer", at(PMQ)),
+            ("PMQ's coefficients, all layers", at(PMQ, method="global-pmq", per_layer="none")),
+            ("Eq. 6, layers then experts", at(GEMQ, method="two-step", estimate="fp")),
+            ("Eq. 6, one program", at(GEMQ, estimate="fp")), ("+ progression", at(GEMQ)),
+            ("+ routers tuned", at(TUNED)),
+        ), (("PMQ, a program a layer", "uniform"), ("Eq. 6, one program", "PMQ's coefficients, all layers"),
+            ("Eq. 6, one program", "Eq. 6, layers then experts"), ("+ progression", "Eq. 6, one program"),
+            ("+ routers tuned", "+ progression"))),
+        Table("maps", "Bit maps (Fig. 4a, 10)", (("GEMQ", at(TUNED)),), view="maps", seeds=FIRST_SEED),
+        Table("importance", "Importance under other calibration text (Fig. 1a, 6)",
+              tuple((name, Run(kind="statistics", calibration=name)) for name in calibrations), view="importance"),
+        Table("tuning", "Router tuning: epochs and windows (Fig. 7)", (
+            *((f"{n} epochs", at(TUNED, low, router_epochs=n)) for n in (1, 2, 4, 8)),
+            *((f"{n} windows", at(TUNED, low, router_samples=n)) for n in (8, 16, 64, 128)),
+        ), seeds=FIRST_SEED),
+        Table("routes", "Tokens whose experts changed against full precision (Fig. 1b, 8, 9)", (
+            ("FP, routers tuned", FP_TUNED), ("uniform", at(UNIFORM)), ("GEMQ, no tuning", at(GEMQ)),
+            ("GEMQ", at(TUNED)),
+        ), view="routes"),
+        Table("eq6", "Eq. 6 against the true rise of the loss, one expert at a time", (
+            ("GPTQ", Run(kind="eq6")), ("rounding", Run(kind="eq6", perturbation="rtn")),
+        ), view="eq6", seeds=FIRST_SEED),
+    ]
+    return {table.key: table for table in tables}
+
+
+# of them, what is most worth its time, in this order
+PRIORITY = ("1", "21", "5", "17", "18", "eq6", "routes", "maps", "importance", "6", "2", "3", "15", "20", "19", "16",
+            "tuning")

@@ -1,0 +1,122 @@
+"""Costs from the Fisher information of the weights, the usual alternative to Eq. 6's gradients of the outputs.
+
+``c[l, i, b] = sum over windows n, weights w of (dL_n / dw)^2 * (w - w_b)^2`` for the weights ``w`` of expert ``i`` of
+MoE layer ``l`` and their values ``w_b`` at ``b`` bits: the diagonal of the empirical Fisher matrix stands for the
+Hessian of the loss (Optimal Brain Damage, LeCun et al., 1989; as in SqueezeLLM, arXiv 2306.07629). ``L_n`` is the
+token-mean cross-entropy of window ``n``, as in :mod:`gemq.algorithms.importance`, so both costs are in the same unit. A
+squared gradient of a window's mean loss is not the mean of its tokens' squared gradients; per-token gradients of
+weights would cost a backward pass a token.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gemq.algorithms.allocation import Costs
+from gemq.algorithms.importance import Perturbation, Progress
+from gemq.algorithms.layerwise import Routed, watch_experts
+from gemq.algorithms.originals import Originals
+from gemq.algorithms.perplexity import token_losses
+from gemq.models import MoeLayer, MoeModel
+
+_SHARED = ("gate_proj", "up_proj", "down_proj")
+
+
+def _weights(layer: MoeLayer) -> list[nn.Parameter]:
+    """The parameters whose gradients are needed: both expert stacks, and a shared expert's three matrices."""
+    found = [layer.experts.gate_up_proj, layer.experts.down_proj]
+    return found if layer.shared is None else found + [getattr(layer.shared, name).weight for name in _SHARED]
+
+
+@contextmanager
+def _only_trainable(moe: MoeModel, weights: list[nn.Parameter]):
+    """Evaluation mode with gradients for ``weights`` alone; all is put back."""
+    was_training, required = moe.model.training, {p: p.requires_grad for p in moe.model.parameters()}
+    chosen = {id(p) for p in weights}
+    for p in required:
+        p.requires_grad_(id(p) in chosen)
+    moe.model.eval()
+    try:
+        yield
+    finally:
+        for p, value in required.items():
+            p.requires_grad_(value)
+        moe.model.train(was_training)
+
+
+def _information(moe: MoeModel, windows: Tensor, progress: Progress | None, steps: int) -> tuple[list, list]:
+    """Per layer the summed squared gradients of :func:`_weights`, and the experts' inputs."""
+    weights = [_weights(layer) for layer in moe.moe]
+    flat = [p for row in weights for p in row]
+    sums = [[torch.zeros_like(p, dtype=torch.float32) for p in row] for row in weights]
+    inputs: list[list[Routed]] = [[] for _ in moe.moe]
+    with _only_trainable(moe, flat), ExitStack() as stack, torch.enable_grad():
+        for seen, layer in zip(inputs, moe.moe, strict=True):
+            stack.enter_context(watch_experts(layer, lambda routed, output, seen=seen: seen.append(routed)))
+        for done, window in enumerate(windows, 1):
+            loss = token_losses(moe.model, window[None]).mean()
+            gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+            for row in sums:
+                for total in row:
+                    gradient = next(gradients)
+                    if gradient is not None:
+                        total += gradient.float().square()
+            if progress:
+                progress(done, steps)
+    return sums, inputs
+
+
+def _cost(information: list[Tensor], base: list[Tensor], quantized: list[Tensor]) -> float:
+    terms = zip(information, base, quantized, strict=True)
+    return sum(float((f * (w.float() - q.float()).square()).sum(dtype=torch.float64)) for f, w, q in terms)
+
+
+def _layer_costs(
+    layer: MoeLayer, sums: list[Tensor], seen: list[Routed], originals: Originals, perturbation: Perturbation,
+    candidates: tuple[int, ...],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Costs ``[E, B]`` of a layer's routed experts and ``[B]`` of its shared one."""
+    gate_up, down = originals.experts(layer)
+    routed = np.zeros((len(gate_up), len(candidates)))
+    for e in range(len(gate_up)):
+        base = [gate_up[e], down[e]]
+        found = perturbation.ffn(*base, candidates, lambda e=e: torch.cat([r.rows(e)[0] for r in seen]))
+        routed[e] = [_cost([s[e] for s in sums[:2]], base, list(pair)) for pair in found]
+    if layer.shared is None:
+        return routed, None
+    gate, up, down = originals.shared(layer)
+    base = [torch.cat([gate, up]), down]
+    found = perturbation.ffn(*base, candidates, lambda: torch.cat([r.x for r in seen]))
+    merged = [torch.cat(sums[2:4]), sums[4]]
+    return routed, np.array([_cost(merged, base, list(pair)) for pair in found])
+
+
+def weight_fisher(
+    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, *,
+    perturbation: Perturbation | None = None, progress: Progress | None = None,
+) -> Costs:
+    """Weight-Fisher costs of every expert and candidate width, for :func:`gemq.algorithms.allocation.solve`.
+
+    ``windows`` is int64 ``[N, T]``, one backward pass each; gradients are taken at the weights that ``moe`` holds, the
+    change is that of ``originals``, quantized as ``perturbation`` says. Needs as much memory again as the experts'
+    weights in float32, twice (the sums and one window's gradients).
+    """
+    perturbation, steps = perturbation or Perturbation(), len(windows) + len(moe.moe)
+    sums, inputs = _information(moe, windows, progress, steps)
+    rows = []
+    with torch.no_grad():
+        for at, layer in enumerate(moe.moe):
+            rows.append(_layer_costs(layer, sums[at], inputs[at], originals, perturbation, candidates))
+            if progress:
+                progress(len(windows) + at + 1, steps)
+    return Costs(
+        candidates=candidates,
+        routed=np.stack([routed for routed, _ in rows]),
+        shared=np.stack([shared for _, shared in rows]) if moe.moe[0].shared is not None else None,
+        shared_multiple=moe.shared_multiple,
+        layers=tuple(layer.index for layer in moe.moe),
+    )
