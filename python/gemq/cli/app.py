@@ -272,7 +272,10 @@ def demo(
     bits: Bits = "3,2.5,2,1.5",
     windows: Annotated[int | None, typer.Option(help="Bound the held-out windows (default: all).", min=1)] = None,
 ) -> None:
-    """Quantize the small trained model that ships with gemq on its text, compare methods, and generate."""
+    """Quantize the small trained model that ships with gemq on its text, compare methods, and generate.
+
+    [dim]gemq demo --bits 3,2 -o demo-out[/dim]
+    """
     from gemq.cli.demo import show
     from gemq.demo.run import DemoConfig, run_demo
 
