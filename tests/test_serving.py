@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fake_sglang
@@ -393,6 +394,19 @@ def test_another_version_is_a_warning_and_no_error(monkeypatch, fake, name, regi
 def test_widths_by_name(checkpoints, prefix, width):
     packed = load_packed_config(checkpoints["glm4_moe"][0])
     assert width_of(packed, prefix) == width
+
+
+def test_widths_of_single_matrices(checkpoints):
+    packed = load_packed_config(checkpoints["glm4_moe"][0])
+    own = {f"model.layers.1.self_attn.{name}_proj": 8 for name in "qkv"} | {
+        "model.layers.0.mlp.up_proj": 3, "model.layers.1.self_attn.o_proj": 16,
+    }
+    packed = replace(packed, linear_bits=own)
+    assert width_of(packed, "model.layers.1.self_attn.qkv_proj") == 8
+    assert width_of(packed, "model.layers.0.self_attn.qkv_proj") == 4
+    assert width_of(packed, "model.layers.1.self_attn.o_proj") == 16
+    with pytest.raises(ServingError, match=r"mlp.gate_up_proj merges matrices of different widths .*: 5, .*: 3\}"):
+        width_of(packed, "model.layers.0.mlp.gate_up_proj")
 
 
 @pytest.mark.parametrize("name", ["self_attn.kv_b_proj", "self_attn.fused_qkv_a_proj", "linear_attn.in_proj_qkvz",

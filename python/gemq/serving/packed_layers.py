@@ -23,6 +23,7 @@ _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _PACKED_ENDINGS = ("_proj", "_proj_with_mqa")
+_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
@@ -33,15 +34,28 @@ class ServingError(GemqError, ValueError):
 def width_of(config: PackedConfig, prefix: str) -> int:
     """The width of the linear that a runtime calls ``prefix``; 16 for one that is not quantized.
 
-    Raises :class:`ServingError` for attention whose linears the plug-ins do not know.
+    Raises :class:`ServingError` for attention whose linears the plug-ins do not know, and for matrices that the runtime
+    merges but the checkpoint gives different widths.
     """
     place = _PLACE.search(prefix)
     if place is None:
         return UNQUANTIZED
     layer, path = int(place[1]), place[2].split(".")
+    common = _width_by_kind(config, prefix, layer, path)
+    *above, leaf = path
+    names = [".".join(["model.layers", str(layer), *above, part]) for part in _MERGED.get(leaf, (leaf,))]
+    found = {name: config.linear_bits.get(name, common) for name in names}
+    if len(set(found.values())) > 1:
+        raise ServingError(f"{prefix} merges matrices of different widths ({found}), which is not served")
+    return found[names[0]]
+
+
+def _width_by_kind(config: PackedConfig, prefix: str, layer: int, path: list[str]) -> int:
+    """What the configuration says of the linear's kind: attention, shared expert, dense MLP."""
     known = path[0] == "self_attn" and (path[-1] in _ATTENTION or not path[-1].endswith(_PACKED_ENDINGS))
     if path[0] in ("self_attn", "linear_attn") and not known:
-        if config.attention_bits == UNQUANTIZED:
+        own = any(name.startswith(f"model.layers.{layer}.{path[0]}.") for name in config.linear_bits)
+        if config.attention_bits == UNQUANTIZED and not own:
             return UNQUANTIZED
         raise ServingError(
             f"{prefix}: this kind of attention is not served from packed weights; quantize with --attention-bits 16"
