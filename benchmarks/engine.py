@@ -153,8 +153,8 @@ def memory_and_stages(base: Path, shape: dict, depths: list[int], count: int, le
 
 def coefficients(base: Path) -> dict:
     """Eq. 6 of 64 experts and three widths against one forward and backward pass of the same windows."""
-    folder, text = base / "wide", windows(64, 256)
-    save_model(folder, 2, hidden=512, intermediate=256, experts=64, top_k=8)
+    folder, text = base / "wide", windows(32, 256)
+    save_model(folder, 4, hidden=256, intermediate=256, experts=64, top_k=8)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     moe = describe(model)
     plain = []
@@ -164,7 +164,7 @@ def coefficients(base: Path) -> dict:
             _capture_batch(moe, text[at : at + 4])
         plain.append(time.process_time() - began)
     row = {
-        "what": "coefficients", "experts": 64, "layers": 2, "hidden": 512, "intermediate": 256, "top_k": 8,
+        "what": "coefficients", "experts": 64, "layers": 4, "hidden": 256, "intermediate": 256, "top_k": 8,
         "tokens": text.numel(), "forward_backward_s": round(min(plain), 2),
     }
     for kind in ("rtn", "gptq"):
