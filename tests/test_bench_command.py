@@ -243,7 +243,8 @@ def test_measurement(configs, quick, family):
     assert found.roofline.share == pytest.approx(found.roofline.bytes_per_step / 1e10 / steps["p50"])
     assert found.memory.resident > found.memory.weights > 10_000 and found.memory.reserved is None
     assert sum(k.share for k in found.kernels) == pytest.approx(1) and found.kernels[0].microseconds > 0
-    moe = next(k for k in found.kernels if k.name == "gemq::moe_lowbit_ffn")
+    name = "gemq::moe_lowbit_ffn" if family == "qwen3_next" else "gemq::decode_step experts"
+    moe = next(k for k in found.kernels if k.name == name)
     assert moe.calls == 2
 
 
@@ -263,7 +264,7 @@ SMALL = ["--random-weights", "--tokens", "6", "--prompt-length", "4", "--profile
 def test_the_command(configs, quick, gemq_run, tmp_path):
     file = tmp_path / "out.json"
     code, out, err = gemq_run("--model-config", configs["mixtral"], "--bits", "1.5", *SMALL, "--json", file)
-    assert code == 0 and "tokens/s" in out and "gemq::moe_lowbit_ffn" in out and "copy bandwidth 10.0 GB/s" in out
+    assert code == 0 and "tokens/s" in out and "gemq::decode_step experts" in out and "copy bandwidth 10.0 GB/s" in out
     assert "mixtral, 2 layers" in err
     found = json.loads(file.read_text())
     assert found["schema"] == 1 and found["strongest"] == "gemq" and found["config"]["bits"] == 1.5

@@ -110,7 +110,7 @@ def measure(
             times.append(now - previous)
         previous = now
     memory = _memory(model, decoding, device)
-    kernels = _profile(stream, profile_steps, device) if profile_steps else []
+    kernels = _profile(stream, decoding, profile_steps, device) if profile_steps else []
     stream.close()
     # the first steps compile, capture and fill caches
     steady = times[_SETTLING:] or times[1:] or times or [decoding.timing.prefill]
@@ -156,11 +156,13 @@ def _memory(model: nn.Module, decoding: Decoding, device: torch.device) -> Memor
     return Memory(sum(held.values()), cache, resident=peak_resident_bytes())
 
 
-def _profile(stream, steps: int, device: torch.device) -> list[Kernel]:
+def _profile(stream, decoding: Decoding, steps: int, device: torch.device) -> list[Kernel]:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    cuda = device.type == "cuda"
+    cuda, native = device.type == "cuda", decoding.step_kind == "native"
+    if native:
+        decoding.step.program.measure()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -172,6 +174,20 @@ def _profile(stream, steps: int, device: torch.device) -> list[Kernel]:
         found = [(e.key, e.self_device_time_total, e.count) for e in averages if e.device_type == DeviceType.CUDA]
     else:
         found = [(e.key, e.self_cpu_time_total, e.count) for e in averages]
+    if native:
+        found = _with_operations(found, decoding.step.program.seconds(), steps)
     total = sum(time for _, time, _ in found) or 1.0
     found.sort(key=lambda item: -item[1])
     return [Kernel(name, time / steps, count / steps, time / total) for name, time, count in found if time > 0]
+
+
+def _with_operations(
+    found: list[tuple[str, float, int]], seconds: list[tuple[str, float]], steps: int
+) -> list[tuple[str, float, int]]:
+    """The compiled step's time split by kind of operation; what is left of it is entry and exit."""
+    kinds: dict[str, list[float]] = {}
+    for name, spent in seconds:
+        kinds.setdefault(f"gemq::decode_step {name}", []).append(1e6 * spent)
+    inside = sum(map(sum, kinds.values()))
+    rest = [(n, max(t - inside, 0.0) if n == "gemq::decode_step" else t, c) for n, t, c in found]
+    return rest + [(name, sum(times), steps * len(times)) for name, times in kinds.items()]
