@@ -203,10 +203,14 @@ def _eq6(study: Study, model: str, table: tables.Table) -> list[str]:
              "|---|---|---|---|---|---|"]
     for label, run in table.rows:
         for stage in study.stages(model, run):
-            found = eq6.summary(np.array(stage["predicted"]), np.array(stage["true"]), stage["candidates"],
-                                stage["length"])
+            predicted, true = np.array(stage["predicted"]), np.array(stage["true"])
+            found = eq6.summary(predicted, true, stage["candidates"], stage["length"])
             lines += [f"| {label} | {r['bits']} | {r['spearman']:.3f} | {r['within_layers']:.3f} | "
                       f"{' / '.join(f'{v:.2f}' for v in r['ratio'])} | {r['total']:.2f} |" for r in found]
+            # what an allocation compares: every expert at every width, and at those above 1 bit
+            for name, first in (("all", 0), ("2 and up", sum(b < 2 for b in stage["candidates"]))):
+                rank = eq6.spearman(predicted[..., first:], true[..., first:])
+                lines.append(f"| {label} | {name}, together | {rank:.3f} | | | |")
     return lines if len(lines) > 2 else []
 
 
