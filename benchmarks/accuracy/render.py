@@ -97,13 +97,14 @@ def _orders(study: Study, model: str, table: tables.Table) -> list[str]:
     lines, rows = [], {label: (run, field) for label, run, field in _rows_of(table)}
     for better, worse in table.orders:
         verdicts: dict[str, list[str]] = {"holds": [], "within the spread": [], "does not hold": []}
-        (one, one_field), (two, two_field) = rows[better], rows[worse]
+        (one, one_field), (two, two_field), few = rows[better], rows[worse], False
         for budget in one.budgets:
             for text in study.texts(model):
                 a = study.perplexities(model, one, budget, text, one_field)
                 b = study.perplexities(model, two, budget, text, two_field)
                 if not (a and b):
                     continue
+                few |= min(len(a), len(b)) < 3
                 if max(a) < min(b):
                     verdict = "holds"
                 elif min(a) > max(b):
@@ -113,7 +114,7 @@ def _orders(study: Study, model: str, table: tables.Table) -> list[str]:
                 verdicts[verdict].append(f"{text} {budget:g}")
         said = [f"{verdict} at {', '.join(where)}" for verdict, where in verdicts.items() if where]
         if said:
-            lines.append(f"* {better} below {worse}: {'; '.join(said)}.")
+            lines.append(f"* {better} below {worse}: {'; '.join(said)}{' (fewer than three seeds)' if few else ''}.")
     return ["", "The paper's order:", *lines] if lines else []
 
 
