@@ -120,7 +120,7 @@ def predicted_true(study: Study, model: str, table: tables.Table, path: Path) ->
             axis.set_xscale("log")
             axis.set_yscale("log")
         rank = eq6.spearman(predicted[..., b], true[..., b])
-        axis.set_title(f"{widths[b]} bits, Spearman {rank:.2f}", fontsize=9)
+        axis.set_title(f"{widths[b]} bit{'s' if widths[b] != 1 else ''}, Spearman {rank:.2f}", fontsize=9)
         axis.set_xlabel("predicted rise of the loss (Eq. 6)", fontsize=8)
         axis.set_ylabel("true rise", fontsize=8)
         axis.tick_params(labelsize=7)

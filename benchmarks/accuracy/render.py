@@ -97,13 +97,14 @@ def _orders(study: Study, model: str, table: tables.Table) -> list[str]:
     lines, rows = [], {label: (run, field) for label, run, field in _rows_of(table)}
     for better, worse in table.orders:
         verdicts: dict[str, list[str]] = {"holds": [], "within the spread": [], "does not hold": []}
-        (one, one_field), (two, two_field) = rows[better], rows[worse]
+        (one, one_field), (two, two_field), few = rows[better], rows[worse], False
         for budget in one.budgets:
             for text in study.texts(model):
                 a = study.perplexities(model, one, budget, text, one_field)
                 b = study.perplexities(model, two, budget, text, two_field)
                 if not (a and b):
                     continue
+                few |= min(len(a), len(b)) < 3
                 if max(a) < min(b):
                     verdict = "holds"
                 elif min(a) > max(b):
@@ -113,7 +114,7 @@ def _orders(study: Study, model: str, table: tables.Table) -> list[str]:
                 verdicts[verdict].append(f"{text} {budget:g}")
         said = [f"{verdict} at {', '.join(where)}" for verdict, where in verdicts.items() if where]
         if said:
-            lines.append(f"* {better} below {worse}: {'; '.join(said)}.")
+            lines.append(f"* {better} below {worse}: {'; '.join(said)}{' (fewer than three seeds)' if few else ''}.")
     return ["", "The paper's order:", *lines] if lines else []
 
 
@@ -203,10 +204,14 @@ def _eq6(study: Study, model: str, table: tables.Table) -> list[str]:
              "|---|---|---|---|---|---|"]
     for label, run in table.rows:
         for stage in study.stages(model, run):
-            found = eq6.summary(np.array(stage["predicted"]), np.array(stage["true"]), stage["candidates"],
-                                stage["length"])
+            predicted, true = np.array(stage["predicted"]), np.array(stage["true"])
+            found = eq6.summary(predicted, true, stage["candidates"], stage["length"])
             lines += [f"| {label} | {r['bits']} | {r['spearman']:.3f} | {r['within_layers']:.3f} | "
                       f"{' / '.join(f'{v:.2f}' for v in r['ratio'])} | {r['total']:.2f} |" for r in found]
+            # what an allocation compares: every expert at every width, and at those above 1 bit
+            for name, first in (("all", 0), ("2 and up", sum(b < 2 for b in stage["candidates"]))):
+                rank = eq6.spearman(predicted[..., first:], true[..., first:])
+                lines.append(f"| {label} | {name}, together | {rank:.3f} | | | |")
     return lines if len(lines) > 2 else []
 
 

@@ -175,7 +175,7 @@ def put_into(page: Path, out: Path, conditions: dict, command: str) -> None:
         if f"]({figure.name})" in body:
             (images / f"accuracy-{figure.name}").write_bytes(figure.read_bytes())
             body = body.replace(f"]({figure.name})", f"](images/accuracy-{figure.name})")
-    body = body.replace("\n## ", "\n### ").replace("\n### Table", "\n#### Table")
+    body = body.replace("\n### ", "\n#### ").replace("\n## ", "\n### ")
     c = conditions
     said = f"{c['machine']}; commit {c['commit']}, {c['date']}, torch {c['torch']}; `{command}`."
     text = f"{before}{begin}\n{body.strip()}\n\n{said}\n{end}{after}"
