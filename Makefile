@@ -16,7 +16,7 @@ help:
 	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clang      the same tests on a build by Clang (needs clang++)"
 	@echo "make portable   the same tests on the kernels as ARM runs them (needs a cross compiler and qemu-user)"
-	@echo "make compat     the suite on other versions of torch, triton and transformers (SETS=transformers-5.0.0)"
+	@echo "make compat     the suite on other versions of torch, triton and transformers (SETS=transformers-5.21.0)"
 	@echo "make sweep      20,000 op calls drawn from seeds, against float64 (CASES=, FIRST=)"
 	@echo "make fuzz       mutated checkpoints for SECONDS=600: the saved weights, or one clear error"
 	@echo "make kills      ends gemq quantize at every write and rename and at 100 random moments; each must resume alike"
