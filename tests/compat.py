@@ -55,8 +55,8 @@ class Versions(NamedTuple):
 
 
 SETS = (
-    Versions("2.8.0", "3.4.0", "5.21.0", "all"),
-    *(Versions("2.13.0", "3.9.0", v, "models") for v in ("5.21.0", "5.22.2")),
+    Versions("2.8.0", "3.4.0", "5.17.0", "all"),
+    *(Versions("2.13.0", "3.9.0", v, "models") for v in ("5.17.0", "5.20.0")),
     Versions("2.13.0", "3.9.0", "5.23.0", "all"),
     *(Versions("2.13.0", v, "5.23.0", "kernels") for v in ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0")),
 )

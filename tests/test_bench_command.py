@@ -193,7 +193,7 @@ def test_bytes_that_a_step_reads(configs, family):
     experts = [m for p, m in packed_modules(model) if p.endswith(".experts")]
     sizes = [expert_sizes(m) for m in experts]
     for module, found in zip(experts, sizes, strict=True):
-        stored = (module.gate_up_proj_codes, module.gate_up_proj_meta, module.down_proj_codes, module.down_proj_meta)
+        stored = (module.gate_up_codes, module.gate_up_meta, module.down_codes, module.down_meta)
         assert sum(found) == sum(t.numel() * t.element_size() for t in stored)
         assert len({s for s, b in zip(found, module.bits, strict=True) if b == 2}) == 1
     # with all experts, and all rows of the embedding, everything is read but tables of offsets and of frequencies

@@ -22,8 +22,8 @@ from gemq.integrity import INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, weight_files
 from gemq.summary import summarize
 
 LOADERS = {"gemq": gemq.from_pretrained, "transformers": AutoModelForCausalLM.from_pretrained}
-CODES = "model.layers.0.block_sparse_moe.experts.gate_up_proj_codes"
-META = "model.layers.0.block_sparse_moe.experts.down_proj_meta"
+CODES = "model.layers.0.block_sparse_moe.experts.gate_up_codes"
+META = "model.layers.0.block_sparse_moe.experts.down_meta"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight_codes"
 
 
@@ -169,7 +169,7 @@ def test_wrong_dtype(folder, name):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_metadata_that_is_not_finite(folder, value):
     edit_tensors(folder / WEIGHTS_FILE, lambda t: t[META].__setitem__(5, value))
-    refused(folder, r"model\.layers\.0\.mlp\.experts\.down_proj_meta holds NaN or infinity")
+    refused(folder, r"model\.layers\.0\.mlp\.experts\.down_meta holds NaN or infinity")
 
 
 def test_a_pickle_is_not_opened(folder):
@@ -312,7 +312,7 @@ def _with_bits(folder, expert_bits):
         ({0: [1, 2, 2, 3]}, r"expert_bits names layers \[0\], but the model's MoE layers are \[0, 1\]"),
         ({0: [2] * 4, 7: [2] * 4}, r"names layers \[0, 7\]"),
         ({0: [1, 2, 3], 1: [1, 2, 2, 3]}, r"expert_bits\[0\] has 3 widths for 4 experts"),
-        ({0: [8] * 4, 1: [8] * 4}, r"gate_up_proj_codes has shape \[\d+\], expected \[\d+\]"),
+        ({0: [8] * 4, 1: [8] * 4}, r"gate_up_codes has shape \[\d+\], expected \[\d+\]"),
     ],
     ids=["layer-missing", "other-layer", "expert-missing", "sizes"],
 )

@@ -135,7 +135,7 @@ def test_what_is_refused(checkpoint, tmp_path):
 def test_a_checkpoint_that_does_not_fit_writes_nothing(checkpoint, tmp_path):
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     tensors = load_file(broken / WEIGHTS_FILE)
-    name = "model.layers.0.block_sparse_moe.experts.gate_up_proj_codes"
+    name = "model.layers.0.block_sparse_moe.experts.gate_up_codes"
     save_file({**tensors, name: tensors[name][:-1].clone()}, broken / WEIGHTS_FILE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name} has shape"):
         export(broken, tmp_path / "out")

@@ -28,7 +28,7 @@ from gemq.models import packed_modules
 from gemq.reference.grid import round_to_nearest
 
 LOADERS = (gemq.from_pretrained, AutoModelForCausalLM.from_pretrained)
-META = "model.layers.0.block_sparse_moe.experts.down_proj_meta"
+META = "model.layers.0.block_sparse_moe.experts.down_meta"
 
 
 @pytest.fixture(scope="module")

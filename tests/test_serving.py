@@ -233,7 +233,7 @@ def test_vllm_other_experts_are_refused(vllm, checkpoints, change, message):
 
 
 @pytest.mark.parametrize("name", [
-    "model.layers.1.block_sparse_moe.experts.down_proj_meta", "model.layers.0.self_attn.k_proj.weight_codes",
+    "model.layers.1.block_sparse_moe.experts.down_meta", "model.layers.0.self_attn.k_proj.weight_codes",
     "model.layers.1.self_attn.o_proj.weight_meta",
 ])
 def test_vllm_weights_that_do_not_arrive_or_do_not_fit(vllm, checkpoints, name):
@@ -337,11 +337,11 @@ def test_sglang_refuses_by_name(sglang, checkpoints, change, message):
 def test_sglang_skips_in_silence_what_gemq_then_misses(sglang, checkpoints):
     folder, model = checkpoints["mixtral"]
     tensors = stored(folder)
-    name = "model.layers.0.block_sparse_moe.experts.gate_up_proj_codes"
+    name = "model.layers.0.block_sparse_moe.experts.gate_up_codes"
     tensors["renamed"] = tensors.pop(name)
     twin = sglang_model(sglang, folder, model, "mixtral")
     fake_sglang.load(twin, tensors.items())
-    with pytest.raises(CheckpointError, match=r"experts: .* gate_up_proj_codes did not reach the layer"):
+    with pytest.raises(CheckpointError, match=r"experts: .* gate_up_codes did not reach the layer"):
         fake_sglang.finish(twin)
 
 

@@ -81,7 +81,7 @@ def lay_over(record: LayerRecord, source: Source) -> None:
         for name in _STACKS:
             weight, (n, k) = getattr(target, name), module.shape(name)
             parts = unpack_experts(
-                getattr(module, f"{name}_codes"), getattr(module, f"{name}_meta"), module.bits, n, k,
+                *module.stored(name), module.bits, n, k,
                 module.group_sizes[name],
             )
             for e, part in enumerate(parts):

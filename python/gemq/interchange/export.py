@@ -90,13 +90,15 @@ def _tensors(
         path, _, leaf = name.rpartition(".")
         if path in modules and leaf.endswith("_codes"):
             plain = leaf.removesuffix("_codes")
+            # experts' buffers are named gate_up_codes and down_codes
+            target = plain if isinstance(modules[path], LowBitLinear) else f"{plain}_proj"
             meta = disk_name(model, f"{path}.{plain}_meta")
-            weight = _dense(modules[path], plain, reader.take(disk_name(model, name)), reader.take(meta), dtype)
+            weight = _dense(modules[path], target, reader.take(disk_name(model, name)), reader.take(meta), dtype)
             if not bool(torch.isfinite(weight).all()):
                 raise CheckpointError(
-                    f"{path}.{plain} has weights that are not finite in {str(dtype).removeprefix('torch.')}"
+                    f"{path}.{target} has weights that are not finite in {str(dtype).removeprefix('torch.')}"
                 )
-            yield f"{path}.{plain}", weight
+            yield f"{path}.{target}", weight
         elif name not in tied and not (path in modules and leaf.endswith("_meta")):
             stored = reader.take(disk_name(model, name))
             yield name, stored.to(dtype) if stored.is_floating_point() and name not in kept else stored

@@ -20,6 +20,7 @@ from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.interchange.gptq_tensors import PARTS, GptqShape, checkpoint_format, common_group_size, convert, shape_of
 from gemq.interchange.source import TensorReader, copy_companions, disk_name, disk_names, meta_model
 from gemq.models import MoeModel, describe, replace_with_packed
+from gemq.nn.experts import stored_name
 from gemq.shards import ShardWriter, new_folder
 
 # what the three linears of an expert are called on disk
@@ -209,8 +210,8 @@ def _write_experts(
                     part, pairs = read.converted(stems[role], shapes[role], size)
                     codes.append(part)
                     meta.append(pairs)
-            writer.add(disk_name(model, f"{layer.path}.experts.{name}_codes"), torch.cat(codes))
-            writer.add(disk_name(model, f"{layer.path}.experts.{name}_meta"), torch.cat(meta))
+            writer.add(disk_name(model, f"{layer.path}.experts.{stored_name(name, 'codes')}"), torch.cat(codes))
+            writer.add(disk_name(model, f"{layer.path}.experts.{stored_name(name, 'meta')}"), torch.cat(meta))
         if progress:
             progress(done + 1, len(moe.moe))
 

@@ -18,6 +18,14 @@ _IDS = (torch.int32, torch.int64)
 _TABLES = ("bits", "code_offsets", "meta_offsets")
 
 
+def stored_name(projection: str, part: str) -> str:
+    """The buffer of ``"codes"`` or ``"meta"`` of a projection: ``gate_up_codes``.
+
+    Not ``gate_up_proj_codes``: transformers before 5.21 takes whatever starts with ``gate_up_proj`` for that tensor.
+    """
+    return f"{projection.removesuffix('_proj')}_{part}"
+
+
 @dataclass(frozen=True)
 class QuantizedStack:
     """Codes of one projection of all experts of a layer: ``codes[e]`` uint8 ``[n, k]``, ``meta[e]`` float16
@@ -31,7 +39,7 @@ class QuantizedStack:
 class LowBitExperts(PackedModule):
     """Packed experts, called as ``experts(hidden [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]``.
 
-    The state dict always holds the canonical layout: ``{gate_up_proj,down_proj}_codes`` (uint8) and ``_meta``
+    The state dict always holds the canonical layout: ``{gate_up,down}_codes`` (uint8) and ``_meta``
     (float16), flat, expert after expert. :meth:`prepare` must run once after the buffers are filled: it moves
     them to the layout of their device's kernels and builds the offset tables.
     """
@@ -50,8 +58,14 @@ class LowBitExperts(PackedModule):
         self.layout = "canonical"
         for name in PROJECTIONS:
             plan = fmt.expert_layout(self.bits, *self.shape(name), self.group_sizes[name], self.layout)
-            self.register_buffer(f"{name}_codes", torch.zeros(plan.code_bytes, dtype=torch.uint8, device=device))
-            self.register_buffer(f"{name}_meta", torch.zeros(plan.meta_elements, dtype=torch.float16, device=device))
+            codes = torch.zeros(plan.code_bytes, dtype=torch.uint8, device=device)
+            meta = torch.zeros(plan.meta_elements, dtype=torch.float16, device=device)
+            self.register_buffer(stored_name(name, "codes"), codes)
+            self.register_buffer(stored_name(name, "meta"), meta)
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor]:
+        """The flat ``(codes, meta)`` of a projection, in the layout of the moment."""
+        return getattr(self, stored_name(name, "codes")), getattr(self, stored_name(name, "meta"))
 
     def shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one expert's projection."""
@@ -74,25 +88,25 @@ class LowBitExperts(PackedModule):
             codes, meta = pack_experts(
                 stack.codes, stack.meta, stack.bits, *module.shape(name), module.group_sizes[name]
             )
-            setattr(module, f"{name}_codes", codes)
-            setattr(module, f"{name}_meta", meta)
+            setattr(module, stored_name(name, "codes"), codes)
+            setattr(module, stored_name(name, "meta"), meta)
         return module
 
     def _converted(self, name: str, layout: str) -> tuple[Tensor, Tensor]:
         return convert_experts(
-            getattr(self, f"{name}_codes"), getattr(self, f"{name}_meta"), self.bits, *self.shape(name),
+            *self.stored(name), self.bits, *self.shape(name),
             self.group_sizes[name], self.layout, layout,
         )
 
     def prepare(self, layout: str | None = None) -> None:
         """Repack for the device's kernels (or to ``layout``) in place and build the offset tables there."""
-        device = self.gate_up_proj_codes.device
+        device = self.gate_up_codes.device
         layout = layout or layout_for(device)
         for name in PROJECTIONS:
             if layout != self.layout:
                 codes, meta = self._converted(name, layout)
-                setattr(self, f"{name}_codes", codes)
-                setattr(self, f"{name}_meta", meta)
+                setattr(self, stored_name(name, "codes"), codes)
+                setattr(self, stored_name(name, "meta"), meta)
         self.layout = layout
         for name in PROJECTIONS:
             tables = expert_tables(self.bits, *self.shape(name), self.group_sizes[name], layout, device)
@@ -104,7 +118,8 @@ class LowBitExperts(PackedModule):
         if self.layout != "canonical":
             for name in PROJECTIONS:
                 codes, meta = self._converted(name, "canonical")
-                destination[f"{prefix}{name}_codes"], destination[f"{prefix}{name}_meta"] = codes, meta
+                destination[prefix + stored_name(name, "codes")] = codes
+                destination[prefix + stored_name(name, "meta")] = meta
 
     def stack(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``(qweight, meta, expert_bits, expert_offsets, meta_offsets)`` of a projection, as the ops take them.
@@ -114,13 +129,13 @@ class LowBitExperts(PackedModule):
         if not hasattr(self, f"_{name}_bits"):
             raise RuntimeError("the experts have no offset tables yet: call prepare() once their buffers are filled")
         tables = (getattr(self, f"_{name}_{label}") for label in _TABLES)
-        return (getattr(self, f"{name}_codes"), getattr(self, f"{name}_meta"), *tables)
+        return (*self.stored(name), *tables)
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantized weights ``[E, n, k]`` of a projection; zeros for experts of 0 bits."""
         n, k = self.shape(name)
         size = self.group_sizes[name]
-        codes, meta = getattr(self, f"{name}_codes"), getattr(self, f"{name}_meta")
+        codes, meta = self.stored(name)
         parts = unpack_experts(codes, meta, self.bits, n, k, size, self.layout)
         out = torch.zeros(self.num_experts, n, k, dtype=dtype, device=codes.device)
         for e, part in enumerate(parts):

@@ -18,6 +18,7 @@ from gemq.checkpoint import PackedConfig
 from gemq.errors import CheckpointError, GemqError
 from gemq.format import UNQUANTIZED
 from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.nn.experts import stored_name
 
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
@@ -158,7 +159,7 @@ class ExpertParts:
 
     def _load(self, name: str, kind: str, param: nn.Parameter, loaded_weight: Tensor, *_, **named) -> bool | None:
         sizes = self._sizes(name, kind)
-        _check_loaded(f"{self.prefix}.{name}_{kind}", param, loaded_weight, sum(sizes))
+        _check_loaded(f"{self.prefix}.{stored_name(name, kind)}", param, loaded_weight, sum(sizes))
         pieces = loaded_weight.split(sizes)
         at = 0
         for expert in self.kept:
@@ -168,8 +169,8 @@ class ExpertParts:
         return True if named.get("return_success") else None
 
     def module(self, buffers: dict[str, Tensor]) -> LowBitExperts:
-        """The experts, ready for their device's kernels; ``buffers`` by ``gate_up_proj_codes`` and so on."""
-        _check_complete(self.prefix, {f"{name}_{kind}" for name, kind in self._missing})
+        """The experts, ready for their device's kernels; ``buffers`` by ``gate_up_codes`` and so on."""
+        _check_complete(self.prefix, {stored_name(name, kind) for name, kind in self._missing})
         bits = [self.bits[e] for e in self.kept]
         module = LowBitExperts(self.hidden, self.intermediate, bits, self.group_size, "meta")
         for name, buffer in buffers.items():

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from gemq.checkpoint import PackedConfig
 from gemq.format import UNQUANTIZED
+from gemq.nn.experts import stored_name
 from gemq.serving.packed_layers import ExpertParts, LinearParts, ServingError, check_unsplit, expert_widths, width_of
 
 _BUFFERS = [(name, kind) for name in ("gate_up_proj", "down_proj") for kind in ("codes", "meta")]
@@ -135,7 +136,7 @@ class GemqMoEMethod(FusedMoEMethodBase):
             self.prefix, hidden_size, intermediate_size_per_partition, bits, kept, self.packed.group_size
         )
         for name, kind in _BUFFERS:
-            layer.register_parameter(f"{name}_{kind}", self.parts.parameter(name, kind))
+            layer.register_parameter(stored_name(name, kind), self.parts.parameter(name, kind))
 
     def create_moe_runner(self, layer: nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
         """No runner of SGLang's: ids arrive local and in the standard form.
@@ -158,7 +159,7 @@ class GemqMoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Repack the loaded buffers for their device's kernels."""
-        buffers = {f"{name}_{kind}": getattr(layer, f"{name}_{kind}").data for name, kind in _BUFFERS}
+        buffers = {stored_name(name, kind): getattr(layer, stored_name(name, kind)).data for name, kind in _BUFFERS}
         for name in buffers:
             delattr(layer, name)
         layer.packed = self.parts.module(buffers)

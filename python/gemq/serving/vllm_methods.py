@@ -27,6 +27,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from gemq.checkpoint import PackedConfig
 from gemq.format import UNQUANTIZED
+from gemq.nn.experts import stored_name
 from gemq.serving.packed_layers import (
     ExpertParts,
     LinearParts,
@@ -41,8 +42,8 @@ SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe")
 # the names that vLLM gives to gate and up together, and to down
 _PROJECTIONS = {"w13": "gate_up_proj", "w2": "down_proj"}
 _RENAMED = {
-    re.compile(r"\.experts\.gate_up_proj_(codes|meta)$"): r".experts.0.gate_proj.\1",
-    re.compile(r"\.experts\.down_proj_(codes|meta)$"): r".experts.0.down_proj.\1",
+    re.compile(r"\.experts\.gate_up_(codes|meta)$"): r".experts.0.gate_proj.\1",
+    re.compile(r"\.experts\.down_(codes|meta)$"): r".experts.0.down_proj.\1",
 }
 
 
@@ -181,7 +182,7 @@ class GemqMoEMethod(FusedMoEMethodBase):
         buffers = {}
         for short, name in _PROJECTIONS.items():
             for kind in ("codes", "meta"):
-                buffers[f"{name}_{kind}"] = getattr(layer, f"{short}_{kind}").data
+                buffers[stored_name(name, kind)] = getattr(layer, f"{short}_{kind}").data
                 delattr(layer, f"{short}_{kind}")
         layer.packed = self.parts.module(buffers)
 
