@@ -127,7 +127,7 @@ def _fill_packed(module: nn.Module, generator: torch.Generator) -> None:
             if bits:
                 spans.append((at, at + size, bits))
                 at += size
-        _fill_metadata(getattr(module, f"{name}_meta"), spans, generator)
+        _fill_metadata(module.stored(name)[1], spans, generator)
 
 
 def _random_bytes(buffer: Tensor, generator: torch.Generator) -> None:
