@@ -34,7 +34,9 @@ def run(program: list[str], folder: Path) -> str:
 def test_commands_and_code_run_in_order(workplace: Path) -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("gemq ")]
     names = [c.split()[1] for c in commands]
-    assert names == ["quantize", "inspect", "verify", "eval", "allocate", "generate", "bench"]
+    assert names == [
+        "quantize", "inspect", "verify", "eval", "report", "allocate", "plan", "generate", "bench",
+    ]
     # one process for all commands: what is tested is the commands, not five imports of torch
     program = (
         "import shlex, sys\nfrom gemq.cli.run import run\n"
