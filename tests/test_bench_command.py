@@ -340,7 +340,7 @@ def test_a_half_written_result_is_not_left(configs, quick, tmp_path, monkeypatch
     result = run_bench(BenchConfig(str(configs["mixtral"]), 2, tokens=4, prompt_length=4, profile_steps=0))
     file = tmp_path / "out.json"
     file.write_text("before")
-    monkeypatch.setattr(json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_json(result, file)
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]

@@ -21,6 +21,7 @@ import eq6
 import numpy as np
 from torch import Tensor
 
+from gemq import durable
 from gemq.algorithms.allocation import Costs
 from gemq.algorithms.balanced_windows import balanced_windows, self_sampled_windows
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
@@ -136,16 +137,7 @@ def cell_name(model: str, model_print: str, seed: int, run: Run, settings: Setti
 
 def write_json(path: Path, content: object) -> None:
     """Write under a temporary name, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    durable.replace(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 class Session:

@@ -68,20 +68,29 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
+def replace(path: Path, *parts: bytes, partial: Path | None = None) -> None:
+    """Replace ``path`` by the parts one after another, all or nothing. Raises ``OSError``.
+
+    ``partial`` is the temporary name; the default is this process's own, so that several may write at once.
+    """
+    partial = partial or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as handle:
+            for part in parts:
+                passing(f"write {path.name}")
+                handle.write(part)
+        sync(partial)
+        rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_atomic(path: Path, *parts: bytes) -> None:
-    """Replace ``path`` by the parts one after another, all or nothing. Raises :class:`CheckpointError`."""
-    partial = path.with_name(path.name + ".tmp")
+    """As :func:`replace`, for a run directory: the temporary name is always the same, so that a run that goes on
+    writes over what a killed one left. Raises :class:`CheckpointError`."""
     with explained(path):
-        try:
-            with partial.open("wb") as handle:
-                for part in parts:
-                    passing(f"write {path.name}")
-                    handle.write(part)
-            sync(partial)
-            rename(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        replace(path, *parts, partial=path.with_name(path.name + ".tmp"))
 
 
 def seal(path: Path, payload: bytes) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemq import durable
 from gemq.errors import CheckpointError
 from gemq.integrity import EVALUATIONS_FILE, read_json
 
@@ -78,14 +79,5 @@ def record(folder: str | os.PathLike, score: Score) -> Path:
     file = Path(folder) / EVALUATIONS_FILE
     kept = [s for s in read_evaluations(folder) if s.key != score.key]
     rows = [{k: v for k, v in asdict(s).items() if v is not None and k != "model"} for s in [*kept, score]]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(json.dumps({"version": VERSION, "evaluations": rows}, indent=1) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    durable.replace(file, (json.dumps({"version": VERSION, "evaluations": rows}, indent=1) + "\n").encode())
     return file

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from gemq import durable
 from gemq.algorithms.program import Program
 from gemq.format import UNQUANTIZED, check_bits
 
@@ -123,7 +124,7 @@ class Costs:
         for field in fields(self):
             value = getattr(self, field.name)
             content[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
-        _write_atomically(Path(path), json.dumps(content, allow_nan=False) + "\n")
+        durable.replace(Path(path), (json.dumps(content, allow_nan=False) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Costs:
@@ -144,23 +145,6 @@ class Costs:
             return cls(**{name: content[name] for name in names})
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` under a temporary name in the same folder, flush it to disk and rename it to ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +182,21 @@ def _units(costs: Costs, count_shared: bool) -> tuple[float, float]:
     if costs.shared is None or not count_shared:
         return float(num_experts), 0.0
     return num_experts + costs.shared_multiple, max(0.0, costs.shared_multiple - 1) * costs.candidates[-1]
+
+
+def joined(parts: Sequence[Allocation], budget: float, seconds: float) -> Allocation:
+    """Allocations of single layers as one of all of them, for ``budget`` bits per expert."""
+    objective = sum(part.objective for part in parts)
+    slack = sum(part.gap * part.objective for part in parts)
+    return Allocation(
+        bits=np.concatenate([part.bits for part in parts]),
+        shared_bits=None,
+        budget=float(budget),
+        objective=objective,
+        gap=slack / objective if objective else 0.0,
+        seconds=seconds,
+        solver=parts[0].solver,
+    )
 
 
 def total_bits(budget: float, costs: Costs, *, count_shared: bool = True) -> int:

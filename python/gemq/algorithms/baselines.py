@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemq.algorithms.allocation import BUDGET_SLACK, Allocation, Costs, feasible_range, solve
+from gemq.algorithms.allocation import BUDGET_SLACK, Allocation, Costs, feasible_range, joined, solve
 from gemq.format import MAX_BITS
 
 
@@ -89,17 +89,7 @@ def pmq(
         raise ValueError(f"budget must be in {low:.6g}..{high:.6g} bits per expert for these candidates, got {budget}")
     per_layer = math.floor(budget * num_experts + BUDGET_SLACK) / num_experts
     parts = [solve(layer, per_layer, solver=solver) for layer in layers]
-    objective = sum(part.objective for part in parts)
-    slack = sum(part.gap * part.objective for part in parts)
-    return Allocation(
-        bits=np.concatenate([part.bits for part in parts]),
-        shared_bits=None,
-        budget=float(budget),
-        objective=objective,
-        gap=slack / objective if objective else 0.0,
-        seconds=time.monotonic() - start,
-        solver=parts[0].solver,
-    )
+    return joined(parts, budget, time.monotonic() - start)
 
 
 def global_pmq(

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from gemq.algorithms.allocation import Allocation, Costs, feasible_range, solve, total_bits
+from gemq.algorithms.allocation import Allocation, Costs, feasible_range, joined, solve, total_bits
 
 
 def layer_shares(curves: np.ndarray, total: int, lowest: int, highest: int) -> list[int]:
@@ -75,14 +75,4 @@ def two_step(costs: Costs, budget: float, *, per_layer: str = "none", solver: st
               solver=solver)
         for row, share in enumerate(shares)
     ]
-    objective = sum(part.objective for part in parts)
-    slack = sum(part.gap * part.objective for part in parts)
-    return Allocation(
-        bits=np.concatenate([part.bits for part in parts]),
-        shared_bits=None,
-        budget=float(budget),
-        objective=objective,
-        gap=slack / objective if objective else 0.0,
-        seconds=time.monotonic() - start,
-        solver=parts[0].solver,
-    )
+    return joined(parts, budget, time.monotonic() - start)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gemq import __version__
+from gemq import __version__, durable
 from gemq.bench import baseline, random_model
 from gemq.bench.architectures import load_config, meta_model
 from gemq.bench.measuring import Measurement, measure, reset_peaks
@@ -207,12 +205,4 @@ def _baselines(
 
 def write_json(result: BenchResult, path: Path) -> None:
     """Write the result to ``path``, whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(result.to_dict(), file, indent=1)
-            file.write("\n")
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    durable.replace(path, (json.dumps(result.to_dict(), indent=1) + "\n").encode())

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from gemq import durable
 from gemq import format as fmt
 from gemq.errors import DeviceError
 from gemq.ops import trials
@@ -202,14 +202,7 @@ def write_table(path: Path, device_name: str, entries: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     text = f'{{"version": {tables.VERSION}, "device": {json.dumps(device_name)}, "entries": [\n{lines}\n]}}\n'
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    durable.replace(path, text.encode())
 
 
 def _entries_of(path: Path) -> list[dict]:

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from gemq import durable
 from gemq.errors import CheckpointError
 from gemq.report.data import Checkpoint, ReportData
 from gemq.report.page import render
@@ -24,19 +25,10 @@ def write_report(data: ReportData, path: str | os.PathLike, title: str = "gemq r
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        durable.replace(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written ({error.strerror})") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_pictures(data: ReportData, folder: str | os.PathLike) -> list[Path]:
