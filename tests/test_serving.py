@@ -425,9 +425,11 @@ def test_local_ids():
 
 
 def overriding(cls):
-    """``(method name, ours, the base's)`` of every method that a class overrides."""
-    for name, ours in vars(cls).items():
-        base = next((vars(b)[name] for b in cls.__mro__[1:] if name in vars(b)), None)
+    """``(method name, ours, the base's)`` of every method of the runtime's classes that gemq's override."""
+    own = [c for c in cls.__mro__ if c.__module__.startswith("gemq.")]
+    bases = [c for c in cls.__mro__ if c not in own]
+    for name, ours in (item for c in own for item in vars(c).items()):
+        base = next((vars(b)[name] for b in bases if name in vars(b)), None)
         if base is not None and not name.startswith("_"):
             unwrapped = (getattr(f, "__func__", f) for f in (ours, base))
             yield name, ours, base, *unwrapped

@@ -28,9 +28,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 from gemq.checkpoint import PackedConfig
 from gemq.format import UNQUANTIZED
 from gemq.nn.experts import stored_name
+from gemq.serving.methods import PackedLinearMethod, PackedQuantization
 from gemq.serving.packed_layers import (
     ExpertParts,
-    LinearParts,
     ServingError,
     check_unsplit,
     expert_widths,
@@ -47,35 +47,8 @@ _RENAMED = {
 }
 
 
-class GemqConfig(QuantizationConfig):
+class GemqConfig(PackedQuantization, QuantizationConfig):
     """The ``quantization_config`` of a gemq checkpoint, as vLLM asks it."""
-
-    def __init__(self, packed: PackedConfig):
-        super().__init__()
-        self.packed = packed
-
-    def get_name(self) -> str:
-        """The name that ``config.json`` gives as ``quant_method``."""
-        return "gemq"
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Activations in 16 bits or float32; products are summed in float32."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """The kernels are compiled for sm_80 and newer."""
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Everything is in ``config.json``."""
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> GemqConfig:
-        """Raises :class:`gemq.errors.CheckpointError` for a config that is malformed, edited or too new."""
-        return cls(PackedConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Refuse families whose layers vLLM fuses in ways that were not tried, before anything is loaded."""
@@ -98,33 +71,8 @@ class GemqConfig(QuantizationConfig):
         return None
 
 
-class GemqLinearMethod(LinearMethodBase):
+class GemqLinearMethod(PackedLinearMethod, LinearMethodBase):
     """One linear layer, merged ones included, packed at one width."""
-
-    def __init__(self, packed: PackedConfig, bits: int, prefix: str):
-        self.packed, self.bits, self.prefix = packed, bits, prefix
-
-    def create_weights(
-        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs,
-    ) -> None:
-        """Register ``weight_codes`` and ``weight_meta``. Raises :class:`ServingError` under tensor parallelism."""
-        check_unsplit(
-            self.prefix, [input_size_per_partition, sum(output_partition_sizes)], [input_size, output_size]
-        )
-        self.parts = LinearParts(self.prefix, input_size, output_partition_sizes, self.bits, self.packed.group_size)
-        for name, parameter in self.parts.parameters().items():
-            layer.register_parameter(name, parameter)
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Repack the loaded buffers for their device's kernels."""
-        layer.packed = self.parts.module(layer.weight_codes.data, layer.weight_meta.data)
-        del layer.weight_codes, layer.weight_meta
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ W.T (+ bias)`` in the dtype of ``x``."""
-        out = layer.packed(x)
-        return out if bias is None else out + bias
 
 
 class GemqMoEMethod(FusedMoEMethodBase):
