@@ -66,3 +66,23 @@ def model_folder(tmp_path_factory, tokenizer):
 def tiny_folder(model_folder, text_file):
     """What QuantizeConfig needs to know of the tiny model and its text."""
     return {"model": str(model_folder), "calibration": str(text_file), "samples": 6, "length": 16}
+
+
+@pytest.fixture
+def gemq_run(capsys):
+    """Run a command in this process: ``(exit code, standard output, standard error)``."""
+
+    def call(*arguments, debug=False):
+        from gemq.cli.run import run
+
+        capsys.readouterr()
+        code = run([str(a) for a in arguments], debug)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def quick(text_file):
+    """Options of ``gemq quantize`` that make quantizing the tiny model take no time."""
+    return ["--calibration", str(text_file), "--samples", "6", "--length", "24"]

@@ -29,24 +29,6 @@ COMMANDS = (
 GEMQ = [sys.executable, "-m", "gemq"]
 
 
-@pytest.fixture
-def gemq_run(capsys):
-    """Run a command in this process: ``(exit code, standard output, standard error)``."""
-
-    def call(*arguments, debug=False):
-        capsys.readouterr()
-        code = run([str(a) for a in arguments], debug)
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def quick(text_file):
-    """Options that make quantizing the tiny model take no time."""
-    return ["--calibration", str(text_file), "--samples", "6", "--length", "24"]
-
-
 @pytest.fixture(scope="session")
 def checkpoint(model_folder, quick, tmp_path_factory):
     """What ``gemq quantize --bits 2`` makes of the tiny model."""

@@ -25,24 +25,6 @@ from gemq.pipeline import load_unquantized
 from gemq.summary import summarize
 
 
-@pytest.fixture
-def gemq_run(capsys):
-    """Run a command in this process: ``(exit code, standard output, standard error)``."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = run([str(a) for a in arguments])
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def quick(text_file):
-    """Options that make quantizing the tiny model take no time."""
-    return ["--calibration", str(text_file), "--samples", "6", "--length", "24"]
-
-
 @pytest.fixture(scope="module")
 def made(model_folder, quick, tmp_path_factory):
     """A quantized tiny model with a linear and an expert of their own widths, and the log of its layers."""

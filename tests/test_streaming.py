@@ -16,7 +16,6 @@ from transformers import TextStreamer
 
 import gemq
 from gemq.cli import generation as commands
-from gemq.cli.run import run
 from gemq.generation import Conversation, Decoding
 
 TEMPLATE = (
@@ -97,16 +96,6 @@ def test_an_interrupt_flushes_the_text(model, tokenizer, monkeypatch, capsys):
             streamer=lambda t: TextStreamer(t, skip_prompt=True),
         )
     assert len(capsys.readouterr().out.split()) == 5
-
-
-@pytest.fixture
-def gemq_run(capsys):
-    def call(*arguments):
-        capsys.readouterr()
-        code = run([str(a) for a in arguments])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_generate_reports_speed_and_memory(gemq_run, model_folder):

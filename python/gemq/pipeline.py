@@ -345,8 +345,6 @@ def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.
     return twin.eval(), config
 
 
-
-
 def load_any(path: str | os.PathLike, dtype: str = "auto", device: str | None = None) -> nn.Module:
     """A packed checkpoint or a full-precision model, ready for inference on ``device`` (default: CUDA or CPU)."""
     _check_complete(path)
