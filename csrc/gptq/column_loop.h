@@ -67,31 +67,43 @@ GEMQ_HD V code_of(V w, const Grid<V>& grid, float max_code) {
   return nearest(lesser(greater(code, zero), zero + max_code));
 }
 
-// sum over the group of |error|^norm, with norm 2.4 as the paper's scripts or 2. Only compared, so it
-// multiplies by 1 / s where the codes themselves are divided: a tie may fall to either side.
-template <class Ops, bool kPaperNorm, class Columns>
-GEMQ_HD typename Ops::V grid_error(const Columns& w, int group, const Grid<typename Ops::V>& grid,
-                                   float max_code) {
+// |error|^2 and, as the paper's scripts have it, |error|^2.4, from error^2; both up to a factor of the row. `root`
+// undoes the power, so that root(sum) is a norm of the errors.
+template <class Ops>
+struct SquareNorm {
   using V = typename Ops::V;
+  GEMQ_DEVICE_TOO explicit SquareNorm(V) {}
+  GEMQ_DEVICE_TOO V operator()(V square) const { return square; }
+  GEMQ_DEVICE_TOO static V root(V sum) { return fast_exp2<Ops>(0.5f * fast_log2<Ops>(sum + 1e-36f)); }
+};
+
+template <class Ops>
+struct PowerNorm {
+  using V = typename Ops::V;
+  GEMQ_DEVICE_TOO explicit PowerNorm(V) {}
+  // 1e-36 keeps the logarithm of an exact hit finite; its term vanishes beside any other
+  GEMQ_DEVICE_TOO V operator()(V square) const {
+    return fast_exp2<Ops>(greater(1.2f * fast_log2<Ops>(square + 1e-36f), V{} - 120.0f));
+  }
+  GEMQ_DEVICE_TOO static V root(V sum) { return fast_exp2<Ops>(fast_log2<Ops>(sum + 1e-36f) * (1.0f / 2.4f)); }
+};
+
+// Only compared, so it multiplies by 1 / s where the codes themselves are divided: a tie may fall to either side.
+template <class Norm, class V, class Columns>
+GEMQ_HD V grid_error(const Columns& w, int group, const Norm& norm, const Grid<V>& grid, float max_code) {
   const V zero = V{}, most = zero + max_code, inverse = 1.0f / grid.s, shift = grid.m * inverse;
   V sum = V{};
   for (int k = 0; k < group; ++k) {
     const V value = w(k);
     const V code = nearest(lesser(greater(value * inverse - shift, zero), most));
     const V error = code * grid.s + grid.m - value;
-    const V square = error * error;
-    // 1e-36 keeps the logarithm of an exact hit finite; its term vanishes beside any other
-    if constexpr (kPaperNorm) {
-      sum += fast_exp2<Ops>(greater(1.2f * fast_log2<Ops>(square + 1e-36f), zero - 120.0f));
-    } else {
-      sum += square;
-    }
+    sum += norm(error * error);
   }
   return sum;
 }
 
 template <class Ops, class V>
-GEMQ_HD Grid<V> scaled_range(V low, V high, float factor, float max_code) {
+GEMQ_HD Grid<V> scaled_range(V low, V high, V factor, float max_code) {
   return {greater(Ops::half(factor * (high - low) / max_code), V{} + kTinyHalf), Ops::half(factor * low)};
 }
 
@@ -107,12 +119,47 @@ GEMQ_HD Grid<typename Ops::V> binary_grid(const Columns& w, int group) {
   return {s, Ops::half(s * -0.5f)};
 }
 
-GEMQ_HD int factor_count(Clip clip) { return clip == Clip::kNone ? 1 : clip == Clip::kPaper ? 101 : 41; }
+// Factors first, first + step, ... around 1, which is number `unscaled`.
+struct Factors {
+  float step;
+  int unscaled, count;
+};
 
-// The unscaled range comes first, so that ties keep it.
-GEMQ_HD float factor_at(Clip clip, int index) {
-  if (clip == Clip::kMse) return static_cast<float>(1 - 0.02 * index);
-  return static_cast<float>(index <= 50 ? 1 + 0.002 * index : 1 - 0.002 * (index - 50));
+GEMQ_HD Factors factors_of(Clip clip) {
+  return clip == Clip::kPaper ? Factors{0.002f, 50, 101} : Factors{0.02f, 40, 41};
+}
+
+// The factor of the least error for every row; ties keep the unscaled range. Rows go upwards through the factors
+// each at their own pace: levels are proportional to the factor f and a weight is at most s / 2 from its level unless
+// it lies outside, so from f to f' the norm of the errors falls by (f' - f) * (|w| / f + |s / 2|) at most (norms over
+// the group, s at f = 1), and factors that cannot reach the best one so far are passed over. What s and m lose to
+// float16 is not in the bound, which has room for it.
+template <class Ops, class Norm, class Columns>
+GEMQ_HD Grid<typename Ops::V> best_range(const Columns& w, int group, typename Ops::V low, typename Ops::V high,
+                                         const Factors& factors, float max_code) {
+  using V = typename Ops::V;
+  const V zero = V{}, one = zero + 1.0f, half_step = (high - low) * (0.5f / max_code);
+  const float last = static_cast<float>(factors.count - 1), unscaled = static_cast<float>(factors.unscaled);
+  const Norm norm(high - low);
+  V total = zero;
+  for (int k = 0; k < group; ++k) total += norm(w(k) * w(k));
+  const V weights = Norm::root(total);
+  const V steps = Norm::root(norm(half_step * half_step) * static_cast<float>(group));
+  Grid<V> grid = scaled_range<Ops>(low, high, one, max_code);
+  V best = grid_error(w, group, norm, grid, max_code);
+  for (V number = zero; Ops::any_below(number, last + 0.5f);) {
+    const V factor = (lesser(number, zero + last) - unscaled) * factors.step + 1.0f;
+    const Grid<V> tried = scaled_range<Ops>(low, high, factor, max_code);
+    const V error = grid_error(w, group, norm, tried, max_code);
+    grid.s = error < best ? tried.s : grid.s;
+    grid.m = error < best ? tried.m : grid.m;
+    best = lesser(error, best);
+    const V fall = factors.step * (weights / factor + steps) + 1e-30f;
+    const V passed = (Norm::root(error) - Norm::root(best)) / fall;
+    // rounded down, and an integer to one less
+    number += nearest(lesser(greater(passed - 0.5f, zero), zero + last)) + 1.0f;
+  }
+  return grid;
 }
 
 template <class Ops, class Columns>
@@ -120,27 +167,17 @@ GEMQ_HD Grid<typename Ops::V> find_grid(const Columns& w, int group, int bits, C
   using V = typename Ops::V;
   if (bits == 1) return binary_grid<Ops>(w, group);
   const float max_code = static_cast<float>((1 << bits) - 1);
-  V low = V{}, high = V{}, best = V{};
+  V low = V{}, high = V{};
   for (int k = 0; k < group; ++k) {
     const V value = w(k);
     low = lesser(low, value);
     high = greater(high, value);
   }
-  Grid<V> grid = scaled_range<Ops>(low, high, 1.0f, max_code);
-  if (clip == Clip::kNone) return grid;
-  for (int index = 0; index < factor_count(clip); ++index) {
-    const Grid<V> tried = scaled_range<Ops>(low, high, factor_at(clip, index), max_code);
-    const V error = clip == Clip::kPaper ? grid_error<Ops, true>(w, group, tried, max_code)
-                                         : grid_error<Ops, false>(w, group, tried, max_code);
-    if (index == 0) {
-      best = error;
-      continue;
-    }
-    grid.s = error < best ? tried.s : grid.s;
-    grid.m = error < best ? tried.m : grid.m;
-    best = lesser(error, best);
+  if (clip == Clip::kNone) return scaled_range<Ops>(low, high, V{} + 1.0f, max_code);
+  if (clip == Clip::kMse) {
+    return best_range<Ops, SquareNorm<Ops>>(w, group, low, high, factors_of(clip), max_code);
   }
-  return grid;
+  return best_range<Ops, typename Ops::PaperNorm>(w, group, low, high, factors_of(clip), max_code);
 }
 
 // Calls put(column, codes as floats, errors) from left to right; w is used up. Errors of a few columns go

@@ -15,6 +15,8 @@ struct ThreadOps {
   GEMQ_DEVICE_TOO static V from_bits(I value) { return bits_float(static_cast<uint32_t>(value)); }
   GEMQ_DEVICE_TOO static V to_float(I value) { return static_cast<V>(value); }
   GEMQ_DEVICE_TOO static V half(V value) { return half_to_float(float_to_half(value)); }
+  GEMQ_DEVICE_TOO static bool any_below(V value, float limit) { return value < limit; }
+  using PaperNorm = PowerNorm<ThreadOps>;
 };
 
 // Column k of this thread's row: neighbours in a warp are neighbours in shared memory.
