@@ -58,55 +58,123 @@ class GptqReport:
     error: float
 
 
-def inverse_factor(hessian: Tensor, damping: float, retries: int = 4) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of ``(H + damping * mean(diag H) * I) ^ -1`` of Hessians ``[E, k, k]``.
+@dataclass(frozen=True)
+class Factor:
+    """``H + diag(added) = R R'`` for Hessians ``[E, k, k]``, with R upper triangular, in blocks of ``g`` columns.
 
-    Matrices that are not positive definite are retried alone with ten times the damping. Returns the factors and
-    the damping used per matrix; NaN where all retries failed.
+    R^-1 is the upper Cholesky factor of the inverse, which GPTQ propagates errors with. Of that the loop needs only
+    the diagonal blocks, so nothing larger is inverted. ``root [E, k, k]`` is R on and above the diagonal blocks (below
+    them it is not to be read), ``inverse [E, k // g, g, g]`` holds the inverses of those, ``added`` is ``[E, k]``,
+    and ``damping [E]`` is NaN where no damping gave a positive definite matrix.
+    """
+
+    root: Tensor
+    inverse: Tensor
+    added: Tensor
+    damping: Tensor
+
+    @property
+    def group_size(self) -> int:
+        """Columns of a block."""
+        return self.inverse.shape[-1]
+
+    def before(self, x: Tensor, block: int) -> Tensor:
+        """``x R`` in the columns of a block, of the columns before it: ``[E, n, g]`` of ``x [E, n, k]``."""
+        start = block * self.group_size
+        return x[..., :start] @ self.root[:, :start, start : start + self.group_size]
+
+    def loss(self, x: Tensor) -> Tensor:
+        """``tr(x H x')`` of ``x [E, n, k]``, ``[E]``."""
+        total = -(x.square().sum(-2) * self.added).sum(-1)
+        for start in range(0, x.shape[-1], self.group_size):
+            stop = start + self.group_size
+            total += (x[..., :stop] @ self.root[:, :stop, start:stop]).square().sum((-1, -2))
+        return total.clamp(min=0)
+
+
+def factorise(hessian: Tensor, damping: float, group_size: int, retries: int = 4) -> Factor:
+    """The :class:`Factor` of ``hessian [E, k, k]`` with ``damping * mean(diag H)`` added to the diagonal.
+
+    Matrices that are not positive definite are retried alone with ten times the damping.
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
+    mean = diagonal.mean(-1, keepdim=True)
     # a column that no token excites neither takes part in nor disturbs the propagation
-    dead = torch.where(diagonal == 0, mean[:, None].clamp(min=1e-30), 0.0)
-    factors = torch.full_like(hessian, float("nan"))
-    used = torch.full_like(mean, float("nan"))
-    todo = torch.arange(len(hessian), device=hessian.device)
-    for attempt in range(retries + 1):
-        level = damping * 10**attempt
-        damped = hessian[todo]
-        damped.diagonal(dim1=-2, dim2=-1).add_(dead[todo]).add_((level * mean[todo].clamp(min=1e-30))[:, None])
-        lower, info = torch.linalg.cholesky_ex(damped)
-        del damped
-        upper, info_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        done = (info == 0) & (info_inverse == 0) & torch.isfinite(upper).all(-1).all(-1)
-        factors[todo[done]], used[todo[done]] = upper[done], level
-        todo = todo[~done]
+    dead = torch.where(diagonal == 0, mean.clamp(min=1e-30), 0.0)
+    unit = mean.clamp(min=1e-30)
+    added = dead + damping * unit
+    root, inverse, done = _upper_root(hessian, added, group_size)
+    used = torch.where(done, damping, float("nan"))
+    for attempt in range(1, retries + 1):
+        todo = torch.where(~done)[0]
         if not len(todo):
             break
-    return factors, used
+        level = damping * 10**attempt
+        added[todo] = dead[todo] + level * unit[todo]
+        root[todo], inverse[todo], done[todo] = _upper_root(hessian[todo], added[todo], group_size)
+        used[todo[done[todo]]] = level
+    return Factor(root, inverse, added, used)
 
 
-def quantize_columns(
-    weight: Tensor, factor: Tensor, bits: Tensor, config: GptqConfig, group_size: int
-) -> tuple[Tensor, Tensor]:
-    """The column loop: weights ``[E, n, k]``, inverse factors ``[E, k, k]``, widths ``[E]``.
-
-    Returns codes uint8 ``[E, n, k]`` and metadata float16 ``[E, n, k // group_size, 2]``. The grid of a group is
-    found on its columns as all earlier groups left them, so the group is also the block of lazy updates.
-    """
-    w = weight.clone()
-    codes = torch.empty_like(w, dtype=torch.uint8)
-    metas = []
-    for start in range(0, w.shape[-1], group_size):
+def _upper_root(hessian: Tensor, added: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``root`` and ``inverse`` of a :class:`Factor`, and which matrices are positive definite ``[E]``."""
+    root = hessian.clone()
+    root.diagonal(dim1=-2, dim2=-1).add_(added)
+    size = root.shape[-1]
+    inverse = root.new_empty(len(root), size // group_size, group_size, group_size)
+    done = torch.ones(len(root), dtype=torch.bool, device=root.device)
+    eye = torch.eye(group_size, device=root.device)
+    for start in range(size - group_size, -1, -group_size):
         stop = start + group_size
-        block = factor[:, start:stop, start:stop]
-        codes[..., start:stop], meta, errors = gptq_group(
-            w[..., start:stop], block, bits, config.clip, config.propagate_from
-        )
+        columns = root[:, :stop, start:stop]
+        if stop < size:
+            columns.baddbmm_(root[:, :stop, stop:], root[:, start:stop, stop:].mT, alpha=-1)
+        # reversed in both directions a lower triangular factor is an upper one
+        lower, info = torch.linalg.cholesky_ex(columns[:, start:].flip(-1, -2))
+        block = lower.flip(-1, -2)
+        turned = torch.linalg.solve_triangular(block, eye, upper=True)
+        done &= (info == 0) & torch.isfinite(turned).all(-1).all(-1)
+        inverse[:, start // group_size] = turned
+        columns[:, start:] = block
+        columns[:, :start] = columns[:, :start] @ turned.mT
+    return root, inverse, done
+
+
+def inverse_factor(hessian: Tensor, damping: float, retries: int = 4) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of ``(H + damping * mean(diag H) * I) ^ -1`` of Hessians ``[E, k, k]``, all of it.
+
+    As :func:`factorise`; returns the factors and the damping used per matrix, NaN where all retries failed.
+    """
+    factor = factorise(hessian, damping, hessian.shape[-1], retries)
+    factor.inverse[torch.isnan(factor.damping)] = float("nan")
+    return factor.inverse[:, 0], factor.damping
+
+
+def quantize_columns(weight: Tensor, factor: Factor, bits: Tensor, config: GptqConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The column loop: weights ``[E, n, k]``, widths ``[E]``.
+
+    Returns codes uint8 ``[E, n, k]``, metadata float16 ``[E, n, k // g, 2]`` and the loss ``tr(D H D')`` ``[E]`` of
+    what was lost, D, which is as the loop has it where errors are propagated at every column. The grid of a group is
+    found on its columns as all earlier groups left them.
+
+    With errors E (lost / diag U, U = R^-1) textbook GPTQ takes ``E U`` off the columns that follow. Kept here is
+    F = E U itself, so that ``F R = E``: in the columns of a block, ``F R`` of those before it, times the block's own
+    inverse, is what they leave to it. Where errors are propagated, F is D, and the sum of E's squares its damped loss.
+    """
+    codes, carried = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    metas, loss, size = [], torch.zeros(len(weight), device=weight.device), factor.group_size
+    for block in range(weight.shape[-1] // size):
+        here, inverse = slice(block * size, (block + 1) * size), factor.inverse[:, block]
+        values, left = weight[..., here], 0.0
+        if block:
+            left = factor.before(carried, block)
+            values = torch.baddbmm(values, left, inverse)
+        codes[..., here], meta, errors = gptq_group(values, inverse, bits, config.clip, config.propagate_from)
         metas.append(meta)
-        # in place: the product is as large as the weights
-        w[..., stop:].baddbmm_(errors, factor[:, start:stop, stop:], alpha=-1)
-    return codes, torch.stack(metas, 2)
+        loss += errors.square().sum((-1, -2))
+        torch.bmm(errors - left, inverse, out=carried[..., here])
+        loss -= (carried[..., here].square().sum(-2) * factor.added[:, here]).sum(-1)
+    return codes, torch.stack(metas, 2), loss.clamp(min=0)
 
 
 def gptq(
@@ -120,30 +188,45 @@ def gptq(
     Returns ``(codes uint8 [E, n, k], meta float16 [E, n, k // group_size, 2], reports)``.
     """
     weight, hessian = weight.float(), hessian.float()
-    factor, damping, solved = solved_factor(hessian, tokens, config)
+    factor, solved = solved_factor(hessian, tokens, config, group_size)
     widths = torch.tensor(bits, device=weight.device)
-    codes, meta = quantize_columns(weight, factor, widths, config, group_size)
-    for e in torch.where(~solved)[0].tolist():
-        codes[e], meta[e] = round_to_nearest(weight[e], bits[e], group_size, config.clip)
-    error = _relative_output_error(weight, dequantize_codes(codes, meta), hessian)
+    codes, meta, loss = quantize_columns(weight, factor, widths, config)
+    total = factor.loss(weight)
+    for e in range(len(bits)):
+        one = slice(e, e + 1)
+        if not solved[e]:
+            codes[e], meta[e] = round_to_nearest(weight[e], bits[e], group_size, config.clip)
+            loss[e], total[e] = (_loss(x, hessian[e]) for x in (weight[e] - dequantize_codes(codes[e], meta[e]), weight[e]))
+        elif bits[e] < config.propagate_from:
+            own = Factor(factor.root[one], factor.inverse[one], factor.added[one], factor.damping[one])
+            loss[one] = own.loss(weight[one] - dequantize_codes(codes[one], meta[one]))
+    error = loss / total.clamp(min=1e-30)
     reports = [
-        GptqReport(tokens[e], float(damping[e]) if solved[e] else 0.0, "" if solved[e] else "rtn", float(error[e]))
+        GptqReport(
+            tokens[e], float(factor.damping[e]) if solved[e] else 0.0, "" if solved[e] else "rtn", float(error[e])
+        )
         for e in range(len(bits))
     ]
     return codes, meta, reports
 
 
-def solved_factor(hessian: Tensor, tokens: list[int], config: GptqConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors ``[E, k, k]`` and damping ``[E]`` of :func:`inverse_factor`, and which matrices GPTQ can take.
+def _loss(x: Tensor, hessian: Tensor) -> Tensor:
+    return ((x @ hessian) * x).sum()
+
+
+def solved_factor(hessian: Tensor, tokens: list[int], config: GptqConfig, group_size: int) -> tuple[Factor, Tensor]:
+    """:func:`factorise`, and which matrices GPTQ can take, ``[E]``.
 
     Those with fewer than ``config.min_tokens`` tokens, or whose Hessian stays indefinite, are to be rounded to
     nearest; their factor is the identity, which propagates nothing.
     """
-    factor, damping = inverse_factor(hessian, config.damping)
+    factor = factorise(hessian, config.damping, group_size)
     enough = torch.tensor([t >= config.min_tokens for t in tokens], device=hessian.device)
-    solved = enough & torch.isfinite(damping)
-    factor[~solved] = torch.eye(hessian.shape[-1], device=hessian.device)
-    return factor, damping, solved
+    solved = enough & torch.isfinite(factor.damping)
+    if not bool(solved.all()):
+        factor.root[~solved] = torch.eye(hessian.shape[-1], device=hessian.device)
+        factor.inverse[~solved] = torch.eye(group_size, device=hessian.device)
+    return factor, solved
 
 
 def gptq_at_widths(
@@ -154,16 +237,10 @@ def gptq_at_widths(
     As :func:`gptq`, but the Hessians ``[E, k, k]`` are factorised once for all widths.
     """
     weight = weight.float()
-    factor, _, solved = solved_factor(hessian.float(), tokens, config)
+    factor, solved = solved_factor(hessian.float(), tokens, config, group_size)
     for width in widths:
         bits = torch.full((len(weight),), width, device=weight.device)
-        codes, meta = quantize_columns(weight, factor, bits, config, group_size)
+        codes, meta, _ = quantize_columns(weight, factor, bits, config)
         for e in torch.where(~solved)[0].tolist():
             codes[e], meta[e] = round_to_nearest(weight[e], width, group_size, config.clip)
         yield dequantize_codes(codes, meta)
-
-
-def _relative_output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
-    delta = weight - quantized
-    lost = ((delta @ hessian) * delta).sum((-1, -2))
-    return lost / ((weight @ hessian) * weight).sum((-1, -2)).clamp(min=1e-30)
