@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
 from transformers import logging as transformers_logging
 
-from gemq.algorithms.gptq import GptqConfig, inverse_factor
+from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.importance import Perturbation, _capture_batch
 from gemq.algorithms.progressive import MethodConfig, quantize_progressively
 from gemq.algorithms.sequential import Hessian, quantize_stack
@@ -181,9 +181,13 @@ def coefficients(base: Path) -> dict:
 
 
 def eager_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, config: GptqConfig) -> None:
-    """One expert's matrix with a loop over its columns in torch."""
+    """One expert's matrix as published implementations quantize it: the inverse Hessian's upper Cholesky factor by
+    Cholesky, inverse and Cholesky, a range search per group, a loop over its columns in torch, and one product that
+    carries the group's errors to the later columns. No output error, no dequantized copy."""
     size = default_group_size(weight.shape[-1], config.group_size)
-    factor, _ = inverse_factor(hessian[None], config.damping)
+    damped = hessian[None].clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(config.damping * hessian.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     w, widths = weight[None].clone(), torch.tensor([bits])
     for start in range(0, w.shape[-1], size):
         stop = start + size

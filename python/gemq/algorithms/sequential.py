@@ -131,10 +131,22 @@ class _Calibration:
                 self.inner[at].add(expert_hidden(self.layer.experts.gate_up_proj[e], x) * scale)
 
 
+# what a batch of matrices may take on a CPU: memory that is used again and again is neither mapped nor fetched anew
+_BATCH_BYTES = 64 << 20
+
+
+def _batches(matrices: list[int], weights: Tensor) -> list[list[int]]:
+    """Matrices ``[n, k]`` to be quantized together: some on a CPU, all on a device that needs many to be busy."""
+    n, k = weights.shape[1:]
+    # the Hessian and its factor; the weights, what is carried and products
+    size = _BATCH_BYTES // (4 * (2 * k * k + 3 * n * k)) if weights.device.type == "cpu" else len(matrices)
+    return [matrices[at : at + max(1, size)] for at in range(0, len(matrices), max(1, size))]
+
+
 def quantize_stack(
     weights: Tensor, hessians: list[Hessian], bits: list[int], config: GptqConfig
 ) -> tuple[QuantizedStack, dict[int, GptqReport]]:
-    """Quantize ``weights [E, n, k]`` in one batch of all experts above 0 bits, writing the result back in place."""
+    """Quantize ``weights [E, n, k]`` in batches of experts above 0 bits, writing the result back in place."""
     size = default_group_size(weights.shape[-1], config.group_size)
     codes: list[Tensor | None] = [None] * len(bits)
     meta: list[Tensor | None] = [None] * len(bits)
@@ -143,11 +155,11 @@ def quantize_stack(
     for e in set(range(len(bits))) - set(kept):
         weights[e].zero_()
         reports[e] = GptqReport(hessians[e].tokens, 0.0, "", 1.0)
-    if kept:
-        hessian = torch.stack([hessians[e].value for e in kept])
-        tokens = [hessians[e].tokens for e in kept]
-        found, pairs, report = gptq(weights[kept], hessian, [bits[e] for e in kept], tokens, config, size)
-        for at, e in enumerate(kept):
+    for batch in _batches(kept, weights):
+        hessian = torch.stack([hessians[e].value for e in batch])
+        tokens = [hessians[e].tokens for e in batch]
+        found, pairs, report = gptq(weights[batch], hessian, [bits[e] for e in batch], tokens, config, size)
+        for at, e in enumerate(batch):
             codes[e], meta[e], reports[e] = found[at], pairs[at], report[at]
             weights[e].copy_(dequantize_codes(found[at], pairs[at], weights.dtype))
     return QuantizedStack(codes, meta, list(bits)), reports
