@@ -48,14 +48,14 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def forked(work: Callable[[], None], folder: Path, kill_after: float | None = None) -> int:
-    """Run ``work`` in a fork, in ``folder``; its exit status, or the negative signal that ended it."""
+def forking(work: Callable[[], None], folder: Path, log: Path) -> int:
+    """Start ``work`` in a fork, in ``folder``, what it prints appended to ``log``; the process."""
     child = os.fork()
     if not child:
         status = 1
         try:
             os.chdir(folder)
-            sink = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             work()
@@ -65,6 +65,12 @@ def forked(work: Callable[[], None], folder: Path, kill_after: float | None = No
             sys.stderr.flush()
         finally:
             os._exit(status)
+    return child
+
+
+def forked(work: Callable[[], None], folder: Path, kill_after: float | None = None) -> int:
+    """Run ``work`` in a fork, in ``folder``; its exit status, or the negative signal that ended it."""
+    child = forking(work, folder, folder.parent / "log.txt")
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)

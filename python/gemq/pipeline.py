@@ -256,7 +256,7 @@ def check_resources(config: QuantizeConfig, architecture, device: torch.device) 
     dtype = None if isinstance(chosen, str) else chosen
     options = PlanConfig(
         config.method, config.samples, config.length, "stream" if config.stream else "memory", dtype,
-        scratch=config.scratch, ranks=distributed.world().size,
+        scratch=config.scratch, ranks=distributed.launched().size,
     )
     folder = run_directory(config) if config.stream else config.output
     here = distributed.processes_here()
