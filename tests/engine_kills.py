@@ -25,6 +25,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# transformers reads weights on threads otherwise, which cost more than such a model's arithmetic
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 import torch
 import transformers
@@ -148,7 +150,7 @@ def run(base: Path, budgets: tuple[float, ...], events: str, moments: int, seed:
     trials += [(None, drawn.uniform(0, laboratory.seconds)) for _ in range(moments)]
     failures = []
     for number, (event, moment) in enumerate(trials):
-        if number % 50 == 0:
+        if number % 25 == 0:
             print(f"{number} of {len(trials)} trials, {len(failures)} failed", file=sys.stderr, flush=True)
         problem = laboratory.trial(event, moment)
         if problem:
@@ -177,6 +179,7 @@ def main() -> int:
     options.add_argument("--random", type=int, default=100, help="kills at random moments")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--budgets", default="2.5,2")
+    options.add_argument("--folder", help="where to work; one in memory spares the disk's syncs")
     given = options.parse_args()
     # no thread may exist at a fork
     torch.set_num_threads(1)
@@ -184,7 +187,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     # read once: an edit during the hours of a long run is not another code
     of_code()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         status = forked(lambda: prepare(Path(folder)), Path(folder))
         assert status == 0, status
         budgets = tuple(float(b) for b in given.budgets.split(","))

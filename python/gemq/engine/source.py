@@ -101,6 +101,8 @@ class Source:
         self._mapping = get_model_conversion_mapping(self.model)
         self._where: dict[str, Path] = {}
         self._stored: dict[str, torch.dtype] = {}
+        # parameters that are one tensor of the checkpoint each
+        self._plain: set[str] = set()
         self._units: dict[int, _Unit] = {index: _Unit() for index in range(OUTSIDE, len(self.moe.layers))}
         self._index_files()
         self._fill_computed_buffers()
@@ -134,9 +136,13 @@ class Source:
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         for file, header in self._headers.items():
             for original, entry in header.items():
-                target, _ = rename_source_key(original, renamings, converters, self.model.base_model_prefix, state)
+                target, converted = rename_source_key(
+                    original, renamings, converters, self.model.base_model_prefix, state
+                )
                 if target not in state and original in state:
                     target = original
+                if converted is None:
+                    self._plain.add(target)
                 if target in state:
                     self._where[original] = file
                     self._units[self.unit_of(target)].parameters.setdefault(target, []).append(original)
@@ -202,7 +208,10 @@ class Source:
         self._held |= set(names)
 
     def _read(self, names: list[str], parameters: dict[str, list[str]]) -> None:
-        self._convert(names, parameters)
+        plain = {name: parameters[name][0] for name in names if name in self._plain and len(parameters[name]) == 1}
+        self._copy(plain)
+        if len(plain) < len(names):
+            self._convert([name for name in names if name not in plain], parameters)
         for name in names:
             value = self.model.get_parameter_or_buffer(name)
             if value.is_meta:
@@ -213,6 +222,27 @@ class Source:
             if name in self._stacks and value.dtype.itemsize <= dtype.itemsize:
                 dtype = value.dtype
             self.put(name, value.detach().to(self.device, dtype))
+
+    def _copy(self, originals: dict[str, str]) -> None:
+        """Read parameters that are stored as they are, a tensor each."""
+        wrong = []
+        try:
+            for file in sorted({self._where[original] for original in originals.values()}):
+                with safe_open(file, framework="pt") as handle:
+                    for name, original in originals.items():
+                        if self._where[original] == file:
+                            # a copy: what is mapped stays resident with its file
+                            value = handle.get_tensor(original).clone()
+                            if value.shape != self.model.get_parameter_or_buffer(name).shape:
+                                wrong.append(name)
+                            self.put(name, value)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder} could not be read: {error}") from error
+        self._refuse(wrong)
+
+    def _refuse(self, wrong: list[str]) -> None:
+        if wrong:
+            raise CheckpointError(f"{self.folder} does not fit its config: {', '.join(wrong[:5])}")
 
     def _convert(self, names: list[str], parameters: dict[str, list[str]]) -> None:
         originals = [original for name in names for original in parameters[name]]
@@ -237,9 +267,7 @@ class Source:
                 transformers_logging.enable_progress_bar()
             # noted for saving, which is a twin's affair
             self.model._weight_conversions = None
-        wrong = sorted(name for name, *_ in found.mismatched_keys) + sorted(found.conversion_errors)
-        if wrong:
-            raise CheckpointError(f"{self.folder} does not fit its config: {', '.join(wrong[:5])}")
+        self._refuse(sorted(name for name, *_ in found.mismatched_keys) + sorted(found.conversion_errors))
 
     def drop(self, unit: int) -> None:
         """Forget the weights of a unit."""
