@@ -25,6 +25,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# transformers reads weights on threads otherwise, which cost more than such a model's arithmetic
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 import torch
 import transformers
@@ -48,14 +50,14 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def forked(work: Callable[[], None], folder: Path, kill_after: float | None = None) -> int:
-    """Run ``work`` in a fork, in ``folder``; its exit status, or the negative signal that ended it."""
+def forking(work: Callable[[], None], folder: Path, log: Path) -> int:
+    """Start ``work`` in a fork, in ``folder``, what it prints appended to ``log``; the process."""
     child = os.fork()
     if not child:
         status = 1
         try:
             os.chdir(folder)
-            sink = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             work()
@@ -65,6 +67,12 @@ def forked(work: Callable[[], None], folder: Path, kill_after: float | None = No
             sys.stderr.flush()
         finally:
             os._exit(status)
+    return child
+
+
+def forked(work: Callable[[], None], folder: Path, kill_after: float | None = None) -> int:
+    """Run ``work`` in a fork, in ``folder``; its exit status, or the negative signal that ended it."""
+    child = forking(work, folder, folder.parent / "log.txt")
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
@@ -142,7 +150,7 @@ def run(base: Path, budgets: tuple[float, ...], events: str, moments: int, seed:
     trials += [(None, drawn.uniform(0, laboratory.seconds)) for _ in range(moments)]
     failures = []
     for number, (event, moment) in enumerate(trials):
-        if number % 50 == 0:
+        if number % 25 == 0:
             print(f"{number} of {len(trials)} trials, {len(failures)} failed", file=sys.stderr, flush=True)
         problem = laboratory.trial(event, moment)
         if problem:
@@ -171,6 +179,7 @@ def main() -> int:
     options.add_argument("--random", type=int, default=100, help="kills at random moments")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--budgets", default="2.5,2")
+    options.add_argument("--folder", help="where to work; one in memory spares the disk's syncs")
     given = options.parse_args()
     # no thread may exist at a fork
     torch.set_num_threads(1)
@@ -178,7 +187,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     # read once: an edit during the hours of a long run is not another code
     of_code()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         status = forked(lambda: prepare(Path(folder)), Path(folder))
         assert status == 0, status
         budgets = tuple(float(b) for b in given.budgets.split(","))

@@ -134,14 +134,15 @@ def test_one_decoder_layer_is_loaded_at_a_time(tmp_path: Path, monkeypatch) -> N
     folder = saved("mixtral", tmp_path / "model")
     most, load = [], Source.load
 
-    def counting(self, unit):
-        load(self, unit)
-        layers = [n for n, layer in enumerate(self.moe.layers) if not next(layer.parameters()).is_meta]
+    def counting(self, unit, without=()):
+        load(self, unit, without)
+        # the first parameters of a layer, its attention's, are quantized: a record's norm is read from the model
+        layers = [n for n, layer in enumerate(self.moe.layers) if not layer.input_layernorm.weight.is_meta]
         most.append(len(layers))
         assert layers == [unit] or (unit == OUTSIDE and not layers)
 
     monkeypatch.setattr(Source, "load", counting)
-    streamed(folder, tmp_path / "run", replace(METHOD, tune=False, router_bits=8))
+    streamed(folder, tmp_path / "run", replace(METHOD, router_bits=8))
     assert max(most) == 1 and len(most) > 8
 
 
@@ -159,7 +160,9 @@ def test_a_source_reads_what_transformers_loads(tmp_path: Path, dtype: torch.dty
             source.load(unit)
         state, wanted = source.model.state_dict(), expected.state_dict()
         assert list(state) == list(wanted)
-        assert all(torch.equal(state[k], wanted[k]) and state[k].dtype == wanted[k].dtype for k in wanted)
+        # experts stay as they are stored until they are used
+        kept = {k: dtype if ".experts." in k else wanted[k].dtype for k in wanted}
+        assert all(torch.equal(state[k].to(wanted[k].dtype), wanted[k]) and state[k].dtype == kept[k] for k in wanted)
         with torch.no_grad():
             assert torch.equal(source.model(WINDOWS).logits, expected(WINDOWS).logits)
         for unit in range(OUTSIDE, len(source.moe.layers)):

@@ -54,7 +54,7 @@ def test_running_layer_by_layer_is_running_the_model() -> None:
         model = tiny_model(family)
         moe, windows = describe(model), random_windows(3)
         with torch.no_grad():
-            calls = capture_layer_calls(moe, windows, batch_size=2)
+            calls = capture_layer_calls(moe, list(windows.split(2)))
             states = calls.hidden
             for index, layer in enumerate(moe.layers):
                 states = [run_layer(layer, h, kw[index]) for h, kw in zip(states, calls.kwargs, strict=True)]

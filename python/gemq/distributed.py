@@ -40,8 +40,14 @@ class World:
         return self.rank == 0
 
 
+# whether rank 0 is at work inside on_first
+_alone = False
+
+
 def world() -> World:
-    """This process's place; rank 0 of 1 where no job was started."""
+    """This process's place; rank 0 of 1 where no job was started, and inside the work of :func:`on_first`."""
+    if _alone:
+        return World(0, 1)
     if dist.is_available() and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
     return World(0, 1)
@@ -54,7 +60,7 @@ def launched() -> World:
 
 def processes_here() -> int:
     """How many processes of the job share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world().size > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched().size > 1 else 1
 
 
 def own_device() -> str | None:
@@ -166,18 +172,22 @@ def gather(value: T) -> list[T]:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """What ``work()`` gives on rank 0, which alone runs it; its error is raised on all."""
+    """What ``work()`` gives on rank 0, which alone runs it, as a job of one; its error is raised on all."""
+    global _alone
     here = world()
     if here.size == 1:
         return work()
     outcome: list[Any] = [None, None]
     caught = None
     if here.first:
+        _alone = True
         try:
             outcome[0] = work()
         except Exception as error:
             caught = error
             outcome[1] = f"{type(error).__name__}: {error}"
+        finally:
+            _alone = False
     with _reaching():
         dist.broadcast_object_list(outcome, 0)
     if caught is not None:

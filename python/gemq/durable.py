@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,12 +20,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from gemq.errors import CheckpointError
 
 _MAGIC = b"gemqseal"
+# what sealed tensors may be, as safetensors spells it
+_DTYPES = {
+    "U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "I32": torch.int32, "I64": torch.int64,
+}
 _watcher: Callable[[str], None] | None = None
 
 
@@ -125,14 +132,33 @@ def seal_tensors(path: Path, tensors: dict[str, Tensor], notes: Any) -> None:
     seal(path, save({k: v.contiguous() for k, v in tensors.items()}, {"notes": json.dumps(notes)}))
 
 
-def unseal_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
-    """What :func:`seal_tensors` wrote, on the CPU, or None."""
-    payload = unseal(path)
-    if payload is None:
+def unseal_tensors(path: Path, trusted: bool = False) -> tuple[dict[str, Tensor], Any] | None:
+    """What :func:`seal_tensors` wrote, on the CPU, or None. The tensors are the file's pages, private to this process
+    and resident as they are used. ``trusted``: known to be whole, so the file is not read through for it."""
+    try:
+        with path.open("rb") as handle:
+            data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (FileNotFoundError, ValueError):
+        # absent, or empty
         return None
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-    # a safetensors file without tensors is one that `load` reads, too
-    return {k: torch.as_tensor(v) for k, v in load(payload).items()}, json.loads(header["__metadata__"]["notes"])
+    start = len(_MAGIC) + 32
+    if not trusted:
+        whole = data[: len(_MAGIC)] == _MAGIC
+        with memoryview(data) as view, view[start:] as payload:
+            if not whole or hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:
+                return None
+    size = int.from_bytes(data[start : start + 8], "little")
+    header = json.loads(data[start + 8 : start + 8 + size])
+    notes = json.loads(header.pop("__metadata__")["notes"])
+    return {name: _mapped(data, entry, start + 8 + size) for name, entry in header.items()}, notes
+
+
+def _mapped(data: mmap.mmap, entry: dict[str, Any], start: int) -> Tensor:
+    dtype, count = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
+    if not count:
+        return torch.empty(entry["shape"], dtype=dtype)
+    offset = start + entry["data_offsets"][0]
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(entry["shape"])
 
 
 def remove(path: Path) -> None:

@@ -28,7 +28,8 @@ from gemq.algorithms.sequential import OnLayer
 from gemq.algorithms.tensor_bits import resolve
 from gemq.checkpoint import PackedConfig, check_output, from_pretrained, pack_model, save_packed
 from gemq.engine.journal import CHANGED, read_manifest
-from gemq.engine.session import RunOptions, Session, written_by
+from gemq.engine.run import StreamedResult
+from gemq.engine.session import RunOptions, Session, Work, written_by
 from gemq.engine.source import Source
 from gemq.errors import CheckpointError
 from gemq.integrity import RUN_FILE
@@ -217,8 +218,6 @@ def quantize(
 def _prepare(config: QuantizeConfig, targets: dict[float, Path], device: torch.device):
     """Every check that can be made before weights are read; then the windows to calibrate and to tune routers on, and
     the model's transformers config."""
-    if config.stream and distributed.world().size > 1:
-        raise ValueError("stream must be off (--no-stream) where several processes share a run, got on")
     begun = config.stream and read_manifest(run_directory(config)) is not None
     for target in targets.values():
         if not (begun and written_by(target, REPORT_FILE)):
@@ -257,7 +256,7 @@ def check_resources(config: QuantizeConfig, architecture, device: torch.device) 
     dtype = None if isinstance(chosen, str) else chosen
     options = PlanConfig(
         config.method, config.samples, config.length, "stream" if config.stream else "memory", dtype,
-        scratch=config.scratch, ranks=distributed.world().size,
+        scratch=config.scratch, ranks=distributed.launched().size,
     )
     folder = run_directory(config) if config.stream else config.output
     here = distributed.processes_here()
@@ -282,19 +281,27 @@ def _quantize_streamed(
     outcomes = []
     with session.working(run, progress, on_layer) as work:
         for result in work.results():
-            target = targets[result.budget]
-            stored = stored_dtype(session.source.declared)
-            assembly, packed, name = work.assembly(result, stored)
-            if written_by(target, REPORT_FILE) != name:
-                save_packed(
-                    assembly.model, packed, target, tokenizer=tokenizer, dtype=stored, weights=assembly.write,
-                    extra_files=extra_files(config, result, result.reports, name, session.source.moe),
-                    overwrite=config.overwrite,
-                )
-            if not (target / RUN_FILE).is_file():
-                write_run(target, result.seconds)
-            outcomes.append(outcome_of(result, target, result.reports, session.source.moe))
+            outcomes.append(
+                distributed.on_first(lambda r=result: _save_streamed(config, work, r, tokenizer, targets[r.budget]))
+            )
     return outcomes
+
+
+def _save_streamed(
+    config: QuantizeConfig, work: Work, result: StreamedResult, tokenizer, target: Path
+) -> QuantizeOutcome:
+    """Write the checkpoint of a result, unless an earlier call did."""
+    source = work.engine.source
+    stored = stored_dtype(source.declared)
+    assembly, packed, name = work.assembly(result, stored)
+    if written_by(target, REPORT_FILE) != name:
+        save_packed(
+            assembly.model, packed, target, tokenizer=tokenizer, dtype=stored, weights=assembly.write,
+            extra_files=extra_files(config, result, result.reports, name, source.moe), overwrite=config.overwrite,
+        )
+    if not (target / RUN_FILE).is_file():
+        write_run(target, result.seconds)
+    return outcome_of(result, target, result.reports, source.moe)
 
 
 def stored_dtype(declared: torch.dtype) -> torch.dtype:

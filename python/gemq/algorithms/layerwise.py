@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemq import distributed
 from gemq.models import MoeLayer, MoeModel
 
 
 @dataclass
 class LayerCalls:
-    """The input of the first decoder layer and every layer's keyword arguments, per batch of this process's windows."""
+    """The input of the first decoder layer and every layer's keyword arguments, per batch."""
 
     hidden: list[Tensor] = field(default_factory=list)
     kwargs: list[list[dict[str, Any]]] = field(default_factory=list)
@@ -46,13 +45,13 @@ def _recording(moe: MoeModel, calls: LayerCalls) -> Iterator[None]:
 
 
 @torch.no_grad()
-def capture_layer_calls(moe: MoeModel, windows: Tensor, batch_size: int) -> LayerCalls:
-    """Run only the embeddings and note how the model would call each decoder layer (no layer is executed), for this
-    process's batches."""
+def capture_layer_calls(moe: MoeModel, batches: list[Tensor]) -> LayerCalls:
+    """Run only the embeddings and note how the model would call each decoder layer (no layer is executed), for each
+    of ``batches``, int64 ``[B, T]``."""
     calls = LayerCalls()
     device = next(moe.model.parameters()).device
     with _recording(moe, calls):
-        for batch in distributed.batches(windows, batch_size):
+        for batch in batches:
             moe.decoder(input_ids=batch.to(device), use_cache=False)
     return calls
 

@@ -96,7 +96,7 @@ def align_routers(
     by_index = {layer.index: (row, layer) for row, layer in enumerate(moe.moe)}
     was_training, divergences = moe.model.training, []
     moe.model.eval()
-    calls = capture_layer_calls(moe, windows, batch_size)
+    calls = capture_layer_calls(moe, distributed.batches(windows, batch_size))
     hidden = calls.hidden
     for index, module in enumerate(moe.layers):
         if index in by_index:

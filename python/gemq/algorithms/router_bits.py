@@ -30,7 +30,7 @@ def quantize_routers(
     by_index = {layer.index: layer for layer in moe.moe}
     was_training = moe.model.training
     moe.model.eval()
-    calls = capture_layer_calls(moe, windows, batch_size)
+    calls = capture_layer_calls(moe, distributed.batches(windows, batch_size))
     hidden = calls.hidden
     for index, module in enumerate(moe.layers):
         if index in by_index:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from gemq.algorithms.perplexity import token_losses
 from gemq.models import MoeModel
 
 Progress = Callable[[int, int], None]
+# of windows ``[1, T]``, for each the ``loss`` and its gradients by the routers, numbered in their order
+Gradients = Callable[[list[Tensor]], Iterable[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -55,31 +58,32 @@ def _continue(
         }
 
 
-def _accumulate(model: nn.Module, batch: Tensor, routers: list[nn.Parameter], masters: list[Tensor]) -> float:
+def _accumulate(batch: Tensor, masters: list[Tensor], gradients: Gradients) -> float:
     """Set the masters' gradients to the mean over the windows ``[B, T]`` of all processes; returns the mean loss."""
     for master in masters:
         master.grad = torch.zeros_like(master)
-    mine, mean = distributed.batches(batch, 1), 0.0
-    for turn in range(distributed.rounds(batch, 1)):
-        seen = _gradients(model, mine[turn], routers) if turn < len(mine) else None
-        for tensors in distributed.exchange(seen, batch.device):
+    mine, mean = iter(gradients(distributed.batches(batch, 1))), 0.0
+    for _ in range(distributed.rounds(batch, 1)):
+        for tensors in distributed.exchange(next(mine, None), batch.device):
             mean += float(tensors["loss"]) / len(batch)
             for index, master in enumerate(masters):
                 master.grad += tensors[str(index)].float() / len(batch)
     return mean
 
 
-def _gradients(model: nn.Module, window: Tensor, routers: list[nn.Parameter]) -> dict[str, Tensor]:
-    """The loss of one window ``[1, T]`` and its gradients by the routers, numbered in their order."""
-    with torch.enable_grad():
-        loss = token_losses(model, window).mean()
-        gradients = torch.autograd.grad(loss, routers)
-    return {"loss": loss.detach()} | {str(index): gradient for index, gradient in enumerate(gradients)}
+def _whole_model(model: nn.Module, routers: list[nn.Parameter], windows: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """:data:`Gradients` of a model that is in memory."""
+    for window in windows:
+        with torch.enable_grad():
+            loss = token_losses(model, window).mean()
+            gradients = torch.autograd.grad(loss, routers)
+        yield {"loss": loss.detach()} | {str(index): gradient for index, gradient in enumerate(gradients)}
 
 
 def tune_routers(
     moe: MoeModel, windows: Tensor, config: RouterTuningConfig | None = None, progress: Progress | None = None, *,
     start: TuningState | None = None, keep: Callable[[TuningState], None] | None = None,
+    gradients: Gradients | None = None,
 ) -> list[float]:
     """Minimise the token-mean cross-entropy of ``windows`` int64 ``[N, T]`` over the router weights, in place.
 
@@ -88,7 +92,8 @@ def tune_routers(
 
     Master weights are float32 whatever the model's dtype: a bfloat16 weight above 1/32 would not move by a step of
     1e-4. Returns the loss of every step. The model's frozen and training state is put back. ``keep`` is called with the
-    state after every step, and tuning continues after that of ``start``, to the same result.
+    state after every step, and tuning continues after that of ``start``, to the same result. ``gradients`` is for a
+    model that is not in memory: only its routers and its first parameter need to be.
     """
     config = config or RouterTuningConfig()
     model, device = moe.model, next(moe.model.parameters()).device
@@ -105,11 +110,12 @@ def tune_routers(
     model.eval()
     if start is not None:
         _continue(start, optimizer, masters, routers)
+    gradients = gradients or partial(_whole_model, model, routers)
     batches = -(-len(windows) // config.batch_size)
     losses, steps = list(start.losses) if start else [], config.epochs * batches
     for step in range(len(losses), steps):
         at = step % batches * config.batch_size
-        loss = _accumulate(model, windows[at : at + config.batch_size].to(device), routers, masters)
+        loss = _accumulate(windows[at : at + config.batch_size].to(device), masters, gradients)
         optimizer.step()
         with torch.no_grad():
             for p, master in zip(routers, masters, strict=True):

@@ -226,7 +226,7 @@ def quantize_weights(
     originals.restore()
     was_training = moe.model.training
     moe.model.eval()
-    calls = capture_layer_calls(moe, windows, batch_size)
+    calls = capture_layer_calls(moe, distributed.batches(windows, batch_size))
     hidden = calls.hidden
     result = QuantizedWeights(plan, config.group_size)
     by_index = {layer.index: layer for layer in moe.moe}

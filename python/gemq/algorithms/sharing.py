@@ -5,6 +5,7 @@ A process quantizes the matrices whose Hessians it has. With one process these f
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gemq import distributed
@@ -36,21 +37,29 @@ def share_linears(
     return found, {path: told[path] for path in linears}
 
 
-def share_stack(
-    weights: Tensor, bits: list[int], part: range, made: QuantizedStack, reports: dict[int, GptqReport]
+def gathered_stack(
+    bits: list[int], part: range, made: QuantizedStack, reports: dict[int, GptqReport], device: torch.device
 ) -> tuple[QuantizedStack, dict[int, GptqReport]]:
-    """The stack of all experts of ``bits`` from those ``made`` of each process, the experts ``part`` of this one;
-    ``weights [E, n, k]`` gets the others'. Reports are counted within the part and come back by expert."""
+    """The stack of all experts of ``bits`` from those ``made`` of each process, the experts ``part`` of this one.
+    Reports are counted within the part and come back by expert."""
     reports = {part.start + e: report for e, report in reports.items()}
     if distributed.world().size == 1:
         return made, reports
     pairs = zip(part, made.codes, made.meta, strict=True)
     mine = {f"{e} {kind}": t for e, *pair in pairs for kind, t in zip("cm", pair, strict=True) if t is not None}
-    everyones = distributed.merged(mine, weights.device)
+    everyones = distributed.merged(mine, device)
     codes, meta = ([everyones.get(f"{e} {kind}") for e in range(len(bits))] for kind in "cm")
+    return QuantizedStack(codes, meta, list(bits)), _reports(reports)
+
+
+def share_stack(
+    weights: Tensor, bits: list[int], part: range, made: QuantizedStack, reports: dict[int, GptqReport]
+) -> tuple[QuantizedStack, dict[int, GptqReport]]:
+    """As :func:`gathered_stack`; ``weights [E, n, k]`` gets the experts that others made."""
+    stack, found = gathered_stack(bits, part, made, reports, weights.device)
     for e in set(range(len(bits))) - set(part):
         if bits[e]:
-            weights[e].copy_(dequantize_codes(codes[e], meta[e], weights.dtype))
+            weights[e].copy_(dequantize_codes(stack.codes[e], stack.meta[e], weights.dtype))
         else:
             weights[e].zero_()
-    return QuantizedStack(codes, meta, list(bits)), _reports(reports)
+    return stack, found

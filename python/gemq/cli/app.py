@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -133,9 +134,8 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     check: Annotated[bool, typer.Option(help="Refuse to start where memory or disk will not do (gemq plan).")] = True,
-    stream: Annotated[bool | None, typer.Option(
-        "--stream/--no-stream", help="Read one layer at a time from disk (default, but for torchrun); --no-stream "
-        "cannot be resumed.")] = None,
+    stream: Annotated[bool, typer.Option(
+        "--stream/--no-stream", help="Read one layer at a time from disk; --no-stream cannot be resumed.")] = True,
     scratch: Annotated[str, typer.Option(help="Where activations are kept: disk or memory.")] = "disk",
     run_dir: Annotated[str | None, typer.Option(help="Folder of unfinished work (default: OUTPUT.run).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run of this folder with its options.")] = None,
@@ -172,7 +172,8 @@ def quantize(
         raise typer.BadParameter("--redo and --restart exclude each other")
     if resume is None and (model is None or output is None):
         raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
-    device = device or distributed.own_device()
+    own = distributed.own_device()
+    device = device or own
     budgets, given = options.allocation(allocation, bits)
     chosen = choose(context, recipe, {"constraints": constraints, "samples": samples, "perturbation": perturbation,
                                       "estimate": estimate, "tune_routers": tune_routers})
@@ -190,12 +191,13 @@ def quantize(
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
             tensor_bits=quantizing.tensor_bits(tensor_bits),
         ),
-        distributed.launched().size == 1 if stream is None else stream, scratch, run_dir,
+        stream, scratch, run_dir,
         "redo" if redo else "restart" if restart else "refuse", keep_run, log, check,
         None if costs is None else str(costs),
     )
     if resume is not None:
-        config = resumed(resume, config, context)
+        # each process of a job has a GPU of its own
+        config = replace(resumed(resume, config, context), **({"device": own} if own else {}))
     if dry_run:
         quantizing.show_preview(config, form)
     else:

@@ -68,11 +68,9 @@ class Assembly:
     @torch.no_grad()
     def _unit(self, unit: int) -> Iterator[tuple[str, Tensor]]:
         """The finished tensors of a decoder layer, or of the rest, by their names in the checkpoint."""
-        buffers: dict[str, Tensor] = {}
-        if unit != OUTSIDE:
-            modules: dict[str, nn.Module] = self.quantized.record(unit).modules
-            buffers = {f"{p}.{leaf}": b for p, m in modules.items() for leaf, b in m.named_buffers()}
-        self.source.load(unit)
+        modules: dict[str, nn.Module] = {} if unit == OUTSIDE else self.quantized.record(unit).modules
+        buffers = {f"{p}.{leaf}": b for p, m in modules.items() for leaf, b in m.named_buffers()}
+        self.source.load(unit, modules)
         for layer in self.source.moe.moe:
             if layer.index == unit and unit in self.routers:
                 layer.router.weight.copy_(self.routers[unit])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gemq import distributed
 from gemq.algorithms.gptq import gptq_at_widths
 from gemq.algorithms.importance import Perturbation
 from gemq.algorithms.layerwise import expert_hidden
@@ -35,6 +36,11 @@ class LayerCosts:
     count: np.ndarray
     weight: np.ndarray
     tokens: int = 0
+
+    def complete(self) -> None:
+        """Every process has measured its own experts: all get the rest (zero here, so the sums are exact)."""
+        for name in ("routed", "error", "shared", "count", "weight"):
+            setattr(self, name, sum(distributed.gather(getattr(self, name))))
 
     @classmethod
     def zeros(cls, experts: int, widths: int) -> LayerCosts:
@@ -163,7 +169,8 @@ def layer_costs(
     """Eq. 6 of one layer.
 
     Args:
-        base: the experts that are perturbed, ``[E, 2I, H]`` and ``[E, H, I]``.
+        base: the experts that are perturbed, ``[E, 2I, H]`` and ``[E, H, I]``, taken by slices. Of several processes
+            each measures its share of them.
         shared: gate, up and down of the shared expert, if there is one, and ``shared_gate`` its sigmoid gate.
         trace: the calls of the experts and the gradients at their output.
         candidates: widths 0..8.
@@ -171,12 +178,13 @@ def layer_costs(
         budget: bytes that Hessians and quantized copies of a group of experts may take, beyond one expert's.
     """
     sums = LayerCosts.zeros(len(base[0]), len(candidates))
-    per_group = experts_at_once(base, budget, len(candidates))
-    for start in range(0, len(base[0]), per_group):
-        group = range(start, min(start + per_group, len(base[0])))
+    per_group, own = experts_at_once(base, budget, len(candidates)), distributed.share(len(base[0]))
+    for start in range(own.start, own.stop, per_group):
+        group = range(start, min(start + per_group, own.stop))
         _group_costs(sums, group, base, trace, candidates, perturbation, length)
-    if shared is not None:
+    if shared is not None and distributed.world().first:
         _shared_costs(sums, shared, shared_gate, trace, candidates, perturbation)
+    sums.complete()
     sums.tokens = sum(len(routed.x) for routed, _ in trace)
     return sums
 

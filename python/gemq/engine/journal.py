@@ -6,7 +6,10 @@
     lock                     held by the process that works here
     log.jsonl                a line per finished piece of work, for machines
     stages/<name>-<key>/     sealed files, one per layer; the key is a digest of all that the stage depends on
-    scratch/<name>-<key>/    activations of the stage that is running
+    scratch/<name>-<key>/    activations of the stage that is running; of several processes, a folder each
+
+Of several processes rank 0 holds the lock and writes everything but activations; what a file said, or an error, it
+passes on. The others read layers' files themselves, so the run directory must be where all of them see it.
 
 A stage whose options, or whose predecessors' options, changed has another key, so what did not change is found and
 what did is made anew. A sealed file that is torn counts as absent.
@@ -16,12 +19,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from gemq import durable
+from torch import Tensor
+
+from gemq import distributed, durable
 from gemq.engine.fingerprint import differences, digest
 from gemq.errors import CheckpointError
 
@@ -30,8 +35,11 @@ CHANGED = ("refuse", "redo", "restart")
 _OWN = {MANIFEST, PREVIOUS, "lock", "log.jsonl", "stages", "scratch"}
 
 
+T = TypeVar("T")
+
+
 class Stage:
-    """The files of one stage."""
+    """The files of one stage. All processes call its methods alike."""
 
     def __init__(self, folder: Path, scratch: Path | None, name: str, key: str):
         self.folder, self.scratch, self.name, self.key = folder, scratch, name, key
@@ -40,9 +48,41 @@ class Stage:
         """The path of a sealed file of the stage."""
         return self.folder / name
 
+    def json(self, name: str) -> Any | None:
+        """What :meth:`keep_json` kept, or None."""
+        return distributed.on_first(lambda: durable.unseal_json(self.file(name)))
+
+    def keep_json(self, name: str, value: Any) -> None:
+        """Keep a value; floats come back exactly."""
+        distributed.on_first(lambda: durable.seal_json(self.file(name), value))
+
+    def made(self, name: str, make: Callable[[], T]) -> T:
+        """The JSON value that was kept; else what ``make`` gives on rank 0, kept."""
+
+        def find() -> T:
+            value = durable.unseal_json(self.file(name))
+            if value is None:
+                value = make()
+                durable.seal_json(self.file(name), value)
+            return value
+
+        return distributed.on_first(find)
+
+    def tensors(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+        """Tensors, small ones, and notes that :meth:`keep_tensors` kept, or None."""
+        return distributed.on_first(lambda: durable.unseal_tensors(self.file(name)))
+
+    def keep_tensors(self, name: str, tensors: dict[str, Tensor], notes: Any) -> None:
+        """Keep tensors by name, and JSON notes."""
+        distributed.on_first(lambda: durable.seal_tensors(self.file(name), tensors, notes))
+
+    def remove(self, name: str) -> None:
+        """Forget a file."""
+        distributed.on_first(lambda: durable.remove(self.file(name)))
+
 
 class RunDirectory:
-    """A run directory that this process has locked; made by :func:`opened`."""
+    """A run directory that this process, or rank 0 of its job, has locked; made by :func:`opened`."""
 
     def __init__(self, path: Path, on_disk: bool, log: Path | None):
         self.path, self.on_disk = path, on_disk
@@ -52,21 +92,35 @@ class RunDirectory:
         """The stage of this name and these dependencies; other stages' scratch files are deleted."""
         key = digest(name, *depends)
         label = f"{name}-{key[:16]}"
+        place = distributed.world()
+        # another number of processes deals the batches out otherwise
+        own = [label if place.size == 1 else f"{label}-{rank}-of-{place.size}" for rank in range(place.size)]
+        distributed.on_first(lambda: self._enter(label, own))
+        scratch = self.path / "scratch" / own[place.rank]
+        return Stage(self.path / "stages" / label, scratch if self.on_disk else None, name, key)
+
+    def _enter(self, label: str, own: list[str]) -> None:
         folder, scratch = self.path / "stages" / label, self.path / "scratch"
         with durable.explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             scratch.mkdir(exist_ok=True)
             for other in scratch.iterdir():
-                if other.name != label:
+                if other.name not in own:
                     durable.remove(other)
-        return Stage(folder, scratch / label if self.on_disk else None, name, key)
 
     def finished(self, stage: Stage) -> None:
         """The stage needs its scratch files no longer."""
-        durable.remove(self.path / "scratch" / stage.folder.name)
+        distributed.gather(None)
+        distributed.on_first(lambda: self._clear(stage.folder.name))
+
+    def _clear(self, label: str) -> None:
+        for folder in sorted((self.path / "scratch").glob(f"{label}*")):
+            durable.remove(folder)
 
     def log(self, **event: Any) -> None:
         """Append a line to the log."""
+        if not distributed.world().first:
+            return
         line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
         for path in self._logs:
             with durable.explained(path), path.open("a", encoding="utf-8") as handle:
@@ -74,6 +128,10 @@ class RunDirectory:
 
     def delete(self) -> None:
         """Remove all of it: the run is over."""
+        distributed.gather(None)
+        distributed.on_first(self._delete)
+
+    def _delete(self) -> None:
         durable.remove(self.path / MANIFEST)
         durable.remove(self.path / PREVIOUS)
         durable.remove(self.path)
@@ -112,18 +170,27 @@ def opened(
     """
     if changed not in CHANGED:
         raise ValueError(f"changed must be one of {', '.join(CHANGED)}, got {changed!r}")
+    now = json.loads(json.dumps({"settings": settings, "command": command or {}}, default=str))
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            _check_folder(path)
+            with durable.explained(path):
+                path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(durable.locked(path))
+            _begin(path, now, changed)
+
+        distributed.on_first(begin)
+        yield RunDirectory(path, on_disk, log)
+
+
+def _check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"the run directory {path} exists and is not a folder")
     if path.is_dir():
         foreign = sorted({p.name.removesuffix(".tmp") for p in path.iterdir()} - _OWN)
         if foreign:
             raise CheckpointError(f"the run directory {path} holds other things than a run: {', '.join(foreign[:3])}")
-    with durable.explained(path):
-        path.mkdir(parents=True, exist_ok=True)
-    now = json.loads(json.dumps({"settings": settings, "command": command or {}}, default=str))
-    with durable.locked(path):
-        _begin(path, now, changed)
-        yield RunDirectory(path, on_disk, log)
 
 
 def _begin(path: Path, now: dict[str, Any], changed: str) -> None:

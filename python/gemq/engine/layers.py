@@ -1,62 +1,70 @@
 """What a sweep does to one decoder layer: run it, run it backwards, watch its experts; and how the layers are called.
 
-The weights are the full-precision ones of a :class:`gemq.engine.source.Source`, or those with quantized layers and
-tuned routers laid over them (:class:`Weights`).
+The weights are the full-precision ones of a :class:`gemq.engine.source.Source`, or quantized ones and tuned routers
+in their place (:class:`Weights`). Of several processes each runs its own batches; what the experts saw is everyone's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemq import distributed
 from gemq.algorithms.layerwise import Routed, capture_layer_calls, run_layer, watch_experts
+from gemq.engine.records import LayerRecord, lay_over
 from gemq.engine.scratch import Scratch
 from gemq.engine.source import OUTSIDE, Source
 from gemq.models import MoeLayer
 
-# puts the weights of quantized layer `index` into the loaded full-precision one
-Overlay = Callable[[int], None]
-
 
 @dataclass
 class Weights:
-    """A model of which one unit at a time is in memory: ``source``, with ``overlay`` put over each loaded layer."""
+    """A model of which one unit at a time is in memory: ``source``, or the layers that ``quantized`` finds, with
+    ``routers [E, H]`` by layer."""
 
     source: Source
-    overlay: Overlay | None = None
+    quantized: Callable[[int], LayerRecord] | None = None
+    routers: dict[int, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def loaded(self, unit: int, original: bool = False) -> Iterator[None]:
-        """The unit's weights are there inside the block; ``original``: without the overlay."""
-        self.source.load(unit)
-        if self.overlay is not None and unit != OUTSIDE and not original:
-            self.overlay(unit)
+    def loaded(self, unit: int) -> Iterator[None]:
+        """The unit's weights are there inside the block."""
+        record = self.quantized(unit) if self.quantized is not None and unit != OUTSIDE else None
+        self.source.load(unit, record.modules if record else ())
+        if record:
+            lay_over(record, self.source, unit)
+        put_routers(self.source, self.routers, unit)
         try:
             yield
         finally:
             self.source.drop(unit)
 
 
+@torch.no_grad()
+def put_routers(source: Source, routers: dict[int, Tensor], index: int) -> None:
+    """Put the router of a loaded layer in, where ``routers`` has one."""
+    for layer in source.moe.moe:
+        if layer.index == index and index in routers:
+            layer.router.weight.copy_(routers[index])
+
+
 @dataclass
 class Calls:
-    """How the model calls its decoder layers: windows ``[N, T]`` in batches, and per batch size every layer's keyword
-    arguments, which depend on nothing else (windows are of one length, without padding)."""
+    """How the model calls its decoder layers: this process's ``batches`` of windows ``[B, T]``, how many the busiest
+    one has (``rounds``), and per batch size every layer's keyword arguments, which depend on nothing else (windows are
+    of one length, without padding)."""
 
-    windows: Tensor
-    batch_size: int
+    batches: list[Tensor]
+    rounds: int
     kwargs: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return -(-len(self.windows) // self.batch_size)
-
-    def ids(self, batch: int) -> Tensor:
-        """Token ids of a batch."""
-        return self.windows[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return len(self.batches)
 
     def run(self, source: Source, index: int, hidden: Tensor) -> Tensor:
         """Decoder layer ``index``, which is loaded, on ``hidden [B, T, H]``."""
@@ -66,16 +74,14 @@ class Calls:
 @torch.no_grad()
 def embed(weights: Weights, windows: Tensor, batch_size: int, scratch: Scratch, name: str) -> Calls:
     """Write the first layer's inputs as array ``name`` unless it is there, and note how layers are called."""
-    calls = Calls(windows, batch_size)
+    calls = Calls(distributed.batches(windows, batch_size), distributed.rounds(windows, batch_size))
     with weights.loaded(OUTSIDE):
-        for batch in sorted({len(calls.ids(b)): b for b in range(len(calls))}.values()):
-            ids = calls.ids(batch)
-            calls.kwargs[len(ids)] = capture_layer_calls(weights.source.moe, ids, len(ids)).kwargs[0]
+        for ids in {len(ids): ids for ids in calls.batches}.values():
+            calls.kwargs[len(ids)] = capture_layer_calls(weights.source.moe, [ids]).kwargs[0]
         if not scratch.sound(name):
             with scratch.writing(name, True) as out:
-                for batch in range(len(calls)):
-                    ids = calls.ids(batch)
-                    out.append(capture_layer_calls(weights.source.moe, ids, len(ids)).hidden[0])
+                for ids in calls.batches:
+                    out.append(capture_layer_calls(weights.source.moe, [ids]).hidden[0])
     return calls
 
 
@@ -88,46 +94,72 @@ def forward(weights: Weights, calls: Calls, index: int, scratch: Scratch, source
             out.append(calls.run(weights.source, index, hidden))
 
 
-class Trace:
-    """What the experts of a layer were called with, batch by batch, in scratch arrays; ``gradient`` if it was asked
-    for, ``d loss / d output [T, H]`` of the experts."""
+_ROUTED = ("x", "ids", "weights")
 
-    def __init__(self, scratch: Scratch, device: torch.device, batches: int, gradients: bool):
-        self.scratch, self.device, self.batches, self.gradients = scratch, device, batches, gradients
+
+class Trace:
+    """What the experts of a layer were called with, batch by batch of all processes, in scratch arrays; ``gradient``
+    if it was asked for, ``d loss / d output [T, H]`` of the experts."""
+
+    def __init__(self, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool):
+        self.scratch, self.device, self.batches = scratch, device, len(calls)
+        self._names = [*_ROUTED, *(["gradient"] if gradients else [])]
+        self._prefix = "trace"
+
+    def arrays(self) -> dict[str, str]:
+        """The scratch array of each thing that is recorded."""
+        return {name: f"{self._prefix}-{name}" for name in self._names}
 
     def __iter__(self) -> Iterator[tuple[Routed, Tensor | None]]:
         for batch in range(self.batches):
-            routed = Routed(*(self._read(name, batch) for name in ("trace-x", "trace-ids", "trace-weights")))
-            yield routed, self._read("trace-gradient", batch) if self.gradients else None
+            found = self._batch(batch)
+            yield Routed(*(found[name] for name in _ROUTED)), found.get("gradient")
 
-    def _read(self, name: str, batch: int) -> Tensor:
-        return self.scratch.batch(name, batch).to(self.device)
+    def _batch(self, batch: int) -> dict[str, Tensor]:
+        return {name: self.scratch.batch(array, batch).to(self.device) for name, array in self.arrays().items()}
+
+    def complete(self, rounds: int) -> None:
+        """Of several processes, bring the batches of all together, in their order."""
+        if distributed.world().size == 1:
+            return
+        everyones = {name: f"everyones-{name}" for name in self._names}
+        count = 0
+        with ExitStack() as stack:
+            out = {name: stack.enter_context(self.scratch.writing(array)) for name, array in everyones.items()}
+            for turn in range(rounds):
+                mine = self._batch(turn) if turn < self.batches else None
+                for tensors in distributed.exchange(mine, self.device):
+                    count += 1
+                    for name, value in tensors.items():
+                        out[name].append(value)
+        self.drop()
+        self._prefix, self.batches = "everyones", count
 
     def drop(self) -> None:
         """Forget it."""
-        for name in ("trace-x", "trace-ids", "trace-weights", "trace-gradient"):
-            self.scratch.drop(name)
+        for array in self.arrays().values():
+            self.scratch.drop(array)
 
 
 @contextmanager
 def recording(
-    layer: MoeLayer, scratch: Scratch, device: torch.device, batches: int, gradients: bool = False
+    layer: MoeLayer, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool = False
 ) -> Iterator[Trace]:
-    """Record every call of the layer's experts inside the block; with ``gradients`` also what flows back."""
-    from contextlib import ExitStack
-
+    """Record every call of the layer's experts inside the block; with ``gradients`` also what flows back. The trace
+    can be read after it."""
+    trace = Trace(scratch, device, calls, gradients)
     with ExitStack() as stack:
-        names = ["trace-x", "trace-ids", "trace-weights", *(["trace-gradient"] if gradients else [])]
-        out = {name: stack.enter_context(scratch.writing(name)) for name in names}
+        out = {name: stack.enter_context(scratch.writing(array)) for name, array in trace.arrays().items()}
 
         def seen(routed: Routed, output: Tensor) -> None:
-            for name, value in zip(names[:3], (routed.x, routed.ids, routed.weights), strict=True):
+            for name, value in routed.tensors().items():
                 out[name].append(value)
             if gradients:
-                output.register_hook(lambda g: out["trace-gradient"].append(g))
+                output.register_hook(lambda g: out["gradient"].append(g))
 
         stack.enter_context(watch_experts(layer, seen))
-        yield Trace(scratch, device, batches, gradients)
+        yield trace
+    trace.complete(calls.rounds)
 
 
 def head_gradients(weights: Weights, calls: Calls, scratch: Scratch, source: str, target: str) -> None:
@@ -138,10 +170,10 @@ def head_gradients(weights: Weights, calls: Calls, scratch: Scratch, source: str
     """
     model, moe = weights.source.model, weights.source.moe
     handed: list[Tensor] = []
-    with weights.loaded(OUTSIDE), _handing_through(moe.layers, handed), scratch.writing(target, True) as out:
+    with weights.loaded(OUTSIDE), handing_through(moe.layers, handed), scratch.writing(target, True) as out:
         for batch in range(len(calls)):
             rows = []
-            for hidden, ids in zip(scratch.batch(source, batch), calls.ids(batch), strict=True):
+            for hidden, ids in zip(scratch.batch(source, batch), calls.batches[batch], strict=True):
                 last, ids = hidden[None].to(weights.source.device).requires_grad_(True), ids[None].to(
                     weights.source.device
                 )
@@ -154,7 +186,8 @@ def head_gradients(weights: Weights, calls: Calls, scratch: Scratch, source: str
 
 
 @contextmanager
-def _handing_through(layers: list[nn.Module], handed: list[Tensor]) -> Iterator[None]:
+def handing_through(layers: list[nn.Module], handed: list[Tensor]) -> Iterator[None]:
+    """Inside the block, decoder layers give ``handed[0]`` instead of running."""
     for layer in layers:
         layer.forward = lambda hidden_states, **kwargs: handed[0]
     try:

@@ -16,13 +16,12 @@ from gemq import durable
 from gemq.algorithms.gptq import GptqReport
 from gemq.algorithms.sequential import BitPlan, QuantizedWeights
 from gemq.checkpoint import PackedConfig, packed_parts, packed_skeleton
+from gemq.engine.experts import PROJECTIONS, PackedStack
 from gemq.engine.source import Source
 from gemq.models import MoeModel
 from gemq.nn import LowBitExperts, LowBitLinear
-from gemq.ops import unpack, unpack_experts
+from gemq.ops import unpack
 from gemq.reference.grid import dequantize_codes
-
-_STACKS = ("gate_up_proj", "down_proj")
 
 
 @dataclass
@@ -54,9 +53,12 @@ def empty_modules(moe: MoeModel, index: int, plan: BitPlan, group_size: int) -> 
     return packed_skeleton(moe.model, config, "meta", f"{moe.decoder_path}.layers.{index}.")
 
 
-def read_record(path: Path, moe: MoeModel, index: int, plan: BitPlan, group_size: int) -> LayerRecord | None:
-    """What :meth:`LayerRecord.save` wrote; None if it is absent, torn or of other widths."""
-    found = durable.unseal_tensors(path)
+def read_record(
+    path: Path, moe: MoeModel, index: int, plan: BitPlan, group_size: int, trusted: bool = False
+) -> LayerRecord | None:
+    """What :meth:`LayerRecord.save` wrote, mapped; None if it is absent, torn or of other widths. ``trusted``: this
+    process has found it whole before."""
+    found = durable.unseal_tensors(path, trusted)
     if found is None:
         return None
     tensors, reports = found
@@ -71,21 +73,15 @@ def read_record(path: Path, moe: MoeModel, index: int, plan: BitPlan, group_size
 
 
 @torch.no_grad()
-def lay_over(record: LayerRecord, source: Source) -> None:
-    """Put the dequantized weights of a record into the loaded layer of ``source``."""
+def lay_over(record: LayerRecord, source: Source, index: int) -> None:
+    """Give decoder layer ``index`` of ``source``, loaded without them, the dequantized weights of a record."""
     for path, module in record.modules.items():
-        target = source.model.get_submodule(path)
         if isinstance(module, LowBitLinear):
-            target.weight.copy_(_linear(module, target.weight.dtype))
-            continue
-        for name in _STACKS:
-            weight, (n, k) = getattr(target, name), module.shape(name)
-            parts = unpack_experts(
-                *module.stored(name), module.bits, n, k,
-                module.group_sizes[name],
+            source.put(f"{path}.weight", _linear(module, source.dtype).to(source.device))
+        else:
+            source.experts[index] = tuple(
+                PackedStack(module, name, source.dtype, source.device) for name in PROJECTIONS
             )
-            for e, part in enumerate(parts):
-                weight[e].zero_() if part is None else weight[e].copy_(dequantize_codes(*part, weight.dtype))
 
 
 def _linear(module: LowBitLinear, dtype: torch.dtype) -> Tensor:

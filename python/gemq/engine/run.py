@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gemq import durable
 from gemq.algorithms.allocation import Allocation
 from gemq.algorithms.gptq import GptqReport
 from gemq.algorithms.importance import ExpertStatistics, Perturbation
@@ -32,7 +31,7 @@ from gemq.engine.journal import RunDirectory, Stage
 from gemq.engine.layers import Weights
 from gemq.engine.shift import router_shift, walk_routers
 from gemq.engine.source import Source
-from gemq.engine.stages import Quantized, Sweep, group_budget, measure, put_routers, quantize, round_routers
+from gemq.engine.stages import Quantized, Sweep, group_budget, measure, quantize, round_routers
 from gemq.engine.tuning import tune_packed
 from gemq.format import UNQUANTIZED
 
@@ -108,12 +107,7 @@ class Engine:
         method, weights = self.method, Weights(self.source)
         if previous is not None:
             routers = previous.routers if method.estimate == "tuned" else {}
-
-            def overlay(index: int) -> None:
-                previous.quantized.lay_over(index)
-                put_routers(self.source, routers, index)
-
-            weights.overlay = overlay
+            weights = Weights(self.source, previous.quantized.record, routers)
         options = [method.candidates, method.perturbation, asdict(method.gptq), method.batch_size, method.estimate]
         before = previous.key if previous else ""
         if previous is not None and method.estimate == "quantized":
@@ -127,13 +121,13 @@ class Engine:
         given = None if method.given is None else asdict(method.given)
         options = [budget, method.method, method.candidates, method.per_layer, method.shared_bits, given]
         with self._stage("allocate", "allocate", options, measured) as (stage, _):
-            data = durable.unseal_json(stage.file("allocation"))
-            if data is None:
-                found = allocate(self.source.moe, statistics, budget, method)
-                data = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(found).items()}
-                durable.seal_json(stage.file("allocation"), data)
+            data = stage.made("allocation", lambda: self._solved(budget, statistics))
         arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in data.items()}
         return Allocation(**arrays), stage.key
+
+    def _solved(self, budget: float, statistics: ExpertStatistics | None) -> dict[str, Any]:
+        found = allocate(self.source.moe, statistics, budget, self.method)
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(found).items()}
 
     def _budget_of(self, budget: float, statistics: ExpertStatistics | None, measured: str) -> StreamedResult:
         method = self.method
@@ -168,11 +162,12 @@ class Engine:
     def _router_shift(self, quantized: Quantized, routers: dict[int, Tensor], key: str) -> dict[int, LayerShift]:
         """Where routers and selections are, against the original model."""
         with self._stage("compare routers", "router-shift", of_windows(self.windows), key) as (stage, _):
-            data = durable.unseal_json(stage.file("shift"))
-            if data is None:
-                if self._unmoved is None:
-                    self._unmoved = walk_routers(Weights(self.source), self.windows)
-                found = router_shift(quantized, routers, self.windows, self._unmoved)
-                data = {str(index): asdict(shift) for index, shift in found.items()}
-                durable.seal_json(stage.file("shift"), data)
+            data = stage.made("shift", lambda: self._shifted(quantized, routers))
         return {int(index): LayerShift(**shift) for index, shift in data.items()}
+
+    def _shifted(self, quantized: Quantized, routers: dict[int, Tensor]) -> dict[str, dict]:
+        # a few windows: rank 0's work
+        if self._unmoved is None:
+            self._unmoved = walk_routers(Weights(self.source), self.windows)
+        found = router_shift(quantized, routers, self.windows, self._unmoved)
+        return {str(index): asdict(shift) for index, shift in found.items()}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemq import distributed
 from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.progressive import MethodConfig, StageProgress
 from gemq.algorithms.sequential import OnLayer
@@ -53,7 +54,10 @@ class Session:
     first: ExpertStatistics | None = None
 
     def identity(self, progress: StageProgress | None = None) -> dict[str, Any]:
-        """Model, code and arithmetic by content."""
+        """Model, code and arithmetic by content, as rank 0 finds them."""
+        return distributed.on_first(lambda: self._identity(progress))
+
+    def _identity(self, progress: StageProgress | None) -> dict[str, Any]:
         report = (lambda done, total: progress("read the model", done, total)) if progress else None
         source = self.source
         return {

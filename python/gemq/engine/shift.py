@@ -11,7 +11,7 @@ from gemq.algorithms.layerwise import Routed, capture_layer_calls, run_layer, wa
 from gemq.algorithms.router_shift import WINDOWS, LayerShift, shift_of
 from gemq.engine.layers import Weights
 from gemq.engine.source import OUTSIDE
-from gemq.engine.stages import Quantized, put_routers
+from gemq.engine.stages import Quantized
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def walk_routers(weights: Weights, windows: Tensor) -> dict[int, tuple[Tensor, T
     by_index = {layer.index: layer for layer in moe.moe}
     found = {}
     with weights.loaded(OUTSIDE):
-        calls = capture_layer_calls(moe, windows[:WINDOWS], 1)
+        calls = capture_layer_calls(moe, list(windows[:WINDOWS].split(1)))
     hidden = calls.hidden
     for index, module in enumerate(moe.layers):
         seen: list[Tensor] = []
@@ -46,10 +46,5 @@ def router_shift(
     quantized: Quantized, routers: dict[int, Tensor], windows: Tensor, before: dict[int, tuple[Tensor, Tensor]]
 ) -> dict[int, LayerShift]:
     """The shift of a quantized model with ``routers`` in it against what :func:`walk_routers` gave ``before``."""
-
-    def overlay(index: int) -> None:
-        quantized.lay_over(index)
-        put_routers(quantized.source, routers, index)
-
-    after = walk_routers(Weights(quantized.source, overlay), windows)
+    after = walk_routers(Weights(quantized.source, quantized.record, routers), windows)
     return {index: shift_of(before[index], after[index]) for index in after}

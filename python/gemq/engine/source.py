@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from gemq.checkpoint import kept_in_float32
+from gemq.engine.experts import PROJECTIONS, Stack, StoredStack, run_experts
 from gemq.errors import CheckpointError
 from gemq.integrity import read_header, weight_files
 from gemq.models import MoeModel, describe
@@ -69,7 +72,8 @@ class Source:
     """A model whose decoder layers are read on demand.
 
     ``moe`` describes the skeleton; its parameters are on the meta device until :meth:`load`. ``dtype`` is that of
-    computing ("auto": the model's own), but parameters that the family keeps in float32 stay so. Raises
+    computing ("auto": the model's own), but parameters that the family keeps in float32 stay so, and experts as they
+    are stored, where that is smaller: ``experts`` gives both projections of a loaded layer. Raises
     :class:`CheckpointError` for files that are missing, malformed, or lack weights of the model.
     """
 
@@ -97,14 +101,24 @@ class Source:
         self._mapping = get_model_conversion_mapping(self.model)
         self._where: dict[str, Path] = {}
         self._stored: dict[str, torch.dtype] = {}
+        # parameters that are one tensor of the checkpoint each
+        self._plain: set[str] = set()
         self._units: dict[int, _Unit] = {index: _Unit() for index in range(OUTSIDE, len(self.moe.layers))}
         self._index_files()
         self._fill_computed_buffers()
-        self.loaded: set[int] = set()
+        self.experts: dict[int, tuple[Stack, Stack]] = {}
+        self._stacks: dict[str, int] = {}
+        self._held: set[str] = set()
+        for layer in self.moe.moe:
+            self._stacks |= {f"{layer.path}.experts.{name}": layer.index for name in PROJECTIONS}
+            layer.experts.forward = partial(self._run_experts, layer.index, layer.experts.act_fn)
 
     def again(self) -> Source:
         """A second skeleton of the same model."""
         return Source(*self._made_of)
+
+    def _run_experts(self, index: int, act: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return run_experts(self.experts[index], act, *args, **kwargs)
 
     def _first_float(self) -> torch.dtype:
         entries = (entry for header in self._headers.values() for entry in header.values())
@@ -122,9 +136,13 @@ class Source:
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         for file, header in self._headers.items():
             for original, entry in header.items():
-                target, _ = rename_source_key(original, renamings, converters, self.model.base_model_prefix, state)
+                target, converted = rename_source_key(
+                    original, renamings, converters, self.model.base_model_prefix, state
+                )
                 if target not in state and original in state:
                     target = original
+                if converted is None:
+                    self._plain.add(target)
                 if target in state:
                     self._where[original] = file
                     self._units[self.unit_of(target)].parameters.setdefault(target, []).append(original)
@@ -140,9 +158,10 @@ class Source:
         parameter = self.model.get_parameter_or_buffer(target)
         if dtype is not None and parameter.is_floating_point():
             self._stored[target] = dtype
-            self._put(target, torch.empty_like(parameter, dtype=dtype))
+            self.put(target, torch.empty_like(parameter, dtype=dtype))
 
-    def _put(self, name: str, value: Tensor) -> None:
+    def put(self, name: str, value: Tensor) -> None:
+        """Give the skeleton a parameter or buffer."""
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
         is_buffer = leaf in module._buffers
@@ -157,29 +176,73 @@ class Source:
             if names:
                 self.model._init_weights(module)
 
-    def load(self, unit: int) -> None:
-        """Read a decoder layer (or :data:`OUTSIDE`) onto the device, as it is stored, in the dtype of computing.
+    def load(self, unit: int, without: Collection[str] = ()) -> None:
+        """Read a decoder layer (or :data:`OUTSIDE`) onto the device, in the dtype of computing, experts as stored.
 
-        Raises :class:`CheckpointError` for tensors that are truncated or misshapen.
+        ``without`` are paths of modules whose weights are not wanted. Raises :class:`CheckpointError` for tensors that
+        are truncated or misshapen.
         """
         parameters = self._units[unit].parameters
+        names = [name for name in parameters if name not in self._held and not self._unwanted(name, without)]
         # one stack of experts at a time, the small rest together
-        stacks = [name for name in parameters if len(parameters[name]) > 1 or ".experts." in name]
-        rest = [name for name in parameters if name not in stacks]
+        stacks = [name for name in names if len(parameters[name]) > 1 or ".experts." in name]
+        rest = [name for name in names if name not in stacks]
         for group in [[name] for name in stacks] + ([rest] if rest else []):
-            self._convert(group, parameters)
-            for name in group:
-                value = self.model.get_parameter_or_buffer(name)
-                if value.is_meta:
-                    raise CheckpointError(f"{self.folder}: {name} could not be made of {parameters[name][:3]}")
-                dtype = value.dtype
-                if value.is_floating_point():
-                    dtype = torch.float32 if name in self._float32 else self.dtype
-                self._put(name, value.detach().to(self.device, dtype))
+            self._read(group, parameters)
+        for layer in self.moe.moe:
+            if layer.index == unit and f"{layer.path}.experts" not in without:
+                self.experts[unit] = tuple(StoredStack(getattr(layer.experts, n), self.dtype) for n in PROJECTIONS)
         if unit == OUTSIDE:
             self.model.tie_weights()
             self.model.requires_grad_(False)
-        self.loaded.add(unit)
+
+    @staticmethod
+    def _unwanted(name: str, without: Collection[str]) -> bool:
+        owner, _, leaf = name.rpartition(".")
+        return owner in without and leaf != "bias"
+
+    def hold(self, names: list[str]) -> None:
+        """Read these parameters for good: no :meth:`load` reads them again, no :meth:`drop` forgets them."""
+        for name in names:
+            self._read([name], self._units[self.unit_of(name)].parameters)
+        self._held |= set(names)
+
+    def _read(self, names: list[str], parameters: dict[str, list[str]]) -> None:
+        plain = {name: parameters[name][0] for name in names if name in self._plain and len(parameters[name]) == 1}
+        self._copy(plain)
+        if len(plain) < len(names):
+            self._convert([name for name in names if name not in plain], parameters)
+        for name in names:
+            value = self.model.get_parameter_or_buffer(name)
+            if value.is_meta:
+                raise CheckpointError(f"{self.folder}: {name} could not be made of {parameters[name][:3]}")
+            dtype = value.dtype
+            if value.is_floating_point():
+                dtype = torch.float32 if name in self._float32 else self.dtype
+            if name in self._stacks and value.dtype.itemsize <= dtype.itemsize:
+                dtype = value.dtype
+            self.put(name, value.detach().to(self.device, dtype))
+
+    def _copy(self, originals: dict[str, str]) -> None:
+        """Read parameters that are stored as they are, a tensor each."""
+        wrong = []
+        try:
+            for file in sorted({self._where[original] for original in originals.values()}):
+                with safe_open(file, framework="pt") as handle:
+                    for name, original in originals.items():
+                        if self._where[original] == file:
+                            # a copy: what is mapped stays resident with its file
+                            value = handle.get_tensor(original).clone()
+                            if value.shape != self.model.get_parameter_or_buffer(name).shape:
+                                wrong.append(name)
+                            self.put(name, value)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder} could not be read: {error}") from error
+        self._refuse(wrong)
+
+    def _refuse(self, wrong: list[str]) -> None:
+        if wrong:
+            raise CheckpointError(f"{self.folder} does not fit its config: {', '.join(wrong[:5])}")
 
     def _convert(self, names: list[str], parameters: dict[str, list[str]]) -> None:
         originals = [original for name in names for original in parameters[name]]
@@ -204,16 +267,16 @@ class Source:
                 transformers_logging.enable_progress_bar()
             # noted for saving, which is a twin's affair
             self.model._weight_conversions = None
-        wrong = sorted(name for name, *_ in found.mismatched_keys) + sorted(found.conversion_errors)
-        if wrong:
-            raise CheckpointError(f"{self.folder} does not fit its config: {', '.join(wrong[:5])}")
+        self._refuse(sorted(name for name, *_ in found.mismatched_keys) + sorted(found.conversion_errors))
 
     def drop(self, unit: int) -> None:
         """Forget the weights of a unit."""
+        self.experts.pop(unit, None)
         for name in [*self._units[unit].parameters, *(self._tied if unit == OUTSIDE else ())]:
+            if name in self._held:
+                continue
             value = self.model.get_parameter_or_buffer(name)
-            self._put(name, torch.empty_like(value, device="meta", dtype=self._stored.get(name, value.dtype)))
-        self.loaded.discard(unit)
+            self.put(name, torch.empty_like(value, device="meta", dtype=self._stored.get(name, value.dtype)))
         return_memory()
 
     def layer_bytes(self, size: int = 2) -> int:

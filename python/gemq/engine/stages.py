@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from gemq import durable
+from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport
 from gemq.algorithms.importance import ExpertStatistics, Perturbation, statistics_of
 from gemq.algorithms.layer_report import layer_report
@@ -23,9 +23,10 @@ from gemq.engine.costs import LayerCosts, layer_costs
 from gemq.engine.journal import Stage
 from gemq.engine.layers import Calls, Trace, Weights, backward, embed, forward, head_gradients, recording
 from gemq.engine.quantize import quantize_layer, quantize_router
-from gemq.engine.records import LayerRecord, lay_over, read_record, record_of
+from gemq.engine.records import LayerRecord, read_record, record_of
 from gemq.engine.scratch import Scratch
 from gemq.engine.source import Source
+from gemq.errors import CheckpointError
 from gemq.models import MoeLayer
 
 Progress = Callable[[int, int], None]
@@ -68,7 +69,11 @@ class _Walk:
         return f"inputs-{index}"
 
     def sound(self, index: int) -> bool:
-        return self.scratch.sound(self.name(index))
+        return self.everywhere(self.name(index))
+
+    def everywhere(self, array: str) -> bool:
+        """Whether every process has its part of an array."""
+        return all(distributed.gather(self.scratch.sound(array)))
 
     def forward(self, index: int) -> None:
         """Run loaded layer ``index`` for the next one's inputs."""
@@ -97,7 +102,7 @@ def measure(
     moe, stage = weights.source.moe, sweep.stage
     found = {}
     for layer in moe.moe:
-        data = durable.unseal_json(stage.file(f"costs-{layer.index}"))
+        data = stage.json(f"costs-{layer.index}")
         if data is not None:
             found[layer.index] = LayerCosts.from_json(data)
     if len(found) < len(moe.moe):
@@ -121,7 +126,7 @@ class _Measuring:
         scratch, first = walk.scratch, min(self.by_index)
         start = next((
             i for i in range(first, self.layers + 1)
-            if scratch.sound(f"gradient-{i}") and all(n in self.found for n in self.by_index if n >= i)
+            if all(n in self.found for n in self.by_index if n >= i) and walk.everywhere(f"gradient-{i}")
         ), None)
         if start is None:
             walk.need(self.layers, lambda done, total: self.sweep.progress(done, self.steps))
@@ -142,15 +147,15 @@ class _Measuring:
                 backward(self.weights, walk.calls, index, scratch, *arrays)
             return
         with self.weights.loaded(index):
-            with recording(layer, scratch, self.weights.source.device, len(walk.calls), True) as trace:
+            with recording(layer, scratch, self.weights.source.device, walk.calls, True) as trace:
                 backward(self.weights, walk.calls, index, scratch, *arrays)
-            if self.weights.overlay is None:
+            if self.weights.quantized is None:
                 self.found[index] = self._costs(layer, trace)
-        if self.weights.overlay is not None:
-            with self.weights.loaded(index, original=True):
+        if self.weights.quantized is not None:
+            with Weights(self.weights.source).loaded(index):
                 self.found[index] = self._costs(layer, trace)
         trace.drop()
-        durable.seal_json(self.sweep.stage.file(f"costs-{index}"), self.found[index].to_json())
+        self.sweep.stage.keep_json(f"costs-{index}", self.found[index].to_json())
         self.sweep.log(layer=index, seconds=round(time.perf_counter() - began, 3))
 
     def _costs(self, layer: MoeLayer, trace: Trace) -> LayerCosts:
@@ -158,7 +163,7 @@ class _Measuring:
         if layer.shared is not None:
             shared = tuple(getattr(layer.shared, n).weight for n in ("gate_proj", "up_proj", "down_proj"))
         return layer_costs(
-            (layer.experts.gate_up_proj, layer.experts.down_proj), shared, layer.shared_gate, trace, self.candidates,
+            self.weights.source.experts[layer.index], shared, layer.shared_gate, trace, self.candidates,
             self.perturbation, self.sweep.windows.shape[1], self.sweep.budget,
         )
 
@@ -171,15 +176,25 @@ class Quantized:
     def __init__(self, source: Source, stage: Stage, plan: BitPlan, group_size: int):
         self.source, self.stage, self.plan, self.group_size = source, stage, plan, group_size
         self.layers = len(source.moe.layers)
+        self._whole: set[int] = set()
 
-    def record(self, index: int) -> LayerRecord | None:
-        """Layer ``index``, or None if it is not finished."""
+    def find(self, index: int) -> LayerRecord | None:
+        """Layer ``index``, or None if it is not finished; only the first time its file is read through."""
         file = self.stage.file(f"layer-{index}")
-        return read_record(file, self.source.moe, index, self.plan, self.group_size)
+        found = read_record(file, self.source.moe, index, self.plan, self.group_size, index in self._whole)
+        if found is not None:
+            self._whole.add(index)
+        return found
 
-    def lay_over(self, index: int) -> None:
-        """Put the dequantized weights into the loaded layer."""
-        lay_over(self.record(index), self.source)
+    def record(self, index: int) -> LayerRecord:
+        """Layer ``index``, which is finished. Raises :class:`CheckpointError` where it cannot be read."""
+        found = self.find(index)
+        if found is None:
+            raise CheckpointError(
+                f"{self.stage.file(f'layer-{index}')} cannot be read, or was changed while the run goes on; several "
+                f"processes must all see the run directory; the same command continues"
+            )
+        return found
 
     def reports(self) -> dict[str, GptqReport]:
         """All reports, in layer order."""
@@ -192,29 +207,20 @@ class Quantized:
 def quantize(source: Source, sweep: Sweep, plan: BitPlan, config: GptqConfig) -> Quantized:
     """GPTQ layer by layer on the output of the quantized layers, each packed and written as it is done."""
     quantized = Quantized(source, sweep.stage, plan, config.group_size)
-    done = [quantized.record(index) is not None for index in range(quantized.layers)]
+    done = distributed.on_first(lambda: [quantized.find(index) is not None for index in range(quantized.layers)])
     if all(done):
         return quantized
-    weights = Weights(source)
-    walk = _Walk(weights, sweep)
+    walk = _Walk(Weights(source, quantized.record), sweep)
     start = next(i for i in range(quantized.layers - 1, -1, -1) if all(done[:i]) and walk.sound(i))
     for index in range(start, quantized.layers):
         began = time.perf_counter()
-        with weights.loaded(index):
-            if done[index]:
-                quantized.lay_over(index)
-            else:
-                result = quantize_layer(
-                    source, walk.calls, index, walk.scratch, walk.name(index), plan, config, sweep.budget
-                )
-                record = record_of(source.moe, result)
-                # the codes, a byte each, are packed now
-                del result
-                record.save(sweep.stage.file(f"layer-{index}"))
-                if sweep.on_layer:
-                    seconds = time.perf_counter() - began
-                    sweep.on_layer(layer_report(index, plan.experts.get(index), record.reports.items(), seconds))
-            if index + 1 < quantized.layers:
+        if not done[index]:
+            reports = _quantize_layer(quantized, walk, sweep, index, config)
+            if sweep.on_layer:
+                seconds = time.perf_counter() - began
+                sweep.on_layer(layer_report(index, plan.experts.get(index), reports.items(), seconds))
+        if index + 1 < quantized.layers:
+            with walk.weights.loaded(index):
                 walk.forward(index)
         walk.scratch.drop(walk.name(index))
         sweep.log(layer=index, seconds=round(time.perf_counter() - began, 3), again=done[index])
@@ -222,15 +228,19 @@ def quantize(source: Source, sweep: Sweep, plan: BitPlan, config: GptqConfig) ->
     return quantized
 
 
+def _quantize_layer(
+    quantized: Quantized, walk: _Walk, sweep: Sweep, index: int, config: GptqConfig
+) -> dict[str, GptqReport]:
+    source = quantized.source
+    with Weights(source).loaded(index):
+        result = quantize_layer(
+            source, walk.calls, index, walk.scratch, walk.name(index), quantized.plan, config, sweep.budget
+        )
+        distributed.on_first(lambda: record_of(source.moe, result).save(sweep.stage.file(f"layer-{index}")))
+    return result.reports
+
+
 # routers
-
-@torch.no_grad()
-def put_routers(source: Source, routers: dict[int, Tensor], index: int) -> None:
-    """Put the router of a loaded layer in, where ``routers`` has one."""
-    for layer in source.moe.moe:
-        if layer.index == index and index in routers:
-            layer.router.weight.copy_(routers[index])
-
 
 def round_routers(
     quantized: Quantized, routers: dict[int, Tensor], sweep: Sweep, bits: int, config: GptqConfig
@@ -239,7 +249,7 @@ def round_routers(
     source = quantized.source
     found, reports = {}, {}
     for layer in source.moe.moe:
-        kept = durable.unseal_tensors(sweep.stage.file(f"router-{layer.index}"))
+        kept = sweep.stage.tensors(f"router-{layer.index}")
         if kept is None:
             break
         found[layer.index] = kept[0]["weight"]
@@ -247,11 +257,8 @@ def round_routers(
     if len(found) == len(source.moe.moe):
         return found, reports
 
-    def overlay(index: int) -> None:
-        quantized.lay_over(index)
-        put_routers(source, routers | found, index)
-
-    walk = _Walk(Weights(source, overlay), sweep)
+    weights = Weights(source, quantized.record, routers | found)
+    walk = _Walk(weights, sweep)
     last = source.moe.moe[-1].index
     for layer in [m for m in source.moe.moe if m.index not in found]:
         walk.need(layer.index)
@@ -259,11 +266,9 @@ def round_routers(
             value, report = quantize_router(
                 source, walk.calls, layer, walk.scratch, walk.name(layer.index), bits, config
             )
-            found[layer.index], reports[layer.router_path] = value.cpu(), report
-            durable.seal_tensors(
-                sweep.stage.file(f"router-{layer.index}"), {"weight": found[layer.index]},
-                list(asdict(report).values()),
-            )
+            found[layer.index], reports[layer.router_path] = value, report
+            weights.routers[layer.index] = value
+            sweep.stage.keep_tensors(f"router-{layer.index}", {"weight": value}, list(asdict(report).values()))
             if layer.index < last:
                 walk.forward(layer.index)
         walk.scratch.drop(walk.name(layer.index))

@@ -1,7 +1,9 @@
-"""Tune the routers of a model whose weights stay packed.
+"""Tune the routers of a packed model of which one decoder layer at a time is in memory.
 
-The packed model and one layer's activations are in memory: layers are recomputed in the backward pass, which unpacks
-one expert at a time. Master routers and AdamW's moments are float32 and are written down as the tuning goes.
+A step runs the layers forward, keeping their inputs, and again backward, recomputing each. A layer is read packed, laid
+out for the device's kernels, and forgotten; the backward pass unpacks one expert at a time. Resident are embeddings and
+head, the routers with float32 masters and AdamW's moments, which are written down as the tuning goes, and a step's
+layer inputs.
 """
 
 from __future__ import annotations
@@ -9,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from gemq import durable
+from gemq.algorithms.layerwise import capture_layer_calls, run_layer
+from gemq.algorithms.perplexity import token_losses
 from gemq.algorithms.router_tuning import RouterTuningConfig, TuningState, tune_routers
 from gemq.engine.journal import Stage
-from gemq.engine.source import OUTSIDE, Source, return_memory
+from gemq.engine.layers import handing_through
+from gemq.engine.source import OUTSIDE, Source
 from gemq.engine.stages import Quantized
 from gemq.models import replace_with_packed
 from gemq.nn import LowBitLinear
@@ -34,36 +37,75 @@ class Tuned:
     losses: list[float]
 
 
-def fill_packed(source: Source, quantized: Quantized) -> None:
-    """Load the whole of ``source``, its quantized parts packed and laid out for the device's kernels."""
-    source.load(OUTSIDE)
-    for index in range(len(source.moe.layers)):
-        source.load(index)
-        modules = quantized.record(index).modules
+class _PackedLayers:
+    """The packed model: ``source``, a skeleton of its own, with the layers of ``quantized`` put in as they run."""
+
+    def __init__(self, source: Source, quantized: Quantized):
+        self.source, self.quantized, self.moe = source, quantized, source.moe
+        self.first = min(layer.index for layer in self.moe.moe)
+        source.load(OUTSIDE)
+        source.hold([f"{layer.router_path}.weight" for layer in self.moe.moe])
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Layer ``index`` is there inside the block."""
+        source, modules = self.source, self.quantized.record(index).modules
+        source.load(index, modules)
+        dense = {path: source.model.get_submodule(path) for path in modules}
         for path, module in modules.items():
-            dense = source.model.get_submodule(path)
-            if isinstance(module, LowBitLinear) and dense.bias is not None:
-                module.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+            if isinstance(module, LowBitLinear) and dense[path].bias is not None:
+                module.bias = nn.Parameter(dense[path].bias.detach().clone(), requires_grad=False)
             module.to(source.device)
             module.prepare()
-            # the description of the model still holds the module: without this, its weights too
-            for name, parameter in list(dense.named_parameters()):
-                owner, _, leaf = name.rpartition(".")
-                setattr(dense.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
         replace_with_packed(source.model, modules)
-        return_memory()
+        try:
+            yield self.moe.layers[index]
+        finally:
+            replace_with_packed(source.model, dense)
+            source.drop(index)
 
+    def gradients(self, windows: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Of each window ``[1, T]``, its mean loss and the gradients by the routers."""
+        if not windows:
+            return []
+        calls = capture_layer_calls(self.moe, windows)
+        inputs = [calls.hidden]
+        for index in range(len(self.moe.layers)):
+            with self.loaded(index) as layer, torch.no_grad():
+                inputs.append([
+                    run_layer(layer, h, kw[index]) for h, kw in zip(inputs[index], calls.kwargs, strict=True)
+                ])
+        found, flowing = [], []
+        for window, hidden in zip(windows, inputs.pop(), strict=True):
+            loss, gradient = self._head(window, hidden)
+            found.append({"loss": loss})
+            flowing.append(gradient)
+        numbers = {layer.index: number for number, layer in enumerate(self.moe.moe)}
+        for index in range(len(self.moe.layers) - 1, self.first - 1, -1):
+            with self.loaded(index) as layer:
+                for at, hidden in enumerate(inputs.pop()):
+                    flowing[at], gradient = self._back(index, layer, hidden, calls.kwargs[at][index], flowing[at])
+                    if gradient is not None:
+                        found[at][str(numbers[index])] = gradient
+        return found
 
-@contextmanager
-def _recomputed(layers: list[nn.Module]) -> Iterator[None]:
-    """Keep only the layers' inputs for the backward pass."""
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    def _head(self, window: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        last = hidden.requires_grad_(True)
+        with torch.enable_grad(), handing_through(self.moe.layers, [last]):
+            loss = token_losses(self.moe.model, window).mean()
+            (gradient,) = torch.autograd.grad(loss, last)
+        return loss.detach(), gradient
+
+    def _back(
+        self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict, gradient: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        router = next((m.router.weight for m in self.moe.moe if m.index == index), None)
+        hidden.requires_grad_(True)
+        with torch.enable_grad():
+            output = run_layer(layer, hidden, kwargs)
+            wanted = [hidden] if router is None else [hidden, router]
+            found = torch.autograd.grad(output, wanted, gradient)
+        return found[0], found[1] if router is not None else None
 
 
 @contextmanager
@@ -81,36 +123,36 @@ def tune_packed(
 ) -> Tuned:
     """Tune the routers on ``windows`` int64 ``[N, T]``, starting from the full-precision ones.
 
-    ``source`` is a skeleton of its own, which is filled. The state is written after each ``every`` steps.
+    ``source`` is a skeleton of its own, which is changed. The state is written after each ``every`` steps. Several
+    processes share the windows of a step.
     """
-    file = stage.file("routers")
-    found = durable.unseal_tensors(file)
+    found = stage.tensors("routers")
     if found is None:
-        fill_packed(source, quantized)
+        layers = _PackedLayers(source, quantized)
 
         def keep(state: TuningState) -> None:
             if len(state.losses) % every == 0:
-                _save_state(state, stage)
+                _keep_state(state, stage)
 
-        with _recomputed(source.moe.layers), _exact_activations():
+        with _exact_activations():
             losses = tune_routers(
-                source.moe, windows, config, progress, start=_read_state(stage), keep=keep
+                source.moe, windows, config, progress, start=_kept_state(stage), keep=keep, gradients=layers.gradients
             )
         routers = {str(m.index): m.router.weight.detach().cpu() for m in source.moe.moe}
-        durable.seal_tensors(file, routers, losses)
-        durable.remove(stage.file("state"))
+        stage.keep_tensors("routers", routers, losses)
+        stage.remove("state")
         found = routers, losses
     return Tuned({int(k): v.clone() for k, v in found[0].items()}, found[1])
 
 
-def _save_state(state: TuningState, stage: Stage) -> None:
+def _keep_state(state: TuningState, stage: Stage) -> None:
     lists = {"master": state.masters, "first": state.first, "second": state.second}
     tensors = {f"{name}-{at}": value.cpu() for name, values in lists.items() for at, value in enumerate(values)}
-    durable.seal_tensors(stage.file("state"), tensors, state.losses)
+    stage.keep_tensors("state", tensors, state.losses)
 
 
-def _read_state(stage: Stage) -> TuningState | None:
-    found = durable.unseal_tensors(stage.file("state"))
+def _kept_state(stage: Stage) -> TuningState | None:
+    found = stage.tensors("state")
     if found is None:
         return None
     tensors, losses = found
