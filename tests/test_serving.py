@@ -31,6 +31,8 @@ from gemq.serving.packed_layers import ServingError, local_ids, width_of
 
 WIDTHS = GivenAllocation("widths", ((0, 1, 3, 2), (5, 8, 4, 0)))
 FAMILIES = ("mixtral", "qwen2_moe", "glm4_moe")
+LATENT = ("deepseek_v2", "deepseek_v2_groups", "deepseek_v3")
+FUSED = {fake_vllm: "fused_qkv_a_proj", fake_sglang: "fused_qkv_a_proj_with_mqa"}
 ROLES = {"mixtral": ("w1", "w2", "w3")}
 # hf_to_vllm_mapper of vLLM's models
 STACKED = {".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v")}
@@ -44,7 +46,7 @@ NOT_LINEARS = re.compile(r"embed_tokens|lm_head|norm|\.gate\.|shared_expert_gate
 def checkpoints(tmp_path_factory):
     """``{family: (folder, gemq's model)}``, every width from 0 to 8 among the experts."""
     found = {}
-    for family in FAMILIES:
+    for family in (*FAMILIES, *LATENT):
         shared = 3 if family != "mixtral" else None
         made = quantized(family, budget=8, given=WIDTHS, shared_bits=shared, dense_bits=5, tune=False)
         folder = save_packed(made.packed, made.config, tmp_path_factory.mktemp("served") / family)
@@ -86,11 +88,22 @@ def put(model, path, module):
     model.add_module(leaf, module)
 
 
-def linears(model, index):
+def attention(layer, fused):
+    """The linears of a layer's attention; ``fused`` is what the runtime calls those that read the hidden states."""
+    if not hasattr(layer, "kv_b_proj"):
+        return [("self_attn.qkv_proj", [layer.q_proj, layer.k_proj, layer.v_proj])]
+    if getattr(layer, "q_proj", None) is not None:
+        first = [("self_attn.q_proj", [layer.q_proj]), ("self_attn.kv_a_proj_with_mqa", [layer.kv_a_proj_with_mqa])]
+    else:
+        first = [(f"self_attn.{fused}", [layer.q_a_proj, layer.kv_a_proj_with_mqa]),
+                 ("self_attn.q_b_proj", [layer.q_b_proj])]  # fmt: skip
+    return [*first, ("self_attn.kv_b_proj", [layer.kv_b_proj])]
+
+
+def linears(model, index, fused="fused_qkv_a_proj"):
     """``(name of the runtime's linear, its parts in gemq's model)`` of one decoder layer."""
     layer = model.model.layers[index]
-    found = [("self_attn.qkv_proj", [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-             ("self_attn.o_proj", [layer.self_attn.o_proj])]  # fmt: skip
+    found = [*attention(layer.self_attn, fused), ("self_attn.o_proj", [layer.self_attn.o_proj])]
     for name in ("shared_expert", "shared_experts"):
         mlp = getattr(layer.mlp, name, None)
         if mlp is not None:
@@ -105,17 +118,21 @@ def linears(model, index):
 def built(fake, config, model, family, experts, tp=1):
     """A fake runtime's model of the quantized layers of ``model``; ``experts(layer, prefix, module)`` makes its MoE."""
     twin = nn.Module()
+    # SGLang's fused layer is one matrix, vLLM's a merged one
+    whole = fake is fake_sglang
     for index, layer in enumerate(model.model.layers):
-        for name, parts in linears(model, index):
+        for name, parts in linears(model, index, FUSED[fake]):
             prefix = f"model.layers.{index}.{name}"
+            rows = [p.out_features for p in parts]
             put(twin, prefix, fake.LinearBase(
-                parts[0].in_features, [p.out_features for p in parts], config, prefix, tp,
+                parts[0].in_features, [sum(rows)] if whole and name.endswith("_mqa") else rows, config, prefix, tp,
                 row=name.endswith(("o_proj", "down_proj")), bias=parts[0].bias is not None,
             ))  # fmt: skip
         if hasattr(layer.mlp, "experts"):
             block = "block_sparse_moe" if family == "mixtral" else "mlp"
             prefix = f"model.layers.{index}.{block}.experts"
-            put(twin, prefix, experts(prefix, layer.mlp.experts))
+            inner = ".routed_experts" if family in LATENT and fake is fake_vllm else ""
+            put(twin, prefix + inner, experts(prefix, layer.mlp.experts))
     return twin
 
 
@@ -134,9 +151,9 @@ def inputs(tokens, width, seed=1):
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_linears_equal(twin, model):
+def assert_linears_equal(twin, model, fused="fused_qkv_a_proj"):
     for index in range(len(model.model.layers)):
-        for name, parts in linears(model, index):
+        for name, parts in linears(model, index, fused):
             x = inputs(5, parts[0].in_features)
             with torch.no_grad():
                 expected = torch.cat([part(x) for part in parts], -1)
@@ -147,7 +164,16 @@ def moe_layers(twin, model, family):
     block = "block_sparse_moe" if family == "mixtral" else "mlp"
     for index, layer in enumerate(model.model.layers):
         if hasattr(layer.mlp, "experts"):
-            yield twin.get_submodule(f"model.layers.{index}.{block}.experts"), layer.mlp.experts
+            inner = twin.get_submodule(f"model.layers.{index}.{block}.experts")
+            yield getattr(inner, "routed_experts", inner), layer.mlp.experts
+
+
+def assert_absorbed(parts, kv_b_proj, config):
+    """Both halves of a runtime's split of ``kv_b_proj`` as ``[N, P or V, L]`` are the packed matrix's numbers."""
+    nope, value = config.qk_nope_head_dim, config.v_head_dim
+    expected = kv_b_proj.weight().view(config.num_attention_heads, nope + value, config.kv_lora_rank)
+    for got, wanted in zip(parts, expected.split([nope, value], 1), strict=True):
+        assert torch.equal(got, wanted) and bool(wanted.any())
 
 
 # vLLM
@@ -191,6 +217,38 @@ def test_vllm_layers_compute_what_gemqs_do(vllm, checkpoints, family):
             with torch.no_grad():
                 got = layer.forward_modular(x, weights, ids)
                 assert torch.equal(got, experts(x, ids, weights)) and got.dtype == x.dtype
+
+
+@pytest.mark.parametrize("family", LATENT)
+def test_vllm_serves_latent_attention(vllm, checkpoints, family):
+    folder, model = checkpoints[family]
+    twin = vllm_model(vllm, folder, model, family)
+    wanted = {name for name, _ in twin.named_parameters()}
+    mapper = vllm.GemqConfig.get_checkpoint_weight_mapper()
+    # once by the causal model's loader, once more by the inner one's
+    assert fake_vllm.load_deepseek(twin, mapper.apply(mapper.apply(stored(folder).items())), 4) == wanted
+    fake_vllm.finish(twin)
+    assert_linears_equal(twin, model)
+    config = model.config
+    sizes = config.kv_lora_rank, config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    for ours, theirs in zip(model.model.layers, twin.model.layers.children(), strict=True):
+        split = fake_vllm.absorbed(theirs.self_attn.kv_b_proj, *sizes, torch.float32)
+        assert_absorbed([part.permute(1, 2, 0) for part in split], ours.self_attn.kv_b_proj, config)
+    (layer, experts), *_ = moe_layers(twin, model, family)
+    x, (ids, weights) = inputs(7, 64), routed(7, 4)
+    with torch.no_grad():
+        assert torch.equal(layer.forward_modular(x, weights, ids), experts(x, ids, weights))
+
+
+@pytest.mark.parametrize("name", ["q_a_proj.weight_codes", "kv_a_proj_with_mqa.weight_meta", "kv_b_proj.weight_meta"])
+def test_vllm_latent_weights_that_do_not_arrive(vllm, checkpoints, name):
+    folder, model = checkpoints["deepseek_v2_groups"]
+    tensors = stored(folder)
+    del tensors[f"model.layers.1.self_attn.{name}"]
+    twin = vllm_model(vllm, folder, model, "deepseek_v2_groups")
+    fake_vllm.load_deepseek(twin, vllm.GemqConfig.get_checkpoint_weight_mapper().apply(tensors.items()), 4)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.\w+: .* did not reach the layer"):
+        fake_vllm.finish(twin)
 
 
 @pytest.mark.parametrize("placement", [[0, 1], [1, 0], [2, 3], [3, 0], [0]])
@@ -261,9 +319,9 @@ def test_vllm_configuration(vllm, checkpoints):
         vllm.GemqConfig.from_config(edited)
 
     class Other:
-        model_type = "deepseek_v2"
+        model_type = "qwen3_next"
 
-    with pytest.raises(ServingError, match=r"vLLM does not serve 'deepseek_v2' .*; it serves mixtral, olmoe"):
+    with pytest.raises(ServingError, match=r"vLLM does not serve 'qwen3_next' .*; it serves mixtral, olmoe"):
         config.maybe_update_config("x", Other())
     with pytest.raises(ServingError, match=r"names no widths for model\.layers\.7\.mlp"):
         packed_layers.expert_widths(config.packed, "model.layers.7.mlp.experts")
@@ -287,7 +345,7 @@ def topk(ids, weights):
     return fake_sglang.StandardTopKOutput(weights, ids, None)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sglang_layers_compute_what_gemqs_do(sglang, checkpoints, family):
     folder, model = checkpoints[family]
     twin = sglang_model(sglang, folder, model, family)
@@ -300,6 +358,52 @@ def test_sglang_layers_compute_what_gemqs_do(sglang, checkpoints, family):
             x, (ids, weights) = inputs(tokens, 64), routed(tokens, 4)
             with torch.no_grad():
                 assert torch.equal(layer(x, topk(ids, weights)), experts(x, ids, weights))
+
+
+@pytest.mark.parametrize("family", LATENT)
+def test_sglang_serves_latent_attention(sglang, checkpoints, family):
+    folder, model = checkpoints[family]
+    twin = sglang_model(sglang, folder, model, family)
+    fake_sglang.deepseek_looks_at_weights(twin)
+    wanted = {name for name, _ in twin.named_parameters()}
+    assert fake_sglang.load_deepseek(twin, stored(folder).items()) == wanted
+    config = model.config
+    for ours, theirs in zip(model.model.layers, twin.model.layers.children(), strict=True):
+        split = fake_sglang.absorbed(theirs.self_attn.kv_b_proj, config.qk_nope_head_dim, config.v_head_dim)
+        assert_absorbed(split, ours.self_attn.kv_b_proj, config)
+    fake_sglang.finish(twin)
+    fake_sglang.deepseek_looks_at_weights(twin)
+    assert_linears_equal(twin, model, FUSED[fake_sglang])
+    (layer, experts), *_ = moe_layers(twin, model, family)
+    x, (ids, weights) = inputs(7, 64), routed(7, 4)
+    with torch.no_grad():
+        assert torch.equal(layer(x, topk(ids, weights)), experts(x, ids, weights))
+
+
+@pytest.mark.parametrize("name", ["kv_b_proj.weight_codes", "kv_a_proj_with_mqa.weight_meta"])
+def test_sglang_latent_weights_that_do_not_arrive(sglang, checkpoints, name):
+    folder, model = checkpoints["deepseek_v2_groups"]
+    tensors = stored(folder)
+    del tensors[f"model.layers.1.self_attn.{name}"]
+    twin = sglang_model(sglang, folder, model, "deepseek_v2_groups")
+    fake_sglang.load_deepseek(twin, tensors.items())
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.\w+: .* did not reach the layer"):
+        fake_sglang.finish(twin)
+
+
+@pytest.mark.parametrize("cuda, in_topk, factor", [(True, False, 2.5), (False, False, 1.0), (True, True, 1.0)])
+def test_sglang_experts_scale_their_sum_where_the_model_does_not(sglang, checkpoints, monkeypatch, cuda, in_topk,
+                                                                 factor):  # fmt: skip
+    monkeypatch.setattr(fake_sglang, "CUDA", cuda)
+    folder, model = checkpoints["mixtral"]
+    twin = sglang_model(sglang, folder, model, "mixtral", routed_scaling_factor=2.5)
+    fake_sglang.load(twin, stored(folder).items())
+    fake_sglang.finish(twin)
+    x, (ids, weights) = inputs(5, 64), routed(5, 4)
+    for layer, experts in moe_layers(twin, model, "mixtral"):
+        layer.should_fuse_routed_scaling_factor_in_topk = in_topk
+        with torch.no_grad():
+            assert torch.allclose(layer(x, topk(ids, weights)), factor * experts(x, ids, weights), atol=1e-5)
 
 
 def test_sglang_expert_parallel_ranks_sum_to_the_whole(sglang, checkpoints):
@@ -322,7 +426,6 @@ def test_sglang_expert_parallel_ranks_sum_to_the_whole(sglang, checkpoints):
     ({"linear_tp": 2}, "qkv_proj: tensor parallelism is not served"),
     ({"activation": "gelu"}, "experts with another activation are not served"),
     ({"swiglu_limit": 7.0}, "experts with a clamped or scaled activation are not served"),
-    ({"routed_scaling_factor": 2.5}, "experts with a scaling factor of their own are not served"),
     ({"apply_router_weight_on_input": True}, "experts with weights on the input are not served"),
     ({"no_combine": True}, "experts with outputs that are not summed are not served"),
     ({"shared": 1}, "shared experts fused with the routed ones, are not served"),
@@ -409,8 +512,7 @@ def test_widths_of_single_matrices(checkpoints):
         width_of(packed, "model.layers.0.mlp.gate_up_proj")
 
 
-@pytest.mark.parametrize("name", ["self_attn.kv_b_proj", "self_attn.fused_qkv_a_proj", "linear_attn.in_proj_qkvz",
-                                  "self_attn.kv_a_proj_with_mqa"])  # fmt: skip
+@pytest.mark.parametrize("name", ["linear_attn.in_proj_qkvz", "self_attn.g_proj"])
 def test_attention_that_is_not_known_is_refused(checkpoints, name):
     packed = load_packed_config(checkpoints["mixtral"][0])
     with pytest.raises(ServingError, match="this kind of attention is not served from packed weights"):
@@ -439,7 +541,8 @@ def overriding(cls):
 def test_overridden_methods_have_the_bases_parameters(runtime, request):
     methods = request.getfixturevalue(runtime)
     seen = set()
-    for cls in (methods.GemqConfig, methods.GemqLinearMethod, methods.GemqMoEMethod):
+    classes = (methods.GemqConfig, methods.GemqLinearMethod, methods.GemqUnpackedLinearMethod, methods.GemqMoEMethod)
+    for cls in classes:
         for name, ours, base, function, wanted in overriding(cls):
             assert type(ours) is type(base), name
             assert list(inspect.signature(function).parameters) == list(inspect.signature(wanted).parameters), name
