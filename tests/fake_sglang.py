@@ -290,8 +290,8 @@ def absorbed(layer: LinearBase, nope: int, value: int):
     return w.unflatten(0, (-1, nope + value)).split([nope, value], dim=1)
 
 
-def deepseek_looks_at_weights(model: nn.Module) -> None:
-    """What SGLang's DeepSeek model asks of some layers' ``weight`` when it is made and when it runs."""
+def model_looks_at_weights(model: nn.Module) -> None:
+    """What SGLang's DeepSeek and GLM-4 models ask of some layers' ``weight`` when made and when they run."""
     for name, layer in model.named_modules():
         if name.endswith("shared_experts.gate_up_proj"):
             weight = getattr(layer, "weight", None)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import importlib.metadata
 import inspect
 import os
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,192 +14,37 @@ import fake_sglang
 import fake_vllm
 import pytest
 import torch
-from packed_models import quantized
-from safetensors.torch import load_file
+from served_models import (
+    FAMILIES,
+    assert_linears_equal,
+    checkpoint,
+    config_of,
+    inputs,
+    moe_layers,
+    routed,
+    sglang_model,
+    stored,
+    topk,
+    vllm_load,
+    vllm_model,
+)
 from torch import nn
 
-import gemq
 from gemq import serving
-from gemq.algorithms.given_allocation import GivenAllocation
-from gemq.checkpoint import load_packed_config, save_packed
+from gemq.checkpoint import load_packed_config
 from gemq.errors import CheckpointError
-from gemq.integrity import WEIGHTS_FILE, read_json
+from gemq.integrity import read_json
 from gemq.serving import packed_layers
 from gemq.serving.packed_layers import ServingError, local_ids, width_of
-
-WIDTHS = GivenAllocation("widths", ((0, 1, 3, 2), (5, 8, 4, 0)))
-FAMILIES = ("mixtral", "qwen2_moe", "glm4_moe")
-LATENT = ("deepseek_v2", "deepseek_v2_groups", "deepseek_v3")
-FUSED = {fake_vllm: "fused_qkv_a_proj", fake_sglang: "fused_qkv_a_proj_with_mqa"}
-ROLES = {"mixtral": ("w1", "w2", "w3")}
-# hf_to_vllm_mapper of vLLM's models
-STACKED = {".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v")}
-for path in (".mlp", ".shared_expert", ".shared_experts"):
-    STACKED |= {f"{path}.gate_proj": (f"{path}.gate_up_proj", 0), f"{path}.up_proj": (f"{path}.gate_up_proj", 1)}
-SUBSTRINGS = {"mixtral": {".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."}}
-NOT_LINEARS = re.compile(r"embed_tokens|lm_head|norm|\.gate\.|shared_expert_gate")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """``{family: (folder, gemq's model)}``, every width from 0 to 8 among the experts."""
-    found = {}
-    for family in (*FAMILIES, *LATENT):
-        shared = 3 if family != "mixtral" else None
-        made = quantized(family, budget=8, given=WIDTHS, shared_bits=shared, dense_bits=5, tune=False)
-        folder = save_packed(made.packed, made.config, tmp_path_factory.mktemp("served") / family)
-        found[family] = folder, gemq.from_pretrained(folder)
-    return found
-
-
-def plugin(monkeypatch, fake, name):
-    for place, module in fake.modules().items():
-        monkeypatch.setitem(sys.modules, place, module)
-    monkeypatch.delitem(sys.modules, f"gemq.serving.{name}", raising=False)
-    monkeypatch.delattr(serving, name, raising=False)
-    return importlib.import_module(f"gemq.serving.{name}")
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    yield plugin(monkeypatch, fake_vllm, "vllm_methods")
-    sys.modules.pop("gemq.serving.vllm_methods", None)
-
-
-@pytest.fixture
-def sglang(monkeypatch):
-    yield plugin(monkeypatch, fake_sglang, "sglang_methods")
-    sys.modules.pop("gemq.serving.sglang_methods", None)
-
-
-def config_of(methods, folder):
-    return methods.GemqConfig.from_config(read_json(folder / "config.json")["quantization_config"])
-
-
-def put(model, path, module):
-    """Add a module at a dotted path, with plain modules above it."""
-    *parents, leaf = path.split(".")
-    for parent in parents:
-        if not hasattr(model, parent):
-            model.add_module(parent, nn.Module())
-        model = getattr(model, parent)
-    model.add_module(leaf, module)
-
-
-def attention(layer, fused):
-    """The linears of a layer's attention; ``fused`` is what the runtime calls those that read the hidden states."""
-    if not hasattr(layer, "kv_b_proj"):
-        return [("self_attn.qkv_proj", [layer.q_proj, layer.k_proj, layer.v_proj])]
-    if getattr(layer, "q_proj", None) is not None:
-        first = [("self_attn.q_proj", [layer.q_proj]), ("self_attn.kv_a_proj_with_mqa", [layer.kv_a_proj_with_mqa])]
-    else:
-        first = [(f"self_attn.{fused}", [layer.q_a_proj, layer.kv_a_proj_with_mqa]),
-                 ("self_attn.q_b_proj", [layer.q_b_proj])]  # fmt: skip
-    return [*first, ("self_attn.kv_b_proj", [layer.kv_b_proj])]
-
-
-def linears(model, index, fused="fused_qkv_a_proj"):
-    """``(name of the runtime's linear, its parts in gemq's model)`` of one decoder layer."""
-    layer = model.model.layers[index]
-    found = [*attention(layer.self_attn, fused), ("self_attn.o_proj", [layer.self_attn.o_proj])]
-    for name in ("shared_expert", "shared_experts"):
-        mlp = getattr(layer.mlp, name, None)
-        if mlp is not None:
-            found += [(f"mlp.{name}.gate_up_proj", [mlp.gate_proj, mlp.up_proj]),
-                      (f"mlp.{name}.down_proj", [mlp.down_proj])]  # fmt: skip
-    if hasattr(layer.mlp, "gate_proj"):
-        found += [("mlp.gate_up_proj", [layer.mlp.gate_proj, layer.mlp.up_proj]),
-                  ("mlp.down_proj", [layer.mlp.down_proj])]  # fmt: skip
-    return found
-
-
-def built(fake, config, model, family, experts, tp=1):
-    """A fake runtime's model of the quantized layers of ``model``; ``experts(layer, prefix, module)`` makes its MoE."""
-    twin = nn.Module()
-    # SGLang's fused layer is one matrix, vLLM's a merged one
-    whole = fake is fake_sglang
-    for index, layer in enumerate(model.model.layers):
-        for name, parts in linears(model, index, FUSED[fake]):
-            prefix = f"model.layers.{index}.{name}"
-            rows = [p.out_features for p in parts]
-            put(twin, prefix, fake.LinearBase(
-                parts[0].in_features, [sum(rows)] if whole and name.endswith("_mqa") else rows, config, prefix, tp,
-                row=name.endswith(("o_proj", "down_proj")), bias=parts[0].bias is not None,
-            ))  # fmt: skip
-        if hasattr(layer.mlp, "experts"):
-            block = "block_sparse_moe" if family == "mixtral" else "mlp"
-            prefix = f"model.layers.{index}.{block}.experts"
-            inner = ".routed_experts" if family in LATENT and fake is fake_vllm else ""
-            put(twin, prefix + inner, experts(prefix, layer.mlp.experts))
-    return twin
-
-
-def stored(folder):
-    """The tensors of the quantized layers, by the checkpoint's names."""
-    return {name: t for name, t in load_file(folder / WEIGHTS_FILE).items() if not NOT_LINEARS.search(name)}
-
-
-def routed(tokens, experts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :2].int()
-    return ids, torch.rand(tokens, 2, generator=generator)
-
-
-def inputs(tokens, width, seed=1):
-    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_linears_equal(twin, model, fused="fused_qkv_a_proj"):
-    for index in range(len(model.model.layers)):
-        for name, parts in linears(model, index, fused):
-            x = inputs(5, parts[0].in_features)
-            with torch.no_grad():
-                expected = torch.cat([part(x) for part in parts], -1)
-                assert torch.allclose(twin.get_submodule(f"model.layers.{index}.{name}")(x), expected, atol=1e-5), name
-
-
-def moe_layers(twin, model, family):
-    block = "block_sparse_moe" if family == "mixtral" else "mlp"
-    for index, layer in enumerate(model.model.layers):
-        if hasattr(layer.mlp, "experts"):
-            inner = twin.get_submodule(f"model.layers.{index}.{block}.experts")
-            yield getattr(inner, "routed_experts", inner), layer.mlp.experts
-
-
-def assert_absorbed(parts, kv_b_proj, config):
-    """Both halves of a runtime's split of ``kv_b_proj`` as ``[N, P or V, L]`` are the packed matrix's numbers."""
-    nope, value = config.qk_nope_head_dim, config.v_head_dim
-    expected = kv_b_proj.weight().view(config.num_attention_heads, nope + value, config.kv_lora_rank)
-    for got, wanted in zip(parts, expected.split([nope, value], 1), strict=True):
-        assert torch.equal(got, wanted) and bool(wanted.any())
+    """``{family: (folder, gemq's model)}``."""
+    return {family: checkpoint(family, tmp_path_factory.mktemp("served") / family) for family in FAMILIES}
 
 
 # vLLM
-
-
-def vllm_model(methods, folder, model, family, expert_map=None, tp=1, linear_tp=1, **moe):
-    config = config_of(methods, folder)
-    config.maybe_update_config(str(folder), model.config)
-
-    def experts(prefix, module):
-        count = module.num_experts if expert_map is None else int((expert_map >= 0).sum())
-        shape = fake_vllm.FusedMoEConfig(
-            module.num_experts, 2, module.hidden, module.intermediate, count,
-            moe_parallel_config=fake_vllm.FusedMoEParallelConfig(tp_size=tp), **moe,
-        )
-        names = ROLES.get(family, ("gate_proj", "down_proj", "up_proj"))
-        return fake_vllm.RoutedExperts(prefix, torch.float32, shape, config, expert_map, names)
-
-    return built(fake_vllm, config, model, family, experts, linear_tp)
-
-
-def vllm_load(methods, twin, folder, family, tensors=None):
-    """In two steps, as vLLM's causal models and their inner ones load: each with the quantization's renaming."""
-    own = methods.GemqConfig.get_checkpoint_weight_mapper()
-    mapper = fake_vllm.WeightsMapper(orig_to_new_substr=SUBSTRINGS.get(family, {}), orig_to_new_stacked=STACKED)
-    loaded = fake_vllm.load(twin, own.apply((tensors or stored(folder)).items()), mapper | own)
-    fake_vllm.finish(twin)
-    return loaded
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,38 +60,6 @@ def test_vllm_layers_compute_what_gemqs_do(vllm, checkpoints, family):
             with torch.no_grad():
                 got = layer.forward_modular(x, weights, ids)
                 assert torch.equal(got, experts(x, ids, weights)) and got.dtype == x.dtype
-
-
-@pytest.mark.parametrize("family", LATENT)
-def test_vllm_serves_latent_attention(vllm, checkpoints, family):
-    folder, model = checkpoints[family]
-    twin = vllm_model(vllm, folder, model, family)
-    wanted = {name for name, _ in twin.named_parameters()}
-    mapper = vllm.GemqConfig.get_checkpoint_weight_mapper()
-    # once by the causal model's loader, once more by the inner one's
-    assert fake_vllm.load_deepseek(twin, mapper.apply(mapper.apply(stored(folder).items())), 4) == wanted
-    fake_vllm.finish(twin)
-    assert_linears_equal(twin, model)
-    config = model.config
-    sizes = config.kv_lora_rank, config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    for ours, theirs in zip(model.model.layers, twin.model.layers.children(), strict=True):
-        split = fake_vllm.absorbed(theirs.self_attn.kv_b_proj, *sizes, torch.float32)
-        assert_absorbed([part.permute(1, 2, 0) for part in split], ours.self_attn.kv_b_proj, config)
-    (layer, experts), *_ = moe_layers(twin, model, family)
-    x, (ids, weights) = inputs(7, 64), routed(7, 4)
-    with torch.no_grad():
-        assert torch.equal(layer.forward_modular(x, weights, ids), experts(x, ids, weights))
-
-
-@pytest.mark.parametrize("name", ["q_a_proj.weight_codes", "kv_a_proj_with_mqa.weight_meta", "kv_b_proj.weight_meta"])
-def test_vllm_latent_weights_that_do_not_arrive(vllm, checkpoints, name):
-    folder, model = checkpoints["deepseek_v2_groups"]
-    tensors = stored(folder)
-    del tensors[f"model.layers.1.self_attn.{name}"]
-    twin = vllm_model(vllm, folder, model, "deepseek_v2_groups")
-    fake_vllm.load_deepseek(twin, vllm.GemqConfig.get_checkpoint_weight_mapper().apply(tensors.items()), 4)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.\w+: .* did not reach the layer"):
-        fake_vllm.finish(twin)
 
 
 @pytest.mark.parametrize("placement", [[0, 1], [1, 0], [2, 3], [3, 0], [0]])
@@ -330,21 +141,6 @@ def test_vllm_configuration(vllm, checkpoints):
 # SGLang
 
 
-def sglang_model(methods, folder, model, family, ep=(0, 1), tp=1, linear_tp=1, **moe):
-    config = config_of(methods, folder)
-
-    def experts(prefix, module):
-        return fake_sglang.FusedMoE(
-            module.num_experts, module.hidden, module.intermediate, config, prefix, ep=ep, tp=tp, **moe
-        )
-
-    return built(fake_sglang, config, model, family, experts, linear_tp)
-
-
-def topk(ids, weights):
-    return fake_sglang.StandardTopKOutput(weights, ids, None)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sglang_layers_compute_what_gemqs_do(sglang, checkpoints, family):
     folder, model = checkpoints[family]
@@ -352,43 +148,13 @@ def test_sglang_layers_compute_what_gemqs_do(sglang, checkpoints, family):
     wanted = {name for name, _ in twin.named_parameters()}
     assert fake_sglang.load(twin, stored(folder).items()) == wanted
     fake_sglang.finish(twin)
+    fake_sglang.model_looks_at_weights(twin)
     assert_linears_equal(twin, model)
     for layer, experts in moe_layers(twin, model, family):
         for tokens in (0, 1, 7):
             x, (ids, weights) = inputs(tokens, 64), routed(tokens, 4)
             with torch.no_grad():
                 assert torch.equal(layer(x, topk(ids, weights)), experts(x, ids, weights))
-
-
-@pytest.mark.parametrize("family", LATENT)
-def test_sglang_serves_latent_attention(sglang, checkpoints, family):
-    folder, model = checkpoints[family]
-    twin = sglang_model(sglang, folder, model, family)
-    fake_sglang.deepseek_looks_at_weights(twin)
-    wanted = {name for name, _ in twin.named_parameters()}
-    assert fake_sglang.load_deepseek(twin, stored(folder).items()) == wanted
-    config = model.config
-    for ours, theirs in zip(model.model.layers, twin.model.layers.children(), strict=True):
-        split = fake_sglang.absorbed(theirs.self_attn.kv_b_proj, config.qk_nope_head_dim, config.v_head_dim)
-        assert_absorbed(split, ours.self_attn.kv_b_proj, config)
-    fake_sglang.finish(twin)
-    fake_sglang.deepseek_looks_at_weights(twin)
-    assert_linears_equal(twin, model, FUSED[fake_sglang])
-    (layer, experts), *_ = moe_layers(twin, model, family)
-    x, (ids, weights) = inputs(7, 64), routed(7, 4)
-    with torch.no_grad():
-        assert torch.equal(layer(x, topk(ids, weights)), experts(x, ids, weights))
-
-
-@pytest.mark.parametrize("name", ["kv_b_proj.weight_codes", "kv_a_proj_with_mqa.weight_meta"])
-def test_sglang_latent_weights_that_do_not_arrive(sglang, checkpoints, name):
-    folder, model = checkpoints["deepseek_v2_groups"]
-    tensors = stored(folder)
-    del tensors[f"model.layers.1.self_attn.{name}"]
-    twin = sglang_model(sglang, folder, model, "deepseek_v2_groups")
-    fake_sglang.load_deepseek(twin, tensors.items())
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.\w+: .* did not reach the layer"):
-        fake_sglang.finish(twin)
 
 
 @pytest.mark.parametrize("cuda, in_topk, factor", [(True, False, 2.5), (False, False, 1.0), (True, True, 1.0)])
