@@ -258,7 +258,8 @@ def test_plan_prints_markdown(printed):
     assert first.splitlines()[1] == "|---|---:|---:|---:|---:|" and "| most (time: one budget) |" in first
     titles, _, *rows = second.splitlines()
     assert titles == "| bits | checkpoint | weights | cache | to run | tokens/s at most |"
-    assert [row.split(" | ")[0] for row in rows] == ["| 3", "| 2.5"] and note.startswith("times and tokens/s: estimated")
+    assert [row.split(" | ")[0] for row in rows] == ["| 3", "| 2.5"]
+    assert note.startswith("times and tokens/s: estimated")
 
 
 def test_plan_prints_rows_for_programs(printed):

@@ -105,12 +105,30 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no tokenizer in {path!r}: {_first_line(error)}") from error
+        # what is wrong with the model itself says more
+        method = getattr(_model_config(path, trust_remote_code), "quantization_config", None) or {}
+        if method and method.get("quant_method") != "gemq":
+            raise CheckpointError(f"{path!r} is quantized by {method.get('quant_method')!r}, not by gemq") from error
+        why = "no tokenizer file that transformers reads" if Path(path).is_dir() else _first_line(error)
+        raise CheckpointError(f"no tokenizer in {path!r}: {why}") from error
 
 
 def _check_complete(path: str | os.PathLike) -> None:
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
+
+
+def _model_config(path: str, trust_remote_code: bool):
+    """The transformers config of any model; :class:`CheckpointError` if there is none or its type is not known."""
+    from transformers import AutoConfig
+
+    # what cannot be a hub name is a folder
+    if not Path(path).exists() and (Path(path).is_absolute() or path.count("/") > 1 or path.startswith(".")):
+        raise CheckpointError(f"no model in {path!r}: there is no such folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no model in {path!r}: {_first_line(error)}") from error
 
 
 def check_model(path: str, trust_remote_code: bool = False):
@@ -119,12 +137,7 @@ def check_model(path: str, trust_remote_code: bool = False):
     Raises :class:`CheckpointError` if there is no such model or it is quantized, and
     :class:`gemq.errors.UnsupportedModelError` for other families.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no model in {path!r}: {_first_line(error)}") from error
+    config = _model_config(path, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{path!r} is quantized already; give the full-precision model")
     check_supported(config)
