@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -108,7 +109,9 @@ def _report(error: Exception) -> int:
         return 2
     message = " ".join(str(error).split())
     if _out_of_memory(error):
-        _fail(f"out of memory: {message.split('. ')[0][:200] or type(error).__name__} (gemq plan shows what would fit)")
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", message, re.IGNORECASE)
+        what = f"{asked[1]} more could not be had" if asked else "the machine has no more"
+        _fail(f"out of memory: {what} (gemq plan shows what would fit)")
         return 2
     if isinstance(error, (GemqError, ValueError, OSError)):
         _fail(message or type(error).__name__)
