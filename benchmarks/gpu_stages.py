@@ -52,9 +52,13 @@ PYTEST = "{python} -m pytest -q -p no:cacheprovider -c {ini} --rootdir ."
 MIXTRAL = "{python} benchmarks/gpu_mixtral_block.py --tokens 1"
 
 
-def _bench(name: str, seconds: int) -> Stage:
-    command = "{python} -m gemq bench --model-config NAME --bits 2 --random-weights --json {json}".replace("NAME", name)
-    return Stage(f"bench_{name}", seconds, command, f"bench_{name}", probe="{python} -m gemq bench --help",
+def _bench(model: str, seconds: int, baseline: str | None = None) -> Stage:
+    """``gemq bench`` of a published architecture at 2.5 bits, or one of its 16-bit baselines: a stage each, so that
+    one that overruns takes no other's figures along."""
+    what = f"--bits 16 --baseline {baseline}" if baseline else "--bits 2.5"
+    name = f"bench_{model}" + (f"_16_{baseline}" if baseline else "")
+    command = f"{{python}} -m gemq bench --model-config {model} {what} --random-weights --json {{json}}"
+    return Stage(name, seconds, command, name, probe="{python} -m gemq bench --help",
                  missing="this version has no `gemq bench`")  # fmt: skip
 
 
@@ -74,8 +78,14 @@ STAGES = (
     Stage("tests", 100, f"{PYTEST} tests/test_triton_gpu.py tests/test_triton_prefill_gpu.py"),
     Stage("moe", 150, f"{PYTEST} benchmarks/bench_moe.py --benchmark-only --benchmark-columns=median "
           "--rows-json {json} --budget {limit} --recorded-command 'bash benchmarks/gpu_run.sh'", "moe"),
-    _bench("deepseek-v2-lite", 45),
-    _bench("mixtral-8x7b", 45),
+    _bench("deepseek-v2-lite", 60),
+    # the strongest ways under torch.compile, and the authors' gather + einsum, which it is compared with
+    _bench("deepseek-v2-lite", 100, "grouped_mm"),
+    _bench("deepseek-v2-lite", 100, "gather"),
+    _bench("mixtral-8x7b", 60),
+    _bench("qwen3-30b-a3b", 60),
+    _bench("qwen1.5-moe", 60),
+    _bench("deepseek-v2-lite", 100, "batched_mm"),
     Stage("determinism", 60, f"{PYTEST} tests/test_gpu_determinism.py"),
     _sanitizer("memcheck", 60),
     _sanitizer("racecheck", 60),
@@ -91,6 +101,24 @@ def limit_of(stage: Stage, budget: float, elapsed: float) -> int | None:
     left = int(budget - elapsed - RESERVE)
     limit = min(stage.seconds, left)
     return None if limit < min(LEAST, stage.seconds) else limit
+
+
+def speedups(result: dict) -> dict[str, dict[str, float]]:
+    """By model, median tokens a second of gemq and of the 16-bit baselines of the same call, and the quotients."""
+    rates: dict[str, dict[str, float]] = {}
+    for key, part in result.items():
+        if key.startswith("bench_"):
+            model = key.removeprefix("bench_").partition("_16_")[0]
+            runs = {name: run["tokens_per_second"]["p50"] for name, run in part["runs"].items()}
+            rates[model] = rates.get(model, {}) | runs
+    found = {}
+    for model, runs in rates.items():
+        others = {name: rate for name, rate in runs.items() if name != "gemq"}
+        if "gemq" in runs and others:
+            found[model] = runs | {"over_strongest": round(runs["gemq"] / max(others.values()), 3)}
+            if "gather" in others:
+                found[model]["over_gather"] = round(runs["gemq"] / others["gather"], 3)
+    return found
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -236,14 +264,23 @@ class Run:
 
     def save(self) -> None:
         self.result["seconds"] = round(self.elapsed(), 1)
+        with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):
+            if compared := speedups(self.result):
+                self.result["speedups"] = compared
         write_json(self.out / "gpu.json", self.result)
 
 
 def chosen(text: str | None) -> list[Stage]:
-    """The stages named, in their order; ``moe=400`` gives one more seconds. ``ValueError`` for a name that is none."""
+    """The stages named, in their order; ``moe=400`` gives one more seconds, ``bench_*`` is all that begin like this.
+
+    ``ValueError`` for a name that is none.
+    """
     if text is None:
         return list(STAGES)
-    wanted = {name: seconds for name, _, seconds in (part.partition("=") for part in text.split(","))}
+    wanted = {}
+    for name, _, seconds in (part.partition("=") for part in text.split(",")):
+        matching = [s.name for s in STAGES if name.endswith("*") and s.name.startswith(name[:-1])]
+        wanted |= dict.fromkeys(matching or [name], seconds)
     unknown = [name for name in wanted if name not in {s.name for s in STAGES}]
     if unknown:
         raise ValueError(f"--stages: {', '.join(unknown)} is none of {', '.join(s.name for s in STAGES)}")
@@ -270,7 +307,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--default-out", type=Path, default=Path("out"), help=argparse.SUPPRESS)
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
-    parser.add_argument("--stages", help="only these, separated by commas; moe=400 gives one so many seconds")
+    parser.add_argument("--stages", help="only these, separated by commas; moe=400 gives one so many seconds, "
+                        "bench_* all that begin like this")
     parser.add_argument("--commit", help="what is measured, where the copy is no repository")
     parser.add_argument("--dry-run", action="store_true", help="show the stages and their limits, run nothing")
     options = parser.parse_args(arguments)

@@ -86,3 +86,33 @@ def gemq_run(capsys):
 def quick(text_file):
     """Options of ``gemq quantize`` that make quantizing the tiny model take no time."""
     return ["--calibration", str(text_file), "--samples", "6", "--length", "24"]
+
+
+def _plugin(monkeypatch, fake, name):
+    import importlib
+    import sys
+
+    from gemq import serving
+
+    for place, module in fake.modules().items():
+        monkeypatch.setitem(sys.modules, place, module)
+    monkeypatch.delitem(sys.modules, f"gemq.serving.{name}", raising=False)
+    monkeypatch.delattr(serving, name, raising=False)
+    yield importlib.import_module(f"gemq.serving.{name}")
+    sys.modules.pop(f"gemq.serving.{name}", None)
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """The plug-in for vLLM, imported over the fake."""
+    import fake_vllm
+
+    yield from _plugin(monkeypatch, fake_vllm, "vllm_methods")
+
+
+@pytest.fixture
+def sglang(monkeypatch):
+    """The plug-in for SGLang, imported over the fake."""
+    import fake_sglang
+
+    yield from _plugin(monkeypatch, fake_sglang, "sglang_methods")

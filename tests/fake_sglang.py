@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import sys
 import types
 from abc import ABC, abstractmethod
@@ -144,6 +145,9 @@ class FusedMoE(nn.Module):
         )
         self.quant_method.create_moe_runner(self, MoeRunnerConfig(**runner))
         assert self.quant_method.get_moe_runner_backend(self) is None
+        self.should_fuse_routed_scaling_factor_in_topk = getattr(
+            self.quant_method, "fuse_routed_scaling_factor_in_topk", False
+        )
         self.runner = self.quant_method.runner
 
     def weight_loader(self, *_, **__):
@@ -242,6 +246,69 @@ def finish(model: nn.Module) -> None:
             method.process_weights_after_loading(module)
 
 
+def load_deepseek(model: nn.Module, weights) -> set[str]:
+    """As ``DeepseekV2WeightLoaderMixin.do_load_weights``, but for ``post_load_weights``.
+
+    Weights are loaded by several threads; ``q_a_proj`` and ``kv_a_proj_with_mqa`` are put together before.
+    """
+    params = dict(model.named_parameters())
+    fused = any("fused_qkv_a_proj_with_mqa" in name for name in params)
+    cached, futures, loaded = {}, [], set()
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        for name, tensor in weights:
+            for merged, single, shard in STACKED[3:]:
+                if single not in name or ("mlp.experts." in name and name not in params):
+                    continue
+                name = name.replace(single, merged)
+                futures.append(executor.submit(params[name].weight_loader, params[name], tensor, shard))
+                loaded.add(name)
+                break
+            else:
+                pair = ("q_a_proj", "kv_a_proj_with_mqa")
+                mine = next((part for part in pair if fused and part in name), None)
+                if mine is not None:
+                    cached[name] = tensor
+                    names = [name.replace(mine, part) for part in pair]
+                    if any(one not in cached for one in names):
+                        continue
+                    tensor = torch.cat([cached.pop(one) for one in names], dim=0)
+                    name = name.replace(mine, "fused_qkv_a_proj_with_mqa")
+                if name not in params:
+                    continue
+                futures.append(executor.submit(params[name].weight_loader, params[name], tensor))
+                loaded.add(name)
+        for future in concurrent.futures.as_completed(futures):
+            future.result()
+    return loaded
+
+
+def absorbed(layer: LinearBase, nope: int, value: int):
+    """As ``post_load_weights``, which runs before the quantization methods: ``w_kc [N, P, L]``, ``w_vc [N, V, L]``."""
+    assert not hasattr(layer, "qweight"), "read as AWQ's"
+    w = layer.weight
+    assert w.dtype.is_floating_point
+    return w.unflatten(0, (-1, nope + value)).split([nope, value], dim=1)
+
+
+def model_looks_at_weights(model: nn.Module) -> None:
+    """What SGLang's DeepSeek and GLM-4 models ask of some layers' ``weight`` when made and when they run."""
+    for name, layer in model.named_modules():
+        if name.endswith("shared_experts.gate_up_proj"):
+            weight = getattr(layer, "weight", None)
+            weight = getattr(layer, "qweight", None) if weight is None else weight
+            if weight is None:
+                raise ValueError("shared expert gate/up projection has no weight storage")
+            assert weight.dtype not in (torch.int8, torch.float8_e4m3fn, torch.uint8)
+        if name.endswith("fused_qkv_a_proj_with_mqa"):
+            # else a kernel for 16-bit weights runs
+            assert layer.weight.dtype != torch.bfloat16
+
+
+def is_cuda() -> bool:
+    return CUDA
+
+
+CUDA = True
 QUANTIZATION_METHODS: dict[str, type] = {"fp8": object}
 QUANTIZATION_CHOICES = ["fp8"]
 add_quantization_method_choices = QUANTIZATION_CHOICES.extend
@@ -259,6 +326,7 @@ _PLACES = {
         "FusedMoEMethodBase", "LinearMethodBase", "QuantizationConfig", "QuantizeMethodBase",
     ),
     "sglang.srt.layers.quantization.unquant": ("UnquantizedLinearMethod",),
+    "sglang.srt.utils": ("is_cuda",),
 }
 
 

@@ -235,6 +235,7 @@ class LinearBase(nn.Module):
 
     def __init__(self, input_size, output_sizes, quant_config, prefix, tp_size=1, row=False, bias=False):
         super().__init__()
+        self.input_size_per_partition = input_size // tp_size if row else input_size
         self.quant_method = quant_config.get_quant_method(self, prefix=prefix)
         if self.quant_method is None:
             raise ValueError("All linear layers should support quant method.")
@@ -302,6 +303,61 @@ def finish(model: nn.Module) -> None:
         method = getattr(module, "quant_method", None)
         if isinstance(method, QuantizeMethodBase):
             method.process_weights_after_loading(module)
+
+
+DEEPSEEK_STACKED = (
+    ("gate_up_proj", "gate_proj", 0), ("gate_up_proj", "up_proj", 1), ("fused_qkv_a_proj", "q_a_proj", 0),
+    ("fused_qkv_a_proj", "kv_a_proj_with_mqa", 1),
+)  # fmt: skip
+
+
+def load_deepseek(model: nn.Module, weights, experts: int) -> set[str]:
+    """As ``DeepseekV2Model.load_weights``: merged linears unless inside experts, then experts, then by name."""
+    params = dict(model.named_parameters())
+    mapping = [
+        (f"experts.routed_experts.{'w2' if role == 'down_proj' else 'w13'}_", f"experts.{e}.{role}.", e, shard)
+        for e in range(experts) for shard, role in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+    ]  # fmt: skip
+    loaded = set()
+    for name, tensor in weights:
+        for merged, single, shard in DEEPSEEK_STACKED:
+            if single not in name or ("mlp.experts." in name and name not in params):
+                continue
+            full = name.replace(single, merged)
+            # without a compressed query nothing is fused
+            if merged == "fused_qkv_a_proj" and full not in params:
+                continue
+            name = full
+            params[name].weight_loader(params[name], tensor, shard)
+            break
+        else:
+            for merged, single, expert, shard in mapping:
+                if single not in name:
+                    continue
+                full = name.replace(single, merged)
+                if params[full].weight_loader(
+                    params[full], tensor, full, shard_id=shard, expert_id=expert, return_success=True
+                ):
+                    name = full
+                    break
+            else:
+                params[name].weight_loader(params[name], tensor)
+        loaded.add(name)
+    return loaded
+
+
+def dequantized(layer: LinearBase, out_dtype: torch.dtype) -> torch.Tensor:
+    """As ``get_and_maybe_dequant_weights`` of a method that is not vLLM's own."""
+    weight = next(getattr(layer, name) for name in ("weight", "qweight", "weight_packed") if hasattr(layer, name))
+    eye = torch.eye(layer.input_size_per_partition, dtype=out_dtype, device=weight.device)
+    return layer.quant_method.apply(layer, eye, bias=None).to(out_dtype).T
+
+
+def absorbed(layer: LinearBase, rank: int, heads: int, nope: int, value: int, dtype: torch.dtype):
+    """As ``split_kv_b_proj``, which runs after all quantization methods: ``W_UK [L, N, P]``, ``W_UV [L, N, V]``."""
+    weight = dequantized(layer, dtype).T
+    assert weight.shape == (rank, heads * (nope + value))
+    return weight.view(rank, heads, nope + value).split([nope, value], dim=-1)
 
 
 METHODS: dict[str, type] = {}

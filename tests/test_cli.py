@@ -169,10 +169,31 @@ def test_generate(gemq_run, checkpoint):
     code, out, err = gemq_run("generate", checkpoint, "it was [for] the", "--max-new-tokens", "5")
     assert code == 0
     assert out.startswith("it was [for] the") and len(out.split()) > 4
-    assert re.search(r"5 tokens in .* s, .* tokens/s", err)
+    assert re.search(r"5 tokens, .* tokens/s after the first; .* s with the prompt", err)
     options = ["--max-new-tokens", "5", "--temperature", "1.5", "--top-p", "0.9"]
     first, again, other = (gemq_run("generate", checkpoint, "it was", *options, "--seed", s)[1] for s in (1, 1, 2))
     assert first == again != other
+
+
+def test_generate_takes_several_texts_as_one_batch(gemq_run, checkpoint):
+    texts = ["it was the", "on", "the of [it] was"]
+    code, out, err = gemq_run("generate", checkpoint, *texts, "--max-new-tokens", "5", "--ignore-eos")
+    assert code == 0
+    alone = [gemq_run("generate", checkpoint, t, "--max-new-tokens", "5", "--ignore-eos", "-q")[1] for t in texts]
+    assert out == "".join(alone) and all(line.startswith(t) for line, t in zip(out.splitlines(), texts, strict=True))
+    assert "generation: 15 tokens, " in err
+    code, out, err = gemq_run("generate", checkpoint, *["on"] * 65)
+    assert code == 2 and out == "" and "64" in err
+
+
+def test_sampling_is_asked_for_as_in_transformers(gemq_run, checkpoint):
+    def text(*options):
+        return gemq_run("generate", checkpoint, "it was", "--max-new-tokens", "12", *options)[1]
+
+    assert text("--do-sample") == text("--temperature", "1.0") != text()
+    assert text("--no-do-sample", "--temperature", "1.0") == text()
+    code, _, err = gemq_run("generate", checkpoint, "it was", "--do-sample", "--temperature", "0")
+    assert code == 2 and "temperature must be above 0 with do_sample" in err
 
 
 def test_inspect(gemq_run, checkpoint):

@@ -72,7 +72,47 @@ def test_what_the_stages_run_exists() -> None:
         assert stage.part is None or "{json}" in stage.command
         assert (stage.probe is None) == (stage.missing == "")
         if stage.name.startswith("bench_"):
-            assert stage.name.removeprefix("bench_") in PRESETS
+            assert stage.name.removeprefix("bench_").partition("_16_")[0] in PRESETS
+
+
+def test_the_bench_stages_are_what_gemq_bench_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each command line, parsed by gemq itself: the models at 2.5 bits, and the 16-bit ways of DeepSeek-V2-Lite."""
+    from gemq.cli.run import run
+
+    seen = []
+
+    def record(config, report):
+        seen.append((config.model_config, config.bits, config.baseline, config.tokens, config.batch, config.layers))
+        raise ValueError("parsed")
+
+    monkeypatch.setattr("gemq.cli.bench.run_bench", record)
+    for stage in gpu_stages.STAGES:
+        if stage.name.startswith("bench_"):
+            words = stage.command.format(python="python", json=tmp_path / "x.json").split()
+            assert words[:4] == ["python", "-m", "gemq", "bench"] and run(words[3:]) == 2
+    packed = [(model, *rest) for model, bits, baseline, *rest in seen if bits == 2.5]
+    assert {model for model, *_ in packed} == {"mixtral-8x7b", "deepseek-v2-lite", "qwen3-30b-a3b", "qwen1.5-moe"}
+    assert all(rest == [200, 1, None] for _, *rest in packed)
+    baselines = {(model, baseline) for model, bits, baseline, *_ in seen if bits == 16}
+    assert baselines == {("deepseek-v2-lite", name) for name in ("grouped_mm", "batched_mm", "gather")}
+
+
+def _part(**rates: float) -> dict:
+    return {"runs": {name: {"tokens_per_second": {"p50": rate}} for name, rate in rates.items()}}
+
+
+def test_speedups_are_over_baselines_of_the_same_call(run) -> None:
+    run.result["bench_qwen1.5-moe"] = _part(gemq=10.0)
+    run.save()
+    assert "speedups" not in run.result
+    run.result |= {
+        "bench_deepseek-v2-lite": _part(gemq=400.0), "bench_deepseek-v2-lite_16_grouped_mm": _part(grouped_mm=200.0),
+        "bench_deepseek-v2-lite_16_gather": _part(gather=100.0),
+    }
+    run.save()
+    assert json.loads((run.out / "gpu.json").read_text())["speedups"] == {"deepseek-v2-lite": {
+        "gemq": 400.0, "grouped_mm": 200.0, "gather": 100.0, "over_strongest": 2.0, "over_gather": 4.0,
+    }}
 
 
 def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path) -> None:
@@ -112,6 +152,9 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
 def test_stages_can_be_chosen() -> None:
     found = gpu_stages.chosen("moe=400,facts")
     assert [(s.name, s.seconds) for s in found] == [("facts", 60), ("moe", 400)]
+    found = gpu_stages.chosen("bench_*=50,build")
+    assert found[0].name == "build" and [s.seconds for s in found[1:]] == [50] * 7
+    assert all(s.name.startswith("bench_") for s in found[1:])
 
 
 def test_outcomes(run) -> None:

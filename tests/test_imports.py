@@ -17,7 +17,7 @@ LAYERS = [
     ("errors", "format", "_C"),
     ("auto_import",),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
-    ("shards", "output_folder"),
+    ("shards", "output_folder", "model_config"),
     ("ops",),
     ("nn",),
     ("models",),

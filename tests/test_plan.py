@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from dataclasses import replace
 
@@ -239,6 +241,51 @@ def test_plan_prints_json(capsys):
     assert found["peak"]["scratch"] == sum(found["stages"]["measure"]["scratch"].values())
 
 
+@pytest.fixture
+def printed(capsys):
+    """Output of ``gemq plan`` for a machine that is always the same."""
+    def call(form):
+        assert run(["plan", "mixtral-8x7b", "--bits", "3,2.5", "--device", "h100", "--format", form]) == 0
+        return capsys.readouterr()
+
+    return call
+
+
+def test_plan_prints_markdown(printed):
+    out, err = printed("md")
+    first, second, note = out.strip().split("\n\n")
+    assert first.splitlines()[0] == "| stage | device | memory | scratch | time |" and err == ""
+    assert first.splitlines()[1] == "|---|---:|---:|---:|---:|" and "| most (time: one budget) |" in first
+    titles, _, *rows = second.splitlines()
+    assert titles == "| bits | checkpoint | weights | cache | to run | tokens/s at most |"
+    assert [row.split(" | ")[0] for row in rows] == ["| 3", "| 2.5"]
+    assert note.startswith("times and tokens/s: estimated")
+
+
+def test_plan_prints_rows_for_programs(printed):
+    whole = json.loads(printed("json").out)
+    lines = printed("jsonl").out.splitlines()
+    assert len(lines) == 1 and json.loads(lines[0]) == whole
+    rows = list(csv.DictReader(io.StringIO(printed("csv").out)))
+    stages = {r["stage"]: r for r in rows if r["row"] == "stage"}
+    assert set(whole["stages"]) < set(stages)
+    for name, need in whole["stages"].items():
+        assert int(stages[name]["memory"]) == sum(need["host"].values())
+        assert float(stages[name]["seconds"]) == pytest.approx(whole["seconds"][name])
+    results = [r for r in rows if r["row"] == "result"]
+    assert [int(r["checkpoint"]) for r in results] == [o["files"] for o in whole["outputs"].values()]
+    assert [int(r["total"]) for r in results] == [i["total"] for i in whole["inference"].values()]
+
+
+def test_a_shortage_is_in_every_form(printed, monkeypatch):
+    machine = replace(other_machine("h100", torch.bfloat16), host_free=10**6, device_free=10**6, disk_free=10**6)
+    monkeypatch.setattr("gemq.cli.plan.other_machine", lambda *_: machine)
+    assert "does not fit: " in printed("table").out and "\n\ndoes not fit: " in printed("md").out
+    assert json.loads(printed("json").out)["fits"] is False
+    out, err = printed("csv")
+    assert "does not fit" not in out and "does not fit: " in err
+
+
 def test_plan_prints_tables(capsys, model_folder):
     assert run(["plan", str(model_folder), "--samples", "6", "--length", "24"]) == 0
     out, err = capsys.readouterr()
@@ -252,6 +299,7 @@ def test_plan_prints_tables(capsys, model_folder):
     (["mixtral-8x7b", "--bits", "0.5"], "the budget must be in 1.375"),
     (["mixtral-8x7b", "--engine", "none"], "engine must be one of"),
     (["mixtral-8x7b", "--device", "tpu"], "device must be"),
+    (["mixtral-8x7b", "--json", "--format", "csv"], "--json and --format csv ask for different things"),
 ])  # fmt: skip
 def test_plan_fails_in_one_line(capsys, arguments, message):
     assert run(["plan", *arguments]) == 2

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import importlib.metadata
 import inspect
 import os
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,166 +14,37 @@ import fake_sglang
 import fake_vllm
 import pytest
 import torch
-from packed_models import quantized
-from safetensors.torch import load_file
+from served_models import (
+    FAMILIES,
+    assert_linears_equal,
+    checkpoint,
+    config_of,
+    inputs,
+    moe_layers,
+    routed,
+    sglang_model,
+    stored,
+    topk,
+    vllm_load,
+    vllm_model,
+)
 from torch import nn
 
-import gemq
 from gemq import serving
-from gemq.algorithms.given_allocation import GivenAllocation
-from gemq.checkpoint import load_packed_config, save_packed
+from gemq.checkpoint import load_packed_config
 from gemq.errors import CheckpointError
-from gemq.integrity import WEIGHTS_FILE, read_json
+from gemq.integrity import read_json
 from gemq.serving import packed_layers
 from gemq.serving.packed_layers import ServingError, local_ids, width_of
-
-WIDTHS = GivenAllocation("widths", ((0, 1, 3, 2), (5, 8, 4, 0)))
-FAMILIES = ("mixtral", "qwen2_moe", "glm4_moe")
-ROLES = {"mixtral": ("w1", "w2", "w3")}
-# hf_to_vllm_mapper of vLLM's models
-STACKED = {".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v")}
-for path in (".mlp", ".shared_expert", ".shared_experts"):
-    STACKED |= {f"{path}.gate_proj": (f"{path}.gate_up_proj", 0), f"{path}.up_proj": (f"{path}.gate_up_proj", 1)}
-SUBSTRINGS = {"mixtral": {".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."}}
-NOT_LINEARS = re.compile(r"embed_tokens|lm_head|norm|\.gate\.|shared_expert_gate")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """``{family: (folder, gemq's model)}``, every width from 0 to 8 among the experts."""
-    found = {}
-    for family in FAMILIES:
-        shared = 3 if family != "mixtral" else None
-        made = quantized(family, budget=8, given=WIDTHS, shared_bits=shared, dense_bits=5, tune=False)
-        folder = save_packed(made.packed, made.config, tmp_path_factory.mktemp("served") / family)
-        found[family] = folder, gemq.from_pretrained(folder)
-    return found
-
-
-def plugin(monkeypatch, fake, name):
-    for place, module in fake.modules().items():
-        monkeypatch.setitem(sys.modules, place, module)
-    monkeypatch.delitem(sys.modules, f"gemq.serving.{name}", raising=False)
-    monkeypatch.delattr(serving, name, raising=False)
-    return importlib.import_module(f"gemq.serving.{name}")
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    yield plugin(monkeypatch, fake_vllm, "vllm_methods")
-    sys.modules.pop("gemq.serving.vllm_methods", None)
-
-
-@pytest.fixture
-def sglang(monkeypatch):
-    yield plugin(monkeypatch, fake_sglang, "sglang_methods")
-    sys.modules.pop("gemq.serving.sglang_methods", None)
-
-
-def config_of(methods, folder):
-    return methods.GemqConfig.from_config(read_json(folder / "config.json")["quantization_config"])
-
-
-def put(model, path, module):
-    """Add a module at a dotted path, with plain modules above it."""
-    *parents, leaf = path.split(".")
-    for parent in parents:
-        if not hasattr(model, parent):
-            model.add_module(parent, nn.Module())
-        model = getattr(model, parent)
-    model.add_module(leaf, module)
-
-
-def linears(model, index):
-    """``(name of the runtime's linear, its parts in gemq's model)`` of one decoder layer."""
-    layer = model.model.layers[index]
-    found = [("self_attn.qkv_proj", [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-             ("self_attn.o_proj", [layer.self_attn.o_proj])]  # fmt: skip
-    for name in ("shared_expert", "shared_experts"):
-        mlp = getattr(layer.mlp, name, None)
-        if mlp is not None:
-            found += [(f"mlp.{name}.gate_up_proj", [mlp.gate_proj, mlp.up_proj]),
-                      (f"mlp.{name}.down_proj", [mlp.down_proj])]  # fmt: skip
-    if hasattr(layer.mlp, "gate_proj"):
-        found += [("mlp.gate_up_proj", [layer.mlp.gate_proj, layer.mlp.up_proj]),
-                  ("mlp.down_proj", [layer.mlp.down_proj])]  # fmt: skip
-    return found
-
-
-def built(fake, config, model, family, experts, tp=1):
-    """A fake runtime's model of the quantized layers of ``model``; ``experts(layer, prefix, module)`` makes its MoE."""
-    twin = nn.Module()
-    for index, layer in enumerate(model.model.layers):
-        for name, parts in linears(model, index):
-            prefix = f"model.layers.{index}.{name}"
-            put(twin, prefix, fake.LinearBase(
-                parts[0].in_features, [p.out_features for p in parts], config, prefix, tp,
-                row=name.endswith(("o_proj", "down_proj")), bias=parts[0].bias is not None,
-            ))  # fmt: skip
-        if hasattr(layer.mlp, "experts"):
-            block = "block_sparse_moe" if family == "mixtral" else "mlp"
-            prefix = f"model.layers.{index}.{block}.experts"
-            put(twin, prefix, experts(prefix, layer.mlp.experts))
-    return twin
-
-
-def stored(folder):
-    """The tensors of the quantized layers, by the checkpoint's names."""
-    return {name: t for name, t in load_file(folder / WEIGHTS_FILE).items() if not NOT_LINEARS.search(name)}
-
-
-def routed(tokens, experts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :2].int()
-    return ids, torch.rand(tokens, 2, generator=generator)
-
-
-def inputs(tokens, width, seed=1):
-    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_linears_equal(twin, model):
-    for index in range(len(model.model.layers)):
-        for name, parts in linears(model, index):
-            x = inputs(5, parts[0].in_features)
-            with torch.no_grad():
-                expected = torch.cat([part(x) for part in parts], -1)
-                assert torch.allclose(twin.get_submodule(f"model.layers.{index}.{name}")(x), expected, atol=1e-5), name
-
-
-def moe_layers(twin, model, family):
-    block = "block_sparse_moe" if family == "mixtral" else "mlp"
-    for index, layer in enumerate(model.model.layers):
-        if hasattr(layer.mlp, "experts"):
-            yield twin.get_submodule(f"model.layers.{index}.{block}.experts"), layer.mlp.experts
+    """``{family: (folder, gemq's model)}``."""
+    return {family: checkpoint(family, tmp_path_factory.mktemp("served") / family) for family in FAMILIES}
 
 
 # vLLM
-
-
-def vllm_model(methods, folder, model, family, expert_map=None, tp=1, linear_tp=1, **moe):
-    config = config_of(methods, folder)
-    config.maybe_update_config(str(folder), model.config)
-
-    def experts(prefix, module):
-        count = module.num_experts if expert_map is None else int((expert_map >= 0).sum())
-        shape = fake_vllm.FusedMoEConfig(
-            module.num_experts, 2, module.hidden, module.intermediate, count,
-            moe_parallel_config=fake_vllm.FusedMoEParallelConfig(tp_size=tp), **moe,
-        )
-        names = ROLES.get(family, ("gate_proj", "down_proj", "up_proj"))
-        return fake_vllm.RoutedExperts(prefix, torch.float32, shape, config, expert_map, names)
-
-    return built(fake_vllm, config, model, family, experts, linear_tp)
-
-
-def vllm_load(methods, twin, folder, family, tensors=None):
-    """In two steps, as vLLM's causal models and their inner ones load: each with the quantization's renaming."""
-    own = methods.GemqConfig.get_checkpoint_weight_mapper()
-    mapper = fake_vllm.WeightsMapper(orig_to_new_substr=SUBSTRINGS.get(family, {}), orig_to_new_stacked=STACKED)
-    loaded = fake_vllm.load(twin, own.apply((tensors or stored(folder)).items()), mapper | own)
-    fake_vllm.finish(twin)
-    return loaded
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -261,9 +130,9 @@ def test_vllm_configuration(vllm, checkpoints):
         vllm.GemqConfig.from_config(edited)
 
     class Other:
-        model_type = "deepseek_v2"
+        model_type = "qwen3_next"
 
-    with pytest.raises(ServingError, match=r"vLLM does not serve 'deepseek_v2' .*; it serves mixtral, olmoe"):
+    with pytest.raises(ServingError, match=r"vLLM does not serve 'qwen3_next' .*; it serves mixtral, olmoe"):
         config.maybe_update_config("x", Other())
     with pytest.raises(ServingError, match=r"names no widths for model\.layers\.7\.mlp"):
         packed_layers.expert_widths(config.packed, "model.layers.7.mlp.experts")
@@ -272,34 +141,35 @@ def test_vllm_configuration(vllm, checkpoints):
 # SGLang
 
 
-def sglang_model(methods, folder, model, family, ep=(0, 1), tp=1, linear_tp=1, **moe):
-    config = config_of(methods, folder)
-
-    def experts(prefix, module):
-        return fake_sglang.FusedMoE(
-            module.num_experts, module.hidden, module.intermediate, config, prefix, ep=ep, tp=tp, **moe
-        )
-
-    return built(fake_sglang, config, model, family, experts, linear_tp)
-
-
-def topk(ids, weights):
-    return fake_sglang.StandardTopKOutput(weights, ids, None)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sglang_layers_compute_what_gemqs_do(sglang, checkpoints, family):
     folder, model = checkpoints[family]
     twin = sglang_model(sglang, folder, model, family)
     wanted = {name for name, _ in twin.named_parameters()}
     assert fake_sglang.load(twin, stored(folder).items()) == wanted
     fake_sglang.finish(twin)
+    fake_sglang.model_looks_at_weights(twin)
     assert_linears_equal(twin, model)
     for layer, experts in moe_layers(twin, model, family):
         for tokens in (0, 1, 7):
             x, (ids, weights) = inputs(tokens, 64), routed(tokens, 4)
             with torch.no_grad():
                 assert torch.equal(layer(x, topk(ids, weights)), experts(x, ids, weights))
+
+
+@pytest.mark.parametrize("cuda, in_topk, factor", [(True, False, 2.5), (False, False, 1.0), (True, True, 1.0)])
+def test_sglang_experts_scale_their_sum_where_the_model_does_not(sglang, checkpoints, monkeypatch, cuda, in_topk,
+                                                                 factor):  # fmt: skip
+    monkeypatch.setattr(fake_sglang, "CUDA", cuda)
+    folder, model = checkpoints["mixtral"]
+    twin = sglang_model(sglang, folder, model, "mixtral", routed_scaling_factor=2.5)
+    fake_sglang.load(twin, stored(folder).items())
+    fake_sglang.finish(twin)
+    x, (ids, weights) = inputs(5, 64), routed(5, 4)
+    for layer, experts in moe_layers(twin, model, "mixtral"):
+        layer.should_fuse_routed_scaling_factor_in_topk = in_topk
+        with torch.no_grad():
+            assert torch.allclose(layer(x, topk(ids, weights)), factor * experts(x, ids, weights), atol=1e-5)
 
 
 def test_sglang_expert_parallel_ranks_sum_to_the_whole(sglang, checkpoints):
@@ -322,7 +192,6 @@ def test_sglang_expert_parallel_ranks_sum_to_the_whole(sglang, checkpoints):
     ({"linear_tp": 2}, "qkv_proj: tensor parallelism is not served"),
     ({"activation": "gelu"}, "experts with another activation are not served"),
     ({"swiglu_limit": 7.0}, "experts with a clamped or scaled activation are not served"),
-    ({"routed_scaling_factor": 2.5}, "experts with a scaling factor of their own are not served"),
     ({"apply_router_weight_on_input": True}, "experts with weights on the input are not served"),
     ({"no_combine": True}, "experts with outputs that are not summed are not served"),
     ({"shared": 1}, "shared experts fused with the routed ones, are not served"),
@@ -409,8 +278,7 @@ def test_widths_of_single_matrices(checkpoints):
         width_of(packed, "model.layers.0.mlp.gate_up_proj")
 
 
-@pytest.mark.parametrize("name", ["self_attn.kv_b_proj", "self_attn.fused_qkv_a_proj", "linear_attn.in_proj_qkvz",
-                                  "self_attn.kv_a_proj_with_mqa"])  # fmt: skip
+@pytest.mark.parametrize("name", ["linear_attn.in_proj_qkvz", "self_attn.g_proj"])
 def test_attention_that_is_not_known_is_refused(checkpoints, name):
     packed = load_packed_config(checkpoints["mixtral"][0])
     with pytest.raises(ServingError, match="this kind of attention is not served from packed weights"):
@@ -439,7 +307,8 @@ def overriding(cls):
 def test_overridden_methods_have_the_bases_parameters(runtime, request):
     methods = request.getfixturevalue(runtime)
     seen = set()
-    for cls in (methods.GemqConfig, methods.GemqLinearMethod, methods.GemqMoEMethod):
+    classes = (methods.GemqConfig, methods.GemqLinearMethod, methods.GemqUnpackedLinearMethod, methods.GemqMoEMethod)
+    for cls in classes:
         for name, ours, base, function, wanted in overriding(cls):
             assert type(ours) is type(base), name
             assert list(inspect.signature(function).parameters) == list(inspect.signature(wanted).parameters), name

@@ -102,7 +102,7 @@ def test_generate_reports_speed_and_memory(gemq_run, model_folder):
     code, out, err = gemq_run("generate", model_folder, "it was", "--max-new-tokens", "6")
     assert code == 0 and out.startswith("it was ") and len(out.split()) == 8
     assert re.search(r"prompt: 2 tokens, [\d,.]+ tokens/s\n", err)
-    assert re.search(r"generation: 6 tokens in [\d.]+ s, [\d,.]+ tokens/s\n", err)
+    assert re.search(r"generation: 6 tokens, [\d,.]+ tokens/s after the first; [\d.]+ s with the prompt\n", err)
     assert re.search(r"peak memory: [\d.]+ [MG]B\n", err)
 
 

@@ -84,7 +84,11 @@ class PackedConfig:
     def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
         """Parse and validate a stored ``quantization_config``; :class:`CheckpointError` says what is wrong."""
         if not isinstance(data, dict) or data.get("quant_method") != "gemq":
-            raise CheckpointError("this is not a gemq checkpoint: config.json has no quantization_config of gemq")
+            other = data.get("quant_method") if isinstance(data, dict) else None
+            raise CheckpointError(
+                "this is not a gemq checkpoint: config.json has no quantization_config of gemq"
+                + (f" but one of {other!r}" if other else "")
+            )
         version = data.get("version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise CheckpointError(f"quantization_config.version must be a positive integer, got {version!r}")

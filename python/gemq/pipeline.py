@@ -33,6 +33,7 @@ from gemq.engine.session import RunOptions, Session, Work, written_by
 from gemq.engine.source import Source
 from gemq.errors import CheckpointError
 from gemq.integrity import RUN_FILE
+from gemq.model_config import first_line, model_config
 from gemq.models import MoeModel, describe
 from gemq.models.families import check_supported
 from gemq.outcome import (
@@ -105,7 +106,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no tokenizer in {path!r}: {_first_line(error)}") from error
+        # what is wrong with the model itself says more
+        method = getattr(model_config(path, trust_remote_code), "quantization_config", None) or {}
+        if method and method.get("quant_method") != "gemq":
+            raise CheckpointError(f"{path!r} is quantized by {method.get('quant_method')!r}, not by gemq") from error
+        why = "no tokenizer file that transformers reads" if Path(path).is_dir() else first_line(error)
+        raise CheckpointError(f"no tokenizer in {path!r}: {why}") from error
 
 
 def _check_complete(path: str | os.PathLike) -> None:
@@ -119,12 +125,7 @@ def check_model(path: str, trust_remote_code: bool = False):
     Raises :class:`CheckpointError` if there is no such model or it is quantized, and
     :class:`gemq.errors.UnsupportedModelError` for other families.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no model in {path!r}: {_first_line(error)}") from error
+    config = model_config(path, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{path!r} is quantized already; give the full-precision model")
     check_supported(config)
@@ -139,11 +140,7 @@ def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = F
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path!r} could not be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path!r} could not be loaded: {first_line(error)}") from error
 
 
 def parse_dtype(name: str) -> torch.dtype | str:
@@ -247,7 +244,7 @@ def load_costs(path: str | os.PathLike) -> Costs:
     try:
         return Costs.load(file)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no costs in {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"no costs in {path}: {first_line(error)}") from error
 
 
 def check_resources(config: QuantizeConfig, architecture, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -97,17 +98,25 @@ def build_unquantized(config, dtype: torch.dtype, device: torch.device, seed: in
 def check_fits(model: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of a meta model's tensors with its parameters in ``dtype``; :class:`OutOfMemoryError` above what is
     free."""
-    size = torch.empty(0, dtype=dtype).element_size()
-    needed = sum(p.numel() * size for p in model.parameters())
-    needed += sum(b.numel() * b.element_size() for _, m in packed_modules(model) for b in m.buffers(recurse=False))
+    needed = _bytes(model, dtype)
     free = free_bytes(device)
     if free is not None and needed > free:
         cache = cache_bytes_per_token(model) / 2**20
+        layers = [_bytes(layer, dtype) for layer in model.model.layers]
+        ends = list(accumulate(layers, initial=needed - sum(layers)))
+        fitting = sum(end <= free for end in ends) - 1
+        what = f"--layers {fitting} would fit" if fitting > 0 else "not one layer would fit"
         raise OutOfMemoryError(
             f"the weights need {needed / GIB:.1f} GiB (and {cache:.2f} MiB for each cached token), "
-            f"{free / GIB:.1f} GiB free on {device}"
+            f"{free / GIB:.1f} GiB free on {device}: {what}"
         )
     return needed
+
+
+def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    size = torch.empty(0, dtype=dtype).element_size()
+    packed = (b for _, m in packed_modules(module) for b in m.buffers(recurse=False))
+    return sum(p.numel() * size for p in module.parameters()) + sum(b.numel() * b.element_size() for b in packed)
 
 
 def _fill_packed(module: nn.Module, generator: torch.Generator) -> None:

@@ -27,6 +27,9 @@ class Compile(StrEnum):
 
 Model = Annotated[str, typer.Argument(help="Packed checkpoint, or a full-precision model.")]
 NewTokens = Annotated[int, typer.Option(help="At most this many.", min=1)]
+Sample = Annotated[bool | None, typer.Option(
+    "--do-sample/--no-do-sample", help="Sample, or take the best token (default: sample where a temperature is given).",
+)]
 Temperature = Annotated[float | None, typer.Option(help="Sample with it; 0 or none is greedy.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k best tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option(help="Sample among the best tokens that reach this probability.")]
@@ -40,9 +43,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[list[str], typer.Argument(help="Text to continue; several are decoded as one batch, up to 64.")],
     chat: Annotated[bool, typer.Option("--chat", help="Put the text through the chat template as a message.")] = False,
     max_new_tokens: NewTokens = 64,
+    do_sample: Sample = None,
     temperature: Temperature = None,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -55,31 +59,42 @@ def generate(
     dtype: Dtype = "auto",
     config_file: ConfigFile = None,
 ) -> None:
-    """Continue a text with a packed (or full-precision) model, as it is made.
+    """Continue a text with a packed (or full-precision) model, as it is made; several texts, one after the other at
+    the end.
 
     [dim]gemq generate mixtral-2.5 "The capital of France is" --max-new-tokens 40[/dim]
     """
     def streamer(tokenizer):
         # only now, after all that could fail, does anything go to standard output
         if not chat:
-            display.output().print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
+            _write(prompt[0], end="")
         return ContinuationStreamer(tokenizer)
 
-    result = gemq.generate(
-        model, prompt, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, repetition_penalty=repetition_penalty, ignore_eos=ignore_eos, seed=seed, compile=compile.value,
-        dtype=dtype, device=device, streamer=streamer,
+    one = len(prompt) == 1
+    found = gemq.generate(
+        model, prompt, chat=chat, max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, ignore_eos=ignore_eos, seed=seed,
+        compile=compile.value, dtype=dtype, device=device, streamer=streamer if one else None,
     )
-    _show_figures(result)
+    if not one:
+        for text, result in zip(prompt, found, strict=True):
+            _write(("" if chat else text) + result.text)
+    _show_figures(found)
 
 
-def _show_figures(result: Generation) -> None:
-    lines = [
-        f"prompt: {result.prompt_tokens} tokens, {result.prompt_rate:,.1f} tokens/s",
-        f"generation: {result.new_tokens} tokens in {result.seconds:.2f} s, {result.rate:,.1f} tokens/s",
-    ]
-    if result.peak_bytes is not None:
-        lines.append(f"peak memory: {display.size(result.peak_bytes)}")
+def _write(text: str, end: str = "\n") -> None:
+    display.output().print(text, end=end, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_figures(rows: list[Generation]) -> None:
+    """Sums over the rows of the batch, which share their seconds."""
+    prompts, new, timing = sum(r.prompt_tokens for r in rows), sum(r.new_tokens for r in rows), rows[0].timing
+    lines = [f"prompt: {prompts} tokens, {prompts / timing.prefill:,.1f} tokens/s"]
+    # the first new token of a row comes with its prompt
+    rate = f", {(new - len(rows)) / timing.decode:,.1f} tokens/s after the first" if timing.steps else ""
+    lines.append(f"generation: {new} tokens{rate}; {rows[0].seconds:.2f} s with the prompt")
+    if rows[0].peak_bytes is not None:
+        lines.append(f"peak memory: {display.size(rows[0].peak_bytes)}")
     display.notes().print("\n".join(lines), style="dim", highlight=False)
 
 
@@ -87,6 +102,7 @@ def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: NewTokens = 512,
+    do_sample: Sample = None,
     temperature: Temperature = None,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -102,8 +118,8 @@ def chat(
     [dim]gemq chat mixtral-2.5 --temperature 0.7 --top-p 0.9[/dim]
     """
     options = GenerationOptions(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed,
+        max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
     )
     conversation = Conversation(load_tokenizer(model), system)
     loaded = load_any(model, dtype, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -13,6 +13,7 @@ from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.bench.architectures import PUBLISHED, load_config
 from gemq.cli import display, options
+from gemq.cli.formats import Column, Format, LongFormatOption, emit
 from gemq.pipeline import check_model, parse_dtype, pick_device
 from gemq.planning import Machine, Plan, PlanConfig, make_plan, other_machine, this_machine
 from gemq.planning.memory import peak
@@ -44,7 +45,8 @@ def plan(
     context: Annotated[int, typer.Option(help="Tokens a row when the result runs.", min=1)] = 4096,
     rows: Annotated[int, typer.Option(help="Rows when the result runs.", min=1)] = 1,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    form: LongFormatOption = Format.table,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """What quantizing a model will take, from its config alone: memory, disk, time, and the size of the result.
 
@@ -63,10 +65,9 @@ def plan(
     local = model in PUBLISHED or Path(model).suffix == ".json"
     architecture = load_config(model) if local else check_model(model, trust_remote_code)
     found = make_plan(architecture, config, _machine(device, output, wanted))
-    if as_json:
-        print(json.dumps({"model": model, **found.to_dict()}))
-        return
-    _show(model, found)
+    if as_json and form not in (Format.table, Format.json):
+        raise typer.BadParameter(f"--json and --format {form.value} ask for different things")
+    _print(model, found, Format.json if as_json else form)
 
 
 def _machine(device: str | None, output: Path, dtype: torch.dtype | None) -> Machine:
@@ -84,37 +85,76 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _show(model: str, found: Plan) -> None:
-    out, machine = display.output(), found.machine
-    options = found.config
-    seconds = found.seconds or {}
+def _print(model: str, found: Plan, form: Format) -> None:
+    """Both tables and what they rest on; JSON holds all of it, CSV the rows of both tables."""
+    options, machine = found.config, found.machine
+    if form in (Format.json, Format.jsonl):
+        print(json.dumps({"model": model, **found.to_dict()}, indent=1 if form is Format.json else None))
+        return
+    if form is Format.csv:
+        rows = [{"model": model, "row": "stage"} | row for row in _stages(found)]
+        emit("", (), rows + [{"model": model, "row": "result"} | row for row in _results(found)], form)
+    else:
+        title = (f"quantizing {model} ({found.parts.parameters / 1e9:.2f} billion parameters) on {machine.name} in "
+                 f"{found.dtype}, engine {options.engine}, {options.samples} x {options.length} tokens")
+        emit(title, _STAGES, _stages(found), form)
+        _paragraph("", form)
+        title = f"the result, and running it with {options.rows} x {options.context} tokens"
+        emit(title, _RESULTS, _results(found), form)
+    if machine.rates:
+        _paragraph(f"times and tokens/s: {machine.rates.source}; the disk's rate is assumed to be "
+                   f"{machine.rates.disk / 1e9:g} GB/s; memory by the formulas of docs/plan.md", form)
+    for shortage in found.shortages():
+        _paragraph(f"does not fit: {shortage.stage} needs {display.size(shortage.needed)} of {shortage.place}, "
+                   f"{display.size(shortage.free)} are free", form, "bold red")
+
+
+def _paragraph(text: str, form: Format, style: str | None = None) -> None:
+    """A line below a table: Markdown needs an empty one between, and rows for programs hold none."""
+    if form is Format.md:
+        print("\n" + text if text else "")
+    elif form is Format.csv:
+        (display.errors() if style else display.notes()).print(text, style=style, soft_wrap=True)
+    elif text:
+        display.output().print(text, style=style, soft_wrap=True)
+
+
+_STAGES = (
+    Column("stage", "stage"), Column("device", "device", display.size), Column("memory", "memory", display.size),
+    Column("scratch", "scratch", display.size), Column("time", "seconds", duration),
+)
+_RESULTS = (
+    Column("bits", "bits", lambda v: f"{v:g}"), Column("checkpoint", "checkpoint", display.size),
+    Column("weights", "weights", display.size), Column("cache", "cache", display.size),
+    Column("to run", "total", display.size), Column("tokens/s at most", "tokens_per_second", lambda v: f"{v:,.0f}"),
+)
+
+
+def _stages(found: Plan) -> list[dict[str, Any]]:
+    """Bytes and seconds of every stage, the most of all, and what is free; None where it is not known."""
+    seconds, machine = found.seconds or {}, found.machine
     rows = [
-        [name, *(display.size(sum(getattr(need, place).values())) for place in ("device", "host", "scratch")),
-         duration(seconds[name]) if name in seconds else "-"]
+        {"stage": name, "device": sum(need.device.values()), "memory": sum(need.host.values()),
+         "scratch": sum(need.scratch.values()), "seconds": seconds.get(name)}
         for name, need in found.stages.items()
     ]
     most = peak(found.stages)
-    total = duration(sum(seconds.values())) if seconds else "-"
-    rows.append(["most" if len(options.method.budgets) == 1 else "most (time: one budget)",
-                 *(display.size(most[place]) for place in ("device", "host", "scratch")), total])
-    disk = None if machine.disk_free is None or machine.host_free is None else machine.disk_free
-    free = [machine.device_free, machine.host_free, disk]
-    rows.append(["free", *("-" if size is None else display.size(size) for size in free), ""])
-    title = (f"quantizing {model} ({found.parts.parameters / 1e9:.2f} billion parameters) on {machine.name} in "
-             f"{found.dtype}, engine {options.engine}, {options.samples} x {options.length} tokens")
-    out.print(display.table(title, ["stage", "device", "memory", "scratch", "time"], rows))
-    results = []
-    for budget, size in found.outputs.items():
-        run = found.inference[budget]
-        speed = f"{machine.rates.bandwidth / run.read:,.0f}" if machine.rates else "-"
-        results.append([f"{budget:g}", display.size(size.files), display.size(run.weights), display.size(run.cache),
-                        display.size(run.total), speed])
-    columns = ["bits", "checkpoint", "weights", "cache", "to run", "tokens/s at most"]
-    title = f"the result, and running it with {options.rows} x {options.context} tokens"
-    out.print(display.table(title, columns, results))
-    if machine.rates:
-        out.print(f"times and tokens/s: {machine.rates.source}; the disk's rate is assumed to be "
-                  f"{machine.rates.disk / 1e9:g} GB/s; memory by the formulas of docs/plan.md", soft_wrap=True)
-    for shortage in found.shortages():
-        out.print(f"does not fit: {shortage.stage} needs {display.size(shortage.needed)} of {shortage.place}, "
-                  f"{display.size(shortage.free)} are free", style="bold red", soft_wrap=True)
+    rows.append({
+        "stage": "most" if len(found.config.method.budgets) == 1 else "most (time: one budget)",
+        "device": most["device"], "memory": most["host"], "scratch": most["scratch"],
+        "seconds": sum(seconds.values()) if seconds else None,
+    })
+    disk = None if machine.host_free is None else machine.disk_free
+    rows.append({"stage": "free", "device": machine.device_free, "memory": machine.host_free, "scratch": disk,
+                 "seconds": None})
+    return rows
+
+
+def _results(found: Plan) -> list[dict[str, Any]]:
+    """Sizes of the checkpoint of each budget and of running it, bytes."""
+    rates = found.machine.rates
+    return [
+        {"bits": budget, "checkpoint": size.files, "weights": run.weights, "cache": run.cache, "total": run.total,
+         "tokens_per_second": rates.bandwidth / run.read if rates else None}
+        for budget, size in found.outputs.items() for run in (found.inference[budget],)
+    ]

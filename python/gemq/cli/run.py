@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -88,6 +89,16 @@ def _call(arguments: list[str]) -> int:
     return code or 0
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """An allocation that failed, on the host or a GPU; torch has no class of its own for the host's."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        # gemq's own says what would fit already
+        return not isinstance(error, GemqError)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def _report(error: Exception) -> int:
     usage = getattr(error, "format_message", None)
     if usage is not None:
@@ -97,6 +108,11 @@ def _report(error: Exception) -> int:
             _fail(text)
         return 2
     message = " ".join(str(error).split())
+    if _out_of_memory(error):
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", message, re.IGNORECASE)
+        what = f"{asked[1]} more could not be had" if asked else "the machine has no more"
+        _fail(f"out of memory: {what} (gemq plan shows what would fit)")
+        return 2
     if isinstance(error, (GemqError, ValueError, OSError)):
         _fail(message or type(error).__name__)
         return 2

@@ -56,7 +56,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 def _value(path: Path, key: str, value: Any, parameter) -> Any:
     """A YAML value as the command line would spell it."""
-    repeats = bool(getattr(parameter, "multiple", False))
+    repeats = bool(getattr(parameter, "multiple", False)) or parameter.nargs == -1
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
             raise typer.BadParameter(f"--config {path}: {key} must be true or false, got {value!r}")

@@ -37,7 +37,7 @@ STYLE = (
 body{margin:0 auto;max-width:1280px;padding:16px;background:var(--page);color:var(--text);
 font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:22px;margin:4px 0 12px}h2{font-size:18px;margin:26px 0 6px;display:inline-block}
-h3{font-size:15px;margin:0 0 2px}
+h3{font-size:15px;margin:0 0 2px}h1,h2,h3,p,.note{overflow-wrap:anywhere}
 p{margin:0 0 10px;color:var(--faint);max-width:75ch}
 .note,footer{color:var(--faint);font-size:13px}footer{margin-top:28px}
 .tiles{display:grid;gap:10px;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
@@ -46,7 +46,8 @@ p{margin:0 0 10px;color:var(--faint);max-width:75ch}
 .grid{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(340px,100%),1fr));align-items:start}
 .card{min-width:0}.span{grid-column:1/-1}.card svg{display:block;margin:0 auto}
 .scroll{overflow-x:auto}.scroll svg{margin:0}.scroll:focus-visible{outline:2px solid var(--s0)}
-summary{cursor:pointer;color:var(--faint);font-size:13px;padding:4px 0}summary h2{color:var(--text)}
+summary{cursor:pointer;color:var(--faint);font-size:13px;padding:4px 0}summary h2{color:var(--text);display:inline}
+main>details{margin-top:22px}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;margin-top:4px}
 th,td{padding:3px 10px 3px 0;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
 th:first-child{text-align:left;font-weight:500}

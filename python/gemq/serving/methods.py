@@ -69,3 +69,35 @@ class PackedLinearMethod:
         """``x @ W.T (+ bias)`` in the dtype of ``x``."""
         out = layer.packed(x)
         return out if bias is None else out + bias
+
+
+class UnpackedLinearMethod(PackedLinearMethod):
+    """A packed matrix whose numbers the runtime reads itself: dequantized once, as soon as it is loaded.
+
+    ``weight [out, in]`` in the model's dtype is a buffer, as no checkpoint holds it: runtimes count parameters that
+    were not loaded. SGLang reads it before it calls ``process_weights_after_loading``.
+    """
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs,
+    ) -> None:
+        """Register ``weight`` beside the packed buffers. Raises :class:`ServingError` under tensor parallelism."""
+        super().create_weights(
+            layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype
+        )
+        weight = torch.zeros(sum(output_partition_sizes), input_size, dtype=params_dtype)
+        layer.register_buffer("weight", weight, persistent=False)
+        self.parts.when_complete = lambda: self._unpack(layer)
+
+    def _unpack(self, layer: nn.Module) -> None:
+        layer.weight.copy_(self.parts.dense(layer.weight_codes.data, layer.weight_meta.data, layer.weight.dtype))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Let go of the packed buffers. Raises :class:`gemq.errors.CheckpointError` if one was not loaded."""
+        self.parts.check_complete()
+        del layer.weight_codes, layer.weight_meta
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T (+ bias)`` of the dequantized weight."""
+        return nn.functional.linear(x, layer.weight, bias)

@@ -7,7 +7,8 @@ canonical buffers, filled by name; after loading they become gemq's own modules 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -19,17 +20,31 @@ from gemq.errors import CheckpointError, GemqError
 from gemq.format import UNQUANTIZED
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.experts import stored_name
+from gemq.ops import dequantize
 
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-_ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+_LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
+_ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", *_LATENT)
 _MLP = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _PACKED_ENDINGS = ("_proj", "_proj_with_mqa")
-_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_MERGED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
 class ServingError(GemqError, ValueError):
     """A checkpoint, or a way of splitting a model, that a serving plug-in does not run."""
+
+
+def read_dense(prefix: str) -> bool:
+    """Whether a runtime reads the numbers of the linear ``prefix`` itself.
+
+    Both absorb latent attention's ``kv_b_proj`` into queries and outputs when they decode, from a dense ``weight``.
+    """
+    return prefix.rpartition(".")[2] == "kv_b_proj"
 
 
 def width_of(config: PackedConfig, prefix: str) -> int:
@@ -94,6 +109,9 @@ class LinearParts:
         self.prefix, self.k, self.rows, self.bits = prefix, k, list(rows), bits
         self.preferred, self.group_size = group_size, fmt.default_group_size(k, group_size)
         self._missing = {(kind, part) for kind in ("codes", "meta") for part in range(len(self.rows))}
+        # SGLang loads from several threads
+        self._lock = threading.Lock()
+        self.when_complete: Callable[[], None] | None = None
 
     def _sizes(self, kind: str) -> list[int]:
         if kind == "codes":
@@ -121,11 +139,25 @@ class LinearParts:
         expected = sum(sizes[part] for part in parts)
         _check_loaded(f"{self.prefix}.weight_{kind}", param, loaded, expected)
         param.data[start : start + expected].copy_(loaded)
-        self._missing -= {(kind, part) for part in parts}
+        with self._lock:
+            self._missing -= {(kind, part) for part in parts}
+            if not self._missing and self.when_complete is not None:
+                self.when_complete()
+
+    def check_complete(self) -> None:
+        """Raise :class:`CheckpointError` if a part was not loaded."""
+        _check_complete(self.prefix, {f"weight_{kind} (part {part})" for kind, part in self._missing})
+
+    def dense(self, codes: Tensor, meta: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers ``[sum of rows, k]`` of loaded buffers."""
+        n = sum(self.rows)
+        return dequantize(
+            codes.view(n, -1), meta.view(n, self.k // self.group_size, 2), self.bits, self.k, self.group_size, dtype
+        )
 
     def module(self, codes: Tensor, meta: Tensor) -> LowBitLinear:
         """The layer, ready for its device's kernels. Raises :class:`CheckpointError` if a part was not loaded."""
-        _check_complete(self.prefix, {f"weight_{kind} (part {part})" for kind, part in self._missing})
+        self.check_complete()
         module = LowBitLinear(self.k, sum(self.rows), self.bits, self.preferred, device="meta")
         module.weight_codes, module.weight_meta = codes, meta
         module.prepare()

@@ -21,13 +21,14 @@ from sglang.srt.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.utils import is_cuda
 from torch import nn
 
 from gemq.checkpoint import PackedConfig
 from gemq.format import UNQUANTIZED
 from gemq.nn.experts import stored_name
-from gemq.serving.methods import PackedLinearMethod, PackedQuantization
-from gemq.serving.packed_layers import ExpertParts, ServingError, check_unsplit, expert_widths, width_of
+from gemq.serving.methods import PackedLinearMethod, PackedQuantization, UnpackedLinearMethod
+from gemq.serving.packed_layers import ExpertParts, ServingError, check_unsplit, expert_widths, read_dense, width_of
 
 _BUFFERS = [(name, kind) for name in ("gate_up_proj", "down_proj") for kind in ("codes", "meta")]
 
@@ -41,7 +42,10 @@ class GemqConfig(PackedQuantization, QuantizationConfig):
             return GemqMoEMethod(self.packed, prefix)
         if isinstance(layer, LinearBase):
             width = width_of(self.packed, prefix)
-            return UnquantizedLinearMethod() if width == UNQUANTIZED else GemqLinearMethod(self.packed, width, prefix)
+            if width == UNQUANTIZED:
+                return UnquantizedLinearMethod()
+            method = GemqUnpackedLinearMethod if read_dense(prefix) else GemqLinearMethod
+            return method(self.packed, width, prefix)
         return None
 
     def get_scaled_act_names(self) -> list[str]:
@@ -51,6 +55,21 @@ class GemqConfig(PackedQuantization, QuantizationConfig):
 
 class GemqLinearMethod(PackedLinearMethod, LinearMethodBase):
     """One linear layer, merged ones included, packed at one width."""
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs,
+    ) -> None:
+        """Register the packed buffers. Raises :class:`ServingError` under tensor parallelism."""
+        super().create_weights(
+            layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype
+        )
+        # DeepSeek's model chooses kernels by the dtype of some layers' weight; of this one it knows none
+        layer.weight = torch.empty(0, dtype=torch.int32)
+
+
+class GemqUnpackedLinearMethod(UnpackedLinearMethod, LinearMethodBase):
+    """``kv_b_proj`` of latent attention, which SGLang splits and absorbs."""
 
 
 class GemqMoEMethod(FusedMoEMethodBase):
@@ -88,16 +107,17 @@ class GemqMoEMethod(FusedMoEMethodBase):
     def create_moe_runner(self, layer: nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
         """No runner of SGLang's: ids arrive local and in the standard form.
 
-        Raises :class:`ServingError` for experts that are not SiLU(gate) * up with all scaling in the routing weights.
+        Raises :class:`ServingError` for experts that are not SiLU(gate) * up.
         """
         config = moe_runner_config
+        # on CUDA the experts are to scale their sum, elsewhere the model does it after them
+        self.scale = (config.routed_scaling_factor or 1.0) if is_cuda() else 1.0
         odd = {
             "another activation": config.activation != "silu" or not config.is_gated,
             "a clamped or scaled activation": any(
                 value is not None for value in (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)
             ),
             "weights on the input": config.apply_router_weight_on_input,
-            "a scaling factor of their own": config.routed_scaling_factor not in (None, 1.0),
             "outputs that are not summed": config.no_combine,
         }
         for name, present in odd.items():
@@ -114,7 +134,9 @@ class GemqMoEMethod(FusedMoEMethodBase):
     def apply(self, layer: nn.Module, dispatch_output: DispatchOutput) -> CombineInput:
         """``[T, H] -> [T, H]``: the weighted sum over this rank's experts; ids of -1 contribute zero."""
         topk = dispatch_output.topk_output
-        out = layer.packed(dispatch_output.hidden_states, topk.topk_ids, topk.topk_weights)
+        scaled = self.scale == 1.0 or layer.should_fuse_routed_scaling_factor_in_topk
+        weights = topk.topk_weights if scaled else topk.topk_weights * self.scale
+        out = layer.packed(dispatch_output.hidden_states, topk.topk_ids, weights)
         return StandardCombineInput(hidden_states=out)
 
 

@@ -28,17 +28,18 @@ from vllm.model_executor.models.utils import WeightsMapper
 from gemq.checkpoint import PackedConfig
 from gemq.format import UNQUANTIZED
 from gemq.nn.experts import stored_name
-from gemq.serving.methods import PackedLinearMethod, PackedQuantization
+from gemq.serving.methods import PackedLinearMethod, PackedQuantization, UnpackedLinearMethod
 from gemq.serving.packed_layers import (
     ExpertParts,
     ServingError,
     check_unsplit,
     expert_widths,
     local_ids,
+    read_dense,
     width_of,
 )
 
-SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe")
+SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
 # the names that vLLM gives to gate and up together, and to down
 _PROJECTIONS = {"w13": "gate_up_proj", "w2": "down_proj"}
 _RENAMED = {
@@ -67,12 +68,19 @@ class GemqConfig(PackedQuantization, QuantizationConfig):
             return GemqMoEMethod(self.packed, layer.moe_config)
         if isinstance(layer, LinearBase):
             width = width_of(self.packed, prefix)
-            return UnquantizedLinearMethod() if width == UNQUANTIZED else GemqLinearMethod(self.packed, width, prefix)
+            if width == UNQUANTIZED:
+                return UnquantizedLinearMethod()
+            method = GemqUnpackedLinearMethod if read_dense(prefix) else GemqLinearMethod
+            return method(self.packed, width, prefix)
         return None
 
 
 class GemqLinearMethod(PackedLinearMethod, LinearMethodBase):
     """One linear layer, merged ones included, packed at one width."""
+
+
+class GemqUnpackedLinearMethod(UnpackedLinearMethod, LinearMethodBase):
+    """``kv_b_proj`` of latent attention, which vLLM splits and absorbs."""
 
 
 class GemqMoEMethod(FusedMoEMethodBase):
