@@ -38,7 +38,10 @@ STRUCTURE = {
     "deepseek_v3": (3, 1, 15, 3, 2.0),
     "glm4_moe": (3, 1, 12, 3, 1.0),
     "qwen3_next": (2, 0, 6, 0, 128 / 96),
+    "dots1": (3, 1, 12, 3, 2.0),
 }
+# families with correction biases
+CORRECTED = ("deepseek_v3", "glm4_moe", "dots1")
 
 # a new process computes the logits of every folder, by every way of loading; the first saves what it loaded again
 LOADER = """
@@ -309,10 +312,10 @@ def test_tuning_moves_every_router_and_nothing_else(family):
     after = model.state_dict()
     moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
     assert moved == {f"{layer.router_path}.weight" for layer in moe.moe}
-    assert len(kept) == (2 if family in ("deepseek_v3", "glm4_moe") else 0)
+    assert len(kept) == (2 if family in CORRECTED else 0)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("family", CORRECTED)
 def test_correction_biases_stay_in_float32(family, tmp_path):
     made = quantized(family, tune=False)
     biases = {n: b for n, b in made.packed.named_buffers() if n.endswith("e_score_correction_bias")}

@@ -13,6 +13,10 @@ from gemq.models import describe
 
 # overrides of transformers' defaults, which are those of the published model for the other families
 OLMOE = {"intermediate_size": 1024}
+DOTS1 = {
+    "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32, "n_routed_experts": 128,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+}
 DEEPSEEK_V2 = {
     "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60,
     "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 160, "n_shared_experts": 2,
@@ -27,6 +31,8 @@ DEEPSEEK_V2 = {
     ("olmoe", OLMOE, 6.92, 64, 16, 4 * 16, 0, 0.0),
     ("deepseek_v2", DEEPSEEK_V2, 235.7, 160, 59, 5 * 60, 3, 2.0),
     ("deepseek_v3", {}, 671.0, 256, 58, 5 * 61, 9, 1.0),
+    # Dots1Config's defaults are not the published model's: dots.llm1
+    ("dots1", DOTS1, 142.8, 128, 61, 4 * 62, 3, 2.0),
     ("glm4_moe", {}, None, 128, 45, 4 * 46, 3, 1.0),
     ("qwen3_next", {}, 79.7, 512, 48, 4 * 12 + 2 * 36, 0, 1.0),
 ])  # fmt: skip

@@ -8,6 +8,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Dots1Config,
+    Dots1ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     MixtralConfig,
@@ -25,7 +27,7 @@ from transformers import (
 # deepseek_v2_groups is deepseek_v2 with group-limited routing and a compressed query
 FAMILIES = (
     "mixtral", "deepseek_v2", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2_groups", "deepseek_v3", "glm4_moe",
-    "qwen3_next",
+    "qwen3_next", "dots1",
 )
 VOCAB = 96
 _COMMON = {
@@ -65,6 +67,13 @@ def tiny_model(family: str, seed: int = 0, layers: int = 2, experts: int = 4):
             **_COMMON | _LATENT | _GROUPS, num_hidden_layers=layers + 1, n_routed_experts=experts,
         )
         model = DeepseekV3ForCausalLM(config)
+    elif family == "dots1":
+        config = Dots1Config(
+            **_COMMON, intermediate_size=128, moe_intermediate_size=96, num_hidden_layers=layers + 1,
+            n_routed_experts=experts, n_shared_experts=2, first_k_dense_replace=1, n_group=1, topk_group=1,
+            norm_topk_prob=True, routed_scaling_factor=2.5,
+        )
+        model = Dots1ForCausalLM(config)
     elif family == "glm4_moe":
         config = Glm4MoeConfig(
             **_COMMON, head_dim=32, intermediate_size=128, moe_intermediate_size=96, num_hidden_layers=layers + 1,

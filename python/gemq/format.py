@@ -64,7 +64,8 @@ def check_layout(layout: str) -> str:
 
 def check_group_size(group_size: int, k: int) -> int:
     """Return ``group_size`` if it divides ``k`` and is supported, else raise ``ValueError``."""
-    if isinstance(group_size, bool | float) or group_size not in GROUP_SIZES:
+    # a tuple, not a union: torch 2.8 cannot trace a union
+    if isinstance(group_size, (bool, float)) or group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
     if k <= 0 or k % group_size:
         raise ValueError(f"the number of columns k={k} must be a positive multiple of group_size={group_size}")

@@ -43,6 +43,7 @@ def _scaled(router: nn.Module) -> Routing | None:
 _RULES = {
     "DeepseekV2TopkRouter": _scaled,
     "DeepseekV3TopkRouter": _corrected,
+    "Dots1TopkRouter": _corrected,
     "MixtralTopKRouter": _normalized,
     "Qwen2MoeTopKRouter": _optional,
     "Qwen3MoeTopKRouter": _optional,

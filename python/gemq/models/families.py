@@ -15,7 +15,7 @@ from torch import nn
 from gemq.errors import UnsupportedModelError
 
 SUPPORTED = (
-    "deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
 )
 # known, and different in a way that is not handled
 REFUSED = {
