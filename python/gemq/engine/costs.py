@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from gemq import distributed
 from gemq.algorithms.gptq import gptq_at_widths
 from gemq.algorithms.importance import Perturbation
-from gemq.algorithms.layerwise import expert_hidden
-from gemq.algorithms.sequential import Hessian
+from gemq.algorithms.layerwise import Hessian, expert_hidden
 from gemq.engine.layers import Trace
 from gemq.format import default_group_size
 from gemq.reference.grid import dequantize_codes, round_to_nearest
