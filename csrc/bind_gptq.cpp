@@ -39,8 +39,8 @@ void bind_gptq_group(int device, uintptr_t block, uintptr_t factor, uintptr_t bi
   gptq_group_cpu(args, threads);
 }
 
-void bind_descend_codes(uintptr_t products, uintptr_t hessian, uintptr_t bits, uintptr_t meta, uintptr_t codes,
-                        int64_t matrices, int64_t n, int group, int threads) {
+void bind_descend_codes(uintptr_t products, uintptr_t hessian, uintptr_t bits, uintptr_t meta,
+                        uintptr_t codes, int64_t matrices, int64_t n, int group, int threads) {
   check_pointer("products", products);
   check_pointer("hessian", hessian);
   check_pointer("bits", bits);

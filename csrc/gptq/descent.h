@@ -1,5 +1,5 @@
-// Coordinate descent over the codes of one group: each column's code becomes the best one for the output error
-// when all other codes stay as they are.
+// Coordinate descent over the codes of one group: each column's code becomes the best one for the output
+// error when all other codes stay as they are.
 #pragma once
 
 #include <cstdint>

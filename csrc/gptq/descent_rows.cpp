@@ -1,5 +1,5 @@
-// Coordinate descent over codes on the CPU. Compiled once for each instruction set, see moe_cpu/vectors.h; a lane
-// is a row.
+// Coordinate descent over codes on the CPU. Compiled once for each instruction set, see moe_cpu/vectors.h; a
+// lane is a row.
 #include "gptq/column_loop.h"
 #include "gptq/descent.h"
 #include "moe_cpu/vectors.h"

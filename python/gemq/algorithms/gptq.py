@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,14 +45,19 @@ class GptqConfig:
             raise ValueError(f"refine must be a number of rounds in 0..100, got {self.refine!r}")
 
     @classmethod
-    def for_recipe(cls, recipe: str, group_size: int = 128, damping: float = 0.01, clip: str | None = None):
+    def for_recipe(
+        cls, recipe: str, group_size: int = 128, damping: float = 0.01, clip: str | None = None,
+        refine: int | None = None, compensate: bool | None = None,
+    ) -> GptqConfig:
         """``default``: errors propagated at every width, refined and compensated. ``paper``: as the published scripts
-        quantize, range factors 0.9 .. 1.1, no propagation inside a group at 3 bits and below, and GPTQ alone."""
+        quantize, range factors 0.9 .. 1.1, no propagation inside a group at 3 bits and below, and GPTQ alone. What is
+        given besides wins over the recipe."""
         if recipe not in ("default", "paper"):
             raise ValueError(f"recipe must be default or paper, got {recipe!r}")
-        if recipe == "paper":
-            return cls(group_size, clip or "paper", damping, propagate_from=4, refine=0, compensate=False)
-        return cls(group_size, clip or cls.clip, damping)
+        chosen = cls(propagate_from=4, refine=0, compensate=False) if recipe == "paper" else cls()
+        given = {"clip": clip, "refine": refine, "compensate": compensate}
+        given = {name: value for name, value in given.items() if value is not None}
+        return replace(chosen, group_size=group_size, damping=damping, **given)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -78,7 +78,8 @@ PERTURBATIONS = ("gptq", "rtn")
 @dataclass(frozen=True)
 class Perturbation:
     """How an expert is quantized to see what it costs: ``gptq`` as it will be (with ``config``, on the inputs at
-    hand), or ``rtn``, rounded to nearest with no clipping, as the paper's scripts do."""
+    hand, but neither refined nor compensated: at every width that would cost more than it tells), or ``rtn``, rounded
+    to nearest with no clipping, as the paper's scripts do."""
 
     kind: str = "gptq"
     config: GptqConfig = field(default_factory=GptqConfig)
@@ -97,7 +98,8 @@ class Perturbation:
             x = inputs().float()
             batch = (len(kept), -1, -1)
             codes, meta, _ = gptq(
-                weight.expand(batch), (x.T @ x).expand(batch), kept, [len(x)] * len(kept), self.config, size
+                weight.expand(batch), (x.T @ x).expand(batch), kept, [len(x)] * len(kept),
+                replace(self.config, refine=0), size,
             )
             found = dict(zip(kept, dequantize_codes(codes, meta, weight.dtype), strict=True))
         return [found[b] if b else torch.zeros_like(weight) for b in widths]

@@ -15,7 +15,7 @@ from gemq.ops.gptq import descend_codes
 from gemq.reference.grid import dequantize_codes
 
 # floats of the normal equations that are solved at a time, in rows of one matrix
-NORMAL_FLOATS = 1 << 24
+NORMAL_FLOATS = 1 << 22
 # keeps the equations of a group whose codes are all alike solvable; of the unit diagonal they are scaled to
 RIDGE = 1e-6
 
