@@ -87,8 +87,8 @@ class _Calibration:
         self._batch: dict[str, Tensor] = {}
         self.experts = distributed.share(moe.num_experts if layer is not None else 0)
         self.inputs = [Hessian(moe.hidden, self._device) for _ in self.experts]
-        self.inner = [Hessian(moe.intermediate, self._device) for _ in self.experts]
-        # the experts' calls, where they are needed again
+        self.inner = [] if keep else [Hessian(moe.intermediate, self._device) for _ in self.experts]
+        # the experts' calls, for Hessians that depend on quantized projections
         self.kept: list[Routed] | None = [] if keep else None
 
     def watch(self, modules: dict, stack: ExitStack) -> None:

@@ -91,7 +91,7 @@ def _quantize_experts(
         gate_up = weights[0][group]
         pairs = hessians_of(
             gate_up, ([r.rows(e)[0] for e in range(group.start, group.stop)] for r, _ in trace),
-            gate_up.shape[-1], weights[1].shape[-1],
+            gate_up.shape[-1], weights[1].shape[-1], second=not config.compensate,
         )
         original = gate_up.clone()
         for which, stack in enumerate(stacks):
