@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Mixtra
 from transformers import logging as transformers_logging
 
 from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.importance import Perturbation, _capture_batch
+from gemq.algorithms.importance import Perturbation, capture_batch
 from gemq.algorithms.progressive import MethodConfig, quantize_progressively
 from gemq.algorithms.sequential import Hessian, quantize_stack
 from gemq.checkpoint import save_packed
@@ -161,7 +161,7 @@ def coefficients(base: Path) -> dict:
     for _ in range(2):
         began = time.process_time()
         for at in range(0, len(text), 4):
-            _capture_batch(moe, text[at : at + 4])
+            capture_batch(moe, text[at : at + 4])
         plain.append(time.process_time() - began)
     row = {
         "what": "coefficients", "experts": 64, "layers": 4, "hidden": 256, "intermediate": 256, "top_k": 8,

@@ -1,6 +1,7 @@
 #include "bind_gptq.h"
 
 #include "checks.h"
+#include "gptq/descent.h"
 #include "gptq/group.h"
 
 namespace gemq {
@@ -36,6 +37,31 @@ void bind_gptq_group(int device, uintptr_t block, uintptr_t factor, uintptr_t bi
     check_range("bits[" + std::to_string(matrix) + "]", args.bits[matrix], 1, 8);
   }
   gptq_group_cpu(args, threads);
+}
+
+void bind_descend_codes(uintptr_t products, uintptr_t hessian, uintptr_t bits, uintptr_t meta,
+                        uintptr_t codes, int64_t matrices, int64_t n, int group, int threads) {
+  check_pointer("products", products);
+  check_pointer("hessian", hessian);
+  check_pointer("bits", bits);
+  check_pointer("meta", meta);
+  check_pointer("codes", codes);
+  check_at_least("matrices", matrices, 1);
+  check_at_least("n", n, 1);
+  if (group != 32 && group != 64 && group != 128) bad_value("group", group, "32, 64 or 128");
+  check_threads(threads);
+  const CodeDescent args{reinterpret_cast<const float*>(products),
+                         reinterpret_cast<const float*>(hessian),
+                         reinterpret_cast<const int32_t*>(bits),
+                         reinterpret_cast<const uint16_t*>(meta),
+                         reinterpret_cast<uint8_t*>(codes),
+                         matrices,
+                         n,
+                         group};
+  for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+    check_range("bits[" + std::to_string(matrix) + "]", args.bits[matrix], 1, 8);
+  }
+  descend_codes_cpu(args, threads);
 }
 
 }  // namespace gemq

@@ -116,6 +116,7 @@ void run(const std::string& name, const Arguments& arguments) {
   if (name == "dequantize") return call(bind_dequantize, arguments);
   if (name == "repack") return call(bind_repack, arguments);
   if (name == "gptq_group") return call(bind_gptq_group, arguments);
+  if (name == "descend_codes") return call(bind_descend_codes, arguments);
   if (name == "moe_gemm_cpu") return call(bind_moe_gemm, arguments);
   if (name == "moe_ffn_cpu") return call(bind_moe_ffn, arguments);
   if (name == "lowbit_gemm_cpu") return call(bind_lowbit_gemm, arguments);

@@ -209,6 +209,22 @@ def test_eq6_is_calibrated_where_its_theory_holds() -> None:
     assert 0.6 < ratio < 1.8
 
 
+def test_the_first_order_term_is_the_true_rise_of_a_small_change() -> None:
+    torch.manual_seed(1)
+    moe, windows = describe(tiny_model("mixtral", layers=1)), random_windows(6, 16)
+    how = (moe, windows, (6,), Originals(moe), Perturbation("rtn"), 4)
+    first, true = eq6.first_order(*how), eq6.true_increases(*how)
+    assert (true != 0).any()
+    np.testing.assert_allclose(first, true, atol=0.05 * np.abs(true).max())
+
+
+def test_the_multiple_of_eq6_beside_the_first_order_term_is_fitted() -> None:
+    predicted, first = np.array([1.0, 2.0, 4.0]), np.array([-3.0, 1.0, 5.0])
+    both, multiple = eq6.with_first_order(predicted, first, first + 3 * eq6.calibrated(predicted, 9), 9)
+    assert multiple == pytest.approx(3)
+    np.testing.assert_allclose(both, first + 12 * predicted)
+
+
 def test_spearman_is_pearson_of_ranks() -> None:
     assert eq6.spearman(np.array([1, 2, 3, 4.0]), np.array([1, 4, 9, 100.0])) == pytest.approx(1)
     assert eq6.spearman(np.array([1, 2, 3, 4.0]), np.array([4, 3, 2, 1.0])) == pytest.approx(-1)

@@ -56,7 +56,7 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 def test_gptq_is_the_textbook_algorithm(bits: int, clip: str) -> None:
     weight, hessian = problem(24, 192, 400, seed=bits)
     codes, meta, (report,) = gptq(
-        weight[None], hessian[None], [bits], [400], GptqConfig(group_size=64, clip=clip), group_size=64
+        weight[None], hessian[None], [bits], [400], GptqConfig(group_size=64, clip=clip, refine=0), group_size=64
     )
     expected = textbook_gptq(weight, hessian, bits, 64, 0.01, clip)
     found = dequantize_codes(codes[0], meta[0]).double()
@@ -174,9 +174,11 @@ def test_bad_weights_and_options_are_refused() -> None:
 
 def test_the_papers_recipe_does_not_propagate_below_four_bits() -> None:
     paper = GptqConfig.for_recipe("paper")
-    assert paper.propagate_from == 4 and paper.clip == "paper"
+    assert paper == GptqConfig(clip="paper", propagate_from=4, refine=0, compensate=False)
+    assert GptqConfig.for_recipe("paper", 64, 0.02, "mse", 1, True) == GptqConfig(64, "mse", 0.02, 4, refine=1)
     weight, hessian = problem(16, 128, 300, seed=9)
-    codes, _, _ = gptq(weight[None], hessian[None], [2], [300], GptqConfig(clip="none", propagate_from=4), 128)
+    config = GptqConfig(clip="none", propagate_from=4, refine=0)
+    codes, _, _ = gptq(weight[None], hessian[None], [2], [300], config, 128)
     assert torch.equal(codes[0], round_to_nearest(weight, 2, 128)[0])
 
 

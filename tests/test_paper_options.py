@@ -145,7 +145,8 @@ def test_router_bits(family, bits, tmp_path):
     own = tiny_model(family).state_dict()
     for name in routers:
         assert on_a_grid(after[name], bits) and not on_a_grid(before[name], 4)
-        assert float((after[name] - before[name]).norm() / before[name].norm()) < 2.0 ** (1 - bits)
+        # nearest in output, not in weight: a little further than rounding would leave it
+        assert float((after[name] - before[name]).norm() / before[name].norm()) < 1.2 * 2.0 ** (1 - bits)
         assert not torch.equal(before[name], own[name]), "routers were to be tuned first"
         assert other.stage.weights.reports[name.removesuffix(".weight")].tokens == random_windows().numel()
     assert other.config.router_bits == bits and base.config.router_bits == 16

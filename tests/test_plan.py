@@ -158,6 +158,7 @@ def test_streaming_takes_less(name):
 def test_formulas_of_one_layer():
     parts = count_parts(located(load_config("mixtral-8x7b")))
     assert hessian_bytes(parts) == 4 * (8 * (4096**2 + 14336**2) + 4 * 4096**2)
+    assert hessian_bytes(parts, True) == 4 * (8 * (4096**2 + 2 * 14336**2) + 4 * 4096**2)
     assert gptq_bytes(2, 3, 5) == 2 * (5 * 4 * 25 + 17 * 15)
     tokens, length = 10, 5
     weights = parts.parameters - 32000 * 4096 - 32 * 6 * 3 * 4096 * 14336 - 4096

@@ -38,8 +38,15 @@ from gemq.models import describe
 from gemq.pipeline import load_tokenizer, load_unquantized
 from gemq.planning.output import packed_bytes
 
-VERSION = 1
+VERSION = 2
 POOL = 8  # balanced windows are chosen out of this many times as many
+
+
+# how matrices are quantized, costs included: as gemq does, by GPTQ alone, or as the paper's scripts do
+QUANTIZERS = {
+    "default": GptqConfig.for_recipe("default"), "gptq": GptqConfig.for_recipe("default", refine=0, compensate=False),
+    "paper": GptqConfig.for_recipe("paper"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Run:
     ``statistics`` (Eq. 6 of the full-precision model) or ``eq6`` (predicted against true loss). Options as in
     :class:`gemq.algorithms.progressive.MethodConfig`; ``routers`` is none, loss or alignment, and ``replay``
     evaluates with the full-precision routers' decisions as well. ``balanced`` calibrates on balanced windows of the
-    text, ``self_sampled`` on such as the model writes."""
+    text, ``self_sampled`` on such as the model writes. ``quantizer`` is one of :data:`QUANTIZERS`."""
 
     kind: str = "quantize"
     method: str = "gemq"
@@ -83,6 +90,7 @@ class Run:
     router_samples: int | None = None
     router_epochs: int = 1
     router_lr: float = 1e-4
+    quantizer: str = "default"
 
 
 def fingerprint(model: str) -> str:
@@ -202,7 +210,7 @@ class Session:
     def statistics(self, run: Run) -> ExpertStatistics:
         """Of the full-precision model, from the cache if they were measured before."""
         what = asdict(run)
-        names = ("candidates", "perturbation", "balanced", "self_sampled")
+        names = ("candidates", "perturbation", "balanced", "self_sampled", "quantizer")
         key = [VERSION, self.print, self.seed, run.method == "fisher", *(what[n] for n in names),
                _used(run, self.settings) | {"texts": None, "limit": None}]
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -210,7 +218,7 @@ class Session:
         if path.is_file():
             return _load_statistics(path, self.moe, run.candidates)
         self.originals.restore()
-        perturbation = Perturbation(run.perturbation)
+        perturbation = Perturbation(run.perturbation, QUANTIZERS[run.quantizer])
         if run.method == "fisher":
             costs = weight_fisher(
                 self.moe, self.calibrating(run), run.candidates, self.originals, perturbation=perturbation
@@ -262,7 +270,7 @@ def _quantize(session: Session, run: Run) -> list[dict]:
     options = {name: getattr(run, name) for name in names}
     config = MethodConfig(
         **options, tune=run.routers != "none", router_method="alignment" if run.routers == "alignment" else "loss",
-        batch_size=session.settings.batch_size, gptq=GptqConfig(),
+        batch_size=session.settings.batch_size, gptq=QUANTIZERS[run.quantizer],
         router=RouterTuningConfig(learning_rate=run.router_lr, epochs=run.router_epochs),
     )
     # before the weights change
@@ -313,12 +321,11 @@ def _eq6(session: Session, run: Run) -> list[dict]:
     session.originals.restore()
     predicted = session.statistics(run).costs.routed
     session.originals.restore()
-    true = eq6.true_increases(
-        session.moe, session.calibrating(run), run.candidates, session.originals, Perturbation(run.perturbation),
-        session.settings.batch_size,
-    )
+    how = (session.moe, session.calibrating(run), run.candidates, session.originals, Perturbation(run.perturbation),
+           session.settings.batch_size)
+    first, true = eq6.first_order(*how), eq6.true_increases(*how)
     return [{"budget": 16.0, "candidates": list(run.candidates), "predicted": predicted.tolist(),
-             "true": true.tolist(), "length": session.settings.length}]
+             "first_order": first.tolist(), "true": true.tolist(), "length": session.settings.length}]
 
 
 KINDS: dict[str, Callable[[Session, Run], list[dict]]] = {

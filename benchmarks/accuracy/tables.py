@@ -11,7 +11,7 @@ UNIFORM, PMQ = Run(method="uniform"), Run(method="pmq")
 GEMQ = Run(estimate="quantized")
 TUNED = Run(estimate="tuned", routers="loss")
 FP, FP_TUNED = Run(kind="fp"), Run(kind="fp", routers="loss")
-PAPER = replace(GEMQ, perturbation="rtn", per_layer="c2c3")
+PAPER = replace(GEMQ, perturbation="rtn", per_layer="c2c3", quantizer="paper")
 LOW = (2.0, 1.5)
 
 
@@ -57,8 +57,10 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
         Table("1", "Methods: perplexity by budget", (
             ("FP", FP), ("FP, routers tuned", FP_TUNED), ("uniform", at(UNIFORM)), ("PMQ", at(PMQ)),
             ("GEMQ, paper's options", at(replace(PAPER, routers="loss", estimate="tuned"))),
+            ("GEMQ, GPTQ alone", at(replace(TUNED, quantizer="gptq"))),
             ("GEMQ, no tuning", at(GEMQ)), ("GEMQ", at(TUNED)),
-        ), (("PMQ", "uniform"), ("GEMQ", "PMQ"), ("GEMQ", "uniform"), ("GEMQ, paper's options", "PMQ"))),
+        ), (("PMQ", "uniform"), ("GEMQ", "PMQ"), ("GEMQ", "uniform"), ("GEMQ, paper's options", "PMQ"),
+            ("GEMQ", "GEMQ, paper's options"))),
         Table("2", "Stand-ins for SpQR, MoEQuant and EAQuant at equal bits per expert", (
             ("uniform", at(UNIFORM)), ("SpQR-style outliers", at(UNIFORM, kind="spqr")),
             ("MoEQuant-style: affinity, self-sampled windows", at(UNIFORM, affinity=1.0, self_sampled=True)),

@@ -5,6 +5,7 @@
 
 #include "decode/kernels.h"
 #include "gemq/element.h"
+#include "gptq/descent.h"
 #include "gptq/group.h"
 
 namespace gemq {
@@ -55,6 +56,8 @@ struct Kernels {
   void (*narrow)(const float* x, int64_t count, Element type, void* out);
   // GPTQ's column loop in one group of up to 16 rows
   void (*gptq_rows)(const GptqRows& args);
+  // Coordinate descent over the codes of one group of up to 16 rows
+  void (*descend_codes)(const CodeDescentRows& args);
   // A decode step's, see decode/kernels.h
   void (*dense_product)(const DenseArgs& args, float* out);
   void (*attend)(const AttendArgs& args);

@@ -121,6 +121,7 @@ namespace GEMQ_VARIANT {
 void exact_product(const BlockArgs& args, float* out);    // exact.cpp
 void integer_product(const BlockArgs& args, float* out);  // integer.cpp
 void gptq_rows(const GptqRows& args);                     // gptq/rows.cpp
+void descend_codes(const CodeDescentRows& args);          // gptq/descent_rows.cpp
 void dense_product(const DenseArgs& args, float* out);    // decode/vector_rows.cpp
 void attend(const AttendArgs& args);
 void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out);
@@ -145,6 +146,7 @@ const Kernels GEMQ_KERNELS = {GEMQ_TEXT(GEMQ_VARIANT),
                               widen,
                               narrow,
                               GEMQ_VARIANT::gptq_rows,
+                              GEMQ_VARIANT::descend_codes,
                               GEMQ_VARIANT::dense_product,
                               GEMQ_VARIANT::attend,
                               GEMQ_VARIANT::rms_norm,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gemq.algorithms.refinement import refine
 from gemq.format import GROUP_SIZES
 from gemq.ops.gptq import gptq_group
 from gemq.reference.grid import CLIPS, dequantize_codes, round_to_nearest
@@ -19,7 +20,10 @@ class GptqConfig:
 
     ``group_size`` columns share a grid; ``clip`` is the range search of :func:`gemq.reference.grid.find_grid`;
     ``damping`` is added to the Hessian's diagonal in units of its mean. ``propagate_from`` is the smallest width
-    whose rounding error is propagated inside a group: 1 is GPTQ, 4 is what the paper's scripts do.
+    whose rounding error is propagated inside a group: 1 is GPTQ, 4 is what the paper's scripts do. ``refine`` is how
+    often codes and grids are improved in turn once GPTQ has chosen them (:mod:`gemq.algorithms.refinement`; 0: GPTQ
+    alone). ``compensate`` fits the down projections of routed experts to what their quantized gate and up projections
+    give (:mod:`gemq.algorithms.compensation`).
     """
 
     group_size: int = 128
@@ -27,6 +31,8 @@ class GptqConfig:
     damping: float = 0.01
     propagate_from: int = 1
     min_tokens: int = 1
+    refine: int = 2
+    compensate: bool = True
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
@@ -35,16 +41,23 @@ class GptqConfig:
             raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {self.clip!r}")
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must be above 0 and below 1, got {self.damping}")
+        if isinstance(self.refine, bool) or not 0 <= self.refine <= 100:
+            raise ValueError(f"refine must be a number of rounds in 0..100, got {self.refine!r}")
 
     @classmethod
-    def for_recipe(cls, recipe: str, group_size: int = 128, damping: float = 0.01, clip: str | None = None):
-        """``default``: errors propagated at every width. ``paper``: as the published scripts quantize, range
-        factors 0.9 .. 1.1 and no propagation inside a group at 3 bits and below."""
+    def for_recipe(
+        cls, recipe: str, group_size: int = 128, damping: float = 0.01, clip: str | None = None,
+        refine: int | None = None, compensate: bool | None = None,
+    ) -> GptqConfig:
+        """``default``: errors propagated at every width, refined and compensated. ``paper``: as the published scripts
+        quantize, range factors 0.9 .. 1.1, no propagation inside a group at 3 bits and below, and GPTQ alone. What is
+        given besides wins over the recipe."""
         if recipe not in ("default", "paper"):
             raise ValueError(f"recipe must be default or paper, got {recipe!r}")
-        options = {"default": (cls.clip, 1), "paper": ("paper", 4)}
-        chosen, propagate_from = options[recipe]
-        return cls(group_size, clip or chosen, damping, propagate_from)
+        chosen = cls(propagate_from=4, refine=0, compensate=False) if recipe == "paper" else cls()
+        given = {"clip": clip, "refine": refine, "compensate": compensate}
+        given = {name: value for name, value in given.items() if value is not None}
+        return replace(chosen, group_size=group_size, damping=damping, **given)
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,12 @@ def gptq(
         if not solved[e]:
             codes[e], meta[e] = round_to_nearest(weight[e], bits[e], group_size, config.clip)
             loss[e], total[e] = (_loss(x, hessian[e]) for x in (weight[e] - dequantize_codes(codes[e], meta[e]), weight[e]))
-        elif bits[e] < config.propagate_from:
+            continue
+        if config.refine:
+            # one at a time: the result must not depend on what else is in the batch
+            whole = hessian[e] + torch.diag(factor.added[e])
+            codes[e], meta[e] = refine(weight[e], whole, codes[e], meta[e], bits[e], config.refine)
+        if config.refine or bits[e] < config.propagate_from:
             own = Factor(factor.root[one], factor.inverse[one], factor.added[one], factor.damping[one])
             loss[one] = own.loss(weight[one] - dequantize_codes(codes[one], meta[one]))
     error = loss / total.clamp(min=1e-30)

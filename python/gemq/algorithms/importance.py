@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -44,19 +44,20 @@ class ExpertStatistics:
 
 
 @dataclass
-class _Capture:
+class Capture:
     """One layer, one batch: the experts' call and the gradient at the block's output ``[T, H]``."""
 
     routed: Routed
     gradient: Tensor | None = None
 
 
-def _capture_batch(moe: MoeModel, ids: Tensor) -> list[_Capture]:
-    """Forward and backward of a batch of windows; gradients of the sum of the windows' mean losses."""
-    captures: list[_Capture] = []
+def capture_batch(moe: MoeModel, ids: Tensor) -> list[Capture]:
+    """Forward and backward of a batch of windows ``[B, T]``: by MoE layer the experts' call and the gradient of the sum
+    of the windows' mean losses at their output. The caller takes the parameters' gradients away first."""
+    captures: list[Capture] = []
 
     def seen(routed: Routed, output: Tensor) -> None:
-        capture = _Capture(routed)
+        capture = Capture(routed)
         captures.append(capture)
         output.register_hook(lambda g: setattr(capture, "gradient", g.detach()))
 
@@ -78,7 +79,8 @@ PERTURBATIONS = ("gptq", "rtn")
 @dataclass(frozen=True)
 class Perturbation:
     """How an expert is quantized to see what it costs: ``gptq`` as it will be (with ``config``, on the inputs at
-    hand), or ``rtn``, rounded to nearest with no clipping, as the paper's scripts do."""
+    hand, but neither refined nor compensated: at every width that would cost more than it tells), or ``rtn``, rounded
+    to nearest with no clipping, as the paper's scripts do."""
 
     kind: str = "gptq"
     config: GptqConfig = field(default_factory=GptqConfig)
@@ -97,7 +99,8 @@ class Perturbation:
             x = inputs().float()
             batch = (len(kept), -1, -1)
             codes, meta, _ = gptq(
-                weight.expand(batch), (x.T @ x).expand(batch), kept, [len(x)] * len(kept), self.config, size
+                weight.expand(batch), (x.T @ x).expand(batch), kept, [len(x)] * len(kept),
+                replace(self.config, refine=0), size,
             )
             found = dict(zip(kept, dequantize_codes(codes, meta, weight.dtype), strict=True))
         return [found[b] if b else torch.zeros_like(weight) for b in widths]
@@ -130,7 +133,7 @@ class _LayerCosts:
             setattr(self, name, sum(distributed.gather(getattr(self, name))))
 
     def add_expert(
-        self, expert: int, captures: list[_Capture], base: tuple[Tensor, Tensor], weights: list[tuple[Tensor, Tensor]],
+        self, expert: int, captures: list[Capture], base: tuple[Tensor, Tensor], weights: list[tuple[Tensor, Tensor]],
         window: int,
     ) -> None:
         for capture in captures:
@@ -156,7 +159,7 @@ def _shared_scale(layer: MoeLayer, x: Tensor) -> Tensor | float:
 
 
 def _shared_costs(
-    layer: MoeLayer, captures: list[_Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation
+    layer: MoeLayer, captures: list[Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation
 ) -> None:
     gate, up, down = originals.shared(layer)
     base = (torch.cat([gate, up]), down)
@@ -188,9 +191,9 @@ def measure(
     moe.model.eval()
     batches = distributed.batches(windows, batch_size)
     steps, done = len(batches) + len(moe.moe), 0
-    captured: list[list[_Capture]] = [[] for _ in moe.moe]
+    captured: list[list[Capture]] = [[] for _ in moe.moe]
     for batch in batches:
-        for index, capture in enumerate(_capture_batch(moe, batch.to(device))):
+        for index, capture in enumerate(capture_batch(moe, batch.to(device))):
             captured[index].append(capture)
         done += 1
         if progress:
@@ -212,7 +215,7 @@ def measure(
     return statistics_of(moe, rows, candidates)
 
 
-def _of_all(captures: list[_Capture], rounds: int, device: torch.device) -> list[_Capture]:
+def _of_all(captures: list[Capture], rounds: int, device: torch.device) -> list[Capture]:
     """One layer's captures of all processes, in the order of the batches."""
     found = []
     for turn in range(rounds):
@@ -220,12 +223,12 @@ def _of_all(captures: list[_Capture], rounds: int, device: torch.device) -> list
         mine = None if one is None else {"gradient": one.gradient, **one.routed.tensors()}
         for tensors in distributed.exchange(mine, device):
             gradient = tensors["gradient"]
-            found.append(_Capture(Routed(tensors["x"], tensors["ids"], tensors["weights"]), gradient))
+            found.append(Capture(Routed(tensors["x"], tensors["ids"], tensors["weights"]), gradient))
     return found
 
 
 def _layer_costs(
-    layer: MoeLayer, captures: list[_Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation,
+    layer: MoeLayer, captures: list[Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation,
     window: int,
 ) -> None:
     gate_up, down = originals.experts(layer)

@@ -62,6 +62,19 @@ def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
     return out[0] if isinstance(out, tuple) else out
 
 
+class Hessian:
+    """Sum of ``x x'`` over calibration tokens."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.value = torch.zeros(size, size, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.value += x.T @ x
+        self.tokens += len(x)
+
+
 @dataclass
 class Routed:
     """What a layer's experts were called with: ``x [T, H]``, ``ids [T, k]``, ``weights [T, k]``."""

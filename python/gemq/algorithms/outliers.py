@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from gemq.algorithms.gptq import GptqConfig, GptqReport, inverse_factor
+from gemq.algorithms.layerwise import Hessian
 from gemq.algorithms.originals import Originals
-from gemq.algorithms.sequential import BitPlan, Hessian, quantize_weights
+from gemq.algorithms.sequential import BitPlan, quantize_weights
 from gemq.format import default_group_size
 from gemq.models import MoeModel
 from gemq.nn.experts import QuantizedStack

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq
-from gemq.algorithms.layerwise import capture_layer_calls, run_layer
-from gemq.algorithms.sequential import Hessian
+from gemq.algorithms.layerwise import Hessian, capture_layer_calls, run_layer
 from gemq.format import check_bits, default_group_size
 from gemq.models import MoeModel
 from gemq.reference.grid import dequantize_codes

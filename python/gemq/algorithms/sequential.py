@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gemq import distributed
+from gemq.algorithms.compensation import fit_down
 from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq
 from gemq.algorithms.layer_report import LayerReport, layer_report
-from gemq.algorithms.layerwise import Routed, capture_layer_calls, expert_hidden, run_layer, watch_experts
+from gemq.algorithms.layerwise import Hessian, Routed, capture_layer_calls, expert_hidden, run_layer, watch_experts
 from gemq.algorithms.originals import Originals
 from gemq.algorithms.sharing import share_linears, share_stack
 from gemq.format import UNQUANTIZED, default_group_size
@@ -56,19 +57,6 @@ class QuantizedWeights:
     reports: dict[str, GptqReport] = field(default_factory=dict)
 
 
-class Hessian:
-    """Sum of ``x x'`` over calibration tokens."""
-
-    def __init__(self, size: int, device: torch.device):
-        self.value = torch.zeros(size, size, device=device)
-        self.tokens = 0
-
-    def add(self, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).float()
-        self.value += x.T @ x
-        self.tokens += len(x)
-
-
 def layer_linears(moe: MoeModel, index: int, plan: BitPlan) -> dict[str, tuple[nn.Linear, int]]:
     """The plain linears of a decoder layer that are to be quantized, with their widths."""
     prefix = f"{moe.decoder_path}.layers.{index}."
@@ -90,7 +78,7 @@ class _Calibration:
     in their order.
     """
 
-    def __init__(self, moe: MoeModel, linears: dict, layer: MoeLayer | None, affinity: float = 0.0):
+    def __init__(self, moe: MoeModel, linears: dict, layer: MoeLayer | None, affinity: float = 0.0, keep: bool = False):
         self._device = next(moe.model.parameters()).device
         here = distributed.world()
         owned = list(linears)[here.rank :: here.size]
@@ -99,7 +87,9 @@ class _Calibration:
         self._batch: dict[str, Tensor] = {}
         self.experts = distributed.share(moe.num_experts if layer is not None else 0)
         self.inputs = [Hessian(moe.hidden, self._device) for _ in self.experts]
-        self.inner = [Hessian(moe.intermediate, self._device) for _ in self.experts]
+        self.inner = [] if keep else [Hessian(moe.intermediate, self._device) for _ in self.experts]
+        # the experts' calls, for Hessians that depend on quantized projections
+        self.kept: list[Routed] | None = [] if keep else None
 
     def watch(self, modules: dict, stack: ExitStack) -> None:
         for path, (module, _) in modules.items():
@@ -121,14 +111,24 @@ class _Calibration:
             if self.layer is not None:
                 self._add_experts(Routed(tensors["x"], tensors["ids"], tensors["weights"]))
 
+    def _rows(self, routed: Routed, expert: int) -> tuple[Tensor, Tensor | float]:
+        x, token = routed.rows(expert)
+        # x x' weighted by w ** affinity
+        return x, routed.weight_of(expert, token).clamp(min=0) ** (self.affinity / 2) if self.affinity else 1.0
+
     def _add_experts(self, routed: Routed) -> None:
+        if self.kept is not None:
+            self.kept.append(routed)
         for at, e in enumerate(self.experts):
-            x, token = routed.rows(e)
-            if len(token):
-                # x x' weighted by w ** affinity
-                scale = routed.weight_of(e, token).clamp(min=0) ** (self.affinity / 2) if self.affinity else 1.0
+            x, scale = self._rows(routed, e)
+            if len(x):
                 self.inputs[at].add(x * scale)
-                self.inner[at].add(expert_hidden(self.layer.experts.gate_up_proj[e], x) * scale)
+                if self.kept is None:
+                    self.inner[at].add(expert_hidden(self.layer.experts.gate_up_proj[e], x) * scale)
+
+    def rows(self) -> Iterator[list[tuple[Tensor, Tensor | float]]]:
+        """Batch by batch the inputs of each of this process's experts, and their scales."""
+        return ([self._rows(routed, e) for e in self.experts] for routed in self.kept)
 
 
 # what a batch of matrices may take on a CPU: memory that is used again and again is neither mapped nor fetched anew
@@ -192,10 +192,14 @@ def _quantize_layer(
     result.reports |= reports
     if layer is None:
         return
-    bits, stacks = plan.experts[layer.index], []
-    for name, hessians in (("gate_up_proj", seen.inputs), ("down_proj", seen.inner)):
-        weights, part = getattr(layer.experts, name), seen.experts
-        own = slice(part.start, part.stop)
+    bits, stacks, part = plan.experts[layer.index], [], seen.experts
+    own = slice(part.start, part.stop)
+    original = layer.experts.gate_up_proj[own].clone()
+    for name in ("gate_up_proj", "down_proj"):
+        weights, hessians = getattr(layer.experts, name), seen.inputs if name == "gate_up_proj" else seen.inner
+        if name == "down_proj" and config.compensate:
+            quantized = layer.experts.gate_up_proj[own]
+            hessians = fit_down(weights[own], bits[own], original, quantized, seen.rows(), config.damping)
         # a slice is a view: what is written back reaches the layer
         stack, reports = quantizer(weights[own], hessians, bits[own], config)
         stack, reports = share_stack(weights, bits, part, stack, reports)
@@ -233,7 +237,7 @@ def quantize_weights(
     for index, module in enumerate(moe.layers):
         linears, layer = layer_linears(moe, index, plan), by_index.get(index)
         start, known = time.perf_counter(), len(result.reports)
-        seen = _Calibration(moe, linears, layer, affinity)
+        seen = _Calibration(moe, linears, layer, affinity, keep=config.compensate)
         with ExitStack() as stack:
             seen.watch(linears, stack)
             for turn in range(distributed.rounds(windows, batch_size)):

@@ -117,6 +117,10 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
     recipe: Annotated[Recipe, typer.Option(help=_RECIPE)] = Recipe.default,
     clip: Annotated[Clip | None, typer.Option(help="Range search (default: the recipe's).")] = None,
+    refine: Annotated[int | None, typer.Option(
+        help="Rounds that improve codes and grids after GPTQ (default: the recipe's).", min=0, max=100)] = None,
+    compensate: Annotated[bool | None, typer.Option(
+        help="Fit down projections to what quantized gate and up give them (default: the recipe's).")] = None,
     perturbation: Annotated[str, typer.Option(help="How an expert is quantized to measure it: gptq or rtn.")] = "gptq",
     damping: Annotated[float, typer.Option(help="Of the Hessian, in units of its mean diagonal.")] = 0.01,
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
@@ -187,7 +191,7 @@ def quantize(
             router_method=router_method.value, affinity=affinity, estimate=chosen["estimate"],
             perturbation=chosen["perturbation"], batch_size=batch_size,
             gptq=GptqConfig.for_recipe("paper" if recipe is Recipe.paper else "default", group_size, damping,
-                                       clip.value if clip else None),
+                                       clip.value if clip else None, refine, compensate),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
             tensor_bits=quantizing.tensor_bits(tensor_bits),
         ),

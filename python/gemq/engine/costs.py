@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from gemq import distributed
 from gemq.algorithms.gptq import gptq_at_widths
 from gemq.algorithms.importance import Perturbation
-from gemq.algorithms.layerwise import expert_hidden
-from gemq.algorithms.sequential import Hessian
+from gemq.algorithms.layerwise import Hessian, expert_hidden
 from gemq.engine.layers import Trace
 from gemq.format import default_group_size
 from gemq.reference.grid import dequantize_codes, round_to_nearest
@@ -61,17 +60,18 @@ class LayerCosts:
 
 
 def hessians_of(
-    weights: Tensor, rows: Iterable[list[Tensor]], hidden: int, intermediate: int
+    weights: Tensor, rows: Iterable[list[Tensor]], hidden: int, intermediate: int, second: bool = True
 ) -> list[tuple[Hessian, Hessian]]:
-    """Hessians of both projections of some experts ``weights [G, 2I, H]``; ``rows`` gives per batch the inputs of
-    each. In batches, one after another: the sums are those of a hook that sees batch by batch."""
+    """Hessians of both projections of some experts ``weights [G, 2I, H]``, or of the first alone; ``rows`` gives per
+    batch the inputs of each. In batches, one after another: the sums are those of a hook that sees batch by batch."""
     device = weights.device
-    found = [(Hessian(hidden, device), Hessian(intermediate, device)) for _ in weights]
+    found = [(Hessian(hidden, device), Hessian(intermediate if second else 0, device)) for _ in weights]
     for batch in rows:
         for (inputs, inner), gate_up, x in zip(found, weights, batch, strict=True):
             if len(x):
                 inputs.add(x)
-                inner.add(expert_hidden(gate_up, x))
+                if second:
+                    inner.add(expert_hidden(gate_up, x))
     return found
 
 
@@ -194,8 +194,8 @@ def experts_at_once(base: Pair, budget: int, widths: int = 1) -> int:
     _, double, hidden = base[0].shape
     intermediate = double // 2
     weights = 3 * hidden * intermediate
-    # quantized copies, and what GPTQ works with: a copy of the larger projection, codes, the result, the error;
-    # per Hessian the damped one, factors and their inverse
-    working = 4 * (widths * weights + 3 * 2 * hidden * intermediate)
-    hessians = 4 * (hidden**2 + intermediate**2 + 4 * max(hidden, intermediate) ** 2)
+    # quantized copies, and what GPTQ works with: a copy of the larger projection as it was and as it becomes, codes,
+    # the result, the error; per Hessian the damped one, factors and their inverse; what fitted projections need
+    working = 4 * (widths * weights + 4 * 2 * hidden * intermediate)
+    hessians = 4 * (hidden**2 + 2 * intermediate**2 + 4 * max(hidden, intermediate) ** 2)
     return max(1, min(len(base[0]), budget // (working + hessians)))

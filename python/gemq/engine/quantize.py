@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gemq import distributed
+from gemq.algorithms.compensation import fit_down
 from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq
-from gemq.algorithms.sequential import BitPlan, Hessian, QuantizedWeights, layer_linears, quantize_linears
+from gemq.algorithms.layerwise import Hessian
+from gemq.algorithms.sequential import BitPlan, QuantizedWeights, layer_linears, quantize_linears
 from gemq.algorithms.sequential import quantize_stack as quantize_group
 from gemq.algorithms.sharing import gathered_stack, share_linears
 from gemq.engine.costs import experts_at_once, hessians_of
@@ -89,11 +91,17 @@ def _quantize_experts(
         gate_up = weights[0][group]
         pairs = hessians_of(
             gate_up, ([r.rows(e)[0] for e in range(group.start, group.stop)] for r, _ in trace),
-            gate_up.shape[-1], weights[1].shape[-1],
+            gate_up.shape[-1], weights[1].shape[-1], second=not config.compensate,
         )
+        original = gate_up.clone()
         for which, stack in enumerate(stacks):
             weight = weights[which][group] if which else gate_up
-            found, report = quantize_group(weight, [pair[which] for pair in pairs], bits[group], config)
+            hessians = [pair[which] for pair in pairs]
+            if which and config.compensate:
+                # gate_up holds the quantized weights now
+                rows = ([(r.rows(e)[0], 1.0) for e in range(group.start, group.stop)] for r, _ in trace)
+                hessians = fit_down(weight, bits[group], original, gate_up, rows, config.damping)
+            found, report = quantize_group(weight, hessians, bits[group], config)
             stack.codes.extend(found.codes)
             stack.meta.extend(found.meta)
             stack.bits.extend(found.bits)

@@ -1,4 +1,4 @@
-"""One group of GPTQ's column loop: compiled for the CPU and for CUDA, plain torch elsewhere."""
+"""GPTQ inside one group of columns: the column loop, and descent over the codes that it chose. Compiled."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gemq._core import core
 from gemq.ops import checks
+from gemq.reference import descend_codes as reference_descend_codes
 from gemq.reference import gptq_group as reference_gptq_group
 from gemq.reference.grid import CLIPS, check_weights
 
@@ -42,3 +43,33 @@ def gptq_group(
         torch.cuda.current_stream(block.device).cuda_stream if block.is_cuda else 0,
     )
     return codes, meta, errors
+
+
+def descend_codes(products: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor, bits: Tensor) -> Tensor:
+    """As :func:`gemq.reference.descend_codes`, for float32 ``products`` and ``hessian``; compiled for the CPU, plain
+    torch elsewhere.
+
+    Raises ``ValueError`` for shapes that do not fit, tensors on different devices, or a hessian whose diagonal is not
+    positive.
+    """
+    matrices, n, group = products.shape
+    wanted = {
+        "hessian": (hessian, (matrices, group, group)), "codes": (codes, (matrices, n, group)),
+        "meta": (meta, (matrices, n, 2)), "bits": (bits, (matrices,)),
+    }
+    for name, (value, shape) in wanted.items():
+        if value.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} for products {list(products.shape)}: {list(value.shape)}")
+        if value.device != products.device:
+            raise ValueError(f"{name} is on {value.device}, products on {products.device}")
+    if not bool((hessian.diagonal(dim1=-2, dim2=-1) > 0).all()):
+        raise ValueError("hessian must have a positive diagonal")
+    if products.device.type != "cpu":
+        return reference_descend_codes(products, hessian, codes, meta, bits)
+    products, hessian = products.float().contiguous(), hessian.float().contiguous()
+    bits, meta = bits.to(torch.int32).contiguous(), meta.to(torch.float16).contiguous()
+    found = codes.to(torch.uint8).clone(memory_format=torch.contiguous_format)
+    core().descend_codes(
+        *(t.data_ptr() for t in (products, hessian, bits, meta, found)), matrices, n, group, torch.get_num_threads()
+    )
+    return found

@@ -86,9 +86,10 @@ def _largest_expert_gptq(parts: ModelParts, count: int) -> int:
     return max(gptq_bytes(count, 2 * inner, hidden), gptq_bytes(count, hidden, inner))
 
 
-def hessian_bytes(parts: ModelParts) -> int:
-    """Hessians of one decoder layer at most: of every expert's two projections, and of every linear."""
-    experts = parts.experts * (parts.hidden**2 + parts.intermediate**2)
+def hessian_bytes(parts: ModelParts, compensate: bool = False) -> int:
+    """Hessians of one decoder layer at most: of every expert's two projections, to ``compensate`` with another matrix
+    of the size of the second, and of every linear."""
+    experts = parts.experts * (parts.hidden**2 + (2 if compensate else 1) * parts.intermediate**2)
     return _FLOAT * max(
         sum(k * k for _, k in layer.linears) + (experts if layer.routed else 0) for layer in parts.layers
     )
@@ -137,8 +138,13 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
         if work.method.method == "fisher":
             # sums of squared gradients, and one window's gradients
             stages["measure"]["Fisher information"] = parts.quantizable * (_FLOAT + d)
+    compensate = work.method.gptq.compensate
+    # to compensate, one layer's expert inputs of all processes and its gate and up projections as they were
+    again = tokens * (parts.hidden * d + parts.top_k * (8 + d)) if compensate else 0
+    again += work.shared(parts.experts) * 2 * parts.intermediate * parts.hidden * d if compensate else 0
     stages["quantize"] = held | {
-        "activations": work.shared(3 * tokens * parts.hidden * d), "Hessians": work.shared(hessian_bytes(parts)),
+        "activations": work.shared(3 * tokens * parts.hidden * d) + again,
+        "Hessians": work.shared(hessian_bytes(parts, compensate)),
         "codes": codes, "working memory": _largest_expert_gptq(parts, work.shared(parts.experts)),
     }
     if work.method.tune:
@@ -151,8 +157,8 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
 def _group_bytes(parts: ModelParts, widths: int, inner: int) -> int:
     """Quantized copies of one expert at ``widths`` widths, what GPTQ works with, and its Hessians."""
     weights = parts.hidden * inner
-    hessians = parts.hidden**2 + inner**2 + 4 * max(parts.hidden, inner) ** 2
-    return _FLOAT * ((3 * widths + 6) * weights + hessians)
+    hessians = parts.hidden**2 + 2 * inner**2 + 4 * max(parts.hidden, inner) ** 2
+    return _FLOAT * ((3 * widths + 8) * weights + hessians)
 
 
 def _streamed_measuring(parts: ModelParts, work: Work) -> Need:

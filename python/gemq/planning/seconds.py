@@ -42,9 +42,11 @@ def forward(parts: ModelParts, tokens: int, length: int) -> float:
     return body + 2 * tokens * parts.hidden * parts.vocabulary
 
 
-def _gptq(n: int, k: int, count: float = 1.0, factors: float | None = None) -> Operations:
-    # the factor; the lazy updates of later columns, and the output error: n k^2 multiply-adds each, about
-    return Operations(3 * n * k * k * count, 8 / 3 * k**3 * (count if factors is None else factors), n * k * count)
+def _gptq(n: int, k: int, count: float = 1.0, factors: float | None = None, rounds: int = 0) -> Operations:
+    # the factor; the lazy updates of later columns, and the output error: n k^2 multiply-adds each, about; a round of
+    # refinement is five products with the Hessian
+    factorised = 8 / 3 * k**3 * (count if factors is None else factors)
+    return Operations((3 + 10 * rounds) * n * k * k * count, factorised, n * k * count)
 
 
 def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
@@ -73,16 +75,22 @@ def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
 
 def quantizing(parts: ModelParts, work: Work) -> Operations:
     """Two runs of every layer, Hessians, and GPTQ of every matrix."""
-    tokens, total = work.tokens, Operations()
+    tokens, total, config = work.tokens, Operations(), work.method.gptq
+    rounds = config.refine
     for layer in parts.layers:
         total += Operations(2 * layer_forward(parts, layer, tokens, work.length))
         for n, k in layer.linears:
-            total += Operations(2 * tokens * k * k) + _gptq(n, k)
+            total += Operations(2 * tokens * k * k) + _gptq(n, k, rounds=rounds)
         if layer.routed:
             routed = tokens * parts.top_k
             hidden, inner = parts.hidden, parts.intermediate
             total += Operations(routed * (2 * hidden**2 + 2 * inner**2 + 4 * hidden * inner))
-            total += _gptq(2 * inner, hidden, parts.experts) + _gptq(hidden, inner, parts.experts)
+            total += _gptq(2 * inner, hidden, parts.experts, rounds=rounds)
+            total += _gptq(hidden, inner, parts.experts, rounds=rounds)
+            if config.compensate:
+                # gate and up once more, quantized, the second statistic, and its solution
+                solved = parts.experts * 4 * hidden * inner**2
+                total += Operations(routed * (2 * inner**2 + 4 * hidden * inner) + solved)
     return total
 
 
