@@ -231,7 +231,8 @@ class Source:
         whole, stack = parameter.shape, self._pattern[originals[0]] is not None
         rows = whole[1] // len(kinds) if stack else 0
         wanted = [rows, *whole[2:]] if stack else list(whole)
-        if any(self._entry(n).shape != wanted for n in originals) or (stack and {len(names) for names in kinds} != {whole[0]}):
+        full = not stack or {len(names) for names in kinds} == {whole[0]}
+        if not full or any(self._entry(original).shape != wanted for original in originals):
             self._refuse([name])
         value = torch.empty(whole, dtype=parameter.dtype)
         for kind, names in enumerate(kinds):
