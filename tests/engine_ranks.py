@@ -21,10 +21,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from engine_kills import CONFIG, METHOD, forking, prepare, tree
-
 import torch
 import transformers
+from engine_kills import CONFIG, METHOD, forking, prepare, tree
 
 import gemq
 from gemq import distributed, durable

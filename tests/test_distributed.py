@@ -18,7 +18,6 @@ from distributed_worker import outcome
 
 from gemq import distributed
 from gemq.cli.run import run
-from gemq.pipeline import QuantizeConfig, quantize
 
 TESTS = Path(__file__).parent
 
@@ -102,8 +101,10 @@ def test_torchrun_writes_the_files_of_one_process(model_folder, text_file, tmp_p
     done = subprocess.run([*command, *arguments("two")], env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bits/expert") == 1 and done.stderr.count("done in") == 1
+    # all that was shared is rank 0's to delete
+    assert os.listdir(tmp_path) == ["two"]
     with one_thread():
-        assert run([*arguments("one"), "--no-stream"]) == 0
+        assert run(arguments("one")) == 0
     for name in ("model.safetensors", "gemq_costs.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     assert run(["verify", str(tmp_path / "two")]) == 0
@@ -118,12 +119,21 @@ def test_what_rank_0_refuses_is_said_once(model_folder, text_file, tmp_path):
     assert done[1].stderr.strip() == "" and os.listdir(tmp_path / "out") == ["mine.txt"]
 
 
-def test_streaming_is_not_for_several_processes(model_folder, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 2))
-    monkeypatch.setattr(distributed, "on_first", lambda work: work())
-    config = QuantizeConfig(str(model_folder), str(tmp_path / "out"), str(text_file), stream=True)
-    with pytest.raises(ValueError, match=r"stream must be off \(--no-stream\) where several processes share a run"):
-        quantize(config)
+def streamed_jobs(*arguments: str) -> dict:
+    command = [sys.executable, TESTS / "engine_ranks.py", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_streamed_job_gives_the_bytes_of_one_process_and_survives_a_kill():
+    assert streamed_jobs("--sizes", "2", "--kills", "1")["failures"] == []
+
+
+@pytest.mark.slow
+def test_streamed_jobs_of_three_processes_killed_and_continued_by_fewer():
+    found = streamed_jobs("--sizes", "1,2,3", "--kills", "9")
+    assert found["failures"] == [] and set(found["events"]) == {"1", "2", "3"}
 
 
 def test_one_process_is_rank_0_of_1():

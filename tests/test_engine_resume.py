@@ -226,6 +226,20 @@ def test_the_log_has_a_line_per_layer_and_stage(config) -> None:
         assert own[0]["event"] == "start" and own[-1]["event"] == "end"
         assert own[-1]["seconds"] > 0 and own[-1]["peak_bytes"] > 2**20
         assert {e["layer"] for e in own if "layer" in e} == {0, 1}
+    assert {"read the model", "allocate", "router-shift", "save"} <= {e["stage"] for e in events}
+    assert all(e["seconds"] >= 0 and e["peak_bytes"] > 2**20 for e in events if e.get("event") == "end")
+
+
+def test_long_steps_show_how_far_they_are(config) -> None:
+    seen: dict[str, set[int]] = {}
+    gemq.quantize(
+        replace(config, method=replace(FAST, tune=True, router_bits=8)),
+        lambda stage, done, total: seen.setdefault(stage, set()).add(done / total),
+    )
+    named = ("read the model", "measure", "quantize", "tune routers", "quantize routers", "compare routers", "save")
+    for stage in named:
+        # begun, somewhere between, done
+        assert 1.0 in seen[stage] and any(0 < part < 1 for part in seen[stage]), stage
 
 
 def test_progress_is_silent_until_it_is_measured() -> None:

@@ -66,11 +66,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a safetensors header: dtype as it is spelled there, shape, bytes."""
+    """One tensor of a safetensors header: dtype as it is spelled there, shape, bytes, and where they start in the
+    file."""
 
     dtype: str
     shape: list[int]
     bytes: int
+    start: int
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -89,29 +91,29 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             notes = header.pop("__metadata__", None)
             if notes is not None and not all(isinstance(note, str) for note in notes.values()):
                 raise ValueError("__metadata__ must map names to texts")
-            spans = {name: _entry(entry) for name, entry in header.items()}
+            spans = {name: _entry(entry, 8 + length) for name, entry in header.items()}
     except CheckpointError:
         raise
     except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file.name} has no readable safetensors header ({error})") from None
-    end = 0
-    for name, (start, entry) in sorted(spans.items(), key=lambda item: (item[1][0], item[1][1].bytes)):
-        if start != end:
+    end = 8 + length
+    for name, entry in sorted(spans.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if entry.start != end:
             raise CheckpointError(f"{file.name} is corrupt: the tensor {name} does not follow the one before it")
         end += entry.bytes
-    if 8 + length + end != size:
-        raise CheckpointError(f"{file.name} is truncated or corrupt: {size} bytes, its header says {8 + length + end}")
-    return {name: entry for name, (_, entry) in spans.items()}
+    if end != size:
+        raise CheckpointError(f"{file.name} is truncated or corrupt: {size} bytes, its header says {end}")
+    return spans
 
 
-def _entry(entry: dict[str, Any]) -> tuple[int, TensorEntry]:
+def _entry(entry: dict[str, Any], begin: int) -> TensorEntry:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not all(type(extent) is int and extent >= 0 for extent in [*shape, start, end]):
         raise ValueError(f"shape {shape} at {start}..{end}")
     size = _ELEMENT_BYTES[dtype] * math.prod(shape)
     if end - start != size:
         raise ValueError(f"{dtype} {shape} is {size} bytes, not {end - start}")
-    return start, TensorEntry(dtype, shape, size)
+    return TensorEntry(dtype, shape, size, begin + start)
 
 
 def weight_files(folder: str | os.PathLike) -> list[Path]:

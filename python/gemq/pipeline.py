@@ -292,10 +292,11 @@ def _save_streamed(
     stored = stored_dtype(source.declared)
     assembly, packed, name = work.assembly(result, stored)
     if written_by(target, REPORT_FILE) != name:
-        save_packed(
-            assembly.model, packed, target, tokenizer=tokenizer, dtype=stored, weights=assembly.write,
-            extra_files=extra_files(config, result, result.reports, name, source.moe), overwrite=config.overwrite,
-        )
+        with work.saving(result.budget):
+            save_packed(
+                assembly.model, packed, target, tokenizer=tokenizer, dtype=stored, weights=assembly.write,
+                extra_files=extra_files(config, result, result.reports, name, source.moe), overwrite=config.overwrite,
+            )
     if not (target / RUN_FILE).is_file():
         write_run(target, result.seconds)
     return outcome_of(result, target, result.reports, source.moe)

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from gemq import distributed
 from gemq.algorithms.layerwise import capture_layer_calls, run_layer, watch_experts
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.models import MoeLayer, MoeModel

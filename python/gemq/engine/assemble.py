@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import BinaryIO
@@ -33,9 +33,10 @@ class Assembly:
 
     def __init__(
         self, source: Source, quantized: Quantized, routers: dict[int, Tensor], config: PackedConfig,
-        dtype: torch.dtype,
+        dtype: torch.dtype, progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.source, self.quantized, self.routers, self.dtype = source, quantized, routers, dtype
+        self._progress = progress
         with torch.device("meta"):
             self.model = type(source.model)(copy.deepcopy(source.model.config))
         replace_with_packed(self.model, packed_skeleton(self.model, config, "meta"))
@@ -51,9 +52,11 @@ class Assembly:
                 name: stack.enter_context(closing(_Shard(folder / name, {t: sizes[t] for t in names})))
                 for name, names in split.filename_to_tensors.items()
             }
-            for unit in range(OUTSIDE, len(self.source.moe.layers)):
+            layers = len(self.source.moe.layers)
+            for unit in range(OUTSIDE, layers):
                 for name, value in self._unit(unit):
                     shards[split.tensor_to_filename[name]].put(name, value)
+                self._progress(unit + 1, layers)
             left = [name for shard in shards.values() for name in shard.left]
             if left:
                 raise AssertionError(f"tensors that were not written: {left[:5]}")

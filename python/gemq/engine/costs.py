@@ -19,6 +19,7 @@ from gemq.algorithms.gptq import gptq_at_widths
 from gemq.algorithms.importance import Perturbation
 from gemq.algorithms.layerwise import Hessian, expert_hidden
 from gemq.engine.layers import Trace
+from gemq.engine.source import return_memory
 from gemq.format import default_group_size
 from gemq.reference.grid import dequantize_codes, round_to_nearest
 
@@ -182,6 +183,7 @@ def layer_costs(
     for start in range(own.start, own.stop, per_group):
         group = range(start, min(start + per_group, own.stop))
         _group_costs(sums, group, base, trace, candidates, perturbation, length)
+        return_memory()
     if shared is not None and distributed.world().first:
         _shared_costs(sums, shared, shared_gate, trace, candidates, perturbation)
     sums.complete()

@@ -18,7 +18,7 @@ from gemq import distributed
 from gemq.algorithms.layerwise import Routed, capture_layer_calls, run_layer, watch_experts
 from gemq.engine.records import LayerRecord, lay_over
 from gemq.engine.scratch import Scratch
-from gemq.engine.source import OUTSIDE, Source
+from gemq.engine.source import OUTSIDE, Source, return_memory
 from gemq.models import MoeLayer
 
 
@@ -159,6 +159,8 @@ def recording(
 
         stack.enter_context(watch_experts(layer, seen))
         yield trace
+    # what the passes left free
+    return_memory()
     trace.complete(calls.rounds)
 
 

@@ -18,7 +18,7 @@ from gemq.engine.costs import experts_at_once, hessians_of
 from gemq.engine.experts import PROJECTIONS
 from gemq.engine.layers import Calls, Trace, recording
 from gemq.engine.scratch import Scratch
-from gemq.engine.source import Source
+from gemq.engine.source import Source, return_memory
 from gemq.format import default_group_size
 from gemq.models import MoeLayer
 from gemq.nn.experts import QuantizedStack
@@ -106,6 +106,7 @@ def _quantize_experts(
             stack.meta.extend(found.meta)
             stack.bits.extend(found.bits)
             reports[which].update({start - part.start + e: one for e, one in report.items()})
+        return_memory()
     whole = []
     for name, stack, report in zip(PROJECTIONS, stacks, reports, strict=True):
         stack, found = gathered_stack(bits, part, stack, report, source.device)

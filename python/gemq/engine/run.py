@@ -53,6 +53,13 @@ class StreamedResult:
     router_shift: dict[int, LayerShift] = field(default_factory=dict)
 
 
+def spent(began: float) -> dict[str, float]:
+    """What a log says of a stage that ends: seconds since ``began``, and this process's peak memory so far."""
+    # kilobytes on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": round(time.perf_counter() - began, 3), "peak_bytes": peak}
+
+
 class Engine:
     """One run: ``open_source`` makes a fresh skeleton of the model, ``identity`` says what it and the code are."""
 
@@ -66,7 +73,7 @@ class Engine:
         self.source = source or open_source()
         self._first, self._on_layer = first, on_layer
         self._unmoved: dict[int, tuple[Tensor, Tensor]] | None = None
-        self._progress = progress or (lambda stage, done, total: None)
+        self.progress = progress or (lambda stage, done, total: None)
         self._budget = group_budget(self.source)
         self._seconds: dict[str, float] = {}
 
@@ -75,18 +82,16 @@ class Engine:
         """The files of a stage, timed and logged; ``label`` is unique within the run, ``name`` for people."""
         stage = self.run.stage(label, self.identity, *depends)
         start = time.perf_counter()
-        self._progress(name, 0, 1)
+        self.progress(name, 0, 1)
         self.run.log(stage=label, event="start")
         yield stage, Sweep(
-            self.windows, self.method.batch_size, stage, lambda done, total: self._progress(name, done, total),
+            self.windows, self.method.batch_size, stage, lambda done, total: self.progress(name, done, total),
             lambda **event: self.run.log(stage=label, **event), self._budget,
         )
         self._seconds[name] = time.perf_counter() - start
-        # kilobytes on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.run.log(stage=label, event="end", seconds=round(self._seconds[name], 3), peak_bytes=peak)
+        self.run.log(stage=label, event="end", **spent(start))
         self.run.finished(stage)
-        self._progress(name, 1, 1)
+        self.progress(name, 1, 1)
 
     def results(self) -> Iterator[StreamedResult]:
         """Run Algorithm 1 over the budgets, from the highest, and yield each one's result.
@@ -146,7 +151,8 @@ class Engine:
             options = [of_windows(self.router_windows), asdict(method.router)]
             with self._stage("tune routers", "tune-routers", options, key) as (stage, sweep):
                 tuned = tune_packed(
-                    self.open_source(), quantized, self.router_windows, method.router, stage, sweep.progress
+                    self.open_source(), quantized, self.router_windows, method.router, stage, sweep.progress,
+                    sweep.log,
                 )
             key, routers, losses = stage.key, tuned.routers, tuned.losses
         if method.router_bits < UNQUANTIZED:
@@ -161,13 +167,19 @@ class Engine:
 
     def _router_shift(self, quantized: Quantized, routers: dict[int, Tensor], key: str) -> dict[int, LayerShift]:
         """Where routers and selections are, against the original model."""
-        with self._stage("compare routers", "router-shift", of_windows(self.windows), key) as (stage, _):
-            data = stage.made("shift", lambda: self._shifted(quantized, routers))
+        with self._stage("compare routers", "router-shift", of_windows(self.windows), key) as (stage, sweep):
+            data = stage.made("shift", lambda: self._shifted(quantized, routers, sweep.progress))
         return {int(index): LayerShift(**shift) for index, shift in data.items()}
 
-    def _shifted(self, quantized: Quantized, routers: dict[int, Tensor]) -> dict[str, dict]:
+    def _shifted(
+        self, quantized: Quantized, routers: dict[int, Tensor], progress: Callable[[int, int], None]
+    ) -> dict[str, dict]:
         # a few windows: rank 0's work
+        layers = quantized.layers
+        walks = layers if self._unmoved else 2 * layers
         if self._unmoved is None:
-            self._unmoved = walk_routers(Weights(self.source), self.windows)
-        found = router_shift(quantized, routers, self.windows, self._unmoved)
+            self._unmoved = walk_routers(Weights(self.source), self.windows, lambda done: progress(done, walks))
+        found = router_shift(
+            quantized, routers, self.windows, self._unmoved, lambda done: progress(walks - layers + done, walks)
+        )
         return {str(index): asdict(shift) for index, shift in found.items()}

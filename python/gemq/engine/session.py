@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from gemq.checkpoint import PackedConfig
 from gemq.engine import fingerprint
 from gemq.engine.assemble import Assembly
 from gemq.engine.journal import RunDirectory, opened
-from gemq.engine.run import Engine, StreamedResult
+from gemq.engine.run import Engine, StreamedResult, spent
 from gemq.engine.source import Source
 from gemq.errors import CheckpointError
 from gemq.integrity import verify
@@ -74,6 +75,7 @@ class Session:
 
         Raises :class:`gemq.errors.CheckpointError` for another process there, or a run of other settings.
         """
+        began = time.perf_counter()
         identity = self.identity(progress)
         data = {"calibration": fingerprint.of_windows(self.windows),
                 "router": fingerprint.of_windows(self.router_windows)}
@@ -83,6 +85,7 @@ class Session:
         with opened(
             run.path, settings, self.command, changed=run.changed, on_disk=run.on_disk, log=run.log
         ) as directory:
+            directory.log(stage="read the model", event="end", **spent(began))
             engine = Engine(
                 self.source.again, directory, identity, self.windows, self.router_windows, self.method, progress,
                 self.source, self.first, on_layer,
@@ -109,7 +112,19 @@ class Work:
         method, source = self.engine.method, self.engine.source
         config = PackedConfig.of_plan(result.plan, method.gptq.group_size, result.allocation.budget, method.name)
         name = fingerprint.digest(self.identity, result.key, result.budget, str(dtype))
-        return Assembly(source, result.quantized, result.routers, config, dtype), config, name
+
+        def progress(done: int, total: int) -> None:
+            self.engine.progress("save", done, total)
+
+        return Assembly(source, result.quantized, result.routers, config, dtype, progress), config, name
+
+    @contextmanager
+    def saving(self, budget: float) -> Iterator[None]:
+        """Log that the checkpoint of a budget is written inside the block."""
+        began = time.perf_counter()
+        self.directory.log(stage="save", event="start", budget=budget)
+        yield
+        self.directory.log(stage="save", event="end", budget=budget, **spent(began))
 
 
 def written_by(target: Path, report: str) -> str | None:

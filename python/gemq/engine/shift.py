@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -15,10 +17,12 @@ from gemq.engine.stages import Quantized
 
 
 @torch.no_grad()
-def walk_routers(weights: Weights, windows: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+def walk_routers(
+    weights: Weights, windows: Tensor, done: Callable[[int], None] = lambda layers: None
+) -> dict[int, tuple[Tensor, Tensor]]:
     """By decoder layer: the router's weight ``[E, H]`` and the experts ``[tokens, k]`` it selects, on the CPU.
 
-    One sweep over the first windows of int64 ``[N, T]``, one window at a time.
+    One sweep over the first windows of int64 ``[N, T]``, one window at a time; ``done`` hears how many layers are.
     """
     moe = weights.source.moe
     by_index = {layer.index: layer for layer in moe.moe}
@@ -29,12 +33,13 @@ def walk_routers(weights: Weights, windows: Tensor) -> dict[int, tuple[Tensor, T
     for index, module in enumerate(moe.layers):
         seen: list[Tensor] = []
         with weights.loaded(index):
-            if index not in by_index:
+            with ExitStack() as stack:
+                if index in by_index:
+                    stack.enter_context(watch_experts(by_index[index], partial(_keep, seen)))
                 hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
-                continue
-            with watch_experts(by_index[index], partial(_keep, seen)):
-                hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
-            found[index] = by_index[index].router.weight.detach().float().cpu().clone(), torch.cat(seen)
+            if index in by_index:
+                found[index] = by_index[index].router.weight.detach().float().cpu().clone(), torch.cat(seen)
+        done(index + 1)
     return found
 
 
@@ -43,8 +48,9 @@ def _keep(seen: list[Tensor], routed: Routed, output: Tensor) -> None:
 
 
 def router_shift(
-    quantized: Quantized, routers: dict[int, Tensor], windows: Tensor, before: dict[int, tuple[Tensor, Tensor]]
+    quantized: Quantized, routers: dict[int, Tensor], windows: Tensor, before: dict[int, tuple[Tensor, Tensor]],
+    done: Callable[[int], None] = lambda layers: None,
 ) -> dict[int, LayerShift]:
     """The shift of a quantized model with ``routers`` in it against what :func:`walk_routers` gave ``before``."""
-    after = walk_routers(Weights(quantized.source, quantized.record, routers), windows)
+    after = walk_routers(Weights(quantized.source, quantized.record, routers), windows, done)
     return {index: shift_of(before[index], after[index]) for index in after}

@@ -30,8 +30,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from gemq.checkpoint import kept_in_float32
 from gemq.engine.experts import PROJECTIONS, Stack, StoredStack, run_experts
+from gemq.engine.reading import places, read_into, stacked
 from gemq.errors import CheckpointError
-from gemq.integrity import read_header, weight_files
+from gemq.integrity import TensorEntry, read_header, weight_files
 from gemq.models import MoeModel, describe
 
 # all that is not in a decoder layer: embeddings, the last norm, the head
@@ -101,8 +102,8 @@ class Source:
         self._mapping = get_model_conversion_mapping(self.model)
         self._where: dict[str, Path] = {}
         self._stored: dict[str, torch.dtype] = {}
-        # parameters that are one tensor of the checkpoint each
-        self._plain: set[str] = set()
+        # the conversion's pattern that a tensor of the checkpoint fits, None for one that is stored as it is
+        self._pattern: dict[str, str | None] = {}
         self._units: dict[int, _Unit] = {index: _Unit() for index in range(OUTSIDE, len(self.moe.layers))}
         self._index_files()
         self._fill_computed_buffers()
@@ -133,7 +134,7 @@ class Source:
         """Which checkpoint tensors make which parameter, by the headers alone; all must be there."""
         state = self.model.state_dict()
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        converters = self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         for file, header in self._headers.items():
             for original, entry in header.items():
                 target, converted = rename_source_key(
@@ -141,10 +142,8 @@ class Source:
                 )
                 if target not in state and original in state:
                     target = original
-                if converted is None:
-                    self._plain.add(target)
                 if target in state:
-                    self._where[original] = file
+                    self._where[original], self._pattern[original] = file, converted
                     self._units[self.unit_of(target)].parameters.setdefault(target, []).append(original)
                     self._as_stored(target, _DTYPES.get(entry.dtype))
         found = {name for unit in self._units.values() for name in unit.parameters}
@@ -208,10 +207,9 @@ class Source:
         self._held |= set(names)
 
     def _read(self, names: list[str], parameters: dict[str, list[str]]) -> None:
-        plain = {name: parameters[name][0] for name in names if name in self._plain and len(parameters[name]) == 1}
-        self._copy(plain)
-        if len(plain) < len(names):
-            self._convert([name for name in names if name not in plain], parameters)
+        others = [name for name in names if not self._fill(name, parameters[name])]
+        if others:
+            self._convert(others, parameters)
         for name in names:
             value = self.model.get_parameter_or_buffer(name)
             if value.is_meta:
@@ -223,22 +221,39 @@ class Source:
                 dtype = value.dtype
             self.put(name, value.detach().to(self.device, dtype))
 
-    def _copy(self, originals: dict[str, str]) -> None:
-        """Read parameters that are stored as they are, a tensor each."""
-        wrong = []
-        try:
-            for file in sorted({self._where[original] for original in originals.values()}):
-                with safe_open(file, framework="pt") as handle:
-                    for name, original in originals.items():
-                        if self._where[original] == file:
-                            # a copy: what is mapped stays resident with its file
-                            value = handle.get_tensor(original).clone()
-                            if value.shape != self.model.get_parameter_or_buffer(name).shape:
-                                wrong.append(name)
-                            self.put(name, value)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder} could not be read: {error}") from error
-        self._refuse(wrong)
+    def _fill(self, name: str, originals: list[str]) -> bool:
+        """Read a parameter that is one tensor of the checkpoint, or a stack of them; False if it is made otherwise."""
+        kinds = self._kinds(originals)
+        parameter = self.model.get_parameter_or_buffer(name)
+        dtypes = {_DTYPES.get(self._entry(original).dtype) for original in originals}
+        if kinds is None or dtypes != {parameter.dtype}:
+            return False
+        whole, stack = parameter.shape, self._pattern[originals[0]] is not None
+        rows = whole[1] // len(kinds) if stack else 0
+        wanted = [rows, *whole[2:]] if stack else list(whole)
+        full = not stack or {len(names) for names in kinds} == {whole[0]}
+        if not full or any(self._entry(original).shape != wanted for original in originals):
+            self._refuse([name])
+        value = torch.empty(whole, dtype=parameter.dtype)
+        for kind, names in enumerate(kinds):
+            for expert, original in enumerate(names):
+                out = value[expert, kind * rows : (kind + 1) * rows] if stack else value
+                read_into(self._where[original], self._entry(original), out)
+        self.put(name, value)
+        return True
+
+    def _entry(self, original: str) -> TensorEntry:
+        return self._headers[self._where[original]][original]
+
+    def _kinds(self, originals: list[str]) -> list[list[str]] | None:
+        """How a parameter is put together: its tensors by kind and expert; None if by something else."""
+        pattern = self._pattern[originals[0]]
+        if pattern is None:
+            return [originals] if len(originals) == 1 else None
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        if not stacked(converter):
+            return None
+        return places(converter, {original: self._pattern[original] for original in originals})
 
     def _refuse(self, wrong: list[str]) -> None:
         if wrong:

@@ -8,7 +8,7 @@ layer inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,12 +21,10 @@ from gemq.algorithms.router_tuning import RouterTuningConfig, TuningState, tune_
 from gemq.engine.journal import Stage
 from gemq.engine.layers import handing_through
 from gemq.engine.source import OUTSIDE, Source
-from gemq.engine.stages import Quantized
+from gemq.engine.stages import Log, Progress, Quantized
 from gemq.models import replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.ops import set_cpu_activations
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _exact_activations() -> Iterator[None]:
 
 def tune_packed(
     source: Source, quantized: Quantized, windows: Tensor, config: RouterTuningConfig, stage: Stage,
-    progress: Progress, every: int = 16,
+    progress: Progress, log: Log = lambda **event: None, every: int = 16,
 ) -> Tuned:
     """Tune the routers on ``windows`` int64 ``[N, T]``, starting from the full-precision ones.
 
@@ -133,6 +131,7 @@ def tune_packed(
         def keep(state: TuningState) -> None:
             if len(state.losses) % every == 0:
                 _keep_state(state, stage)
+                log(step=len(state.losses), loss=state.losses[-1])
 
         with _exact_activations():
             losses = tune_routers(

@@ -158,7 +158,19 @@ def _group_bytes(parts: ModelParts, widths: int, inner: int) -> int:
     """Quantized copies of one expert at ``widths`` widths, what GPTQ works with, and its Hessians."""
     weights = parts.hidden * inner
     hessians = parts.hidden**2 + 2 * inner**2 + 4 * max(parts.hidden, inner) ** 2
-    return _FLOAT * ((3 * widths + 8) * weights + hessians)
+    # 3 of them the expert itself, converted
+    return _FLOAT * ((3 * widths + 9) * weights + hessians)
+
+
+def held_layer(parts: ModelParts, element: int) -> int:
+    """The largest decoder layer as the streaming engine holds it: experts as they are stored, taken to be 16 bits."""
+    experts = parts.experts * parts.expert
+    return experts * min(element, 2) + (parts.largest_layer - experts) * element
+
+
+def _expert_inputs(work: Work, size: int) -> int:
+    # of several processes each has its own windows' and then those of all
+    return size * (1 + work.ranks if work.ranks > 1 else 1)
 
 
 def _streamed_measuring(parts: ModelParts, work: Work) -> Need:
@@ -169,12 +181,12 @@ def _streamed_measuring(parts: ModelParts, work: Work) -> Need:
     group = max(parts.largest_layer, _group_bytes(parts, widths, inner))
     changes = batch * widths * (4 * inner + parts.hidden) * d
     graph = max(graph_bytes(parts, layer, batch, d) for layer in parts.layers) + 3 * batch * parts.hidden * d
-    layer = {"layer": parts.largest_layer * d, "working memory": max(graph, group + changes)}
+    layer = {"layer": held_layer(parts, d), "working memory": max(graph, group + changes)}
     head = {"layer": parts.outside * d, "working memory": logits_bytes(parts, work.length, d)}
     stream = work.tokens * parts.hidden * d
     scratch = {
         "layer inputs": (len(parts.layers) + 1) * stream, "gradients": 2 * stream,
-        "expert inputs": work.tokens * (2 * parts.hidden * d + parts.top_k * (8 + d)),
+        "expert inputs": _expert_inputs(work, work.tokens * (2 * parts.hidden * d + parts.top_k * (8 + d))),
     }
     return Need(max(layer, head, key=lambda parts: sum(parts.values())), {}, scratch)
 
@@ -187,11 +199,12 @@ def _streamed_quantizing(parts: ModelParts, work: Work) -> Need:
     hessians = _FLOAT * max(sum(k * k for _, k in layer.linears) for layer in parts.layers)
     run = max(graph_bytes(parts, layer, batch, d) for layer in parts.layers)
     device = {
-        "layer": parts.largest_layer * d, "codes": int(1.03 * parts.largest_layer), "Hessians": hessians,
+        "layer": held_layer(parts, d), "codes": int(1.03 * parts.largest_layer), "Hessians": hessians,
         "working memory": max(group, linear, run),
     }
     routing = parts.hidden * d + parts.top_k * (8 + d)
-    scratch = {"layer inputs": 2 * work.tokens * parts.hidden * d, "expert inputs": work.tokens * routing}
+    expert_inputs = _expert_inputs(work, work.tokens * routing)
+    scratch = {"layer inputs": 2 * work.tokens * parts.hidden * d, "expert inputs": expert_inputs}
     return Need(device, {"packed layer": 2 * parts.largest_layer}, scratch)
 
 
@@ -199,7 +212,7 @@ def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     """The engine that has one decoder layer on the device at a time, or embeddings and head.
 
     Activations wait in scratch files: the input of every layer, because the reverse sweep needs it again, gradients,
-    and what one layer's experts were called with. Routers are tuned on the packed model, layers recomputed.
+    and what one layer's experts were called with. Routers are tuned on packed layers, one at a time, recomputed.
     """
     d = work.element
     stages: dict[str, Need] = {}
@@ -208,18 +221,22 @@ def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     stages["quantize"] = _streamed_quantizing(parts, work)
     if work.method.tune:
         graph = max(graph_bytes(parts, one, work.length, d) for one in parts.layers)
-        inputs = len(parts.layers) * work.length * parts.hidden * d
+        windows = work.shared(work.method.router.batch_size)
+        # read, and laid out for the kernels
+        packed = 2 * (output - 2 * parts.outside) * parts.largest_layer // (parts.parameters - parts.outside)
         stages["tune routers"] = Need({
-            "packed": output + (parts.outside * (d - 2)), "layer inputs": inputs,
-            "routers": 3 * _FLOAT * parts.moe_layers * parts.experts * parts.hidden,
+            "embeddings and head": parts.outside * d, "packed layer": max(0, packed),
+            "layer inputs": len(parts.layers) * windows * work.length * parts.hidden * d,
+            "routers": 5 * _FLOAT * parts.moe_layers * parts.experts * parts.hidden,
             "working memory": graph + parts.expert * d + logits_bytes(parts, work.length, d),
         })
     stages["save"] = Need({}, {"packed layer": 2 * parts.largest_layer})
-    # a layer is read in 16 bits before it is converted
-    stages = {
-        name: Need(need.device, need.host | {"reading": 2 * parts.largest_layer}, need.scratch)
-        for name, need in stages.items()
-    }
+    if not work.on_cpu:
+        # a stack of experts is read on the host
+        stages = {
+            name: Need(need.device, need.host | {"reading": 2 * parts.largest_layer}, need.scratch)
+            for name, need in stages.items()
+        }
     return {name: _merged(need, work) for name, need in stages.items()}
 
 
