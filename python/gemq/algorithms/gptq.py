@@ -209,7 +209,8 @@ def gptq(
         one = slice(e, e + 1)
         if not solved[e]:
             codes[e], meta[e] = round_to_nearest(weight[e], bits[e], group_size, config.clip)
-            loss[e], total[e] = (_loss(x, hessian[e]) for x in (weight[e] - dequantize_codes(codes[e], meta[e]), weight[e]))
+            change = weight[e] - dequantize_codes(codes[e], meta[e])
+            loss[e], total[e] = (_loss(x, hessian[e]) for x in (change, weight[e]))
             continue
         if config.refine:
             # one at a time: the result must not depend on what else is in the batch
