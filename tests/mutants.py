@@ -121,7 +121,7 @@ MUTANTS = (
     Mutant("GPTQ: the factor without what later columns explain", "python/gemq/algorithms/gptq.py",
            "        if stop < size:\n", "        if stop + group_size < size:\n", GPTQ),
     Mutant("GPTQ: the reported loss with its damping", "python/gemq/algorithms/gptq.py",
-           "        loss -= (carried[..., here].square().sum(-2) * factor.added[:, here]).sum(-1)\n", "", GPTQ),
+           "            loss -= (carried[..., here].square().sum(-2) * factor.added[:, here]).sum(-1)\n", "", GPTQ),
     Mutant("coefficients: without the routing weight", "python/gemq/algorithms/importance.py",
            "change = scale * (out - expert_hidden(gate_up, x) @ down.T)",
            "change = out - expert_hidden(gate_up, x) @ down.T", IMPORTANCE),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gemq import reference
-from gemq.algorithms.gptq import GptqConfig, gptq, inverse_factor
+from gemq.algorithms.gptq import GptqConfig, factorise, gptq, inverse_factor
 from gemq.ops.gptq import gptq_group
 from gemq.reference.grid import dequantize_codes, find_grid, round_to_nearest
 
@@ -104,6 +104,58 @@ def test_the_compiled_group_step_is_the_reference(group: int, clip: str) -> None
         # the 2.4-norm is computed with a fast exponential: near ties may pick the neighbouring factor
         assert (found[0] == expected[0]).double().mean() > (0.98 if clip == "paper" else 0.9999)
         assert float(found[2].square().sum()) == pytest.approx(float(expected[2].square().sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize("clip", ["paper", "mse"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_ranges_that_the_search_passes_over_are_not_the_best(bits: int, clip: str) -> None:
+    """Against the reference, which tries them all."""
+    generator = torch.Generator().manual_seed(bits)
+    normal = torch.randn(96, 64, generator=generator)
+    odd = torch.zeros(4, 64)
+    odd[1, 5], odd[2], odd[3, ::2] = 0.1, 0.3, -2e-7
+    w = torch.cat([normal * 0.02, normal**3, normal.abs() * 1e-5, normal * torch.logspace(-6, 3, 96)[:, None], odd])
+    width = torch.tensor([bits], dtype=torch.int32)
+    errors = []
+    for step in (gptq_group, reference.gptq_group):
+        codes, meta, _ = step(w[None], torch.eye(64)[None], width, clip)
+        lost = dequantize_codes(codes, meta[:, :, None]) - w
+        errors.append(lost.double().abs().pow(2.4 if clip == "paper" else 2).sum(-1))
+    # powers are computed to a few millionths
+    assert (errors[0] <= errors[1] * (1 + 2e-5) + 1e-30).all()
+
+
+def test_the_factor_in_blocks_is_that_of_the_inverse() -> None:
+    _, hessian = problem(1, 192, 400, seed=5)
+    hessian = torch.stack([hessian, hessian.flip(-1, -2) * 3])
+    factor = factorise(hessian, 0.01, 64)
+    damped = hessian.double() + torch.diag_embed(factor.added.double())
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    whole, _ = inverse_factor(hessian, 0.01)
+    assert float((whole - expected).norm() / expected.norm()) < 1e-4
+    root = torch.linalg.inv(expected)
+    for block in range(3):
+        here = slice(64 * block, 64 * block + 64)
+        for found, true in (
+            (factor.inverse[:, block], expected[:, here, here]),
+            (factor.root[:, : here.stop, here], root[:, : here.stop, here]),
+        ):
+            assert float((found - true).norm() / true.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("propagate_from", [1, 4])
+@pytest.mark.parametrize("tokens", [8, 400])
+def test_the_reported_error_is_that_of_the_result(tokens: int, propagate_from: int) -> None:
+    """Of the undamped Hessian, with few tokens and with columns that none excites, too."""
+    items = [problem(16, 128, tokens, seed=s) for s in range(5)]
+    weights, hessians = (torch.stack(t) for t in zip(*items, strict=True))
+    hessians[:, 7], hessians[:, :, 7] = 0, 0
+    config = GptqConfig(group_size=32, propagate_from=propagate_from)
+    codes, meta, reports = gptq(weights, hessians, [1, 2, 3, 4, 8], [tokens] * 4 + [0], config, 32)
+    assert [r.fallback for r in reports] == [""] * 4 + ["rtn"]
+    for e, report in enumerate(reports):
+        found = dequantize_codes(codes[e], meta[e])
+        assert report.error == pytest.approx(output_error(weights[e], found, hessians[e]), rel=1e-4)
 
 
 def test_an_expert_without_tokens_is_rounded_and_reported_never_zeroed() -> None:

@@ -67,8 +67,8 @@ GEMQ_HD V code_of(V w, const Grid<V>& grid, float max_code) {
   return nearest(lesser(greater(code, zero), zero + max_code));
 }
 
-// |error|^2 and, as the paper's scripts have it, |error|^2.4, from error^2; both up to a factor of the row. `root`
-// undoes the power, so that root(sum) is a norm of the errors.
+// |error|^2 and, as the paper's scripts have it, |error|^2.4, from error^2; both up to a factor of the row.
+// `root` undoes the power, so that root(sum) is a norm of the errors.
 template <class Ops>
 struct SquareNorm {
   using V = typename Ops::V;
@@ -85,10 +85,13 @@ struct PowerNorm {
   GEMQ_DEVICE_TOO V operator()(V square) const {
     return fast_exp2<Ops>(greater(1.2f * fast_log2<Ops>(square + 1e-36f), V{} - 120.0f));
   }
-  GEMQ_DEVICE_TOO static V root(V sum) { return fast_exp2<Ops>(fast_log2<Ops>(sum + 1e-36f) * (1.0f / 2.4f)); }
+  GEMQ_DEVICE_TOO static V root(V sum) {
+    return fast_exp2<Ops>(fast_log2<Ops>(sum + 1e-36f) * (1.0f / 2.4f));
+  }
 };
 
-// Only compared, so it multiplies by 1 / s where the codes themselves are divided: a tie may fall to either side.
+// Only compared, so it multiplies by 1 / s where the codes themselves are divided: a tie may fall to either
+// side.
 template <class Norm, class V, class Columns>
 GEMQ_HD V grid_error(const Columns& w, int group, const Norm& norm, const Grid<V>& grid, float max_code) {
   const V zero = V{}, most = zero + max_code, inverse = 1.0f / grid.s, shift = grid.m * inverse;
@@ -129,14 +132,15 @@ GEMQ_HD Factors factors_of(Clip clip) {
   return clip == Clip::kPaper ? Factors{0.002f, 50, 101} : Factors{0.02f, 40, 41};
 }
 
-// The factor of the least error for every row; ties keep the unscaled range. Rows go upwards through the factors
-// each at their own pace: levels are proportional to the factor f and a weight is at most s / 2 from its level unless
-// it lies outside, so from f to f' the norm of the errors falls by (f' - f) * (|w| / f + |s / 2|) at most (norms over
-// the group, s at f = 1), and factors that cannot reach the best one so far are passed over. What s and m lose to
-// float16 is not in the bound, which has room for it.
+// The factor of the least error for every row; ties keep the unscaled range. Rows go upwards through the
+// factors each at their own pace: levels are proportional to the factor f and a weight is at most s / 2 from
+// its level unless it lies outside, so from f to f' the norm of the errors falls by (f' - f) * (|w| / f + |s
+// / 2|) at most (norms over the group, s at f = 1), and factors that cannot reach the best one so far are
+// passed over. float16's smallest steps are in the bound as `rounded`; its relative rounding is not, the
+// bound has room for that.
 template <class Ops, class Norm, class Columns>
-GEMQ_HD Grid<typename Ops::V> best_range(const Columns& w, int group, typename Ops::V low, typename Ops::V high,
-                                         const Factors& factors, float max_code) {
+GEMQ_HD Grid<typename Ops::V> best_range(const Columns& w, int group, typename Ops::V low,
+                                         typename Ops::V high, const Factors& factors, float max_code) {
   using V = typename Ops::V;
   const V zero = V{}, one = zero + 1.0f, half_step = (high - low) * (0.5f / max_code);
   const float last = static_cast<float>(factors.count - 1), unscaled = static_cast<float>(factors.unscaled);
@@ -145,6 +149,8 @@ GEMQ_HD Grid<typename Ops::V> best_range(const Columns& w, int group, typename O
   for (int k = 0; k < group; ++k) total += norm(w(k) * w(k));
   const V weights = Norm::root(total);
   const V steps = Norm::root(norm(half_step * half_step) * static_cast<float>(group));
+  const V least = V{} + (max_code + 1) * kTinyHalf;
+  const V rounded = Norm::root(norm(least * least) * static_cast<float>(group));
   Grid<V> grid = scaled_range<Ops>(low, high, one, max_code);
   V best = grid_error(w, group, norm, grid, max_code);
   for (V number = zero; Ops::any_below(number, last + 0.5f);) {
@@ -155,7 +161,7 @@ GEMQ_HD Grid<typename Ops::V> best_range(const Columns& w, int group, typename O
     grid.m = error < best ? tried.m : grid.m;
     best = lesser(error, best);
     const V fall = factors.step * (weights / factor + steps) + 1e-30f;
-    const V passed = (Norm::root(error) - Norm::root(best)) / fall;
+    const V passed = (Norm::root(error) - Norm::root(best) - rounded) / fall;
     // rounded down, and an integer to one less
     number += nearest(lesser(greater(passed - 0.5f, zero), zero + last)) + 1.0f;
   }

@@ -8,8 +8,9 @@ namespace gemq {
 namespace {
 
 #if defined(__AVX512F__)
-// PowerNorm by a polynomial of the mantissa times 2^(1.2 * exponent), which two registers hold for the 32 binary
-// orders below the square of the range that errors keep within. What is smaller counts as the smallest of them.
+// PowerNorm by a polynomial of the mantissa times 2^(1.2 * exponent), which two registers hold for the 32
+// binary orders below the square of the range that errors keep within. What is smaller counts as the smallest
+// of them.
 template <class Ops>
 struct TableNorm {
   Int base;
@@ -22,15 +23,43 @@ struct TableNorm {
     least = (Float)(base - (31 << 23));
   }
   GEMQ_INLINE Float power(Int orders) {
-    alignas(64) static constexpr float kPowers[32] = {  // [order mod 32]
-        1.0f, 6.33408907e-12f, 1.45519152e-11f, 3.34315214e-11f, 7.68054717e-11f, 1.7645263e-10f,
-        4.053817e-10f, 9.31322575e-10f, 2.13961737e-09f, 4.91555019e-09f, 1.12929683e-08f, 2.59444288e-08f,
-        5.96046448e-08f, 1.36935512e-07f, 3.14595212e-07f, 7.22749974e-07f, 1.66044344e-06f, 3.81469727e-06f,
-        8.76387276e-06f, 2.01340936e-05f, 4.62559983e-05f, 0.00010626838f, 0.000244140625f, 0.000560887856f,
-        0.00128858199f, 0.00296038389f, 0.00680117635f, 0.015625f, 0.0358968228f, 0.0824692473f,
-        0.189464569f, 0.435275286f,
+    alignas(64) static constexpr float kPowers[32] = {
+        // [order mod 32]
+        1.0f,
+        6.33408907e-12f,
+        1.45519152e-11f,
+        3.34315214e-11f,
+        7.68054717e-11f,
+        1.7645263e-10f,
+        4.053817e-10f,
+        9.31322575e-10f,
+        2.13961737e-09f,
+        4.91555019e-09f,
+        1.12929683e-08f,
+        2.59444288e-08f,
+        5.96046448e-08f,
+        1.36935512e-07f,
+        3.14595212e-07f,
+        7.22749974e-07f,
+        1.66044344e-06f,
+        3.81469727e-06f,
+        8.76387276e-06f,
+        2.01340936e-05f,
+        4.62559983e-05f,
+        0.00010626838f,
+        0.000244140625f,
+        0.000560887856f,
+        0.00128858199f,
+        0.00296038389f,
+        0.00680117635f,
+        0.015625f,
+        0.0358968228f,
+        0.0824692473f,
+        0.189464569f,
+        0.435275286f,
     };
-    return (Float)_mm512_permutex2var_ps(_mm512_load_ps(kPowers), (__m512i)orders, _mm512_load_ps(kPowers + 16));
+    return (Float)_mm512_permutex2var_ps(_mm512_load_ps(kPowers), (__m512i)orders,
+                                         _mm512_load_ps(kPowers + 16));
   }
   Float operator()(Float square) const {
     const Float x = greater(square, least);

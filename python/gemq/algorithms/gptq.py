@@ -163,19 +163,21 @@ def inverse_factor(hessian: Tensor, damping: float, retries: int = 4) -> tuple[T
     return factor.inverse[:, 0], factor.damping
 
 
-def quantize_columns(weight: Tensor, factor: Factor, bits: Tensor, config: GptqConfig) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_columns(
+    weight: Tensor, factor: Factor, bits: Tensor, config: GptqConfig, loss: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The column loop: weights ``[E, n, k]``, widths ``[E]``.
 
-    Returns codes uint8 ``[E, n, k]``, metadata float16 ``[E, n, k // g, 2]`` and the loss ``tr(D H D')`` ``[E]`` of
-    what was lost, D, which is as the loop has it where errors are propagated at every column. The grid of a group is
-    found on its columns as all earlier groups left them.
+    Returns codes uint8 ``[E, n, k]`` and metadata float16 ``[E, n, k // g, 2]``. To ``loss [E]``, if given, is added
+    ``tr(D H D')`` of what was lost, D; the loop knows it where errors are propagated at every column. The grid of a
+    group is found on its columns as all earlier groups left them.
 
     With errors E (lost / diag U, U = R^-1) textbook GPTQ takes ``E U`` off the columns that follow. Kept here is
     F = E U itself, so that ``F R = E``: in the columns of a block, ``F R`` of those before it, times the block's own
     inverse, is what they leave to it. Where errors are propagated, F is D, and the sum of E's squares its damped loss.
     """
     codes, carried = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
-    metas, loss, size = [], torch.zeros(len(weight), device=weight.device), factor.group_size
+    metas, size = [], factor.group_size
     for block in range(weight.shape[-1] // size):
         here, inverse = slice(block * size, (block + 1) * size), factor.inverse[:, block]
         values, left = weight[..., here], 0.0
@@ -184,10 +186,11 @@ def quantize_columns(weight: Tensor, factor: Factor, bits: Tensor, config: GptqC
             values = torch.baddbmm(values, left, inverse)
         codes[..., here], meta, errors = gptq_group(values, inverse, bits, config.clip, config.propagate_from)
         metas.append(meta)
-        loss += errors.square().sum((-1, -2))
         torch.bmm(errors - left, inverse, out=carried[..., here])
-        loss -= (carried[..., here].square().sum(-2) * factor.added[:, here]).sum(-1)
-    return codes, torch.stack(metas, 2), loss.clamp(min=0)
+        if loss is not None:
+            loss += errors.square().sum((-1, -2))
+            loss -= (carried[..., here].square().sum(-2) * factor.added[:, here]).sum(-1)
+    return codes, torch.stack(metas, 2)
 
 
 def gptq(
@@ -203,14 +206,14 @@ def gptq(
     weight, hessian = weight.float(), hessian.float()
     factor, solved = solved_factor(hessian, tokens, config, group_size)
     widths = torch.tensor(bits, device=weight.device)
-    codes, meta, loss = quantize_columns(weight, factor, widths, config)
-    total = factor.loss(weight)
+    loss, total = torch.zeros(len(bits), device=weight.device), factor.loss(weight)
+    codes, meta = quantize_columns(weight, factor, widths, config, loss)
     for e in range(len(bits)):
         one = slice(e, e + 1)
         if not solved[e]:
             codes[e], meta[e] = round_to_nearest(weight[e], bits[e], group_size, config.clip)
-            change = weight[e] - dequantize_codes(codes[e], meta[e])
-            loss[e], total[e] = (_loss(x, hessian[e]) for x in (change, weight[e]))
+            lost = weight[e] - dequantize_codes(codes[e], meta[e])
+            loss[e], total[e] = _loss(lost, hessian[e]), _loss(weight[e], hessian[e])
             continue
         if config.refine:
             # one at a time: the result must not depend on what else is in the batch
@@ -219,7 +222,7 @@ def gptq(
         if config.refine or bits[e] < config.propagate_from:
             own = Factor(factor.root[one], factor.inverse[one], factor.added[one], factor.damping[one])
             loss[one] = own.loss(weight[one] - dequantize_codes(codes[one], meta[one]))
-    error = loss / total.clamp(min=1e-30)
+    error = loss.clamp(min=0) / total.clamp(min=1e-30)
     reports = [
         GptqReport(
             tokens[e], float(factor.damping[e]) if solved[e] else 0.0, "" if solved[e] else "rtn", float(error[e])
@@ -259,7 +262,7 @@ def gptq_at_widths(
     factor, solved = solved_factor(hessian.float(), tokens, config, group_size)
     for width in widths:
         bits = torch.full((len(weight),), width, device=weight.device)
-        codes, meta, _ = quantize_columns(weight, factor, bits, config)
+        codes, meta = quantize_columns(weight, factor, bits, config)
         for e in torch.where(~solved)[0].tolist():
             codes[e], meta[e] = round_to_nearest(weight[e], width, group_size, config.clip)
         yield dequantize_codes(codes, meta)

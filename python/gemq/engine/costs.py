@@ -132,7 +132,7 @@ def _group_costs(
     widths = [b for b in candidates if b]
     gate_up, down = (w[group.start : group.stop] for w in base)
     quantized = _perturbed(
-        (gate_up, down), widths, perturbation, lambda: ([r.rows(e)[0] for e in group] for r, _ in trace)
+        (gate_up, down), widths, perturbation, lambda: ([r.rows(e)[0] for e in group] for r in trace.calls())
     )
     for routed, gradient in trace:
         for at, expert in enumerate(group):
@@ -154,7 +154,7 @@ def _shared_costs(
     widths = [b for b in candidates if b]
     base = (torch.cat(shared[:2]), shared[2])
     (quantized,) = _perturbed(
-        (base[0][None], base[1][None]), widths, perturbation, lambda: ([r.x] for r, _ in trace)
+        (base[0][None], base[1][None]), widths, perturbation, lambda: ([r.x] for r in trace.calls())
     )
     for routed, gradient in trace:
         scale = 1.0 if gate is None else torch.sigmoid(gate(routed.x))
@@ -187,7 +187,7 @@ def layer_costs(
     if shared is not None and distributed.world().first:
         _shared_costs(sums, shared, shared_gate, trace, candidates, perturbation)
     sums.complete()
-    sums.tokens = sum(len(routed.x) for routed, _ in trace)
+    sums.tokens = sum(len(routed.x) for routed in trace.calls())
     return sums
 
 

@@ -115,6 +115,12 @@ class Trace:
             found = self._batch(batch)
             yield Routed(*(found[name] for name in _ROUTED)), found.get("gradient")
 
+    def calls(self) -> Iterator[Routed]:
+        """The calls alone; gradients are not read."""
+        for batch in range(self.batches):
+            arrays = self.arrays()
+            yield Routed(*(self.scratch.batch(arrays[name], batch).to(self.device) for name in _ROUTED))
+
     def _batch(self, batch: int) -> dict[str, Tensor]:
         return {name: self.scratch.batch(array, batch).to(self.device) for name, array in self.arrays().items()}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gemq.algorithms.gptq import GptqConfig, inverse_factor, quantize_columns
+from gemq.algorithms.gptq import GptqConfig, factorise, quantize_columns
 from gemq.generation.memory import free_bytes
 
 # Of reading and writing weights; nothing is read to find it out.
@@ -81,11 +81,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     x = torch.randn(2 * k, k, generator=generator).to(device)
     hessian = (x.T @ x)[None]
     config = GptqConfig()
-    # a factorisation, an inverse and a factorisation: k^3 / 3, 2 k^3 / 3 and k^3 / 3 multiply-adds
-    factor = 8 / 3 * k**3 / _best(lambda: inverse_factor(hessian, config.damping), device)
-    inverse, _ = inverse_factor(hessian, config.damping)
+    # counted as the plan counts: as a factorisation, an inverse and a factorisation, k^3 / 3, 2 k^3 / 3 and k^3 / 3
+    # multiply-adds, of which the blocked one needs the first
+    factor = 8 / 3 * k**3 / _best(lambda: factorise(hessian, config.damping, config.group_size), device)
+    known = factorise(hessian, config.damping, config.group_size)
     weight, bits = torch.randn(1, 512, k, generator=generator).to(device), torch.tensor([2], device=device)
-    rounding = weight.numel() / _best(lambda: quantize_columns(weight, inverse, bits, config, 128), device)
+    rounding = weight.numel() / _best(lambda: quantize_columns(weight, known, bits, config), device)
     source = torch.empty(64 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     # a copy reads and writes every byte
