@@ -121,8 +121,10 @@ def test_ranges_that_the_search_passes_over_are_not_the_best(bits: int, clip: st
         codes, meta, _ = step(w[None], torch.eye(64)[None], width, clip)
         lost = dequantize_codes(codes, meta[:, :, None]) - w
         errors.append(lost.double().abs().pow(2.4 if clip == "paper" else 2).sum(-1))
-    # powers are computed to a few millionths
-    assert (errors[0] <= errors[1] * (1 + 2e-5) + 1e-30).all()
+    # powers are computed to a few millionths; weights all at one end may miss the luckiest rounding of the top level
+    one_end = torch.zeros(len(w), dtype=torch.float64)
+    one_end[len(w) - len(odd) :] = 64 * (odd.double().abs().amax(-1) * 2**-11).pow(2.4 if clip == "paper" else 2)
+    assert (errors[0] <= errors[1] * (1 + 2e-5) + one_end + 1e-30).all()
 
 
 def test_the_factor_in_blocks_is_that_of_the_inverse() -> None:

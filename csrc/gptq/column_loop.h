@@ -134,10 +134,11 @@ GEMQ_HD Factors factors_of(Clip clip) {
 
 // The factor of the least error for every row; ties keep the unscaled range. Rows go upwards through the
 // factors each at their own pace: levels are proportional to the factor f and a weight is at most s / 2 from
-// its level unless it lies outside, so from f to f' the norm of the errors falls by (f' - f) * (|w| / f + |s
-// / 2|) at most (norms over the group, s at f = 1), and factors that cannot reach the best one so far are
-// passed over. float16's smallest steps are in the bound as `rounded`; its relative rounding is not, the
-// bound has room for that.
+// its level unless it lies outside, so from f to f' the norm of the errors falls by (f' - f) * (|w| / f +
+// |s / 2|) at most (norms over the group, s at f = 1), and factors that cannot reach the best one so far are
+// passed over. float16's smallest steps are in the bound as `rounded`. Its relative rounding is not: the
+// bound has room for it unless all weights of a row are at one end, which then lie 2^-11 of their size off at
+// most.
 template <class Ops, class Norm, class Columns>
 GEMQ_HD Grid<typename Ops::V> best_range(const Columns& w, int group, typename Ops::V low,
                                          typename Ops::V high, const Factors& factors, float max_code) {
