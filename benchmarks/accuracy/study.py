@@ -161,9 +161,10 @@ def write(chosen: dict[str, tables.Table], planned_cells: list[Cell], options: a
     return merged
 
 
-def put_into(page: Path, out: Path, conditions: dict, command: str) -> None:
-    """Put ``study.md`` between the page's markers, its headings one level lower, figures into ``images`` beside it."""
-    begin, end = "<!-- begin study -->", "<!-- end study -->"
+def put_into(page: Path, out: Path, conditions: dict, command: str, block: str = "study") -> None:
+    """Put ``study.md`` between the page's markers of ``block``, its headings one level lower, figures into ``images``
+    beside it."""
+    begin, end = f"<!-- begin {block} -->", f"<!-- end {block} -->"
     before, first, rest = page.read_text(encoding="utf-8").partition(begin)
     _, second, after = rest.partition(end)
     if not (first and second):
@@ -201,6 +202,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("study-out"))
     parser.add_argument("--dry-run", action="store_true", help="count and estimate only")
     parser.add_argument("--into", type=Path, help="a Markdown page with markers to put the study into")
+    parser.add_argument("--block", default="study", help="the name in that page's markers")
     parser.add_argument("--command", default="make study", help="what that page says was run")
     parser.add_argument("--commit", help="what it says was measured (default: what the cells say)")
     parser.add_argument("--cells", type=int, help="stop after this many new cells")
@@ -228,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     merged = write(chosen, wanted, options)
     if options.into is not None:
         given = merged["conditions"] | ({"commit": options.commit} if options.commit else {})
-        put_into(options.into, options.out, given, options.command)
+        put_into(options.into, options.out, given, options.command, options.block)
     print(options.out / "study.md")
 
 
