@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -198,25 +199,34 @@ def eager_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, config: G
 
 
 def gptq_stage(experts: int = 64) -> dict:
-    """Both projections of a layer of 64 experts of mixed widths, propagation on: batched, and expert by expert."""
+    """Both projections of a layer of 64 experts of mixed widths, propagation on: expert by expert, batched, and batched
+    with the refinement that follows by default. Seconds of processor time, and by the wall."""
     config, generator = Qwen3MoeConfig(), torch.Generator().manual_seed(0)
     hidden, intermediate = config.hidden_size // 2, config.moe_intermediate_size // 2
     bits = [1 + e % 3 for e in range(experts)]
-    row = {"what": "gptq", "experts": experts, "hidden": hidden, "intermediate": intermediate, "clip": "paper"}
-    batched = eager = 0.0
+    alone, default = GptqConfig(refine=0), GptqConfig()
+    row = {"what": "gptq", "experts": experts, "hidden": hidden, "intermediate": intermediate, "clip": alone.clip}
+    spent: dict[str, float] = {}
+
+    def timed(name: str, run: Callable[[], object]) -> None:
+        began = time.process_time(), time.perf_counter()
+        run()
+        for key, start, end in zip(("s", "wall_s"), began, (time.process_time(), time.perf_counter()), strict=True):
+            spent[f"{name}_{key}"] = spent.get(f"{name}_{key}", 0.0) + end - start
+
     for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
         weight = torch.randn(experts, n, k, generator=generator) * 0.02
         hessians = [Hessian(k, weight.device) for _ in range(experts)]
         for h in hessians:
             h.add(torch.randn(2 * k, k, generator=generator))
-        began = time.process_time()
-        for e in range(experts):
-            eager_gptq(weight[e], hessians[e].value, bits[e], GptqConfig())
-        eager += time.process_time() - began
-        began = time.process_time()
-        quantize_stack(weight, hessians, bits, GptqConfig())
-        batched += time.process_time() - began
-    row |= {"eager_s": round(eager, 2), "batched_s": round(batched, 2), "times": round(eager / batched, 2)}
+        timed("eager", lambda w=weight, h=hessians: [
+            eager_gptq(w[e], h[e].value, bits[e], alone) for e in range(experts)
+        ])
+        timed("batched", lambda w=weight, h=hessians: quantize_stack(w.clone(), h, bits, alone))
+        timed("refined", lambda w=weight, h=hessians: quantize_stack(w.clone(), h, bits, default))
+    row |= {key: round(value, 2) for key, value in spent.items()}
+    row |= {"times": round(spent["eager_s"] / spent["batched_s"], 2),
+            "wall_times": round(spent["eager_wall_s"] / spent["batched_wall_s"], 2)}
     print(json.dumps(row), flush=True)
     return row
 
