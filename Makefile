@@ -16,7 +16,7 @@ help:
 	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clang      the same tests on a build by Clang (needs clang++)"
 	@echo "make portable   the same tests on the kernels as ARM runs them (needs a cross compiler and qemu-user)"
-	@echo "make compat     the suite on the oldest and newest torch, triton and transformers (SETS=triton-3.6.0: others)"
+	@echo "make compat     the suite on the declared torch, triton and transformers (SETS=triton-3.6.0: others)"
 	@echo "make sweep      20,000 op calls drawn from seeds, against float64 (CASES=, FIRST=)"
 	@echo "make fuzz       mutated checkpoints for SECONDS=600: the saved weights, or one clear error"
 	@echo "make kills      ends gemq quantize at every write and rename and at 100 random moments; each must resume alike"
@@ -77,7 +77,7 @@ EMULATOR ?= qemu-aarch64
 portable: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/run_portable.py --compiler "$(PORTABLE_CXX)" --emulator "$(EMULATOR)"
 
-# the two ends of the supported range; SETS= takes parts of other sets' names
+# the declared versions; SETS= takes parts of other sets' names
 SETS ?=
 compat: $(VENV)/.installed
 	$(BIN)/python tests/compat.py --only $(SETS) --json build/compat.json
