@@ -160,6 +160,18 @@ def test_wrong_shape(folder, name):
     refused(folder, rf"{name} has shape \[.*\], expected \[.*\]")
 
 
+def test_one_half_taken_for_the_other(folder):
+    """The same bytes would be other numbers."""
+
+    def change(tensors):
+        kept = [name for name in tensors if not name.endswith(("_codes", "_meta"))]
+        tensors.update({name: tensors[name].bfloat16() for name in kept})
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+
+    edit_tensors(folder / WEIGHTS_FILE, change)
+    refused(folder, "model.norm.weight is F16 among tensors in BF16")
+
+
 @pytest.mark.parametrize("name", [CODES, META, "lm_head.weight"])
 def test_wrong_dtype(folder, name):
     edit_tensors(folder / WEIGHTS_FILE, lambda t: t.update({name: t[name].to(torch.int32)}))

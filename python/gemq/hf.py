@@ -148,9 +148,17 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
     problems += [f"{name} is not part of the model" for name in sorted(set(found) - set(expected) - tied)]
     for name in sorted(set(expected) & set(found)):
         problems += _misfit(name, expected[name], found[name])
+    problems += _mixed_halves({k: v for k, v in found.items() if not k.endswith(("_codes", "_meta"))})
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(f"the checkpoint does not fit its config: {shown}")
+
+
+def _mixed_halves(unquantized: dict[str, TensorEntry]) -> list[str]:
+    """Both types of 16 bits take the same bytes: one taken for the other would be read as other numbers."""
+    kinds = [[name for name in sorted(unquantized) if unquantized[name].dtype == dtype] for dtype in ("F16", "BF16")]
+    few, most = sorted(kinds, key=len)
+    return [f"{name} is {unquantized[name].dtype} among tensors in {unquantized[most[0]].dtype}" for name in few]
 
 
 def _misfit(name: str, expected: torch.Tensor, found: TensorEntry) -> list[str]:
