@@ -6,11 +6,12 @@ OUT ?= demo-out
 # rebuilt when what is compiled or pinned changes; Python sources are used in place
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo docs test lint sanitize clang portable compat sweep fuzz kills mutants benchmark study clean
+.PHONY: help demo docs test slow lint sanitize clang portable compat sweep fuzz kills mutants benchmark study clean
 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
 	@echo "make test       linters and the test suite"
+	@echo "make slow       the slow tests, two minutes: archives, the site, jobs of three processes"
 	@echo "make lint       linters alone"
 	@echo "make docs       the documentation as a site, build/site/index.html"
 	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -49,7 +50,10 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 test: lint
-	$(BIN)/pytest tests -q
+	$(BIN)/pytest tests -q -m "not slow"
+
+slow: $(VENV)/.installed
+	$(BIN)/pytest tests -q -m slow
 
 # a build of its own (libstdc++ is named so that the sanitizer finds the function that throws), loaded in place of the installed extension by tests/run_build.py
 SANITIZERS := address,undefined
