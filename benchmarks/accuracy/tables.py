@@ -52,22 +52,27 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
     def at(run: Run, chosen: tuple[float, ...] = budgets, **options: object) -> Run:
         return replace(run, budgets=chosen, **options)
 
+    def alone(run: Run, **options: object) -> Run:
+        return at(run, quantizer="gptq", **options)
+
     mixed = [*calibrations, *(["+".join(calibrations)] if len(calibrations) > 1 else [])]
     tables = [
         Table("1", "Methods: perplexity by budget", (
             ("FP", FP), ("FP, routers tuned", FP_TUNED), ("uniform", at(UNIFORM)), ("PMQ", at(PMQ)),
             ("GEMQ, paper's options", at(replace(PAPER, routers="loss", estimate="tuned"))),
-            ("GEMQ, GPTQ alone", at(replace(TUNED, quantizer="gptq"))),
+            ("GEMQ, GPTQ alone", alone(TUNED)),
             ("GEMQ, no tuning", at(GEMQ)), ("GEMQ", at(TUNED)),
         ), (("PMQ", "uniform"), ("GEMQ", "PMQ"), ("GEMQ", "uniform"), ("GEMQ, paper's options", "PMQ"),
             ("GEMQ", "GEMQ, paper's options"))),
+        # outliers cannot be refined, so all are compared by GPTQ alone
         Table("2", "Stand-ins for SpQR, MoEQuant and EAQuant at equal bits per expert", (
-            ("uniform", at(UNIFORM)), ("SpQR-style outliers", at(UNIFORM, kind="spqr")),
-            ("MoEQuant-style: affinity, self-sampled windows", at(UNIFORM, affinity=1.0, self_sampled=True)),
-            ("EAQuant-style: balanced windows, aligned routers", at(UNIFORM, balanced=True, routers="alignment")),
-            ("GEMQ", at(TUNED)),
-        ), (("GEMQ", "SpQR-style outliers"), ("GEMQ", "MoEQuant-style: affinity, self-sampled windows"),
-            ("GEMQ", "EAQuant-style: balanced windows, aligned routers"))),
+            ("uniform", alone(UNIFORM)), ("SpQR-style outliers", alone(UNIFORM, kind="spqr")),
+            ("MoEQuant-style: affinity, self-sampled windows", alone(UNIFORM, affinity=1.0, self_sampled=True)),
+            ("EAQuant-style: balanced windows, aligned routers", alone(UNIFORM, balanced=True, routers="alignment")),
+            ("GEMQ, GPTQ alone", alone(TUNED)), ("GEMQ", at(TUNED)),
+        ), (("GEMQ, GPTQ alone", "SpQR-style outliers"),
+            ("GEMQ, GPTQ alone", "MoEQuant-style: affinity, self-sampled windows"),
+            ("GEMQ, GPTQ alone", "EAQuant-style: balanced windows, aligned routers"))),
         Table("3", "Calibration text", tuple((name, at(TUNED, calibration=name)) for name in mixed), varied="text"),
         Table("5", "How routers are handled, experts as GEMQ has them", (
             ("FP", FP), ("FP, routers tuned", FP_TUNED), ("none", at(GEMQ, low, replay=True)),
