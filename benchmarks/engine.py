@@ -4,13 +4,14 @@ price of coefficients in units of one forward and backward pass, and GPTQ agains
     OMP_NUM_THREADS=1 python benchmarks/engine.py --output engine.json
     python benchmarks/record.py engine engine.json --command "OMP_NUM_THREADS=1 python benchmarks/engine.py"
 
-Every measurement of memory is a process of its own: the peak resident size of a stage, less what was resident before
-the model was opened. Seconds are of processor time: the machine may be shared.
+Every measurement of memory is a process of its own: the peak resident size of a stage, less what was resident after
+the same quantization of a tiny model. Seconds are of processor time: the machine may be shared.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -33,7 +34,7 @@ from gemq.engine import stages
 from gemq.engine.journal import opened
 from gemq.engine.layers import Weights
 from gemq.engine.session import RunOptions, Session
-from gemq.engine.source import Source
+from gemq.engine.source import Source, return_memory
 from gemq.format import default_group_size
 from gemq.models import describe
 from gemq.pipeline import QuantizeConfig, save_stage
@@ -93,38 +94,45 @@ class Stages:
             }
 
 
+def streamed(folder: Path, text: torch.Tensor, work: Path, report: Stages) -> int:
+    """One whole quantization by the engine; the bytes of the largest layer in 16 bits."""
+    source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
+    with Session(source, text, text[:2], METHOD).working(RunOptions(work / "run"), report) as run:
+        for result in run.results():
+            report("save", 0, 1)
+            assembly, config, _ = run.assembly(result, torch.bfloat16)
+            save_packed(assembly.model, config, work / "out", dtype=torch.bfloat16, weights=assembly.write)
+            report("save", 1, 1)
+    return source.layer_bytes()
+
+
+def in_memory(folder: Path, text: torch.Tensor, work: Path, report: Stages) -> int:
+    """The same with the whole model in memory."""
+    report("load", 0, 1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    report("load", 1, 1)
+    moe = describe(model)
+    config = QuantizeConfig(str(folder), str(work / "out"), method=METHOD)
+    for result in quantize_progressively(moe, text, METHOD, router_windows=text[:2], progress=report):
+        report("save", 0, 1)
+        save_stage(config, model, None, result, work / "out", torch.bfloat16)
+        report("save", 1, 1)
+    return max(sum(p.numel() for p in m.parameters()) * 2 for m in moe.layers)
+
+
 def worker(folder: Path, stream: bool, count: int, length: int) -> dict:
-    """One whole quantization in this process."""
-    text = windows(count, length)
-    tuning = text[:2]
-    with torch.device("meta"):
-        # the base holds the libraries that a model of this kind loads
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    base = resident()
-    report = Stages(base)
+    """One whole quantization in this process, after one of a tiny model that loads what the libraries load late."""
+    run = streamed if stream else in_memory
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        target = Path(work) / "out"
-        if stream:
-            source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
-            layer = source.layer_bytes()
-            with Session(source, text, tuning, METHOD).working(RunOptions(Path(work) / "run"), report) as run:
-                for result in run.results():
-                    report("save", 0, 1)
-                    assembly, config, _ = run.assembly(result, torch.bfloat16)
-                    save_packed(assembly.model, config, target, dtype=torch.bfloat16, weights=assembly.write)
-                    report("save", 1, 1)
-        else:
-            report("load", 0, 1)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            report("load", 1, 1)
-            moe = describe(model)
-            layer = max(sum(p.numel() for p in m.parameters()) * 2 for m in moe.layers)
-            config = QuantizeConfig(str(folder), str(target), method=METHOD)
-            for result in quantize_progressively(moe, text, METHOD, router_windows=tuning, progress=report):
-                report("save", 0, 1)
-                save_stage(config, model, None, result, target, torch.bfloat16)
-                report("save", 1, 1)
-    return {"layer_16bit_mib": round(layer / MIB), "base_mib": round(base / MIB), "stages": report.rows}
+        tiny, base = Path(work) / "tiny", resident()
+        save_model(tiny, 2, hidden=128, intermediate=128, experts=4, top_k=2)
+        run(tiny, windows(2, 32), Path(work) / "first", Stages(base))
+        gc.collect()
+        return_memory()
+        loaded, report = resident(), Stages(resident())
+        layer = run(folder, windows(count, length), Path(work) / "second", report)
+    return {"layer_16bit_mib": round(layer / MIB), "base_mib": round(loaded / MIB),
+            "before_first_run_mib": round(base / MIB), "stages": report.rows}
 
 
 def in_process(*arguments: object) -> dict:
@@ -152,9 +160,9 @@ def memory_and_stages(base: Path, shape: dict, depths: list[int], count: int, le
     return rows
 
 
-def coefficients(base: Path) -> dict:
-    """Eq. 6 of 64 experts and three widths against one forward and backward pass of the same windows."""
-    folder, text = base / "wide", windows(32, 256)
+def coefficients(base: Path, count: int) -> dict:
+    """Eq. 6 of 64 experts and three widths against one forward and backward pass of the same ``count`` windows."""
+    folder, text = base / "wide", windows(count, 256)
     save_model(folder, 4, hidden=256, intermediate=256, experts=64, top_k=8)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     moe = describe(model)
@@ -169,7 +177,7 @@ def coefficients(base: Path) -> dict:
         "tokens": text.numel(), "forward_backward_s": round(min(plain), 2),
     }
     for kind in ("rtn", "gptq"):
-        with opened(base / f"run-{kind}", {}) as run:
+        with opened(base / f"run-{kind}-{count}", {}) as run:
             source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
             sweep = stages.Sweep(text, 4, run.stage("measure"), lambda *a: None, lambda **e: None,
                                  stages.group_budget(source))
@@ -252,7 +260,7 @@ def main() -> None:
         if given.only in (None, "gptq"):
             rows.append(gptq_stage())
         if given.only in (None, "coefficients"):
-            rows.append(coefficients(Path(folder)))
+            rows += [coefficients(Path(folder), count) for count in (32, 128)]
         if given.only in (None, "memory"):
             rows += memory_and_stages(Path(folder), shape, depths, given.count, given.length)
     notes = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0], "clock": "process_time"}

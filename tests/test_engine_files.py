@@ -77,6 +77,34 @@ def test_scratch_arrays(tmp_path: Path, on_disk: bool) -> None:
     assert not scratch.sound("a")
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_rows_of_scratch_arrays(tmp_path: Path, on_disk: bool) -> None:
+    scratch = Scratch(tmp_path if on_disk else None)
+    batches = [torch.randn(3, 2).bfloat16(), torch.zeros(0, 2).bfloat16(), torch.randn(50, 2).bfloat16()]
+    with scratch.writing("a") as out:
+        for batch in batches:
+            out.append(batch)
+    for _ in range(2):
+        for at, batch in enumerate(batches):
+            assert torch.equal(scratch.rows("a", at, slice(None)), batch)
+            some = torch.arange(len(batch) - 1, -1, -2)
+            assert torch.equal(scratch.rows("a", at, some), batch[some])
+            assert scratch.rows("a", at, torch.empty(0, dtype=torch.int64)).shape == (0, 2)
+    # what is written anew is read anew
+    with scratch.writing("a") as out:
+        out.append(batches[0] + 1)
+    assert torch.equal(scratch.rows("a", 0, slice(1, 2)), (batches[0] + 1)[1:2])
+
+
+def test_rows_of_a_harmed_array_are_refused(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    with scratch.writing("a") as out:
+        out.append(torch.arange(10))
+    os.truncate(tmp_path / "a.bin", 50)
+    with pytest.raises(CheckpointError, match=r"a.bin is corrupt; it was removed, the same command continues"):
+        scratch.rows("a", 0, torch.tensor([1]))
+
+
 @pytest.mark.parametrize("harm", ["flip", "truncate", "no index", "torn index", "no data"])
 def test_a_harmed_array_is_not_trusted(tmp_path: Path, harm: str) -> None:
     scratch = Scratch(tmp_path)

@@ -33,7 +33,7 @@ class InnerStatistics:
         if len(x):
             given = expert_hidden(quantized, x) * scale
             self.hessian.add(given)
-            self.cross += (expert_hidden(gate_up, x) * scale).float().T @ given.float()
+            self.cross.addmm_((expert_hidden(gate_up, x) * scale).float().T, given.float())
 
     def fitted(self, weight: Tensor, damping: float) -> Tensor:
         """``V`` of the module's text for ``weight [n, I]``, in its dtype; ``weight`` itself where there is no token, or

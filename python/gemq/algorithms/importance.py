@@ -143,19 +143,25 @@ class _LayerCosts:
             scale = capture.routed.weight_of(expert, token)
             self.count[expert] += len(token)
             self.weight[expert] += float(scale.double().sum())
-            gradient = capture.gradient[token].float()
+            gradient, windows = capture.gradient[token].float() * scale, token // window
             out = expert_hidden(base[0], x) @ base[1].T
             for b, (gate_up, down) in enumerate(weights):
-                change = scale * (out - expert_hidden(gate_up, x) @ down.T)
-                self.routed[expert, b] += float((gradient * change).double().square().sum())
-                per_token = change.double().square().sum(-1)
-                sums = torch.zeros(int(token[-1]) // window + 1, dtype=torch.float64, device=per_token.device)
-                sums.index_add_(0, token // window, per_token)
-                self.error[expert, b] += float(sums.sqrt().sum())
+                cost, error = change_of(out - expert_hidden(gate_up, x) @ down.T, gradient, scale, windows)
+                self.routed[expert, b] += cost
+                self.error[expert, b] += error
 
 
-def _shared_scale(layer: MoeLayer, x: Tensor) -> Tensor | float:
-    return 1.0 if layer.shared_gate is None else torch.sigmoid(layer.shared_gate(x))
+def change_of(change: Tensor, gradient: Tensor, scale: Tensor, window: Tensor) -> tuple[float, float]:
+    """Eq. 6's sum over the tokens of one expert, and the Frobenius norm of ``dz`` summed over windows.
+
+    ``change [t, H]`` is the expert's before its routing weights ``scale [t, 1]``, with which ``gradient [t, H]`` was
+    multiplied: once instead of for every width. ``window [t]`` are the tokens' windows, ascending.
+    """
+    cost = float((gradient * change).double().square().sum())
+    per_token = change.double().square().sum(-1) * scale.double().square()[:, 0]
+    by_window = torch.zeros(int(window[-1]) + 1, dtype=torch.float64, device=per_token.device)
+    by_window.index_add_(0, window, per_token)
+    return cost, float(by_window.sqrt().sum())
 
 
 def _shared_costs(
@@ -165,11 +171,12 @@ def _shared_costs(
     base = (torch.cat([gate, up]), down)
     weights = perturbation.ffn(*base, sums.candidates, lambda: torch.cat([c.routed.x for c in captures]))
     for capture in captures:
-        x, gradient = capture.routed.x, capture.gradient.float()
-        out = expert_hidden(base[0], x) @ base[1].T
-        scale = _shared_scale(layer, x)
+        x = capture.routed.x
+        out, gradient = expert_hidden(base[0], x) @ base[1].T, capture.gradient.float()
+        if layer.shared_gate is not None:
+            gradient = gradient * torch.sigmoid(layer.shared_gate(x))
         for b, (gate_up, down_b) in enumerate(weights):
-            change = scale * (out - expert_hidden(gate_up, x) @ down_b.T)
+            change = out - expert_hidden(gate_up, x) @ down_b.T
             sums.shared[b] += float((gradient * change).double().square().sum())
 
 

@@ -71,7 +71,7 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
-        self.value += x.T @ x
+        self.value.addmm_(x.T, x)
         self.tokens += len(x)
 
 

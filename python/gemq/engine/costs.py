@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gemq import distributed
 from gemq.algorithms.gptq import gptq_at_widths
-from gemq.algorithms.importance import Perturbation
+from gemq.algorithms.importance import Perturbation, change_of
 from gemq.algorithms.layerwise import Hessian, expert_hidden
 from gemq.engine.layers import Trace
 from gemq.engine.source import return_memory
@@ -117,14 +117,6 @@ def _changes(x: Tensor, base: Pair, quantized: Pair | None, widths: tuple[int, .
     return [out - next(results) if b else out for b in widths]
 
 
-def _add(sums: LayerCosts, expert: int, column: int, change: Tensor, gradient: Tensor, window: Tensor) -> None:
-    sums.routed[expert, column] += float((gradient * change).double().square().sum())
-    per_token = change.double().square().sum(-1)
-    by_window = torch.zeros(int(window[-1]) + 1, dtype=torch.float64, device=per_token.device)
-    by_window.index_add_(0, window, per_token)
-    sums.error[expert, column] += float(by_window.sqrt().sum())
-
-
 def _group_costs(
     sums: LayerCosts, group: range, base: Pair, trace: Trace, candidates: tuple[int, ...], perturbation: Perturbation,
     length: int,
@@ -132,7 +124,7 @@ def _group_costs(
     widths = [b for b in candidates if b]
     gate_up, down = (w[group.start : group.stop] for w in base)
     quantized = _perturbed(
-        (gate_up, down), widths, perturbation, lambda: ([r.rows(e)[0] for e in group] for r in trace.calls())
+        (gate_up, down), widths, perturbation, lambda: ([r.rows(e)[0] for e in group] for r, _ in trace)
     )
     for routed, gradient in trace:
         for at, expert in enumerate(group):
@@ -142,9 +134,11 @@ def _group_costs(
             scale = routed.weight_of(expert, token)
             sums.count[expert] += len(token)
             sums.weight[expert] += float(scale.double().sum())
-            g = gradient[token].float()
+            g, window = gradient[token].float() * scale, token // length
             for column, change in enumerate(_changes(x, (gate_up[at], down[at]), quantized[at], candidates)):
-                _add(sums, expert, column, scale * change, g, token // length)
+                cost, error = change_of(change, g, scale, window)
+                sums.routed[expert, column] += cost
+                sums.error[expert, column] += error
 
 
 def _shared_costs(
@@ -154,12 +148,13 @@ def _shared_costs(
     widths = [b for b in candidates if b]
     base = (torch.cat(shared[:2]), shared[2])
     (quantized,) = _perturbed(
-        (base[0][None], base[1][None]), widths, perturbation, lambda: ([r.x] for r in trace.calls())
+        (base[0][None], base[1][None]), widths, perturbation, lambda: ([r.x[:]] for r, _ in trace)
     )
     for routed, gradient in trace:
-        scale = 1.0 if gate is None else torch.sigmoid(gate(routed.x))
-        for column, change in enumerate(_changes(routed.x, base, quantized, candidates)):
-            sums.shared[column] += float((gradient.float() * (scale * change)).double().square().sum())
+        x, g = routed.x[:], gradient[:].float()
+        g = g if gate is None else g * torch.sigmoid(gate(x))
+        for column, change in enumerate(_changes(x, base, quantized, candidates)):
+            sums.shared[column] += float((g * change).double().square().sum())
 
 
 @torch.no_grad()
@@ -187,7 +182,7 @@ def layer_costs(
     if shared is not None and distributed.world().first:
         _shared_costs(sums, shared, shared_gate, trace, candidates, perturbation)
     sums.complete()
-    sums.tokens = sum(len(routed.x) for routed in trace.calls())
+    sums.tokens = sum(len(routed.x) for routed, _ in trace)
     return sums
 
 

@@ -97,9 +97,25 @@ def forward(weights: Weights, calls: Calls, index: int, scratch: Scratch, source
 _ROUTED = ("x", "ids", "weights")
 
 
+class StoredRows:
+    """Rows ``[T, H]`` of one batch of a scratch array; an index or a slice gives what it selects, on ``device``. An
+    expert sees few of a layer's tokens, and experts are taken a few at a time: only their rows are read."""
+
+    def __init__(self, scratch: Scratch, name: str, batch: int, length: int, device: torch.device):
+        self._scratch, self._name, self._batch, self._length = scratch, name, batch, length
+        self._device = device
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, which: Tensor | slice) -> Tensor:
+        which = which if isinstance(which, slice) else which.cpu()
+        return self._scratch.rows(self._name, self._batch, which).to(self._device)
+
+
 class Trace:
     """What the experts of a layer were called with, batch by batch of all processes, in scratch arrays; ``gradient``
-    if it was asked for, ``d loss / d output [T, H]`` of the experts."""
+    if it was asked for, ``d loss / d output [T, H]`` of the experts. Inputs and gradients are :class:`StoredRows`."""
 
     def __init__(self, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool):
         self.scratch, self.device, self.batches = scratch, device, len(calls)
@@ -110,16 +126,17 @@ class Trace:
         """The scratch array of each thing that is recorded."""
         return {name: f"{self._prefix}-{name}" for name in self._names}
 
-    def __iter__(self) -> Iterator[tuple[Routed, Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[Routed, StoredRows | None]]:
+        arrays = self.arrays()
         for batch in range(self.batches):
-            found = self._batch(batch)
-            yield Routed(*(found[name] for name in _ROUTED)), found.get("gradient")
-
-    def calls(self) -> Iterator[Routed]:
-        """The calls alone; gradients are not read."""
-        for batch in range(self.batches):
-            arrays = self.arrays()
-            yield Routed(*(self.scratch.batch(arrays[name], batch).to(self.device) for name in _ROUTED))
+            ids, weights = (
+                self.scratch.rows(arrays[name], batch, slice(None)).to(self.device) for name in ("ids", "weights")
+            )
+            x, gradient = (
+                StoredRows(self.scratch, arrays[name], batch, len(ids), self.device) if name in arrays else None
+                for name in ("x", "gradient")
+            )
+            yield Routed(x, ids, weights), gradient
 
     def _batch(self, batch: int) -> dict[str, Tensor]:
         return {name: self.scratch.batch(array, batch).to(self.device) for name, array in self.arrays().items()}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,8 @@ class Scratch:
         self.folder = folder
         self._memory: dict[str, list[Tensor]] = {}
         self._indices: dict[str, list] = {}
+        # batches that were read whole and found to be what was written
+        self._sound: set[tuple[str, int]] = set()
         if folder is not None:
             with durable.explained(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +82,23 @@ class Scratch:
         if self.folder is None:
             return self._memory[name][at]
         return self._read(name, self._indices[name][at])
+
+    def rows(self, name: str, at: int, which: Tensor | slice) -> Tensor:
+        """Rows ``which`` of batch ``at``, on the CPU. The batch is read through the first time; afterwards only what
+        is asked for. Raises :class:`CheckpointError` as :meth:`batch`."""
+        if self.folder is None:
+            return self._memory[name][at][which]
+        dtype, shape, offset, _ = entry = self._indices[name][at]
+        count = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
+        if (name, at) not in self._sound or not count:
+            found = self._read(name, entry)
+            self._sound.add((name, at))
+            return found[which]
+        # mode "c" never writes: torch warns of arrays that cannot be written to
+        mapped = np.memmap(self._file(name, ".bin"), np.uint8, "c", offset, (count,))
+        found = torch.from_numpy(mapped).view(getattr(torch, dtype)).view(shape)[which]
+        # not a view: the mapping ends here
+        return found.clone() if isinstance(which, slice) else found
 
     def _read(self, name: str, entry: list) -> Tensor:
         dtype, shape, offset, checksum = entry
@@ -118,6 +138,7 @@ class Scratch:
         """Forget an array."""
         self._memory.pop(name, None)
         self._indices.pop(name, None)
+        self._sound = {known for known in self._sound if known[0] != name}
         if self.folder is not None:
             for suffix in (".index", ".bin", ".tmp"):
                 durable.remove(self._file(name, suffix))
