@@ -6,6 +6,22 @@
 
 namespace gemq {
 
+namespace {
+
+void check_sizes(int64_t matrices, int64_t n, int group) {
+  check_at_least("matrices", matrices, 1);
+  check_at_least("n", n, 1);
+  if (group != 32 && group != 64 && group != 128) bad_value("group", group, "32, 64 or 128");
+}
+
+void check_widths(const int32_t* bits, int64_t matrices) {
+  for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+    check_range("bits[" + std::to_string(matrix) + "]", bits[matrix], 1, 8);
+  }
+}
+
+}  // namespace
+
 void bind_gptq_group(int device, uintptr_t block, uintptr_t factor, uintptr_t bits, uintptr_t codes,
                      uintptr_t meta, uintptr_t errors, int64_t matrices, int64_t n, int group, int clip,
                      int propagate_from, int threads, uintptr_t stream) {
@@ -15,9 +31,7 @@ void bind_gptq_group(int device, uintptr_t block, uintptr_t factor, uintptr_t bi
   check_pointer("codes", codes);
   check_pointer("meta", meta);
   check_pointer("errors", errors);
-  check_at_least("matrices", matrices, 1);
-  check_at_least("n", n, 1);
-  if (group != 32 && group != 64 && group != 128) bad_value("group", group, "32, 64 or 128");
+  check_sizes(matrices, n, group);
   check_range("clip", clip, 0, 2);
   const GptqGroup args{reinterpret_cast<const float*>(block),
                        reinterpret_cast<const float*>(factor),
@@ -33,9 +47,7 @@ void bind_gptq_group(int device, uintptr_t block, uintptr_t factor, uintptr_t bi
   check_range("device", device, 0, 1);
   if (device == 1) return gptq_group_cuda(args, reinterpret_cast<void*>(stream));
   check_threads(threads);
-  for (int64_t matrix = 0; matrix < matrices; ++matrix) {
-    check_range("bits[" + std::to_string(matrix) + "]", args.bits[matrix], 1, 8);
-  }
+  check_widths(args.bits, matrices);
   gptq_group_cpu(args, threads);
 }
 
@@ -46,9 +58,7 @@ void bind_descend_codes(uintptr_t products, uintptr_t hessian, uintptr_t bits, u
   check_pointer("bits", bits);
   check_pointer("meta", meta);
   check_pointer("codes", codes);
-  check_at_least("matrices", matrices, 1);
-  check_at_least("n", n, 1);
-  if (group != 32 && group != 64 && group != 128) bad_value("group", group, "32, 64 or 128");
+  check_sizes(matrices, n, group);
   check_threads(threads);
   const CodeDescent args{reinterpret_cast<const float*>(products),
                          reinterpret_cast<const float*>(hessian),
@@ -58,9 +68,7 @@ void bind_descend_codes(uintptr_t products, uintptr_t hessian, uintptr_t bits, u
                          matrices,
                          n,
                          group};
-  for (int64_t matrix = 0; matrix < matrices; ++matrix) {
-    check_range("bits[" + std::to_string(matrix) + "]", args.bits[matrix], 1, 8);
-  }
+  check_widths(args.bits, matrices);
   descend_codes_cpu(args, threads);
 }
 

@@ -54,8 +54,8 @@ class Versions(NamedTuple):
         return f"torch-{self.torch}-triton-{self.triton}-transformers-{self.transformers}"
 
 
-# what pyproject.toml allows, from the first to the newest; they are the same until a newer one has run the suite
-ENDS = (Versions("2.13.0", "3.9.0", "5.23.0", "all"),) * 2
+# the first versions that pyproject.toml allows, which are the newest that have run the suite, too
+DECLARED = Versions("2.13.0", "3.9.0", "5.23.0", "all")
 # what lies outside. Triton 3.5, which torch 2.9 brings, is the first whose products take 8 columns: with
 # torch 2.8's 3.4 the kernels do not compile
 OTHERS = (
@@ -140,13 +140,15 @@ def conditions(command: list[str]) -> dict[str, str]:
 def main() -> int:
     """Run the sets, print the table, and fail if a test did."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="sets whose name holds one of these, not the two ends")
+    parser.add_argument("--only", nargs="*", default=[], help="sets whose names hold one of these")
     parser.add_argument("--folder", type=Path, help="keep the environments here, and use those that are")
     parser.add_argument("--json", type=Path, help="write the table there")
     parser.add_argument("pytest", nargs="*", help="after --: more arguments for pytest")
     options = parser.parse_args()
-    chosen = [v for v in ENDS + OTHERS if not options.only or any(part in v.name for part in options.only)]
-    chosen = list(dict.fromkeys(chosen if options.only else ENDS))
+    chosen = [v for v in (DECLARED, *OTHERS) if any(part in v.name for part in options.only)]
+    if options.only and not chosen:
+        parser.error(f"no set's name holds {' or '.join(options.only)}")
+    chosen = chosen or [DECLARED]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         package = wheel(Path(scratch))

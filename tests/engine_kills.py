@@ -88,8 +88,8 @@ def counted(quantize: Callable[[], None], report: Path) -> None:
     report.write_text(json.dumps({"events": events, "seconds": time.monotonic() - start}))
 
 
-def killed_at(quantize: Callable[[], None], event: int) -> None:
-    """A run that kills itself right before its event number ``event``."""
+def kill_before(event: int | None) -> Callable[[], int]:
+    """Let this process kill itself right before its event of this number; gives how many there were so far."""
     seen = 0
 
     def watcher(name: str) -> None:
@@ -99,6 +99,12 @@ def killed_at(quantize: Callable[[], None], event: int) -> None:
         seen += 1
 
     durable.watch(watcher)
+    return lambda: seen
+
+
+def killed_at(quantize: Callable[[], None], event: int) -> None:
+    """A run that kills itself right before its event number ``event``."""
+    kill_before(event)
     quantize()
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from engine_kills import CONFIG, METHOD, forking, prepare, tree
+from engine_kills import CONFIG, METHOD, forking, kill_before, prepare, tree
 
 import gemq
-from gemq import distributed, durable
+from gemq import distributed
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.engine.fingerprint import of_code
 from gemq.errors import GemqError
@@ -43,22 +43,14 @@ def process(rank: int, size: int, port: int, kill_at: int | None, events: Path) 
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    seen = 0
-
-    def watcher(name: str) -> None:
-        nonlocal seen
-        if seen == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
-
-    durable.watch(watcher)
+    seen = kill_before(kill_at)
     try:
         with distributed.job(torch.device("cpu")):
             gemq.quantize(CONFIG)
     except GemqError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(2)
-    events.write_text(str(seen))
+    events.write_text(str(seen()))
 
 
 def job(base: Path, folder: Path, size: int, kill: tuple[int, int] | None = None) -> tuple[list[int], list[str]]:

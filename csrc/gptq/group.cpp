@@ -1,25 +1,16 @@
 #include "gptq/group.h"
 
-#include <algorithm>
-
-#include "gemq/parallel.h"
+#include "gptq/tiles.h"
 #include "moe_cpu/kernels.h"
 
 namespace gemq {
 
 void gptq_group_cpu(const GptqGroup& a, int threads) {
-  constexpr int kRows = 16;
   const Kernels& variant = kernels();
-  const int64_t tiles = (a.n + kRows - 1) / kRows;
-  parallel(threads, [&](const Team& team) {
-    const Range jobs = team.share(a.matrices * tiles);
-    for (int64_t job = jobs.begin; job < jobs.end; ++job) {
-      const int64_t matrix = job / tiles, first = job % tiles * kRows, row = matrix * a.n + first;
-      variant.gptq_rows({a.block + row * a.group, a.factor + matrix * a.group * a.group,
-                         static_cast<int>(std::min<int64_t>(kRows, a.n - first)), a.group, a.bits[matrix],
-                         a.clip, a.bits[matrix] >= a.propagate_from, a.codes + row * a.group,
-                         a.meta + row * 2, a.errors + row * a.group});
-    }
+  over_row_tiles(a.matrices, a.n, threads, [&](int64_t matrix, int64_t row, int rows) {
+    variant.gptq_rows({a.block + row * a.group, a.factor + matrix * a.group * a.group, rows, a.group,
+                       a.bits[matrix], a.clip, a.bits[matrix] >= a.propagate_from, a.codes + row * a.group,
+                       a.meta + row * 2, a.errors + row * a.group});
   });
 }
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from gemq.errors import DistributedError, FailedElsewhereError
+from gemq.errors import DistributedError, FailedElsewhereError, first_line
 
 T = TypeVar("T")
 # a process that is silent for longer counts as lost; rank 0 writes checkpoints while the others wait
@@ -96,10 +96,9 @@ def _reaching() -> Iterator[None]:
         raise
     except RuntimeError as error:
         place = launched()
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DistributedError(
             f"rank {place.rank} of {place.size} lost the other processes of this job: one of them ended or does not "
-            f"answer; see its own message above or below ({reason[:200]})"
+            f"answer; see its own message above or below ({first_line(error)[:200]})"
         ) from error
 
 

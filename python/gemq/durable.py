@@ -24,13 +24,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gemq.errors import CheckpointError
+from gemq.tensor_files import DTYPES
 
 _MAGIC = b"gemqseal"
-# what sealed tensors may be, as safetensors spells it
-_DTYPES = {
-    "U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "I32": torch.int32, "I64": torch.int64,
-}
+# the magic number and a SHA-256
+_SEAL = len(_MAGIC) + 32
 _watcher: Callable[[str], None] | None = None
 
 
@@ -111,9 +109,12 @@ def unseal(path: Path) -> bytes | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
-    payload = data[len(_MAGIC) + 32 :]
-    whole = data[: len(_MAGIC)] == _MAGIC and hashlib.sha256(payload).digest() == data[len(_MAGIC) : len(_MAGIC) + 32]
-    return payload if whole else None
+    return data[_SEAL:] if _whole(data) else None
+
+
+def _whole(data: bytes | mmap.mmap) -> bool:
+    with memoryview(data) as view, view[_SEAL:] as payload:
+        return data[:_SEAL] == _MAGIC + hashlib.sha256(payload).digest()
 
 
 def seal_json(path: Path, value: Any) -> None:
@@ -141,20 +142,16 @@ def unseal_tensors(path: Path, trusted: bool = False) -> tuple[dict[str, Tensor]
     except (FileNotFoundError, ValueError):
         # absent, or empty
         return None
-    start = len(_MAGIC) + 32
-    if not trusted:
-        whole = data[: len(_MAGIC)] == _MAGIC
-        with memoryview(data) as view, view[start:] as payload:
-            if not whole or hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:
-                return None
-    size = int.from_bytes(data[start : start + 8], "little")
-    header = json.loads(data[start + 8 : start + 8 + size])
+    if not trusted and not _whole(data):
+        return None
+    size = int.from_bytes(data[_SEAL : _SEAL + 8], "little")
+    header = json.loads(data[_SEAL + 8 : _SEAL + 8 + size])
     notes = json.loads(header.pop("__metadata__")["notes"])
-    return {name: _mapped(data, entry, start + 8 + size) for name, entry in header.items()}, notes
+    return {name: _mapped(data, entry, _SEAL + 8 + size) for name, entry in header.items()}, notes
 
 
 def _mapped(data: mmap.mmap, entry: dict[str, Any], start: int) -> Tensor:
-    dtype, count = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
+    dtype, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
     if not count:
         return torch.empty(entry["shape"], dtype=dtype)
     offset = start + entry["data_offsets"][0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemq.card import write_card
 from gemq.checkpoint import load_packed_config
-from gemq.errors import CheckpointError, GemqError
+from gemq.errors import CheckpointError, GemqError, first_line
 from gemq.integrity import CARD_FILE, verify
 
 
@@ -33,7 +33,7 @@ def check_login(api: Any | None = None) -> str:
     try:
         return str((api or _api()).whoami()["name"])
     except Exception as error:
-        raise UploadError(f"uploading needs a login at the hub: run `hf auth login` ({_line(error)})") from error
+        raise UploadError(f"uploading needs a login at the hub: run `hf auth login` ({first_line(error)})") from error
 
 
 def upload(folder: str | os.PathLike, repo: str, *, private: bool = False, api: Any | None = None) -> str:
@@ -59,7 +59,8 @@ def upload(folder: str | os.PathLike, repo: str, *, private: bool = False, api: 
         raise
     except Exception as error:
         raise UploadError(
-            f"{repo} could not be uploaded ({_line(error)}); the checkpoint is in {folder}: `gemq upload` tries again"
+            f"{repo} could not be uploaded ({first_line(error)}); the checkpoint is in {folder}: `gemq upload` tries "
+            f"again"
         ) from error
     return str(url)
 
@@ -68,7 +69,3 @@ def _api():
     from huggingface_hub import HfApi
 
     return HfApi(library_name="gemq")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

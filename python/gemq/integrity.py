@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemq.errors import CheckpointError
+from gemq.tensor_files import DTYPES
 
 MANIFEST_FILE = "gemq_manifest.json"
 MANIFEST_VERSION = 1
@@ -30,10 +31,6 @@ INDEX_FILE = "model.safetensors.index.json"
 
 # what the safetensors library itself accepts
 _MAX_HEADER = 100_000_000
-_ELEMENT_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
-    "U8": 1, "I8": 1, "BOOL": 1,
-}
 # files of these kinds are read, or run, by someone who loads the folder
 _READ_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".py", ".jinja", ".model")
 
@@ -110,7 +107,7 @@ def _entry(entry: dict[str, Any], begin: int) -> TensorEntry:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not all(type(extent) is int and extent >= 0 for extent in [*shape, start, end]):
         raise ValueError(f"shape {shape} at {start}..{end}")
-    size = _ELEMENT_BYTES[dtype] * math.prod(shape)
+    size = DTYPES[dtype].itemsize * math.prod(shape)
     if end - start != size:
         raise ValueError(f"{dtype} {shape} is {size} bytes, not {end - start}")
     return TensorEntry(dtype, shape, size, begin + start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemq.errors import CheckpointError
+from gemq.errors import CheckpointError, first_line
 
 
 def model_config(path: str, trust_remote_code: bool = False):
@@ -18,8 +18,3 @@ def model_config(path: str, trust_remote_code: bool = False):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no model in {path!r}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -31,9 +31,9 @@ from gemq.engine.journal import CHANGED, read_manifest
 from gemq.engine.run import StreamedResult
 from gemq.engine.session import RunOptions, Session, Work, written_by
 from gemq.engine.source import Source
-from gemq.errors import CheckpointError
+from gemq.errors import CheckpointError, first_line
 from gemq.integrity import RUN_FILE
-from gemq.model_config import first_line, model_config
+from gemq.model_config import model_config
 from gemq.models import MoeModel, describe
 from gemq.models.families import check_supported
 from gemq.outcome import (

@@ -14,6 +14,7 @@ from gemq.algorithms.tensor_bits import resolve
 from gemq.checkpoint import check_output, kept_in_float32
 from gemq.format import UNQUANTIZED, codes_bytes, default_group_size, expert_layout
 from gemq.models import MoeModel, describe
+from gemq.nn.experts import PROJECTIONS
 from gemq.pipeline import QuantizeConfig, check_model, load_costs, target_of
 from gemq.planning import check_budgets
 
@@ -92,7 +93,7 @@ def _at(config: QuantizeConfig, moe: MoeModel, budget: float) -> Preview:
         routed[index][expert] = bits
     stacks = {}
     for layer in moe.moe:
-        for name in ("gate_up_proj", "down_proj"):
+        for name in PROJECTIONS:
             stacks[id(getattr(layer.experts, name))] = routed[layer.index]
     widths: dict[int, int] = {}
     for found, default in ((moe.attention, config.method.attention_bits), (moe.dense, config.method.dense_bits)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gemq.algorithms.refinement import refine
+from gemq.algorithms.refinement import damping_of, refine
 from gemq.format import GROUP_SIZES
 from gemq.ops.gptq import gptq_group
 from gemq.reference.grid import CLIPS, dequantize_codes, round_to_nearest
@@ -110,12 +110,7 @@ def factorise(hessian: Tensor, damping: float, group_size: int, retries: int = 4
 
     Matrices that are not positive definite are retried alone with ten times the damping.
     """
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
-    # a column that no token excites neither takes part in nor disturbs the propagation
-    dead = torch.where(diagonal == 0, mean.clamp(min=1e-30), 0.0)
-    unit = mean.clamp(min=1e-30)
-    added = dead + damping * unit
+    added = damping_of(hessian, damping)
     root, inverse, done = _upper_root(hessian, added, group_size)
     used = torch.where(done, damping, float("nan"))
     for attempt in range(1, retries + 1):
@@ -123,7 +118,7 @@ def factorise(hessian: Tensor, damping: float, group_size: int, retries: int = 4
         if not len(todo):
             break
         level = damping * 10**attempt
-        added[todo] = dead[todo] + level * unit[todo]
+        added[todo] = damping_of(hessian[todo], level)
         root[todo], inverse[todo], done[todo] = _upper_root(hessian[todo], added[todo], group_size)
         used[todo[done[todo]]] = level
     return Factor(root, inverse, added, used)

@@ -21,13 +21,18 @@ RIDGE = 1e-6
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """``hessian [..., k, k]`` as GPTQ takes it: ``damping`` times the mean diagonal added to it, and to a column that
-    no token excites the mean."""
+    """``hessian [..., k, k]`` as GPTQ takes it, with :func:`damping_of` on its diagonal."""
     found = hessian.float().clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(damping_of(hessian, damping))
+    return found
+
+
+def damping_of(hessian: Tensor, damping: float) -> Tensor:
+    """What GPTQ adds to the diagonal of ``hessian [..., k, k]``: ``damping`` times its mean; to a column that no token
+    excites, which must neither take part in nor disturb the propagation, the mean as well. ``[..., k]``."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True).clamp(min=1e-30)
-    found.diagonal(dim1=-2, dim2=-1).add_(torch.where(diagonal == 0, mean, 0.0) + damping * mean)
-    return found
+    return torch.where(diagonal == 0, mean, 0.0) + damping * mean
 
 
 def refine(

@@ -19,7 +19,7 @@ from gemq.algorithms.originals import Originals
 from gemq.algorithms.sharing import share_linears, share_stack
 from gemq.format import UNQUANTIZED, default_group_size
 from gemq.models import MoeLayer, MoeModel
-from gemq.nn.experts import QuantizedStack
+from gemq.nn.experts import PROJECTIONS, QuantizedStack
 from gemq.reference.grid import dequantize_codes
 
 Progress = Callable[[int, int], None]
@@ -195,7 +195,7 @@ def _quantize_layer(
     bits, stacks, part = plan.experts[layer.index], [], seen.experts
     own = slice(part.start, part.stop)
     original = layer.experts.gate_up_proj[own].clone()
-    for name in ("gate_up_proj", "down_proj"):
+    for name in PROJECTIONS:
         weights, hessians = getattr(layer.experts, name), seen.inputs if name == "gate_up_proj" else seen.inner
         if name == "down_proj" and config.compensate:
             quantized = layer.experts.gate_up_proj[own]

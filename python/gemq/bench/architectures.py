@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gemq.errors import CheckpointError
+from gemq.errors import CheckpointError, first_line
 from gemq.models.families import check_supported
 from gemq.planning.parts import meta_model
 
@@ -38,7 +38,7 @@ def load_config(name: str, layers: int | None = None):
         data.pop("quantization_config", None)
         config = AutoConfig.for_model(data.pop("model_type", "none"), **data)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no model config: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{file} is no model config: {first_line(error)}") from error
     check_supported(config)
     return config if layers is None else _truncated(config, layers)
 

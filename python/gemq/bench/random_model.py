@@ -16,6 +16,7 @@ from gemq.format import check_bits
 from gemq.generation.memory import GIB, cache_bytes_per_token, free_bytes
 from gemq.models import describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitLinear
+from gemq.nn.experts import PROJECTIONS
 
 Mix = tuple[tuple[int, float], ...]
 # of weights, as in transformers' initialisation
@@ -129,7 +130,7 @@ def _fill_packed(module: nn.Module, generator: torch.Generator) -> None:
         if module.bias is not None:
             module.bias.data.zero_()
         return
-    for name in ("gate_up_proj", "down_proj"):
+    for name in PROJECTIONS:
         n, k = module.shape(name)
         size, at, spans = n * (k // module.group_sizes[name]) * 2, 0, []
         for bits in module.bits:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gemq import format as fmt
 from gemq.generation import Decoding
 from gemq.nn import LowBitExperts
+from gemq.nn.experts import PROJECTIONS
 
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 
@@ -53,7 +54,7 @@ def expert_sizes(experts: nn.Module) -> list[int]:
         stacks = (experts.gate_up_proj, experts.down_proj)
         return [sum(s[0].numel() * s.element_size() for s in stacks)] * len(stacks[0])
     sizes = [0] * experts.num_experts
-    for name in ("gate_up_proj", "down_proj"):
+    for name in PROJECTIONS:
         n, k = experts.shape(name)
         for e, bits in enumerate(experts.bits):
             sizes[e] += fmt.codes_bytes(n, k, bits, experts.layout)

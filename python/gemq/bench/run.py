@@ -18,7 +18,7 @@ from gemq.bench.measuring import Measurement, measure, reset_peaks
 from gemq.bench.random_model import Mix
 from gemq.bench.roofline import copy_bandwidth
 from gemq.checkpoint import PackedConfig
-from gemq.errors import OutOfMemoryError
+from gemq.errors import OutOfMemoryError, first_line
 from gemq.format import UNQUANTIZED
 from gemq.generation import MAX_BATCH, MODES
 from gemq.pipeline import parse_dtype, pick_device
@@ -197,7 +197,7 @@ def _baselines(
         except (RuntimeError, OutOfMemoryError, NotImplementedError) as error:
             if len(names) == 1:
                 raise
-            failures[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            failures[name] = first_line(error)[:300]
     if not runs:
         raise RuntimeError("no baseline could run: " + "; ".join(f"{k}: {v}" for k, v in failures.items()))
     return runs, failures

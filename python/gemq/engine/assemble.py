@@ -15,17 +15,12 @@ from torch import Tensor, nn
 
 from gemq import durable
 from gemq.checkpoint import MAX_SHARD, PackedConfig, packed_skeleton, stored_tensors
+from gemq.engine.layers import put_routers
 from gemq.engine.source import OUTSIDE, Source
 from gemq.engine.stages import Quantized
 from gemq.integrity import INDEX_FILE
 from gemq.models import replace_with_packed
-
-# as safetensors names dtypes, in the order in which it writes them: wide ones first
-_SPELLED = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}
-_RANK = {dtype: rank for rank, dtype in enumerate(_SPELLED)}
+from gemq.tensor_files import file_head
 
 
 class Assembly:
@@ -74,9 +69,7 @@ class Assembly:
         modules: dict[str, nn.Module] = {} if unit == OUTSIDE else self.quantized.record(unit).modules
         buffers = {f"{p}.{leaf}": b for p, m in modules.items() for leaf, b in m.named_buffers()}
         self.source.load(unit, modules)
-        for layer in self.source.moe.moe:
-            if layer.index == unit and unit in self.routers:
-                layer.router.weight.copy_(self.routers[unit])
+        put_routers(self.source, self.routers, unit)
         state = {}
         for name in self._state():
             if self.source.unit_of(name) == unit:
@@ -90,28 +83,17 @@ class _Shard:
     """One safetensors file whose tensors arrive in any order."""
 
     def __init__(self, path: Path, tensors: dict[str, Tensor]):
-        header: dict = {"__metadata__": {"format": "pt"}}
-        self._at, end = {}, 0
-        for name in sorted(tensors, key=lambda n: (_RANK[tensors[n].dtype], n)):
-            value = tensors[name]
-            size = value.numel() * value.element_size()
-            header[name] = {
-                "dtype": _SPELLED[value.dtype], "shape": list(value.shape), "data_offsets": [end, end + size]
-            }
-            self._at[name] = end
-            end += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self.left, self._start = set(tensors), 8 + len(text)
+        head, self._at = file_head(tensors)
+        self.left = set(tensors)
         durable.passing(f"write {path.name}")
         # unbuffered: a failed write must not be tried again on closing
         self._handle: BinaryIO = path.open("wb", buffering=0)
-        self._write(len(text).to_bytes(8, "little") + text)
+        self._write(head)
 
     def put(self, name: str, value: Tensor) -> None:
         """Write one tensor where the header says."""
         durable.passing("write shard")
-        self._handle.seek(self._start + self._at[name])
+        self._handle.seek(self._at[name])
         self._write(value.contiguous().view(-1).view(torch.uint8).numpy())
         self.left.remove(name)
 

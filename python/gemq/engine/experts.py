@@ -14,8 +14,6 @@ from gemq.nn import LowBitExperts
 from gemq.ops import unpack_experts
 from gemq.reference.grid import dequantize_codes
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
-
 
 class StoredStack:
     """A projection ``[E, n, k]`` as the checkpoint has it; an index or a slice gives experts in ``dtype``."""

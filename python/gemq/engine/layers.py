@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from gemq import distributed
 from gemq.algorithms.layerwise import Routed, capture_layer_calls, run_layer, watch_experts
+from gemq.algorithms.perplexity import token_losses
 from gemq.engine.records import LayerRecord, lay_over
 from gemq.engine.scratch import Scratch
 from gemq.engine.source import OUTSIDE, Source, return_memory
-from gemq.models import MoeLayer
+from gemq.models import MoeLayer, MoeModel
 
 
 @dataclass
@@ -188,33 +189,34 @@ def recording(
 
 
 def head_gradients(weights: Weights, calls: Calls, scratch: Scratch, source: str, target: str) -> None:
-    """The gradient of the sum of the windows' mean losses at the last layer's output, array ``target``.
-
-    The whole model runs with its decoder layers handing that output through, so whatever a family does between the
-    last layer and its logits is in. One window at a time: logits are large.
-    """
-    model, moe = weights.source.model, weights.source.moe
-    handed: list[Tensor] = []
-    with weights.loaded(OUTSIDE), handing_through(moe.layers, handed), scratch.writing(target, True) as out:
+    """The gradient of the sum of the windows' mean losses at the last layer's output, array ``target``; one window at a
+    time, as logits are large."""
+    with weights.loaded(OUTSIDE), scratch.writing(target, True) as out:
         for batch in range(len(calls)):
-            rows = []
-            for hidden, ids in zip(scratch.batch(source, batch), calls.batches[batch], strict=True):
-                last, ids = hidden[None].to(weights.source.device).requires_grad_(True), ids[None].to(
-                    weights.source.device
-                )
-                handed[:] = [last]
-                with torch.enable_grad():
-                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                    loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-                    rows.append(torch.autograd.grad(loss, last)[0])
+            rows = [
+                head_gradient(weights.source.moe, ids[None], hidden[None].to(weights.source.device))[1]
+                for hidden, ids in zip(scratch.batch(source, batch), calls.batches[batch], strict=True)
+            ]
             out.append(torch.cat(rows))
 
 
+def head_gradient(moe: MoeModel, window: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean loss of a window ``[1, T]``, and its gradient at the last layer's output ``hidden [1, T, H]``.
+
+    The whole model runs with its decoder layers handing that output through, so whatever a family does between the
+    last layer and its logits is in.
+    """
+    last = hidden.requires_grad_(True)
+    with torch.enable_grad(), _handing_through(moe.layers, last):
+        loss = token_losses(moe.model, window).mean()
+        (gradient,) = torch.autograd.grad(loss, last)
+    return loss.detach(), gradient
+
+
 @contextmanager
-def handing_through(layers: list[nn.Module], handed: list[Tensor]) -> Iterator[None]:
-    """Inside the block, decoder layers give ``handed[0]`` instead of running."""
+def _handing_through(layers: list[nn.Module], hidden: Tensor) -> Iterator[None]:
     for layer in layers:
-        layer.forward = lambda hidden_states, **kwargs: handed[0]
+        layer.forward = lambda hidden_states, **kwargs: hidden
     try:
         yield
     finally:

@@ -15,13 +15,12 @@ from gemq.algorithms.sequential import BitPlan, QuantizedWeights, layer_linears,
 from gemq.algorithms.sequential import quantize_stack as quantize_group
 from gemq.algorithms.sharing import gathered_stack, share_linears
 from gemq.engine.costs import experts_at_once, hessians_of
-from gemq.engine.experts import PROJECTIONS
 from gemq.engine.layers import Calls, Trace, recording
 from gemq.engine.scratch import Scratch
 from gemq.engine.source import Source, return_memory
 from gemq.format import default_group_size
 from gemq.models import MoeLayer
-from gemq.nn.experts import QuantizedStack
+from gemq.nn.experts import PROJECTIONS, QuantizedStack
 from gemq.reference.grid import dequantize_codes
 
 

@@ -29,15 +29,16 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from gemq.checkpoint import kept_in_float32
-from gemq.engine.experts import PROJECTIONS, Stack, StoredStack, run_experts
+from gemq.engine.experts import Stack, StoredStack, run_experts
 from gemq.engine.reading import places, read_into, stacked
-from gemq.errors import CheckpointError
+from gemq.errors import CheckpointError, first_line
 from gemq.integrity import TensorEntry, read_header, weight_files
 from gemq.models import MoeModel, describe
+from gemq.nn.experts import PROJECTIONS
+from gemq.tensor_files import DTYPES
 
 # all that is not in a decoder layer: embeddings, the last norm, the head
 OUTSIDE = -1
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -65,8 +66,7 @@ def local_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the weights of {path!r} could not be fetched: {reason}") from error
+        raise CheckpointError(f"the weights of {path!r} could not be fetched: {first_line(error)}") from error
 
 
 class Source:
@@ -123,7 +123,7 @@ class Source:
 
     def _first_float(self) -> torch.dtype:
         entries = (entry for header in self._headers.values() for entry in header.values())
-        return next(_DTYPES[e.dtype] for e in entries if e.dtype in _DTYPES)
+        return next(DTYPES[e.dtype] for e in entries if DTYPES[e.dtype].is_floating_point)
 
     def unit_of(self, name: str) -> int:
         """The decoder layer of a parameter, or :data:`OUTSIDE`."""
@@ -145,17 +145,17 @@ class Source:
                 if target in state:
                     self._where[original], self._pattern[original] = file, converted
                     self._units[self.unit_of(target)].parameters.setdefault(target, []).append(original)
-                    self._as_stored(target, _DTYPES.get(entry.dtype))
+                    self._as_stored(target, DTYPES[entry.dtype])
         found = {name for unit in self._units.values() for name in unit.parameters}
         missing = sorted(set(state) - found - self._tied)
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CheckpointError(f"{self.folder} lacks weights of the model: {', '.join(missing[:5])}{more}")
 
-    def _as_stored(self, target: str, dtype: torch.dtype | None) -> None:
+    def _as_stored(self, target: str, dtype: torch.dtype) -> None:
         """Conversion then runs on what is stored, which is often half as large as what is computed with."""
         parameter = self.model.get_parameter_or_buffer(target)
-        if dtype is not None and parameter.is_floating_point():
+        if dtype.is_floating_point and parameter.is_floating_point():
             self._stored[target] = dtype
             self.put(target, torch.empty_like(parameter, dtype=dtype))
 
@@ -225,7 +225,7 @@ class Source:
         """Read a parameter that is one tensor of the checkpoint, or a stack of them; False if it is made otherwise."""
         kinds = self._kinds(originals)
         parameter = self.model.get_parameter_or_buffer(name)
-        dtypes = {_DTYPES.get(self._entry(original).dtype) for original in originals}
+        dtypes = {DTYPES[self._entry(original).dtype] for original in originals}
         if kinds is None or dtypes != {parameter.dtype}:
             return False
         whole, stack = parameter.shape, self._pattern[originals[0]] is not None

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from gemq.algorithms.layerwise import capture_layer_calls, run_layer
-from gemq.algorithms.perplexity import token_losses
 from gemq.algorithms.router_tuning import RouterTuningConfig, TuningState, tune_routers
 from gemq.engine.journal import Stage
-from gemq.engine.layers import handing_through
+from gemq.engine.layers import head_gradient
 from gemq.engine.source import OUTSIDE, Source
 from gemq.engine.stages import Log, Progress, Quantized
 from gemq.models import replace_with_packed
@@ -75,7 +74,7 @@ class _PackedLayers:
                 ])
         found, flowing = [], []
         for window, hidden in zip(windows, inputs.pop(), strict=True):
-            loss, gradient = self._head(window, hidden)
+            loss, gradient = head_gradient(self.moe, window, hidden)
             found.append({"loss": loss})
             flowing.append(gradient)
         numbers = {layer.index: number for number, layer in enumerate(self.moe.moe)}
@@ -86,13 +85,6 @@ class _PackedLayers:
                     if gradient is not None:
                         found[at][str(numbers[index])] = gradient
         return found
-
-    def _head(self, window: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        last = hidden.requires_grad_(True)
-        with torch.enable_grad(), handing_through(self.moe.layers, [last]):
-            loss = token_losses(self.moe.model, window).mean()
-            (gradient,) = torch.autograd.grad(loss, last)
-        return loss.detach(), gradient
 
     def _back(
         self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict, gradient: Tensor

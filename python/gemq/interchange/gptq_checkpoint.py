@@ -20,7 +20,7 @@ from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.interchange.gptq_tensors import PARTS, GptqShape, checkpoint_format, common_group_size, convert, shape_of
 from gemq.interchange.source import TensorReader, copy_companions, disk_name, disk_names, meta_model
 from gemq.models import MoeModel, describe, replace_with_packed
-from gemq.nn.experts import stored_name
+from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.shards import ShardWriter, new_folder
 
 # what the three linears of an expert are called on disk
@@ -153,7 +153,7 @@ def _locate(moe: MoeModel, read: _Source) -> _Layout:
 def _expert_stems(moe: MoeModel, path: str) -> list[dict[str, str]]:
     """The names on disk of every expert's gate, up and down linear, without their endings."""
     found: list[dict[str, str]] = [{} for _ in range(moe.num_experts)]
-    for name in ("gate_up_proj", "down_proj"):
+    for name in PROJECTIONS:
         for stored in disk_names(moe.model, f"{path}.{name}"):
             match = _EXPERT.search(stored)
             role = _ROLES.get(match[2]) if match else None

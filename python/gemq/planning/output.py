@@ -7,7 +7,6 @@ headers of the files are written out with the names and shapes that they will ha
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +18,8 @@ from gemq.format import codes_bytes, default_group_size, expert_layout, meta_ele
 from gemq.models import MoeModel, packed_modules, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
+from gemq.tensor_files import file_head
 
-# in the order of a file's tensors
-_NAMES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.uint8: "U8", torch.bool: "BOOL",
-}
 _SHARD = 5 * 10**9
 
 
@@ -52,7 +47,7 @@ def output_size(moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: 
         shards[-1][name] = tensor
         size += tensor.nbytes
     tensors = sum(t.nbytes for t in state.values())
-    files = tensors + sum(_header_bytes(shard) for shard in shards)
+    files = tensors + sum(len(file_head(shard)[0]) for shard in shards)
     if len(shards) > 1:
         files += sum(len(name) + 45 for name in state)
     return OutputSize(tensors, files, len(shards))
@@ -64,7 +59,7 @@ def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
     kept = {id(p): p.numel() for p in moe.model.parameters()}
     total = 0
     for layer in moe.moe:
-        for name, stack in zip(("gate_up_proj", "down_proj"), weights.stacks[layer.index], strict=True):
+        for name, stack in zip(PROJECTIONS, weights.stacks[layer.index], strict=True):
             parameter = getattr(layer.experts, name)
             kept.pop(id(parameter))
             n, k = parameter.shape[1:]
@@ -76,18 +71,6 @@ def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
     state = moe.model.state_dict()
     total += sum(4 * state[name].numel() for name in kept_in_float32(moe.model))
     return total + 2 * sum(kept.values())
-
-
-def _header_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    types = list(_NAMES)
-    order = sorted(tensors.items(), key=lambda item: (types.index(item[1].dtype), item[0]))
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in order:
-        end = at + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-length // 8) * 8
 
 
 def resident_bytes(model: nn.Module, layout: str, dtype: torch.dtype) -> int:

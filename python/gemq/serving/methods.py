@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gemq.checkpoint import PackedConfig
-from gemq.serving.packed_layers import LinearParts, check_unsplit
+from gemq.format import UNQUANTIZED
+from gemq.serving.packed_layers import LinearParts, check_unsplit, read_dense, width_of
 
 
 class PackedQuantization:
@@ -40,6 +41,13 @@ class PackedQuantization:
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Raises :class:`gemq.errors.CheckpointError` for a config that is malformed, edited or too new."""
         return cls(PackedConfig.from_dict(config))
+
+    def linear_method(self, prefix: str, unquantized: type, packed: type, unpacked: type) -> Any:
+        """The method of the linear at ``prefix``, of the runtime's three kinds."""
+        width = width_of(self.packed, prefix)
+        if width == UNQUANTIZED:
+            return unquantized()
+        return (unpacked if read_dense(prefix) else packed)(self.packed, width, prefix)
 
 
 class PackedLinearMethod:

@@ -19,7 +19,7 @@ from gemq.checkpoint import PackedConfig
 from gemq.errors import CheckpointError, GemqError
 from gemq.format import UNQUANTIZED
 from gemq.nn import LowBitExperts, LowBitLinear
-from gemq.nn.experts import stored_name
+from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.ops import dequantize
 
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
@@ -174,7 +174,7 @@ class ExpertParts:
                  group_size: int):
         self.prefix, self.hidden, self.intermediate = prefix, hidden, intermediate
         self.bits, self.kept, self.group_size = list(bits), list(kept), group_size
-        self._missing = {(name, kind) for name in ("gate_up_proj", "down_proj") for kind in ("codes", "meta")}
+        self._missing = {(name, kind) for name in PROJECTIONS for kind in ("codes", "meta")}
 
     def _sizes(self, name: str, kind: str) -> list[int]:
         """Elements of every expert of the layer."""

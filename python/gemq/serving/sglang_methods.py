@@ -25,12 +25,11 @@ from sglang.srt.utils import is_cuda
 from torch import nn
 
 from gemq.checkpoint import PackedConfig
-from gemq.format import UNQUANTIZED
-from gemq.nn.experts import stored_name
+from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.serving.methods import PackedLinearMethod, PackedQuantization, UnpackedLinearMethod
-from gemq.serving.packed_layers import ExpertParts, ServingError, check_unsplit, expert_widths, read_dense, width_of
+from gemq.serving.packed_layers import ExpertParts, ServingError, check_unsplit, expert_widths
 
-_BUFFERS = [(name, kind) for name in ("gate_up_proj", "down_proj") for kind in ("codes", "meta")]
+_BUFFERS = [(name, kind) for name in PROJECTIONS for kind in ("codes", "meta")]
 
 
 class GemqConfig(PackedQuantization, QuantizationConfig):
@@ -41,11 +40,7 @@ class GemqConfig(PackedQuantization, QuantizationConfig):
         if isinstance(layer, FusedMoE):
             return GemqMoEMethod(self.packed, prefix)
         if isinstance(layer, LinearBase):
-            width = width_of(self.packed, prefix)
-            if width == UNQUANTIZED:
-                return UnquantizedLinearMethod()
-            method = GemqUnpackedLinearMethod if read_dense(prefix) else GemqLinearMethod
-            return method(self.packed, width, prefix)
+            return self.linear_method(prefix, UnquantizedLinearMethod, GemqLinearMethod, GemqUnpackedLinearMethod)
         return None
 
     def get_scaled_act_names(self) -> list[str]:

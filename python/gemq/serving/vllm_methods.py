@@ -26,7 +26,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from gemq.checkpoint import PackedConfig
-from gemq.format import UNQUANTIZED
 from gemq.nn.experts import stored_name
 from gemq.serving.methods import PackedLinearMethod, PackedQuantization, UnpackedLinearMethod
 from gemq.serving.packed_layers import (
@@ -35,8 +34,6 @@ from gemq.serving.packed_layers import (
     check_unsplit,
     expert_widths,
     local_ids,
-    read_dense,
-    width_of,
 )
 
 SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
@@ -67,11 +64,7 @@ class GemqConfig(PackedQuantization, QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             return GemqMoEMethod(self.packed, layer.moe_config)
         if isinstance(layer, LinearBase):
-            width = width_of(self.packed, prefix)
-            if width == UNQUANTIZED:
-                return UnquantizedLinearMethod()
-            method = GemqUnpackedLinearMethod if read_dense(prefix) else GemqLinearMethod
-            return method(self.packed, width, prefix)
+            return self.linear_method(prefix, UnquantizedLinearMethod, GemqLinearMethod, GemqUnpackedLinearMethod)
         return None
 
 

@@ -1,0 +1,33 @@
+"""How safetensors files name dtypes and lay tensors out, for what is read and written piece by piece."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+
+# in the order in which the library writes a file's tensors
+DTYPES = {
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32,
+    "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+
+
+def file_head(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """All that comes before the data of a file with these tensors, and where in the file each tensor begins."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for name in sorted(tensors, key=lambda n: (_RANK[tensors[n].dtype], n)):
+        value, offsets[name] = tensors[name], end
+        end += value.nbytes
+        header[name] = {
+            "dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [offsets[name], end]
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + at for name, at in offsets.items()}
