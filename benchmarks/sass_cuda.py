@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("pack", "dequantize", "repack")
+SOURCES = ("pack/pack", "pack/dequantize", "pack/repack", "gptq/group", "gptq/descent")
 FLAGS = ("-std=c++17", "-O3", "-arch=sm_90", "--extended-lambda", "--expt-relaxed-constexpr", "-cubin")
 
 
@@ -64,7 +64,7 @@ def cuobjdump() -> str | None:
 def _digest(compiler: str) -> str:
     """Of everything the cubins depend on."""
     digest = hashlib.sha256(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
-    for path in sorted([*ROOT.glob("csrc/pack/*"), *ROOT.glob("csrc/include/gemq/*")]):
+    for path in sorted([*ROOT.glob("csrc/pack/*"), *ROOT.glob("csrc/gptq/*"), *ROOT.glob("csrc/include/gemq/*")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(" ".join(FLAGS).encode())
     return digest.hexdigest()[:24]
@@ -77,13 +77,13 @@ def compile_all() -> list[Path]:
         raise RuntimeError("nvcc was found neither on PATH nor in CUDA_HOME/bin")
     folder = Path(tempfile.gettempdir()) / f"gemq-sass-{os.getuid()}-{_digest(compiler)}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    cubins, running = [folder / f"{name}.cubin" for name in SOURCES], []
-    for cubin in cubins:
+    cubins, running = [folder / f"{Path(name).name}.cubin" for name in SOURCES], []
+    for source, cubin in zip(SOURCES, cubins, strict=True):
         if cubin.exists():
             continue
         begun = cubin.with_suffix(f".{os.getpid()}.tmp")
         includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-        command = [compiler, *FLAGS, *includes, "-o", str(begun), str(ROOT / "csrc/pack" / f"{cubin.stem}.cu")]
+        command = [compiler, *FLAGS, *includes, "-o", str(begun), str(ROOT / "csrc" / f"{source}.cu")]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         running.append((cubin, begun, subprocess.Popen(command, **pipes)))
     for cubin, begun, process in running:
@@ -98,7 +98,8 @@ def readable(mangled: str) -> str:
     """``PackTile<3>`` from the mangled name of ``body_kernel<PackTile<3>>``."""
     body = re.search(r"body_kernelINS_(\d+)", mangled)
     if body is None:
-        return mangled
+        plain = re.search(r"_GLOBAL__N__\w+?\d((?:quantize|descend)_rows)E", mangled)
+        return plain[1] if plain else mangled
     start = body.end()
     name, rest = mangled[start : start + int(body[1])], mangled[start + int(body[1]) :]
     numbers = [("false", "true")[int(n)] if kind == "b" else n for kind, n in re.findall(r"L([ib])(\d+)E", rest)]

@@ -51,15 +51,15 @@ void bind_gptq_group(int device, uintptr_t block, uintptr_t factor, uintptr_t bi
   gptq_group_cpu(args, threads);
 }
 
-void bind_descend_codes(uintptr_t products, uintptr_t hessian, uintptr_t bits, uintptr_t meta,
-                        uintptr_t codes, int64_t matrices, int64_t n, int group, int threads) {
+void bind_descend_codes(int device, uintptr_t products, uintptr_t hessian, uintptr_t bits, uintptr_t meta,
+                        uintptr_t codes, int64_t matrices, int64_t n, int group, int threads,
+                        uintptr_t stream) {
   check_pointer("products", products);
   check_pointer("hessian", hessian);
   check_pointer("bits", bits);
   check_pointer("meta", meta);
   check_pointer("codes", codes);
   check_sizes(matrices, n, group);
-  check_threads(threads);
   const CodeDescent args{reinterpret_cast<const float*>(products),
                          reinterpret_cast<const float*>(hessian),
                          reinterpret_cast<const int32_t*>(bits),
@@ -68,6 +68,9 @@ void bind_descend_codes(uintptr_t products, uintptr_t hessian, uintptr_t bits, u
                          matrices,
                          n,
                          group};
+  check_range("device", device, 0, 1);
+  if (device == 1) return descend_codes_cuda(args, reinterpret_cast<void*>(stream));
+  check_threads(threads);
   check_widths(args.bits, matrices);
   descend_codes_cpu(args, threads);
 }

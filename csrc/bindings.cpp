@@ -79,8 +79,9 @@ PYBIND11_MODULE(_C, module) {
              arg("bits"), arg("codes"), arg("meta"), arg("errors"), arg("matrices"), arg("n"), arg("group"),
              arg("clip"), arg("propagate_from"), arg("threads") = 1, arg("stream") = 0,
              "GPTQ's column loop inside one group; clip 0 none, 1 paper, 2 mse.");
-  module.def("descend_codes", &bind_descend_codes, Unlocked(), arg("products"), arg("hessian"), arg("bits"),
-             arg("meta"), arg("codes"), arg("matrices"), arg("n"), arg("group"), arg("threads") = 1,
+  module.def("descend_codes", &bind_descend_codes, Unlocked(), arg("device"), arg("products"), arg("hessian"),
+             arg("bits"), arg("meta"), arg("codes"), arg("matrices"), arg("n"), arg("group"),
+             arg("threads") = 1, arg("stream") = 0,
              "Coordinate descent over the codes of one group, in place.");
 
   module.def(

@@ -1,8 +1,11 @@
-// The CUDA kernels' bodies and plans, run on the host: every block, every phase, every thread, one after another.
-// Compiled and called by test_pack_emulated.py.
+// The CUDA kernels' bodies and plans, run on the host: every block, every phase, every thread, one after
+// another. Compiled and called by test_pack_emulated.py.
 #include <cstdio>
+#include <vector>
 
 #include "gemq/dispatch.h"
+#include "gptq/column_loop.h"
+#include "gptq/descent.h"
 #include "pack/pack_body.h"
 #include "pack/repack_plan.h"
 
@@ -10,8 +13,8 @@ using namespace gemq;
 
 namespace {
 
-// What a Launch does, on one thread. Blocks run from the last to the first: no order is promised. Shared memory
-// begins with garbage.
+// What a Launch does, on one thread. Blocks run from the last to the first: no order is promised. Shared
+// memory begins with garbage.
 struct Emulate {
   int64_t first, *blocks;  // where to begin, and how many blocks the plan has in all
 
@@ -59,8 +62,8 @@ int64_t emulate_unpack(const uint8_t* src, uint8_t* dst, int64_t rows, int64_t k
   return emulated(first, [&](auto run) { with_bits(bits, [&](auto b) { plan_unpack<b()>(args, run); }); });
 }
 
-int64_t emulate_dequantize(const uint8_t* src, const uint16_t* meta, void* dst, int64_t rows, int64_t k, int bits,
-                           int group_size, int out_type, int64_t first) {
+int64_t emulate_dequantize(const uint8_t* src, const uint16_t* meta, void* dst, int64_t rows, int64_t k,
+                           int bits, int group_size, int out_type, int64_t first) {
   const DequantizeArgs args{src, meta, dst, rows, k, bits, group_size, static_cast<OutType>(out_type)};
   return emulated(first, [&](auto run) {
     with_bits(bits, [&](auto b) {
@@ -71,13 +74,31 @@ int64_t emulate_dequantize(const uint8_t* src, const uint16_t* meta, void* dst, 
   });
 }
 
-int64_t emulate_repack(const uint8_t* src_codes, const uint16_t* src_meta, uint8_t* dst_codes, uint16_t* dst_meta,
-                       int64_t n, int64_t k, int bits, int group_size, int layout, bool inverse, int64_t first) {
+int64_t emulate_repack(const uint8_t* src_codes, const uint16_t* src_meta, uint8_t* dst_codes,
+                       uint16_t* dst_meta, int64_t n, int64_t k, int bits, int group_size, int layout,
+                       bool inverse, int64_t first) {
   const RepackArgs args{src_codes, src_meta, dst_codes, dst_meta, n, k, bits, group_size, layout, inverse};
   return emulated(first, [&](auto run) {
     with_bits(bits, [&](auto b) { plan_repack_codes<b()>(args, run); });
     plan_repack_meta(args, run);
   });
+}
+
+// csrc/gptq/descent.cu's thread, for each row: column k of a row is kThreads floats after column k - 1.
+int64_t emulate_descend(const float* products, const float* hessian, const uint16_t* meta, uint8_t* codes,
+                        int64_t rows, int group, int bits, int64_t) {
+  std::vector<float> shared(static_cast<size_t>(group) * kThreads);
+  for (int64_t row = 0; row < rows; ++row) {
+    float* own = shared.data() + row % kThreads;
+    const auto column = [&](int k) -> float& { return own[k * kThreads]; };
+    for (int k = 0; k < group; ++k) column(k) = products[row * group + k];
+    uint8_t* to = codes + row * group;
+    descend_columns(
+        column, hessian, group, bits, half_to_float(meta[2 * row]),
+        [&](int k) { return static_cast<float>(to[k]); },
+        [&](int k, float chosen) { to[k] = static_cast<uint8_t>(chosen); });
+  }
+  return 1;
 }
 
 // join_four and split_four of every width, against the plain functions over eight codes.

@@ -130,11 +130,13 @@ class EmulatedCore:
                    Buffer(bits, 4 * matrices), Buffer(codes, cells), Buffer(meta, 4 * matrices * n),
                    Buffer(errors, 4 * cells), matrices, n, group, clip, propagate_from, threads, stream)  # fmt: skip
 
-    def descend_codes(self, products, hessian, bits, meta, codes, matrices, n, group, threads=1) -> None:
+    def descend_codes(
+        self, device, products, hessian, bits, meta, codes, matrices, n, group, threads=1, stream=0
+    ) -> None:
         cells = matrices * n * group
-        self._call("descend_codes", Buffer(products, 4 * cells), Buffer(hessian, 4 * matrices * group * group),
+        self._call("descend_codes", device, Buffer(products, 4 * cells), Buffer(hessian, 4 * matrices * group * group),
                    Buffer(bits, 4 * matrices), Buffer(meta, 4 * matrices * n), Buffer(codes, cells), matrices, n, group,
-                   threads)  # fmt: skip
+                   threads, stream)  # fmt: skip
 
     def moe_gemm_cpu(
         self, x, x_per_slot, stack, num_experts, topk_ids, topk_weights, out, tokens, top_k, k, n, group_size, type,

@@ -1,4 +1,4 @@
-"""What nvcc makes of the pack kernels for sm_90, read from the machine code: nothing runs, no GPU is needed."""
+"""What nvcc makes of the pack and GPTQ kernels for sm_90, read from the machine code; nothing runs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ REPACK = [f"{way}{tile}Tile<{bits}>" for way in ("To", "From") for tile in ("Cpu
 META = [f"RepackMeta<{layout}, {inverse}>" for layout in (1, 2) for inverse in ("false", "true")]
 VECTORS = [*CODES, *REPACK, *META]
 EDGES = [f"{body}<{bits}>" for body in ("PackAny", "UnpackAny") for bits in WIDTHS]
+ROWS = ["quantize_rows", "descend_rows"]
 EDGES += [f"DequantizeAny<{bits}, {out}>" for bits, out in itertools.product(WIDTHS, OUTPUTS)] + ["RepackMetaAny"]
 
 
@@ -36,7 +37,7 @@ def kernels() -> dict[str, sass_cuda.Kernel]:
 
 
 def test_these_are_all_the_kernels(kernels: dict[str, sass_cuda.Kernel]) -> None:
-    assert set(kernels) == {*VECTORS, *EDGES}
+    assert set(kernels) == {*VECTORS, *EDGES, *ROWS}
 
 
 def test_nothing_spills_or_lives_in_local_memory(kernels: dict[str, sass_cuda.Kernel]) -> None:

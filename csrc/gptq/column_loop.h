@@ -1,6 +1,6 @@
 // GPTQ inside one group: the grid of a row, and its columns quantized left to right, each error propagated to
-// the later ones. One text for the CPU, where a value is a vector of rows, and for CUDA, where it is one
-// row's float.
+// the later ones; and descent over the codes that this chose. One text for the CPU, where a value is a vector
+// of rows, and for CUDA, where it is one row's float.
 //
 // Ops names V (the value), I (its 32-bit integers) and a few operations; `w(k)` is column k of the rows.
 #pragma once
@@ -215,6 +215,36 @@ GEMQ_HD void quantize_columns(const Columns& w, const float* factor, int group, 
       GEMQ_UNROLL
       for (int i = 0; i < kTogether; ++i) value -= errors[i] * rows[i * group + j];
       w(j) = value;
+    }
+  }
+}
+
+// Coordinate descent over a group's codes, left to right: get(column) is a code as a float, put(column, code)
+// the best one for the output error while all others stay. `products` are (weights - quantized) H in these
+// columns and are used up; `hessian` is H's block on the diagonal. Columns together as above.
+template <class V, class Columns, class Get, class Put>
+GEMQ_HD void descend_columns(const Columns& products, const float* hessian, int group, int bits, V scale,
+                             Get&& get, Put&& put) {
+  constexpr int kTogether = 4;
+  const V zero = V{}, most = zero + static_cast<float>((1 << bits) - 1);
+  for (int first = 0; first < group; first += kTogether) {
+    const float* rows = hessian + static_cast<int64_t>(first) * group;
+    V changes[kTogether];
+    GEMQ_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      const float* row = rows + i * group + first;
+      const V old = get(first + i), best = old + products(first + i) / (row[i] * scale);
+      const V chosen = nearest(lesser(greater(best, zero), most));
+      changes[i] = (chosen - old) * scale;
+      put(first + i, chosen);
+      GEMQ_UNROLL
+      for (int j = i + 1; j < kTogether; ++j) products(first + j) -= changes[i] * row[j];
+    }
+    for (int j = first + kTogether; j < group; ++j) {
+      V value = products(j);
+      GEMQ_UNROLL
+      for (int i = 0; i < kTogether; ++i) value -= changes[i] * rows[i * group + j];
+      products(j) = value;
     }
   }
 }

@@ -28,4 +28,7 @@ struct CodeDescentRows {
 
 void descend_codes_cpu(const CodeDescent& args, int threads);
 
+// Launches on `stream` and returns at once; throws std::runtime_error when CUDA refuses.
+void descend_codes_cuda(const CodeDescent& args, void* stream);
+
 }  // namespace gemq

@@ -7,9 +7,6 @@
 namespace gemq {
 namespace {
 
-// The products of a few columns with what changed go into the later ones together, as in quantize_columns.
-constexpr int kTogether = 4;
-
 // kLanes rows from `first`, of which `count` exist.
 void some_rows(const CodeDescentRows& a, int first, int count) {
   float products[kMaxGroup][kLanes] __attribute__((aligned(64)));
@@ -25,24 +22,8 @@ void some_rows(const CodeDescentRows& a, int first, int count) {
   const auto code = [&](int k) -> Float& { return *reinterpret_cast<Float*>(codes[k]); };
   Float scale = broadcast(1.0f);
   for (int r = 0; r < count; ++r) scale[r] = half_to_float(a.meta[2 * (first + r)]);
-  const Float zero = Float{}, most = broadcast(static_cast<float>((1 << a.bits) - 1));
-  for (int start = 0; start < a.group; start += kTogether) {
-    const float* rows = a.hessian + static_cast<int64_t>(start) * a.group;
-    Float changes[kTogether];
-    for (int i = 0; i < kTogether; ++i) {
-      const float* row = rows + i * a.group + start;
-      const Float old = code(start + i), best = old + product(start + i) / (row[i] * scale);
-      const Float chosen = nearest(lesser(greater(best, zero), most));
-      changes[i] = (chosen - old) * scale;
-      code(start + i) = chosen;
-      for (int j = i + 1; j < kTogether; ++j) product(start + j) -= changes[i] * row[j];
-    }
-    for (int j = start + kTogether; j < a.group; ++j) {
-      Float value = product(j);
-      for (int i = 0; i < kTogether; ++i) value -= changes[i] * rows[i * a.group + j];
-      product(j) = value;
-    }
-  }
+  descend_columns(product, a.hessian, a.group, a.bits, scale, code,
+                  [&](int k, Float chosen) { code(k) = chosen; });
   for (int r = 0; r < count; ++r) {
     uint8_t* to = a.codes + static_cast<int64_t>(first + r) * a.group;
     for (int k = 0; k < a.group; ++k) to[k] = static_cast<uint8_t>(codes[k][r]);

@@ -1,12 +1,10 @@
 // GPTQ's column loop on CUDA: the text of column_loop.h with a thread for each row.
 #include "gptq/column_loop.h"
 #include "gptq/group.h"
-#include "pack/launch.h"
+#include "gptq/row_threads.cuh"
 
 namespace gemq {
 namespace {
-
-constexpr int kRowThreads = 64;
 
 struct ThreadOps {
   using V = float;
@@ -17,12 +15,6 @@ struct ThreadOps {
   GEMQ_DEVICE_TOO static V half(V value) { return half_to_float(float_to_half(value)); }
   GEMQ_DEVICE_TOO static bool any_below(V value, float limit) { return value < limit; }
   using PaperNorm = PowerNorm<ThreadOps>;
-};
-
-// Column k of this thread's row: neighbours in a warp are neighbours in shared memory.
-struct SharedColumns {
-  float* at;
-  __device__ float& operator()(int k) const { return at[k * kRowThreads]; }
 };
 
 // blockIdx.y is the matrix; rows do not see each other.
@@ -47,15 +39,7 @@ __global__ void quantize_rows(GptqGroup a) {
 }  // namespace
 
 void gptq_group_cuda(const GptqGroup& args, void* stream) {
-  constexpr int64_t kMostMatrices = 65535, kMostBlocks = 0x7fffffff;
-  const int64_t blocks = ceil_div(args.n, kRowThreads);
-  if (args.matrices > kMostMatrices || blocks > kMostBlocks) {
-    throw std::runtime_error("gptq_group: too many matrices or rows for one launch");
-  }
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.matrices));
-  const size_t shared = sizeof(float) * kRowThreads * args.group;
-  quantize_rows<<<grid, kRowThreads, shared, static_cast<cudaStream_t>(stream)>>>(args);
-  check_cuda(cudaGetLastError(), "gptq_group");
+  launch_rows(quantize_rows, args, stream, "gptq_group");
 }
 
 }  // namespace gemq

@@ -85,6 +85,11 @@ def device_code(name: str, value: Tensor) -> int:
     raise ValueError(f"{name} must be on a CPU or CUDA device, got {value.device}")
 
 
+def stream(value: Tensor) -> int:
+    """The current CUDA stream of a tensor's device; 0 for a CPU tensor."""
+    return torch.cuda.current_stream(value.device).cuda_stream if value.is_cuda else 0
+
+
 def size_at_least(name: str, value: Tensor, elements: int, why: str) -> None:
     """Raise ``ValueError`` if a buffer holds fewer than ``elements`` elements."""
     if value.numel() < elements:

@@ -1,4 +1,5 @@
-"""GPTQ inside one group of columns: the column loop, and descent over the codes that it chose. Compiled."""
+"""GPTQ inside one group of columns: the column loop, and descent over the codes that it chose. Compiled
+for CPUs and CUDA; plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def gptq_group(
     Raises ``ValueError`` for an unknown ``clip``, tensors on different devices, or weights that are not finite or
     beyond float16's range.
     """
-    if block.device.type != "cpu" and not (block.is_cuda and core().cuda_built()):
+    if not _compiled_for(block):
         return reference_gptq_group(block, factor, bits, clip, propagate_from)
     if clip not in CLIPS:
         raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
@@ -39,15 +40,13 @@ def gptq_group(
     errors = torch.empty_like(block)
     core().gptq_group(
         checks.device_code("block", block), *(t.data_ptr() for t in (block, factor, bits, codes, meta, errors)),
-        matrices, n, group, CLIPS.index(clip), propagate_from, torch.get_num_threads(),
-        torch.cuda.current_stream(block.device).cuda_stream if block.is_cuda else 0,
+        matrices, n, group, CLIPS.index(clip), propagate_from, torch.get_num_threads(), checks.stream(block),
     )
     return codes, meta, errors
 
 
 def descend_codes(products: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor, bits: Tensor) -> Tensor:
-    """As :func:`gemq.reference.descend_codes`, for float32 ``products`` and ``hessian``; compiled for the CPU, plain
-    torch elsewhere.
+    """As :func:`gemq.reference.descend_codes`, for float32 ``products`` and ``hessian``.
 
     Raises ``ValueError`` for shapes that do not fit, tensors on different devices, or a hessian whose diagonal is not
     positive.
@@ -64,12 +63,20 @@ def descend_codes(products: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor
             raise ValueError(f"{name} is on {value.device}, products on {products.device}")
     if not bool((hessian.diagonal(dim1=-2, dim2=-1) > 0).all()):
         raise ValueError("hessian must have a positive diagonal")
-    if products.device.type != "cpu":
+    if not _compiled_for(products):
         return reference_descend_codes(products, hessian, codes, meta, bits)
     products, hessian = products.float().contiguous(), hessian.float().contiguous()
     bits, meta = bits.to(torch.int32).contiguous(), meta.to(torch.float16).contiguous()
     found = codes.to(torch.uint8).clone(memory_format=torch.contiguous_format)
     core().descend_codes(
-        *(t.data_ptr() for t in (products, hessian, bits, meta, found)), matrices, n, group, torch.get_num_threads()
+        checks.device_code("products", products),
+        *(t.data_ptr() for t in (products, hessian, bits, meta, found)), matrices, n, group, torch.get_num_threads(),
+        checks.stream(products),
     )
     return found
+
+
+def _compiled_for(tensor: Tensor) -> bool:
+    """Whether the extension runs on the tensor's device; elsewhere the reference does."""
+    return tensor.device.type == "cpu" or (tensor.is_cuda and core().cuda_built())
+

@@ -13,10 +13,6 @@ _OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LAYOUT_CODES = {"cpu_tile": 1, "gpu_tile": 2}
 
 
-def _stream(t: Tensor) -> int:
-    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
-
-
 @torch.library.custom_op("gemq::pack", mutates_args=())
 def _pack(codes: Tensor, bits: int) -> Tensor:
     rows, k = codes.shape
@@ -24,7 +20,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     if out.numel():
         core().pack(
             checks.device_code("codes", codes), codes.data_ptr(), out.data_ptr(), rows, k, bits,
-            torch.get_num_threads(), _stream(codes),
+            torch.get_num_threads(), checks.stream(codes),
         )
     return out
 
@@ -51,7 +47,7 @@ def _unpack(packed: Tensor, bits: int, k: int) -> Tensor:
     if out.numel():
         core().unpack(
             checks.device_code("packed", packed), packed.data_ptr(), out.data_ptr(), packed.shape[0], k, bits,
-            torch.get_num_threads(), _stream(packed),
+            torch.get_num_threads(), checks.stream(packed),
         )
     return out
 
@@ -86,7 +82,7 @@ def _dequantize(packed: Tensor, meta: Tensor, bits: int, k: int, group_size: int
     if out.numel():
         core().dequantize(
             checks.device_code("packed", packed), packed.data_ptr(), meta.data_ptr(), out.data_ptr(),
-            packed.shape[0], k, bits, group_size, _OUT_DTYPES[dtype], torch.get_num_threads(), _stream(packed),
+            packed.shape[0], k, bits, group_size, _OUT_DTYPES[dtype], torch.get_num_threads(), checks.stream(packed),
         )
     return out
 
@@ -128,7 +124,7 @@ def _repack(
         core().repack(
             checks.device_code("codes", codes), codes.data_ptr(), meta.data_ptr(), out.data_ptr(),
             out_meta.data_ptr(), n, k, bits, group_size, _LAYOUT_CODES[layout], inverse, torch.get_num_threads(),
-            _stream(codes),
+            checks.stream(codes),
         )
     return out, out_meta
 
