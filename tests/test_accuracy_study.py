@@ -26,6 +26,7 @@ import eq6
 import render
 import study
 import tables
+import temperature
 import train
 
 TINY = ["--limit", "2", "--samples", "2", "--length", "16", "--bits", "2.5,2", "--batch-size", "2"]
@@ -321,3 +322,16 @@ def test_a_merged_study_can_be_recorded(model_folder, texts, tmp_path) -> None:
     assert "### tiny-mixtral" in text and "commit abc" in text and "`make study TABLE=maps`" in text
     assert "](images/accuracy-tiny-mixtral-maps.png)" in text
     assert (tmp_path / "images" / "accuracy-tiny-mixtral-maps.png").is_file()
+
+
+def test_perplexity_by_temperature_is_that_of_divided_logits() -> None:
+    model, windows = tiny_model("mixtral"), random_windows(5, 12)
+    with torch.no_grad():
+        # sharper than it is: a temperature above 1 must be the best on random tokens
+        model.lm_head.weight.mul_(50)
+        logits = model(input_ids=windows).logits[:, :-1].double()
+    found = temperature.by_temperature(model, windows, 2)
+    for t in (0.8, 1.0, 1.5):
+        logs = torch.log_softmax(logits / t, -1).gather(-1, windows[:, 1:, None])
+        assert found[t] == pytest.approx(math.exp(-float(logs.mean())), rel=1e-4)
+    assert min(found, key=found.get) == max(temperature.TEMPERATURES)

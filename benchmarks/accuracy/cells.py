@@ -91,6 +91,7 @@ class Run:
     router_epochs: int = 1
     router_lr: float = 1e-4
     quantizer: str = "default"
+    shared_bits: int | None = None
 
 
 def fingerprint(model: str) -> str:
