@@ -62,6 +62,12 @@ def _bench(model: str, seconds: int, baseline: str | None = None) -> Stage:
                  missing="this version has no `gemq bench`")  # fmt: skip
 
 
+def _quantize(model: str, seconds: int) -> Stage:
+    """How long quantizing a published architecture takes, from a few layers of it."""
+    command = f"{{python}} benchmarks/quantize_time.py {model} --device cuda --json {{json}}"
+    return Stage(f"quantize_{model}", seconds, command, f"quantize_{model}")
+
+
 def _sanitizer(tool: str, seconds: int) -> Stage:
     command = "compute-sanitizer --tool TOOL --error-exitcode 9 {python} benchmarks/gpu_sanitize.py"
     return Stage(tool, seconds, command.replace("TOOL", tool), probe="compute-sanitizer --version",
@@ -86,10 +92,13 @@ STAGES = (
     _bench("qwen3-30b-a3b", 60),
     _bench("qwen1.5-moe", 60),
     _bench("deepseek-v2-lite", 100, "batched_mm"),
+    _quantize("deepseek-v2-lite", 150),
+    _quantize("mixtral-8x7b", 180),
     Stage("determinism", 60, f"{PYTEST} tests/test_gpu_determinism.py"),
     _sanitizer("memcheck", 60),
     _sanitizer("racecheck", 60),
-    Stage("core_tests", 60, f"{PYTEST} -m gpu tests/test_core_bits.py tests/test_ops.py tests/test_tuning.py"),
+    Stage("core_tests", 60, f"{PYTEST} -m gpu tests/test_core_bits.py tests/test_ops.py tests/test_tuning.py "
+          "tests/test_gptq_cuda.py"),
     Stage("sweep", 120, "{python} -m gemq tune --budget {limit} --output {out}/tuned.json"),
     Stage("ncu", 45, f"ncu --launch-count 6 --section SpeedOfLight {MIXTRAL} --mixes 2.0", probe="ncu --version",
           missing="no ncu"),

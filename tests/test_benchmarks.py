@@ -17,7 +17,7 @@ from benchmark_modules import FOLDER, load
 from gemq.ops import trials
 
 shapes, layers, baselines, measure = (load(name) for name in ("shapes", "layers", "baselines", "measure"))
-plot, record = load("plot"), load("record")
+plot, record, quantize_time = (load(name) for name in ("plot", "record", "quantize_time"))
 ROOT = FOLDER.parent
 PLAIN = shapes.Block("plain", 256, 128, 6, 2)
 SHARED = shapes.Block("shared", 128, 256, 4, 3, 384)
@@ -362,3 +362,24 @@ def test_decoding_beside_llama(tmp_path: Path) -> None:
 def test_bad_options_of_the_decode_benchmark(options: list[str], message: str) -> None:
     done = cpu_decode(*options)
     assert done.returncode != 0 and message in done.stderr
+
+
+def test_quantizing_is_timed_from_a_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "model_type": "deepseek_v2", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 64,
+        "moe_intermediate_size": 32, "num_hidden_layers": 7, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
+        "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    small = ["--layers", "3", "--device", "cpu", "--windows", "2", "--length", "16", "--refine", "0"]
+    target = tmp_path / "times.json"
+    monkeypatch.setattr("sys.argv", ["quantize_time.py", str(tmp_path), *small, "--json", str(target)])
+    quantize_time.main()
+    rows = {row["stage"]: row for row in json.loads(target.read_text())["rows"]}
+    for stage in ("measure", "quantize"):
+        # two of the model's six MoE layers ran, of which the first is left out
+        assert len(rows[stage]["layers"]) == 2
+        assert rows[stage]["whole_model_seconds"] == pytest.approx(6 * rows[stage]["layers"][1], abs=0.06)
+    assert rows["allocate"]["layers"] == [] and "whole_model_seconds" not in rows["allocate"]

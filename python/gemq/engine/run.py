@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gemq.algorithms.allocation import Allocation
@@ -54,10 +55,14 @@ class StreamedResult:
 
 
 def spent(began: float) -> dict[str, float]:
-    """What a log says of a stage that ends: seconds since ``began``, and this process's peak memory so far."""
+    """What a log says of a stage that ends: seconds since ``began``, this process's peak memory so far, and the most
+    that its tensors took of a GPU."""
     # kilobytes on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": round(time.perf_counter() - began, 3), "peak_bytes": peak}
+    found = {"seconds": round(time.perf_counter() - began, 3), "peak_bytes": peak}
+    if torch.cuda.is_initialized():
+        found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 class Engine:
