@@ -30,8 +30,8 @@ def make_costs(seed, layers=2, experts=3, candidates=(1, 2, 3), multiple=0.0, sp
     return Costs(candidates, routed, tuple(range(1, layers + 1)), shared, multiple)
 
 
-def layer_options(costs, layer, per_layer, shared):
-    """Every admissible (bits, cost) of one layer, by enumeration; bits count the shared expert once."""
+def layer_options(costs, layer, per_layer, shared, units=1.0):
+    """Every admissible (bits, cost) of one layer, by enumeration; bits count the shared expert ``units`` times."""
     widths = costs.candidates
     for choice in itertools.product(range(len(widths)), repeat=costs.routed.shape[1]):
         if per_layer == "c2c3" and len(widths) > 1 and not {len(widths) - 1, len(widths) - 2} <= set(choice):
@@ -39,15 +39,15 @@ def layer_options(costs, layer, per_layer, shared):
         bits = sum(widths[c] for c in choice)
         cost = sum(costs.routed[layer, e, c] for e, c in enumerate(choice))
         for s in range(len(widths)) if shared else (None,):
-            yield (bits, cost) if s is None else (bits + widths[s], cost + costs.shared[layer, s])
+            yield (bits, cost) if s is None else (bits + units * widths[s], cost + costs.shared[layer, s])
 
 
-def best_by_bits(costs, per_layer, shared):
+def best_by_bits(costs, per_layer, shared, units=1.0):
     """``{total bits: least cost}`` over all layers; a layer is enumerated, layers are combined exactly."""
     totals = {0: 0.0}
     for layer in range(costs.routed.shape[0]):
         least = {}
-        for bits, cost in layer_options(costs, layer, per_layer, shared):
+        for bits, cost in layer_options(costs, layer, per_layer, shared, units):
             least[bits] = min(cost, least.get(bits, math.inf))
         combined = {}
         for (b0, c0), (b1, c1) in itertools.product(totals.items(), least.items()):
@@ -56,12 +56,13 @@ def best_by_bits(costs, per_layer, shared):
     return totals
 
 
-def total_by_hand(costs, budget, shared):
+def total_by_hand(costs, budget, shared, accounting):
     layers, experts, _ = costs.routed.shape
     if not shared:
         return budget * experts * layers
     s = costs.shared_multiple
-    return (budget * (experts + s) - max(0, s - 1) * max(costs.candidates)) * layers
+    set_aside = max(0, s - 1) * max(costs.candidates) if accounting == "paper" else 0
+    return (budget * (experts + s) - set_aside) * layers
 
 
 def check_constraints(costs, result, per_layer):
@@ -82,26 +83,30 @@ def selected(costs, result):
     return value
 
 
+# shared units in a layer
+MODES = {"routed": 0.0, "shared1": 1.0, "shared2": 2.0, "shared2.5": 2.5, "paper2": 2.0, "paper2.5": 2.5, "fixed": 2.0}
 SHAPES = [(1, 2, (1, 2)), (2, 3, (1, 2, 3)), (3, 3, (0, 1, 2, 4)), (3, 2, (2, 4, 8)), (1, 3, (0, 8)), (2, 2, (0, 4, 8))]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("mode", ["routed", "shared1", "shared2", "shared2.5", "fixed"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("per_layer", ["c2c3", "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"L{s[0]}-E{s[1]}-b{''.join(map(str, s[2]))}")
 def test_equals_enumeration(shape, per_layer, mode, solver):
-    multiple = {"routed": 0.0, "shared1": 1.0, "shared2": 2.0, "shared2.5": 2.5, "fixed": 2.0}[mode]
-    shared, options = mode.startswith("shared"), {"per_layer": per_layer}
+    multiple = MODES[mode]
+    shared, options = mode not in ("routed", "fixed"), {"per_layer": per_layer}
+    accounting = options["accounting"] = "paper" if mode.startswith("paper") else "exact"
     if mode == "fixed":
         options["fixed_shared_bits"] = 4
     for seed in range(2):
         costs = make_costs(seed, *shape, multiple=multiple)
-        least = best_by_bits(costs, per_layer, shared)
+        least = best_by_bits(costs, per_layer, shared, multiple if accounting == "exact" else 1.0)
         low, high = feasible_range(costs, **options)
-        assert total_by_hand(costs, low, shared) == pytest.approx(min(least))
+        assert total_by_hand(costs, low, shared, accounting) == pytest.approx(min(least))
         for budget in (low, low + 0.3 * (high - low), low + 0.7 * (high - low), high):
             result = solve(costs, budget, solver=solver, max_gap=GAP, **options)
-            optimum = min(cost for bits, cost in least.items() if bits <= total_by_hand(costs, budget, shared) + 1e-6)
+            total = total_by_hand(costs, budget, shared, accounting) + 1e-6
+            optimum = min(cost for bits, cost in least.items() if bits <= total)
             check_constraints(costs, result, per_layer)
             assert result.objective == pytest.approx(selected(costs, result))
             assert optimum * (1 - 1e-9) <= result.objective <= optimum * (1 + GAP)
@@ -180,9 +185,10 @@ def test_bounds_hold_and_the_optimum_is_left(kept, candidates, decades):
         low, high = (round(6 * b) for b in feasible_range(costs, per_layer=per_layer))
         for total in {low, (2 * low + high) // 3, (low + 2 * high) // 3, high}:
             optimum, choice = min(best for bits, found in least.items() if bits <= total for best in found)
-            found = reduce(rows, candidates, (2, 3), total, kept)
+            sizes = np.broadcast_to(np.asarray(candidates, dtype=float), rows.shape)
+            found = reduce(rows, sizes, (2, 3), total, kept)
             assert found.bound <= optimum * (1 + 1e-9) and optimum <= found.objective * (1 + 1e-9)
-            Program(rows, candidates, (2, 3), total, kept).check(np.eye(len(candidates))[found.chosen])
+            Program(rows, candidates, (2, 3), np.ones(6), total, kept).check(np.eye(len(candidates))[found.chosen])
             assert rows[np.arange(6), found.chosen].sum() == pytest.approx(found.objective)
             if optimum < found.objective * (1 - 1e-9):
                 assert found.keep[np.arange(6), list(choice)].all()
@@ -191,7 +197,9 @@ def test_bounds_hold_and_the_optimum_is_left(kept, candidates, decades):
 def test_nearly_all_widths_of_a_large_model_are_ruled_out():
     costs = make_costs(0, 48, 128, (1, 2, 3), spread=1.5)
     for budget in (1.25, 2.0, 2.75):
-        found = reduce(costs.routed.reshape(-1, 3), (1, 2, 3), (48, 128), round(budget * 48 * 128), (1, 2))
+        rows = costs.routed.reshape(-1, 3)
+        sizes = np.broadcast_to(np.array([1.0, 2.0, 3.0]), rows.shape)
+        found = reduce(rows, sizes, (48, 128), round(budget * 48 * 128), (1, 2))
         assert found.objective * (1 - 1e-2) < found.bound <= found.objective
         assert found.keep.sum() - len(found.keep) < 0.1 * found.keep.size
 
@@ -273,9 +281,10 @@ def test_infeasible_budget_names_the_range(budget):
 
 
 def test_budget_accounting():
-    # DeepSeek-V2-Lite: 26 MoE layers of 64 routed experts, 2 shared; the last one pays the 66th unit in advance.
+    # DeepSeek-V2-Lite: 26 MoE layers of 64 routed experts, 2 shared; the paper charges the 66th unit in advance.
     costs = Costs((1, 2, 3), np.ones((26, 64, 3)), tuple(range(1, 27)), np.ones((26, 3)), 2.0)
-    assert total_bits(2.0, costs) == 26 * (2 * 66 - 3)
+    assert total_bits(2.0, costs) == 26 * 2 * 66
+    assert total_bits(2.0, costs, accounting="paper") == 26 * (2 * 66 - 3)
     assert total_bits(2.0, costs, count_shared=False) == 26 * 64 * 2
     assert total_bits(2.05, make_costs(0, 2, 3)) == 12
     assert total_bits(0.1 + 0.2, make_costs(0, 10, 1)) == 3
@@ -291,6 +300,7 @@ def test_budget_accounting():
         ({"max_gap": math.nan}, "max_gap must be >= 0"),
         ({"time_limit": 0.0}, "time_limit > 0"),
         ({"fixed_shared_bits": 4}, "without shared experts"),
+        ({"accounting": "once"}, "accounting must be one of exact, paper, got 'once'"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -306,6 +316,16 @@ def test_shared_experts_without_costs_need_a_width():
     with pytest.raises(ValueError, match="fixed_shared_bits must be an integer"):
         solve(costs, 2.0, fixed_shared_bits=9)
     assert solve(costs, 2.0, fixed_shared_bits=8).shared_bits.tolist() == [8, 8]
+
+
+def test_the_exact_accounting_spends_the_budget():
+    # shared experts that hardly matter: they get one bit, and four units of two bits are left to the others
+    costs = make_costs(3, 4, 16, multiple=4.0)
+    costs = Costs(costs.candidates, costs.routed, costs.layers, costs.shared * 1e-6, 4.0)
+    found = {kind: solve(costs, 2.0, per_layer="none", accounting=kind) for kind in ("exact", "paper")}
+    assert all((one.shared_bits == 1).all() for one in found.values())
+    assert found["exact"].bits_per_expert == 2.0 and found["paper"].bits_per_expert == pytest.approx(2 - 6 / 20)
+    assert found["exact"].objective < found["paper"].objective
 
 
 def test_one_expert_cannot_meet_the_per_layer_constraint():
@@ -328,7 +348,7 @@ def test_time_limit_is_kept(solver):
 
 
 def test_a_wrong_answer_of_the_solver_is_refused():
-    program = Program(np.ones((4, 2)), (1, 2), (2, 2), total=6, kept=(1, 2))
+    program = Program(np.ones((4, 2)), (1, 2), (2, 2), np.ones(4), total=6, kept=(1, 2))
     good = np.array([[1, 0], [0, 1], [0, 1], [1, 0]], dtype=float)
     assert program.check(good).tolist() == [0, 1, 1, 0]
     for rows, message in [

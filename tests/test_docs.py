@@ -70,17 +70,18 @@ def test_settings_shown_are_settings(capsys) -> None:
 
 
 def test_the_table_of_recipes_is_the_codes() -> None:
-    rows = re.findall(r"\| `(\w+)` \| (\w+) \| (\w+) \| (\d+) \| ([^|]+) \| ([^|]+) \|", (
+    rows = re.findall(r"\| `(\w+)` \| (\w+) \| (\w+) \| ([^|]+) \| (\d+) \| ([^|]+) \| ([^|]+) \|", (
         DOCS / "command-line.md").read_text())
     assert [name for name, *_ in rows] == [recipe.value for recipe in Recipe]
     defaults = {"perturbation": "gptq", "constraints": "c2c3", "samples": 128, "estimate": "tuned",
-                "tune_routers": True}
-    words = {"tuned": "the tuned model", "fp": "the original, once"}
-    for name, perturbation, constraints, samples, estimate, routers in rows:
+                "tune_routers": True, "accounting": "exact"}
+    words = {"tuned": "the tuned model", "fp": "the original, once", "exact": "exactly",
+             "paper": "as the paper has them"}
+    for name, perturbation, constraints, accounting, samples, estimate, routers in rows:
         wanted = defaults | RECIPES[Recipe(name)]
         assert (perturbation, constraints, int(samples)) == (
             wanted["perturbation"], wanted["constraints"], wanted["samples"])
-        assert estimate == words[wanted["estimate"]]
+        assert (estimate, accounting) == (words[wanted["estimate"]], words[wanted["accounting"]])
         assert routers == ("tuned" if wanted["tune_routers"] else "as they are")
 
 

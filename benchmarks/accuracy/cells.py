@@ -92,6 +92,7 @@ class Run:
     router_lr: float = 1e-4
     quantizer: str = "default"
     shared_bits: int | None = None
+    accounting: str = "exact"
 
 
 def fingerprint(model: str) -> str:

@@ -11,7 +11,7 @@ UNIFORM, PMQ = Run(method="uniform"), Run(method="pmq")
 GEMQ = Run(estimate="quantized")
 TUNED = Run(estimate="tuned", routers="loss")
 FP, FP_TUNED = Run(kind="fp"), Run(kind="fp", routers="loss")
-PAPER = replace(GEMQ, perturbation="rtn", per_layer="c2c3", quantizer="paper")
+PAPER = replace(GEMQ, perturbation="rtn", per_layer="c2c3", quantizer="paper", accounting="paper")
 LOW = (2.0, 1.5)
 
 

@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,8 @@ from gemq.format import UNQUANTIZED, check_bits
 FORMAT, VERSION = "gemq-costs", 1
 # which widths, counted from the highest down, a routed expert of each layer must take (the paper's Table 17)
 PER_LAYER, SOLVERS = {"c2c3": (1, 2), "c2": (1,), "c3": (2,), "none": ()}, ("auto", "highs", "cbc")
+# what a shared expert as wide as several counts of the budget: what it takes, or as in the paper's experiments
+ACCOUNTINGS = ("exact", "paper")
 # A real budget times an expert count may miss a whole number of bits by rounding.
 BUDGET_SLACK = 1e-6
 
@@ -176,12 +178,25 @@ class Allocation:
         return total / units
 
 
-def _units(costs: Costs, count_shared: bool) -> tuple[float, float]:
-    """``(experts that the budget is averaged over, bits set aside before the program)``, both per layer."""
-    num_experts = costs.routed.shape[1]
-    if costs.shared is None or not count_shared:
-        return float(num_experts), 0.0
-    return num_experts + costs.shared_multiple, max(0.0, costs.shared_multiple - 1) * costs.candidates[-1]
+class _Units(NamedTuple):
+    """Of a layer: how many experts the budget is averaged over, what a bit of its shared expert counts, and the bits
+    that are set aside before the program."""
+
+    experts: float
+    shared: float
+    reserved: float
+
+    @classmethod
+    def of(cls, costs: Costs, count_shared: bool, accounting: str) -> _Units:
+        """As ``accounting`` has them. Raises ``ValueError`` for another name."""
+        if accounting not in ACCOUNTINGS:
+            raise ValueError(f"accounting must be one of {', '.join(ACCOUNTINGS)}, got {accounting!r}")
+        num_experts, multiple = float(costs.routed.shape[1]), costs.shared_multiple
+        if costs.shared is None or not count_shared:
+            return cls(num_experts, 0.0, 0.0)
+        if accounting == "exact":
+            return cls(num_experts + multiple, multiple, 0.0)
+        return cls(num_experts + multiple, 1.0, max(0.0, multiple - 1) * costs.candidates[-1])
 
 
 def joined(parts: Sequence[Allocation], budget: float, seconds: float) -> Allocation:
@@ -199,17 +214,20 @@ def joined(parts: Sequence[Allocation], budget: float, seconds: float) -> Alloca
     )
 
 
-def total_bits(budget: float, costs: Costs, *, count_shared: bool = True) -> int:
-    """The right-hand side of the budget constraint for ``budget`` bits per expert, rounded down to whole bits.
+def total_bits(budget: float, costs: Costs, *, count_shared: bool = True, accounting: str = "exact") -> float:
+    """The right-hand side of the budget constraint for ``budget`` bits per expert, rounded down to whole bits unless
+    sizes are fractions.
 
     Without shared experts it is ``budget * R * L`` for R routed experts in each of L layers. With them (and
-    ``count_shared``) it is ``(budget * (R + S) - max(0, S - 1) * max(candidates)) * L``, the accounting of the
-    paper's experiments: a layer holds ``R + S`` expert-sized units, the S shared ones are one variable whose
-    bits are counted once, and the other ``S - 1`` units are charged the highest width in advance. That is exact
-    when the shared expert takes the highest width, and on the safe side when it takes a lower one.
+    ``count_shared``) a layer holds ``R + S`` expert-sized units: it is ``budget * (R + S) * L``, of which the shared
+    expert takes S times its width. With the ``"paper"``'s accounting, that of its experiments, it is ``(budget * (R
+    + S) - max(0, S - 1) * max(candidates)) * L``: the S shared ones are one variable whose bits are counted once, and
+    the other ``S - 1`` units are charged the highest width in advance. That is exact when the shared expert takes the
+    highest width, and leaves a part of the budget unspent when it takes a lower one.
     """
-    units, reserved = _units(costs, count_shared)
-    return math.floor((budget * units - reserved) * costs.routed.shape[0] + BUDGET_SLACK)
+    units = _Units.of(costs, count_shared, accounting)
+    total = (budget * units.experts - units.reserved) * costs.routed.shape[0] + BUDGET_SLACK
+    return math.floor(total) if units.shared.is_integer() else total
 
 
 def _shared_is_variable(costs: Costs, fixed_shared_bits: int | None) -> bool:
@@ -224,10 +242,10 @@ def _shared_is_variable(costs: Costs, fixed_shared_bits: int | None) -> bool:
     return False
 
 
-def _minimum_bits(costs: Costs, per_layer: str, shared: bool) -> int:
+def _minimum_bits(costs: Costs, per_layer: str, shared_units: float) -> float:
     """The fewest bits that one layer can take."""
     num_experts, low = costs.routed.shape[1], costs.candidates[0]
-    bits = num_experts * low + (low if shared else 0)
+    bits = (num_experts + shared_units) * low
     kept = PER_LAYER[per_layer] if len(costs.candidates) > 1 else ()
     if num_experts < len(kept):
         raise ValueError(f"per_layer='c2c3' needs at least 2 routed experts a layer, got {num_experts}; use 'none'")
@@ -235,7 +253,7 @@ def _minimum_bits(costs: Costs, per_layer: str, shared: bool) -> int:
 
 
 def feasible_range(
-    costs: Costs, *, per_layer: str = "c2c3", fixed_shared_bits: int | None = None
+    costs: Costs, *, per_layer: str = "c2c3", fixed_shared_bits: int | None = None, accounting: str = "exact"
 ) -> tuple[float, float]:
     """The ``(lowest, highest)`` budget in bits per expert that :func:`solve` accepts with these options.
 
@@ -244,9 +262,9 @@ def feasible_range(
     """
     if per_layer not in PER_LAYER:
         raise ValueError(f"per_layer must be one of {', '.join(PER_LAYER)}, got {per_layer!r}")
-    shared = _shared_is_variable(costs, fixed_shared_bits)
-    units, reserved = _units(costs, shared)
-    return (_minimum_bits(costs, per_layer, shared) + reserved) / units, float(costs.candidates[-1])
+    units = _Units.of(costs, _shared_is_variable(costs, fixed_shared_bits), accounting)
+    low = (_minimum_bits(costs, per_layer, units.shared) + units.reserved) / units.experts
+    return low, float(costs.candidates[-1])
 
 
 def _pick_solver(solver: str) -> str:
@@ -267,6 +285,7 @@ def solve(
     time_limit: float = 60.0,
     solver: str = "auto",
     fixed_shared_bits: int | None = None,
+    accounting: str = "exact",
 ) -> Allocation:
     """The widths with the least predicted loss increase within ``budget`` bits per expert (Eq. 7).
 
@@ -277,7 +296,7 @@ def solve(
     same input gives the same allocation, ties included, unless the time limit ends the search.
 
     With ``fixed_shared_bits`` the shared experts have that width, and the budget and the objective cover the
-    routed experts only; otherwise see :func:`total_bits`.
+    routed experts only; otherwise ``accounting`` says what they count: see :func:`total_bits`.
 
     Raises ``ValueError`` for an unknown option or a budget outside :func:`feasible_range`, and ``RuntimeError``
     if no solver loads, the time limit passes without an allocation, or the solver's answer breaks a constraint.
@@ -287,11 +306,15 @@ def solve(
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     if not (max_gap >= 0 and time_limit > 0):
         raise ValueError(f"max_gap must be >= 0 and time_limit > 0 seconds, got {max_gap} and {time_limit}")
-    low, high = feasible_range(costs, per_layer=per_layer, fixed_shared_bits=fixed_shared_bits)
+    low, high = feasible_range(
+        costs, per_layer=per_layer, fixed_shared_bits=fixed_shared_bits, accounting=accounting
+    )
     shared = _shared_is_variable(costs, fixed_shared_bits)
+    units = _Units.of(costs, shared, accounting).shared
     num_layers, num_experts, num_widths = costs.routed.shape
-    total = total_bits(budget, costs, count_shared=shared) if 0 <= budget <= high + 1e-9 else -1
-    if total < num_layers * _minimum_bits(costs, per_layer, shared):
+    within = 0 <= budget <= high + 1e-9
+    total = total_bits(budget, costs, count_shared=shared, accounting=accounting) if within else -1
+    if total < num_layers * _minimum_bits(costs, per_layer, units):
         raise ValueError(f"budget must be in {low:.6g}..{high:.6g} bits per expert for these costs, got {budget}")
 
     rows = costs.routed.reshape(-1, num_widths)
@@ -299,6 +322,7 @@ def solve(
         coefficients=np.concatenate([rows, costs.shared]) if shared else rows,
         widths=costs.candidates,
         shape=(num_layers, num_experts),
+        units=np.concatenate([np.ones(len(rows)), np.full(num_layers if shared else 0, units)]),
         total=total,
         kept=PER_LAYER[per_layer] if num_widths > 1 else (),
     )
@@ -330,6 +354,6 @@ def curve(costs: Costs, points: int = 20, **options: Any) -> list[Allocation]:
     """
     if points < 2:
         raise ValueError(f"points must be at least 2, got {points}")
-    within = {name: options[name] for name in ("per_layer", "fixed_shared_bits") if name in options}
+    within = {k: v for k, v in options.items() if k in ("per_layer", "fixed_shared_bits", "accounting")}
     low, high = feasible_range(costs, **within)
     return pareto(costs, np.linspace(low, high, points).tolist(), **options)

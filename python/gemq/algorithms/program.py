@@ -24,14 +24,21 @@ RESCALE_BELOW = 1e-2
 class Program:
     """Eq. 7 with one row an expert: the routed ones layer after layer, then one shared expert a layer if chosen.
 
-    ``kept`` are the widths, counted from the highest down, that a routed expert of each layer must take.
+    A bit of a row counts ``units`` bits of the ``total``. ``kept`` are the widths, counted from the highest down, that
+    a routed expert of each layer must take.
     """
 
     coefficients: np.ndarray  # [rows, B]
     widths: tuple[int, ...]
     shape: tuple[int, int]  # layers, routed experts a layer
-    total: int
+    units: np.ndarray  # [rows]
+    total: float
     kept: tuple[int, ...]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """``[rows, B]`` bits of the total that a row takes at a width."""
+        return self.units[:, None] * np.asarray(self.widths, dtype=float)
 
     def build(self, solver: str, scale: float, keep: np.ndarray) -> tuple[Any, np.ndarray]:
         """The python-mip model over the widths ``keep`` ``[rows, B]``, and the variable of each, -1 where there is
@@ -54,9 +61,8 @@ class Program:
         for row in index[free.any(axis=1)]:
             chosen = row[row >= 0]
             constrain(chosen, [1.0] * len(chosen), EQUAL, 1.0)
-        bits = np.broadcast_to(np.asarray(self.widths), keep.shape)
-        left = float(self.total - bits[settled].sum())
-        constrain(index[free], bits[free].astype(float).tolist(), LESS_OR_EQUAL, left)
+        left = float(self.total - self.sizes[settled].sum())
+        constrain(index[free], self.sizes[free].tolist(), LESS_OR_EQUAL, left)
         routed = math.prod(self.shape)
         layers, done = index[:routed].reshape(*self.shape, -1), settled[:routed].reshape(*self.shape, -1)
         for (layer, held), back in itertools.product(zip(layers, done, strict=True), self.kept):
@@ -71,8 +77,8 @@ class Program:
         routed = chosen[: math.prod(self.shape)].reshape(self.shape)
         if np.abs(values - values.round()).max() > 1e-4 or (values.round().sum(axis=1) != 1).any():
             raise RuntimeError("the solver returned an allocation without one width for each expert")
-        if int(np.asarray(self.widths)[chosen].sum()) > self.total:
-            raise RuntimeError(f"the solver returned an allocation over the budget of {self.total} bits")
+        if np.take_along_axis(self.sizes, chosen[:, None], axis=1).sum() > self.total + 1e-6:
+            raise RuntimeError(f"the solver returned an allocation over the budget of {self.total:g} bits")
         for back in self.kept:
             if not (routed == len(self.widths) - back).any(axis=1).all():
                 raise RuntimeError("the solver returned an allocation that breaks a per-layer constraint")
@@ -92,7 +98,7 @@ class Program:
         (an expert that must not have 0 bits), they are dropped, the rest scaled up and re-solved.
         """
         end = time.monotonic() + time_limit
-        known = reduce(self.coefficients, self.widths, self.shape, self.total, self.kept)
+        known = reduce(self.coefficients, self.sizes, self.shape, self.total, self.kept)
         best, objective, bound = known.chosen, known.objective, known.bound
         keep = known.keep & (self.coefficients <= objective)
         while (keep.sum(axis=1) > 1).any():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemq import distributed
-from gemq.algorithms.allocation import PER_LAYER, Allocation, solve
+from gemq.algorithms.allocation import ACCOUNTINGS, PER_LAYER, Allocation, solve
 from gemq.algorithms.baselines import global_pmq, pmq, uniform
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.given_allocation import GivenAllocation
@@ -45,9 +45,11 @@ class MethodConfig:
     ``budgets`` are bits per expert, visited from the highest to the lowest. ``estimate`` is the model on which the
     coefficients of the second and later budgets are measured: the full-precision one, the one quantized for the
     previous budget, or that with tuned routers (the default when routers are tuned). ``shared_bits`` None lets the
-    program choose; 16 keeps shared experts, attention or dense MLPs unquantized. ``router_bits`` below 16 rounds the
-    routers after their tuning. ``tensor_bits`` are widths by name pattern that win over all of these and over the
-    allocation, which does not know of them: the mean that is reached may leave the budget.
+    program choose, and ``accounting`` says what they count of the budget then
+    (:func:`gemq.algorithms.allocation.total_bits`); 16 keeps shared experts, attention or dense MLPs unquantized.
+    ``router_bits`` below 16 rounds the routers after their tuning. ``tensor_bits`` are widths by name pattern that win
+    over all of these and over the allocation, which does not know of them: the mean that is reached may leave the
+    budget.
 
     In the paper's terms: ``candidates`` is Table 18, ``per_layer`` (none, c2, c3, c2c3) Table 17, ``attention_bits``
     Table 19, ``router_bits`` Table 20.
@@ -69,6 +71,7 @@ class MethodConfig:
     attention_bits: int = 4
     dense_bits: int = 4
     shared_bits: int | None = None
+    accounting: str = "exact"
     router_bits: int = 16
     tune: bool = True
     router_method: str = "loss"
@@ -94,6 +97,8 @@ class MethodConfig:
             raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
         if self.per_layer not in PER_LAYER:
             raise ValueError(f"per_layer must be one of {', '.join(PER_LAYER)}, got {self.per_layer!r}")
+        if self.accounting not in ACCOUNTINGS:
+            raise ValueError(f"accounting must be one of {', '.join(ACCOUNTINGS)}, got {self.accounting!r}")
         if not self.budgets or any(not 0 <= b <= 8 for b in self.budgets):
             raise ValueError(f"budgets must be bits per expert in 0..8, got {self.budgets}")
         for name in ("attention_bits", "dense_bits", "shared_bits", "router_bits"):
@@ -188,7 +193,7 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
         return distributed.on_first(lambda: two_step(statistics.costs, budget, per_layer=config.per_layer))
     has_shared = moe.moe[0].shared is not None
     fixed = config.shared_bits if has_shared else None
-    options = {"per_layer": config.per_layer, "fixed_shared_bits": fixed}
+    options = {"per_layer": config.per_layer, "fixed_shared_bits": fixed, "accounting": config.accounting}
     return distributed.on_first(lambda: solve(statistics.costs, budget, **options))
 
 

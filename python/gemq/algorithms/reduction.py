@@ -62,8 +62,8 @@ def _forced(excess: np.ndarray, kept: tuple[int, ...]) -> tuple[np.ndarray, np.n
     return np.stack(picks)[least, rows], np.stack(costs)[least, rows]
 
 
-def _price(costs: np.ndarray, widths: np.ndarray, shape: tuple[int, int], kept: tuple[int, ...], price: float):
-    priced = costs + price * widths
+def _price(costs: np.ndarray, sizes: np.ndarray, shape: tuple[int, int], kept: tuple[int, ...], price: float):
+    priced = costs + price * sizes
     chosen = priced.argmin(axis=1)
     excess = priced - priced.min(axis=1, keepdims=True)
     locked, penalty = np.zeros(len(costs), dtype=bool), np.zeros(len(costs))
@@ -74,50 +74,52 @@ def _price(costs: np.ndarray, widths: np.ndarray, shape: tuple[int, int], kept: 
         picks, extra = _forced(excess[:routed].reshape(layers, experts, -1), kept)
         for column, back in zip(picks.T, kept, strict=True):
             rows = np.arange(layers) * experts + column
-            chosen[rows], locked[rows] = len(widths) - back, True
+            chosen[rows], locked[rows] = sizes.shape[1] - back, True
         penalty[:routed] = np.repeat(extra, experts)
         value += float(extra.sum())
     return _Priced(chosen, locked, penalty, excess, value)
 
 
-def _filled(costs: np.ndarray, widths: np.ndarray, found: _Priced, total: int) -> np.ndarray:
+def _bits(sizes: np.ndarray, chosen: np.ndarray) -> float:
+    return float(np.take_along_axis(sizes, chosen[:, None], axis=1).sum())
+
+
+def _filled(costs: np.ndarray, sizes: np.ndarray, found: _Priced, total: float) -> np.ndarray:
     """``found`` with the bits that are left spent where a bit saves most, each expert widened once at most."""
     chosen = found.chosen.copy()
-    left = total - int(widths[chosen].sum())
+    left = total - _bits(sizes, chosen) + _MARGIN
     rows = np.arange(len(costs))
     saved = costs[rows, chosen][:, None] - costs
-    more = widths[None, :] - widths[chosen][:, None]
-    ratio = np.where((more > 0) & (saved > 0) & ~found.locked[:, None], saved / np.maximum(more, 1), 0.0)
+    more = sizes - sizes[rows, chosen][:, None]
+    wider = (more > 0) & (saved > 0) & ~found.locked[:, None]
+    ratio = np.divide(saved, more, out=np.zeros_like(saved), where=wider)
     best = ratio.argmax(axis=1)
     order = np.argsort(-ratio[rows, best], kind="stable")
     for row in order[: np.count_nonzero(ratio[rows, best])].tolist():
-        need = int(more[row, best[row]])
+        need = more[row, best[row]]
         if need <= left:
             chosen[row] = best[row]
             left -= need
-        if not left:
-            break
     return chosen
 
 
 def reduce(
-    costs: np.ndarray, candidates: tuple[int, ...], shape: tuple[int, int], total: int, kept: tuple[int, ...]
+    costs: np.ndarray, sizes: np.ndarray, shape: tuple[int, int], total: float, kept: tuple[int, ...]
 ) -> Reduction:
-    """Bounds of the program with ``costs`` ``[rows, B]`` of ascending ``candidates``: the first ``shape`` layers x
-    experts rows are routed ones, and each layer holds one of them at each of the widths ``kept``, counted from the
-    highest down; all widths together are at most ``total``, which must be feasible."""
-    widths = np.asarray(candidates, dtype=np.int64)
+    """Bounds of the program with ``costs`` and ``sizes`` ``[rows, B]`` of ascending widths: the first ``shape`` layers
+    x experts rows are routed ones, and each layer holds one of them at each of the widths ``kept``, counted from the
+    highest down; the sizes together are at most ``total``, which must be feasible."""
 
     def at(price: float) -> _Priced:
-        return _price(costs, widths, shape, kept, price)
+        return _price(costs, sizes, shape, kept, price)
 
-    def bits(found: _Priced) -> int:
-        return int(widths[found.chosen].sum())
+    def over(found: _Priced) -> bool:
+        return _bits(sizes, found.chosen) > total + _MARGIN
 
     price, best = 0.0, at(0.0)
     bound, feasible = best.value, best
     at_best = (price, best)
-    if bits(best) > total:
+    if over(best):
         # the least price at which the budget is kept lies between these; prices span many decades
         high = 2 * float(costs.max())
         low, feasible = high * 1e-18, at(high)
@@ -127,11 +129,11 @@ def reduce(
             value = found.value - middle * total
             if value > bound:
                 bound, at_best = value, (middle, found)
-            if bits(found) > total:
+            if over(found):
                 low = middle
             else:
                 high, feasible = middle, found
-    chosen = _filled(costs, widths, feasible, total)
+    chosen = _filled(costs, sizes, feasible, total)
     objective = float(np.take_along_axis(costs, chosen[:, None], axis=1).sum())
     price, best = at_best
     margin = _MARGIN * (objective + price * total)

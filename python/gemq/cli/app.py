@@ -65,6 +65,7 @@ class Clip(StrEnum):
 
 
 _CONSTRAINTS = "Per layer an expert at the highest width (c2), the second highest (c3), c2c3 or none (paper: Table 17)."
+_ACCOUNTING = "What shared experts count of the budget: exact, their size; paper, as its experiments count them."
 _RECIPE = "best, paper, fast or default: sets options that are not given (the documentation has the table)."
 _TENSOR_BITS = "Width of every matrix whose path a regular expression finds: 'o_proj=8'; may be repeated."
 
@@ -113,6 +114,7 @@ def quantize(
     attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is (paper: Table 19).")] = 4,
     dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
+    accounting: Annotated[str, typer.Option(help=_ACCOUNTING)] = "exact",
     router_bits: Annotated[int, typer.Option(help="Routers after tuning: 1..8, or 16 (paper: Table 20).")] = 16,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
     recipe: Annotated[Recipe, typer.Option(help=_RECIPE)] = Recipe.default,
@@ -180,16 +182,16 @@ def quantize(
     device = device or own
     budgets, given = options.allocation(allocation, bits)
     chosen = choose(context, recipe, {"constraints": constraints, "samples": samples, "perturbation": perturbation,
-                                      "estimate": estimate, "tune_routers": tune_routers})
+                                      "estimate": estimate, "tune_routers": tune_routers, "accounting": accounting})
     config = QuantizeConfig(
         model or "", output or "", calibration, chosen["samples"], length, seed, router_text, device, dtype, overwrite,
         trust_remote_code,
         MethodConfig(
             budgets=budgets, given=given, method=method.value, candidates=options.widths(candidates),
             per_layer=chosen["constraints"], attention_bits=attention_bits, dense_bits=dense_bits,
-            shared_bits=options.shared(shared_bits), router_bits=router_bits, tune=chosen["tune_routers"],
-            router_method=router_method.value, affinity=affinity, estimate=chosen["estimate"],
-            perturbation=chosen["perturbation"], batch_size=batch_size,
+            shared_bits=options.shared(shared_bits), accounting=chosen["accounting"], router_bits=router_bits,
+            tune=chosen["tune_routers"], router_method=router_method.value, affinity=affinity,
+            estimate=chosen["estimate"], perturbation=chosen["perturbation"], batch_size=batch_size,
             gptq=GptqConfig.for_recipe("paper" if recipe is Recipe.paper else "default", group_size, damping,
                                        clip.value if clip else None, refine, compensate),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
@@ -214,6 +216,7 @@ def allocate(
     bits: Bits = "2.5",
     constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
+    accounting: Annotated[str, typer.Option(help=_ACCOUNTING)] = "exact",
     solver: Annotated[str, typer.Option(help="auto, highs or cbc.")] = "auto",
     points: Annotated[int | None, typer.Option(
         "--curve", min=2, help="Instead of --bits: this many budgets, lowest to highest."
@@ -226,7 +229,8 @@ def allocate(
     [dim]gemq allocate mixtral-2.5 --bits 3,2.75,2.5,2.25,2 -o md[/dim]
     """
     loaded = load_costs(costs)
-    how = {"per_layer": constraints, "solver": solver, "fixed_shared_bits": options.shared(shared_bits)}
+    how = {"per_layer": constraints, "solver": solver, "fixed_shared_bits": options.shared(shared_bits),
+           "accounting": accounting}
     found = curve(loaded, points, **how) if points else pareto(loaded, list(options.budgets(bits)), **how)
     maps = [{layer: [int(b) for b in row] for layer, row in zip(loaded.layers, a.bits, strict=True)} for a in found]
     records = [

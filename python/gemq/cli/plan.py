@@ -34,6 +34,8 @@ def plan(
     attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is.")] = 4,
     dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
+    accounting: Annotated[str, typer.Option(help="What shared experts count of the budget: exact or paper.")]
+    = "exact",
     perturbation: Annotated[str, typer.Option(help="Costs by gptq or rtn.")] = "gptq",
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
     router_epochs: Annotated[int, typer.Option(help="Passes over the text.", min=1)] = 1,
@@ -57,8 +59,8 @@ def plan(
     config = PlanConfig(
         MethodConfig(
             options.budgets(bits), method, options.widths(candidates), constraints, attention_bits, dense_bits,
-            options.shared(shared_bits), tune=tune_routers, perturbation=perturbation, batch_size=batch_size,
-            router=RouterTuningConfig(epochs=router_epochs),
+            options.shared(shared_bits), accounting, tune=tune_routers, perturbation=perturbation,
+            batch_size=batch_size, router=RouterTuningConfig(epochs=router_epochs),
         ),
         samples, length, engine, wanted, context, rows,
     )

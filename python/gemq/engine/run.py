@@ -129,7 +129,9 @@ class Engine:
     def _allocate(self, budget: float, statistics: ExpertStatistics | None, measured: str) -> tuple[Allocation, str]:
         method = self.method
         given = None if method.given is None else asdict(method.given)
-        options = [budget, method.method, method.candidates, method.per_layer, method.shared_bits, given]
+        options = [
+            budget, method.method, method.candidates, method.per_layer, method.shared_bits, method.accounting, given
+        ]
         with self._stage("allocate", "allocate", options, measured) as (stage, _):
             data = stage.made("allocation", lambda: self._solved(budget, statistics))
         arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in data.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from gemq.algorithms.allocation import BUDGET_SLACK, PER_LAYER, Costs, feasible_range, total_bits
@@ -29,7 +31,9 @@ def budget_range(moe: MoeModel, method: MethodConfig) -> tuple[float, float]:
     if method.method == "pmq":
         return feasible_range(costs)
     fixed = method.shared_bits if costs.shared_multiple else None
-    return feasible_range(costs, per_layer=method.per_layer, fixed_shared_bits=fixed)
+    return feasible_range(
+        costs, per_layer=method.per_layer, fixed_shared_bits=fixed, accounting=method.accounting
+    )
 
 
 def check_budgets(moe: MoeModel, method: MethodConfig) -> None:
@@ -65,11 +69,12 @@ def _program_bits(moe: MoeModel, method: MethodConfig, budget: float, shared: in
     least = moe.num_experts * narrowest + sum(method.candidates[-back] - narrowest for back in kept)
     most = moe.num_experts * widest - sum(widest - method.candidates[-back] for back in kept)
     variable = bool(costs.shared_multiple) and method.shared_bits is None
-    total = total_bits(budget, costs, count_shared=variable)
+    total = total_bits(budget, costs, count_shared=variable, accounting=method.accounting)
     if variable:
-        shared = max((b for b in method.candidates if total - b * layers >= least * layers), default=narrowest)
-        total -= shared * layers
-    return min(total, most * layers), shared
+        units = layers * (moe.shared_multiple if method.accounting == "exact" else 1)
+        shared = max((b for b in method.candidates if total - b * units >= least * layers), default=narrowest)
+        total -= shared * units
+    return min(math.floor(total + BUDGET_SLACK), most * layers), shared
 
 
 def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> PackedConfig:
