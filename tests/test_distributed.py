@@ -88,6 +88,15 @@ def test_a_killed_process_ends_the_job(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("size", "status", "said"), [(2, 2, "said"), (2, 0, "said orderly"), (1, 2, "said orderly")])
+def test_a_failed_process_of_a_job_leaves_at_once(size: int, status: int, said: str) -> None:
+    program = "import atexit, gemq.distributed as d; atexit.register(print, 'orderly'); print('said'); d.leave({})"
+    place = {"RANK": "0", "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    done = subprocess.run([sys.executable, "-c", program.format(status)], env=environment() | place, text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stdout.split()) == (status, said.split())
+
+
 def quantize_arguments(model_folder, text_file, output) -> list[str]:
     return ["quantize", str(model_folder), "-o", str(output), "--bits", "2", "--calibration", str(text_file),
             "--samples", "5", "--length", "24", "--batch-size", "2", "--device", "cpu"]

@@ -13,7 +13,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from gemq.cli.run import run
+        from gemq.distributed import leave
     except KeyboardInterrupt:
         # importing torch takes seconds, long enough to change one's mind
         sys.exit(130)
-    sys.exit(run(arguments, debug))
+    leave(run(arguments, debug))
