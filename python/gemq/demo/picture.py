@@ -30,7 +30,9 @@ def _curves(axis, rows: list[Row]) -> None:
     for row, line in zip((r for r in rows if r.bits is None), ("--", ":"), strict=False):
         axis.axhline(row.perplexity, color="black", linestyle=line, linewidth=0.9, label=row.method)
     axis.set_yscale("log")
-    axis.set_yticks(ticks := [25, 30, 40, 50, 60, 80], [str(t) for t in ticks], minor=False)
+    top = max(row.perplexity for row in rows)
+    ticks = [t for t in (25, 30, 35, 40, 50, 60, 80) if t < 1.1 * top]
+    axis.set_yticks(ticks, [str(t) for t in ticks], minor=False)
     axis.set_yticks([], minor=True)
     axis.set_xlabel("bits per expert", fontsize=9)
     axis.set_ylabel("perplexity, held-out text", fontsize=9)
