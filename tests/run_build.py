@@ -16,7 +16,8 @@ from substitution import Substitute, extension
 TESTS = Path(__file__).resolve().parent
 FILES = (
     "test_core_bits.py", "test_core_moe.py", "test_core_properties.py", "test_core_threads.py", "test_guard_pages.py",
-    "test_pack_emulated.py", "test_decode_program.py", "test_ops.py", "test_ops_errors.py",
+    "test_pack_emulated.py", "test_decode_program.py", "test_ops.py", "test_ops_errors.py", "test_gptq.py",
+    "test_refinement.py",
 )  # fmt: skip
 
 
