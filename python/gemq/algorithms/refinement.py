@@ -106,7 +106,10 @@ def _fit_rows(hessian: Tensor, of_ones: Tensor, weight: Tensor, codes: Tensor, m
     unit = normal.diagonal(dim1=-2, dim2=-1).clamp(min=1e-30).rsqrt()
     normal *= unit[:, :, None] * unit[:, None, :]
     normal.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
-    step = torch.linalg.solve(normal.double(), (right * unit).double()[..., None])[..., 0].float() * unit
+    # symmetric and positive; MKL's LU, which a general solver takes, fails on larger ones after set_num_threads
+    lower, info = torch.linalg.cholesky_ex(normal.double())
+    step = torch.cholesky_solve((right * unit).double()[..., None], lower)[..., 0].float() * unit
+    step = torch.where(info[:, None] == 0, step, float("nan"))
     new = (meta.float() + torch.stack([step[:, :groups], step[:, groups:]], -1)).to(torch.float16)
     fine = torch.isfinite(new).flatten(1).all(-1) & (new[..., 0] > 0).all(-1)
     new = torch.where(fine[:, None, None], new, meta)
