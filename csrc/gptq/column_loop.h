@@ -187,8 +187,20 @@ GEMQ_HD Grid<typename Ops::V> find_grid(const Columns& w, int group, int bits, C
   return best_range<Ops, typename Ops::PaperNorm>(w, group, low, high, factors_of(clip), max_code);
 }
 
-// Calls put(column, codes as floats, errors) from left to right; w is used up. Errors of a few columns go
-// into the later ones together, in the same order, so that those are read and written once.
+// What these columns' values take off the ones that follow them, in the same order as one by one: later
+// columns are read and written once. `rows` is the factor's or Hessian's row of the first one.
+template <int kTogether, class V, class Columns>
+GEMQ_HD void take_off_later(const Columns& w, const float* rows, int first, int group,
+                            const V (&values)[kTogether]) {
+  for (int j = first + kTogether; j < group; ++j) {
+    V value = w(j);
+    GEMQ_UNROLL
+    for (int i = 0; i < kTogether; ++i) value -= values[i] * rows[i * group + j];
+    w(j) = value;
+  }
+}
+
+// Calls put(column, codes as floats, errors) from left to right; w is used up.
 template <class Ops, class Columns, class Put>
 GEMQ_HD void quantize_columns(const Columns& w, const float* factor, int group, int bits, bool propagate,
                               const Grid<typename Ops::V>& grid, Put&& put) {
@@ -209,19 +221,13 @@ GEMQ_HD void quantize_columns(const Columns& w, const float* factor, int group, 
       GEMQ_UNROLL
       for (int j = i + 1; j < kTogether; ++j) w(first + j) -= errors[i] * row[j];
     }
-    if (!propagate) continue;
-    for (int j = first + kTogether; j < group; ++j) {
-      V value = w(j);
-      GEMQ_UNROLL
-      for (int i = 0; i < kTogether; ++i) value -= errors[i] * rows[i * group + j];
-      w(j) = value;
-    }
+    if (propagate) take_off_later(w, rows, first, group, errors);
   }
 }
 
 // Coordinate descent over a group's codes, left to right: get(column) is a code as a float, put(column, code)
 // the best one for the output error while all others stay. `products` are (weights - quantized) H in these
-// columns and are used up; `hessian` is H's block on the diagonal. Columns together as above.
+// columns and are used up; `hessian` is H's block on the diagonal.
 template <class V, class Columns, class Get, class Put>
 GEMQ_HD void descend_columns(const Columns& products, const float* hessian, int group, int bits, V scale,
                              Get&& get, Put&& put) {
@@ -240,12 +246,7 @@ GEMQ_HD void descend_columns(const Columns& products, const float* hessian, int 
       GEMQ_UNROLL
       for (int j = i + 1; j < kTogether; ++j) products(first + j) -= changes[i] * row[j];
     }
-    for (int j = first + kTogether; j < group; ++j) {
-      V value = products(j);
-      GEMQ_UNROLL
-      for (int i = 0; i < kTogether; ++i) value -= changes[i] * rows[i * group + j];
-      products(j) = value;
-    }
+    take_off_later(products, rows, first, group, changes);
   }
 }
 

@@ -6,14 +6,11 @@
 namespace gemq {
 namespace {
 
-// blockIdx.y is the matrix; rows do not see each other.
+// Rows do not see each other.
 __global__ void descend_rows(CodeDescent a) {
-  extern __shared__ float memory[];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x, matrix = blockIdx.y;
-  if (row >= a.n) return;
-  const int64_t at = matrix * a.n + row;
-  const SharedColumns products{memory + threadIdx.x};
-  for (int k = 0; k < a.group; ++k) products(k) = a.products[at * a.group + k];
+  const int64_t at = row_of_thread(a), matrix = blockIdx.y;
+  if (at < 0) return;
+  const SharedColumns products = columns_of(a.products + at * a.group, a.group);
   uint8_t* codes = a.codes + at * a.group;
   descend_columns(
       products, a.hessian + matrix * a.group * a.group, a.group, a.bits[matrix],

@@ -17,14 +17,11 @@ struct ThreadOps {
   using PaperNorm = PowerNorm<ThreadOps>;
 };
 
-// blockIdx.y is the matrix; rows do not see each other.
+// Rows do not see each other.
 __global__ void quantize_rows(GptqGroup a) {
-  extern __shared__ float memory[];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x, matrix = blockIdx.y;
-  if (row >= a.n) return;
-  const int64_t at = matrix * a.n + row;
-  const SharedColumns w{memory + threadIdx.x};
-  for (int k = 0; k < a.group; ++k) w(k) = a.block[at * a.group + k];
+  const int64_t at = row_of_thread(a), matrix = blockIdx.y;
+  if (at < 0) return;
+  const SharedColumns w = columns_of(a.block + at * a.group, a.group);
   const int bits = a.bits[matrix];
   const Grid<float> grid = find_grid<ThreadOps>(w, a.group, bits, a.clip);
   a.meta[2 * at] = float_to_half(grid.s);

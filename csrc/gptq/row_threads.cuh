@@ -13,6 +13,21 @@ struct SharedColumns {
   GEMQ_DEVICE_TOO float& operator()(int k) const { return at[k * kRowThreads]; }
 };
 
+// Where this thread's row is among those of all matrices; blockIdx.y is the matrix. -1: past its rows.
+template <class Args>
+__device__ int64_t row_of_thread(const Args& a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  return row < a.n ? blockIdx.y * a.n + row : -1;
+}
+
+// This thread's row, read into shared memory.
+__device__ inline SharedColumns columns_of(const float* row, int group) {
+  extern __shared__ float memory[];
+  const SharedColumns columns{memory + threadIdx.x};
+  for (int k = 0; k < group; ++k) columns(k) = row[k];
+  return columns;
+}
+
 // Row blockIdx.x * kRowThreads + threadIdx.x of matrix blockIdx.y, with a column of floats for each of
 // a.group.
 template <class Args>
