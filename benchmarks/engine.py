@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
+from quantize_time import save_random
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from transformers import logging as transformers_logging
 
 from gemq.algorithms.gptq import GptqConfig
@@ -58,17 +59,13 @@ def forget_peak() -> None:
 
 
 def save_model(folder: Path, layers: int, hidden: int, intermediate: int, experts: int, top_k: int) -> None:
-    """A random Mixtral in bfloat16, layer by layer so that making it takes little memory."""
+    """A random Mixtral in bfloat16."""
     config = MixtralConfig(
         vocab_size=512, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_local_experts=experts, num_experts_per_tok=top_k, num_attention_heads=8, num_key_value_heads=4,
         max_position_embeddings=512,
     )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = MixtralForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder, max_shard_size="200MB")
+    save_random(config, folder, "cpu", "200MB")
 
 
 def windows(count: int, length: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from gemq.models import describe
 from gemq.planning.parts import meta_model
 
 
-def save_random(config, folder: Path, device: str) -> None:
+def save_random(config, folder: Path, device: str, shard: str = "2GB") -> None:
     """A model of ``config`` in bfloat16 with the family's random initialisation."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -38,7 +38,7 @@ def save_random(config, folder: Path, device: str) -> None:
             model = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
-    model.save_pretrained(folder, max_shard_size="2GB")
+    model.save_pretrained(folder, max_shard_size=shard)
 
 
 def by_stage(lines: list[dict], moe_layers: set[int], count: int) -> list[dict]:

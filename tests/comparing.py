@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from gemq.reference.grid import dequantize_codes
+
 # ||out - ref|| / ||ref|| allowed, by the precision of activations and outputs; weights are exact.
 TOLERANCE = {
     # sums of a few hundred float32 products, each a rounding of at most 2**-24 = 6e-8 of random sign: near 3e-7 in
@@ -46,3 +48,9 @@ def _at(score: Tensor, out: Tensor, ref: Tensor) -> str:
     """The place with the highest score, and what is there."""
     index = tuple(int(i) for i in torch.unravel_index(score.argmax(), score.shape))
     return f"at {index}: {float(out[index]):.6g}, expected {float(ref[index]):.6g}"
+
+
+def output_error(weight: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor) -> float:
+    """``tr(D H D')`` of what quantizing lost, D, in float64."""
+    lost = (weight - dequantize_codes(codes, meta)).double()
+    return float(((lost @ hessian.double()) * lost).sum())

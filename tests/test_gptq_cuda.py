@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparing import output_error
 
 from gemq import reference
 from gemq._core import core
@@ -44,12 +45,8 @@ def test_cuda_descent_is_the_reference(group: int) -> None:
     given = (products, hessian, codes, meta[:, :, 0], bits)
     found, expected = descend_codes(*(t.cuda() for t in given)).cpu(), reference.descend_codes(*given)
     assert (found == expected).double().mean() > 0.99
-
-    def error(chosen: torch.Tensor) -> float:
-        delta = (weight - dequantize_codes(chosen, meta)).double()
-        return float(((delta @ hessian.double()) * delta).sum())
-
-    assert error(found) == pytest.approx(error(expected), rel=1e-3)
+    error = output_error(weight, hessian, found, meta)
+    assert error == pytest.approx(output_error(weight, hessian, expected, meta), rel=1e-3)
 
 
 def test_tensors_on_different_devices_are_refused() -> None:

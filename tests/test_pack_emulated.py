@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import output_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_core_bits import DTYPES, LAYOUTS, WIDTHS, Guarded, random_bytes, random_meta
@@ -90,12 +91,9 @@ def test_descent_by_a_thread_a_row(kernels: ctypes.CDLL, group: int, bits: int) 
     expected = reference.descend_codes(*(t[None] for t in given), torch.tensor([bits]))
     # a tie in float32 may go either way, and takes what follows in its row with it
     assert (found == expected[0]).all(-1).double().mean() > 0.9
-
-    def error(chosen: torch.Tensor) -> float:
-        delta = (weight - dequantize_codes(chosen, meta)).double()
-        return float(((delta @ hessian.double()) * delta).sum())
-
-    assert error(found) == pytest.approx(error(expected[0]), rel=1e-3) and error(found) < error(codes)
+    error = output_error(weight, hessian, found, meta)
+    assert error == pytest.approx(output_error(weight, hessian, expected[0], meta), rel=1e-3)
+    assert error < output_error(weight, hessian, codes, meta)
 
 
 # k: odd, rows of whole bytes, of whole words; sizes around a vector, a tile and several tiles

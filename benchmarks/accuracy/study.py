@@ -185,19 +185,24 @@ def put_into(page: Path, out: Path, conditions: dict, command: str, block: str =
     temporary.replace(page)
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`settings_of` reads."""
+    parser.add_argument("--calibration", action="append", help="NAME=SOURCE, repeatable; the first is the default")
+    parser.add_argument("--text", action="append", help="NAME=SOURCE to evaluate on, repeatable")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--length", type=int, default=256, help="tokens per window")
+    parser.add_argument("--limit", type=int, default=64, help="evaluation windows per text")
+    parser.add_argument("--batch-size", type=int, default=8)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="folders of full-precision models (default: the demo's)")
     parser.add_argument("--table", default="all", help=f"all, or of {', '.join(tables.PRIORITY)}")
-    parser.add_argument("--calibration", action="append", help="NAME=SOURCE, repeatable; the first is the default")
-    parser.add_argument("--text", action="append", help="NAME=SOURCE to evaluate on, repeatable")
+    add_settings(parser)
     parser.add_argument("--bits", default="2.5,2,1.5")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
-    parser.add_argument("--length", type=int, default=256, help="tokens per window")
-    parser.add_argument("--limit", type=int, default=64, help="evaluation windows per text")
-    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("study-out"))
     parser.add_argument("--dry-run", action="store_true", help="count and estimate only")

@@ -53,13 +53,8 @@ def show(name: str, session: Session) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=study.DEFAULTS["models"][0])
-    parser.add_argument("--calibration", action="append")
-    parser.add_argument("--text", action="append")
+    study.add_settings(parser)
     parser.add_argument("--bits", default="2,1.5")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--limit", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=8)
     given = parser.parse_args()
     budgets = tuple(float(b) for b in given.bits.split(","))
     with tempfile.TemporaryDirectory() as cache:
