@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from record import conditions
 
-from gemq.algorithms.allocation import Costs, curve, solve
+from gemq.algorithms.allocation import curve, solve
+from gemq.algorithms.costs import Costs
 
 
 def random_costs(layers: int, experts: int, seed: int, spread: float) -> Costs:

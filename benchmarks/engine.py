@@ -209,7 +209,7 @@ def gptq_stage(experts: int = 64) -> dict:
     config, generator = Qwen3MoeConfig(), torch.Generator().manual_seed(0)
     hidden, intermediate = config.hidden_size // 2, config.moe_intermediate_size // 2
     bits = [1 + e % 3 for e in range(experts)]
-    alone, default = GptqConfig(refine=0), GptqConfig()
+    alone, default = GptqConfig(refine=0, rescale=False), GptqConfig()
     row = {"what": "gptq", "experts": experts, "hidden": hidden, "intermediate": intermediate, "clip": alone.clip}
     spent: dict[str, float] = {}
 

@@ -9,8 +9,9 @@ import torch
 from tiny_models import random_windows, tiny_model
 
 from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
-from gemq.checkpoint import PackedConfig, pack_model
+from gemq.checkpoint import pack_model
 from gemq.models import describe, prepare
+from gemq.packed_config import PackedConfig
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def packed(configs, family, bits=2.5, dtype=torch.float32, attention=4):
 @pytest.mark.parametrize("attention", [4, 16])
 def test_random_models_run(configs, family, attention):
     model, plan = packed(configs, family, attention=attention)
-    assert random_model.effective_bits(plan) == 2.5
+    assert plan.bits_per_expert == 2.5
     # what a checkpoint of these widths holds, nothing on the meta device, finite logits of some spread
     assert not [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     logits = model(random_windows(2, 12)).logits
@@ -195,7 +195,7 @@ def test_bytes_that_a_step_reads(configs, family):
     for module, found in zip(experts, sizes, strict=True):
         stored = (module.gate_up_codes, module.gate_up_meta, module.down_codes, module.down_meta)
         assert sum(found) == sum(t.numel() * t.element_size() for t in stored)
-        assert len({s for s, b in zip(found, module.bits, strict=True) if b == 2}) == 1
+        assert len({s for s, b in zip(found, module.bits["down_proj"], strict=True) if b == 2}) == 1
     # with all experts, and all rows of the embedding, everything is read but tables of offsets and of frequencies
     everything = sum(map(sum, sizes)) + other_bytes(model, model.config.vocab_size)
     small = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if "_proj_" in n and "._" in n)

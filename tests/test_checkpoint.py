@@ -16,9 +16,10 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import gemq
-from gemq.checkpoint import PackedConfig, load_packed_config, save_packed
+from gemq.checkpoint import load_packed_config, save_packed
 from gemq.errors import CheckpointError
 from gemq.integrity import INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, weight_files
+from gemq.packed_config import PackedConfig
 from gemq.summary import summarize
 
 LOADERS = {"gemq": gemq.from_pretrained, "transformers": AutoModelForCausalLM.from_pretrained}
@@ -258,7 +259,7 @@ def test_malformed_index(sharded, index):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "format version 3, this gemq .* reads up to 2; upgrade"),
+        ({"version": 4}, "format version 4, this gemq .* reads up to 3; upgrade"),
         ({"version": "1"}, "version must be a positive integer, got '1'"),
         ({"version": None}, "version must be a positive integer, got None"),
         ({"version": True}, "version must be a positive integer"),
@@ -285,6 +286,11 @@ def test_malformed_index(sharded, index):
         ({"method": 3}, "method must be a string, got 3"),
         ({"digest": "0" * 64}, "does not match its digest"),
         ({"digest": None}, "does not match its digest"),
+        ({"down_bits": {"0": [9, 2, 2, 2]}}, r"down_bits\[0\] must be bits in 0\.\.8, got 9"),
+        ({"down_bits": {}}, "down_bits names no layer"),
+        ({"down_bits": [1]}, "down_bits must map layers to bits, got list"),
+        ({"version": 2}, "down_bits must be absent before format version 3"),
+        ({"down_bits": {"0": [2] * 4, "1": [2] * 4}}, "does not match its digest"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -309,11 +315,12 @@ def test_exchanged_widths_are_refused_though_the_sizes_fit(folder):
     refused(folder, "quantization_config does not match its digest: it was edited")
 
 
-def _with_bits(folder, expert_bits):
+def _with_bits(folder, expert_bits, down_bits=None):
     """Replace the widths and the digest with them, as someone would who knows the format."""
     data = json.loads((folder / "config.json").read_text())
     values = data["quantization_config"]
-    values = {k: v for k, v in values.items() if k not in ("quant_method", "digest")} | {"expert_bits": expert_bits}
+    values = {k: v for k, v in values.items() if k not in ("quant_method", "digest", "down_bits")}
+    values |= {"expert_bits": expert_bits, "down_bits": down_bits or {}}
     data["quantization_config"] = PackedConfig(**values).to_dict()
     (folder / "config.json").write_text(json.dumps(data))
 
@@ -330,6 +337,20 @@ def _with_bits(folder, expert_bits):
 )
 def test_widths_that_do_not_fit_the_model(folder, bits, message):
     _with_bits(folder, bits)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("down", "message"),
+    [
+        ({0: [2] * 4}, "down_bits must be of the layers and experts of expert_bits, got"),
+        ({0: [2] * 4, 1: [2] * 3}, "down_bits must be of the layers and experts of expert_bits, got"),
+        ({0: [8] * 4, 1: [8] * 4}, r"down_codes has shape \[\d+\], expected \[\d+\]"),
+    ],
+    ids=["layer-missing", "expert-missing", "sizes"],
+)
+def test_widths_of_down_that_do_not_fit(folder, down, message):
+    _with_bits(folder, load_packed_config(folder).expert_bits, down)
     refused(folder, message)
 
 

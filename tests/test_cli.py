@@ -107,7 +107,7 @@ def test_quantize_by_the_baselines(gemq_run, model_folder, quick, tmp_path, meth
     if method == "uniform":
         assert config.expert_bits == {0: [2] * 4, 1: [2] * 4}
     else:
-        assert all(sum(bits) == 9 and set(bits) == {1, 2, 3} for bits in config.expert_bits.values())
+        assert all(sum(bits) == 9 and {2, 3} <= set(bits) <= {1, 2, 3} for bits in config.expert_bits.values())
     assert gemq.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 

@@ -21,6 +21,7 @@ from gemq.cli.app import app
 from gemq.cli.recipes import RECIPES, Recipe
 from gemq.cli.run import run
 from gemq.evaluations import Score, record
+from gemq.nn.experts import PROJECTIONS
 from gemq.pipeline import load_unquantized
 from gemq.summary import summarize
 
@@ -95,7 +96,7 @@ def test_bad_overrides(gemq_run, model_folder, tmp_path, overrides, message):
 
 
 def test_a_preview_with_costs_is_the_checkpoint_to_the_byte(gemq_run, made, model_folder, tmp_path):
-    options = ["--bits", "2", "--costs", made, "--tensor-bits", "o_proj=8", "--tensor-bits", "q_proj=16"]
+    options = ["--bits", "2.25", "--costs", made, "--tensor-bits", "o_proj=8", "--tensor-bits", "q_proj=16"]
     preview = ["quantize", model_folder, "-o", tmp_path / "out", "--dry-run", "--format", "jsonl", *options]
     code, out, _ = gemq_run(*preview)
     rows = [json.loads(line) for line in out.splitlines()]
@@ -108,7 +109,11 @@ def test_a_preview_with_costs_is_the_checkpoint_to_the_byte(gemq_run, made, mode
     assert code == 0
     assert sum(r["after"] for r in rows) == summarize(folder).tensor_bytes
     widths = {r["tensor"]: r["widths"] for r in rows if r["widths"]}
-    assert widths["model.layers.0.mlp.experts.down_proj"] == load_packed_config(folder).expert_bits[0]
+    config = load_packed_config(folder)
+    for layer in range(2):
+        experts = [widths[f"model.layers.{layer}.mlp.experts.{name}"] for name in PROJECTIONS]
+        assert tuple(experts) == config.widths(layer)
+    assert config.down_bits != config.expert_bits
     # nothing was measured anew
     assert "measure" not in json.loads((folder / "gemq_run.json").read_text())["seconds"]
     assert (folder / "gemq_costs.json").read_text() == (made / "gemq_costs.json").read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemq.algorithms.gptq import GptqConfig
 from gemq.cli.recipes import RECIPES, Recipe
 from gemq.cli.run import run
 
@@ -70,18 +71,20 @@ def test_settings_shown_are_settings(capsys) -> None:
 
 
 def test_the_table_of_recipes_is_the_codes() -> None:
-    rows = re.findall(r"\| `(\w+)` \| (\w+) \| (\w+) \| ([^|]+) \| (\d+) \| ([^|]+) \| ([^|]+) \|", (
-        DOCS / "command-line.md").read_text())
+    row = r"\| `(\w+)` \| (\w+) \| (\w+) \| ([^|]+) \| ([^|]+) \| (\d+) \| ([^|]+) \| ([^|]+) \| (\w+) \|"
+    rows = re.findall(row, (DOCS / "command-line.md").read_text())
     assert [name for name, *_ in rows] == [recipe.value for recipe in Recipe]
     defaults = {"perturbation": "gptq", "constraints": "c2c3", "samples": 128, "estimate": "tuned",
-                "tune_routers": True, "accounting": "exact"}
+                "tune_routers": True, "accounting": "exact", "granularity": "auto"}
     words = {"tuned": "the tuned model", "fp": "the original, once", "exact": "exactly",
-             "paper": "as the paper has them"}
-    for name, perturbation, constraints, accounting, samples, estimate, routers in rows:
+             "paper": "as the paper has them", "auto": "a matrix", "expert": "an expert"}
+    for name, perturbation, constraints, granularity, accounting, samples, estimate, routers, clip in rows:
         wanted = defaults | RECIPES[Recipe(name)]
         assert (perturbation, constraints, int(samples)) == (
             wanted["perturbation"], wanted["constraints"], wanted["samples"])
-        assert (estimate, accounting) == (words[wanted["estimate"]], words[wanted["accounting"]])
+        assert (estimate, accounting, granularity) == tuple(
+            words[wanted[key]] for key in ("estimate", "accounting", "granularity"))
+        assert clip == GptqConfig.for_recipe("paper" if name == "paper" else "default").clip
         assert routers == ("tuned" if wanted["tune_routers"] else "as they are")
 
 

@@ -66,9 +66,12 @@ def assert_same(memory, routers: list, result, modules: dict, moe) -> None:
     np.testing.assert_allclose(result.statistics.error, memory.statistics.error, rtol=1e-6)
     np.testing.assert_array_equal(result.statistics.frequency, memory.statistics.frequency)
     np.testing.assert_allclose(result.statistics.weight, memory.statistics.weight, rtol=1e-6)
+    matrices = [s.costs.matrices for s in (result.statistics, memory.statistics)]
+    np.testing.assert_allclose(*matrices, rtol=1e-6)
     if memory.statistics.costs.shared is not None:
         np.testing.assert_allclose(result.statistics.costs.shared, memory.statistics.costs.shared, rtol=1e-6)
     np.testing.assert_array_equal(result.allocation.bits, memory.allocation.bits)
+    np.testing.assert_array_equal(result.allocation.down_bits, memory.allocation.down_bits)
     for layer in moe.moe:
         expected = LowBitExperts.from_stacks(*memory.weights.stacks[layer.index], moe.hidden, moe.intermediate, 128)
         for name, buffer in expected.named_buffers():
@@ -102,12 +105,25 @@ def test_it_equals_the_method_in_memory(family: str, tmp_path: Path) -> None:
 def test_gptq_coefficients_are_those_of_memory_up_to_the_order_of_sums(tmp_path: Path) -> None:
     folder = saved("qwen2_moe", tmp_path / "model")
     moe = describe(in_memory(folder))
-    expected = measure(moe, WINDOWS, (0, 1, 2, 4), Originals(moe), perturbation=Perturbation("gptq"), batch_size=2)
-    method = replace(METHOD, perturbation="gptq", candidates=(0, 1, 2, 4), tune=False, router_bits=16)
+    gptq = Perturbation("gptq")
+    expected = measure(moe, WINDOWS, (1, 2, 4), Originals(moe), perturbation=gptq, batch_size=2, matrices=True)
+    method = replace(METHOD, perturbation="gptq", candidates=(1, 2, 4), tune=False, router_bits=16)
     ((result, _),) = streamed(folder, tmp_path / "run", method)
     # a sum in another order may move a code by one
     np.testing.assert_allclose(result.statistics.costs.routed, expected.costs.routed, rtol=0.02)
     np.testing.assert_allclose(result.statistics.costs.shared, expected.costs.shared, rtol=0.02)
+    np.testing.assert_allclose(result.statistics.costs.matrices, expected.costs.matrices, rtol=0.1)
+
+
+def test_coefficients_with_a_candidate_of_no_bits(tmp_path: Path) -> None:
+    folder = saved("qwen2_moe", tmp_path / "model")
+    moe = describe(in_memory(folder))
+    expected = measure(moe, WINDOWS, (0, 1, 2), Originals(moe), perturbation=Perturbation("rtn"), batch_size=2)
+    method = replace(METHOD, candidates=(0, 1, 2), budgets=(1.5,), tune=False, router_bits=16)
+    ((result, _),) = streamed(folder, tmp_path / "run", method)
+    np.testing.assert_allclose(result.statistics.costs.routed, expected.costs.routed, rtol=1e-6)
+    np.testing.assert_allclose(result.statistics.costs.shared, expected.costs.shared, rtol=1e-6)
+    assert result.statistics.costs.matrices is None and result.allocation.down_bits is None
 
 
 def packed_bytes_of(found: list) -> list:
@@ -127,7 +143,9 @@ def test_groups_of_experts_and_the_place_of_scratch_change_no_byte(tmp_path: Pat
     one_by_one = streamed(folder, tmp_path / "c", method)
     for other in (in_ram, one_by_one):
         assert packed_bytes_of(other) == packed_bytes_of(base)
-        np.testing.assert_array_equal(other[0][0].statistics.costs.routed, base[0][0].statistics.costs.routed)
+        for name in ("routed", "matrices"):
+            one, two = (getattr(run[0][0].statistics.costs, name) for run in (other, base))
+            np.testing.assert_array_equal(one, two)
 
 
 def test_one_decoder_layer_is_loaded_at_a_time(tmp_path: Path, monkeypatch) -> None:

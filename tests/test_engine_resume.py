@@ -209,8 +209,8 @@ def test_resume_restores_the_options(config, expected, capsys) -> None:
     with stopping(config, "quantize", 1):
         pass
     assert call(capsys, "--resume", "nowhere")[1].startswith("error: nowhere is not a run directory")
-    code, message = call(capsys, "--resume", "out.run", "--bits", "3", "--samples", "6", "--clip", "mse")
-    assert code == 2 and "--bits ([2.0] there, [3.0] here), --clip (paper there, mse here)" in message
+    code, message = call(capsys, "--resume", "out.run", "--bits", "3", "--samples", "6", "--clip", "none")
+    assert code == 2 and "--bits ([2.0] there, [3.0] here), --clip (mse there, none here)" in message
     code, message = call(capsys, "--resume", "out.run", "--restart")
     assert code == 2 and "nothing to do" in message
     code, message = call(capsys, "--resume", "out.run", "--samples", "6")

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from gemq.checkpoint import PackedConfig
 from gemq.errors import CheckpointError
 from gemq.integrity import read_header
+from gemq.packed_config import PackedConfig
 
 # `make fuzz` draws others for as long as it is told
 CASES = 800

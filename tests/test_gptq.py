@@ -55,8 +55,9 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_gptq_is_the_textbook_algorithm(bits: int, clip: str) -> None:
     weight, hessian = problem(24, 192, 400, seed=bits)
+    config = GptqConfig(group_size=64, clip=clip, refine=0, rescale=False)
     codes, meta, (report,) = gptq(
-        weight[None], hessian[None], [bits], [400], GptqConfig(group_size=64, clip=clip, refine=0), group_size=64
+        weight[None], hessian[None], [bits], [400], config, group_size=64
     )
     expected = textbook_gptq(weight, hessian, bits, 64, 0.01, clip)
     found = dequantize_codes(codes[0], meta[0]).double()
@@ -228,10 +229,11 @@ def test_bad_weights_and_options_are_refused() -> None:
 
 def test_the_papers_recipe_does_not_propagate_below_four_bits() -> None:
     paper = GptqConfig.for_recipe("paper")
-    assert paper == GptqConfig(clip="paper", propagate_from=4, refine=0, compensate=False)
-    assert GptqConfig.for_recipe("paper", 64, 0.02, "mse", 1, True) == GptqConfig(64, "mse", 0.02, 4, refine=1)
+    assert paper == GptqConfig(clip="paper", propagate_from=4, refine=0, compensate=False, rescale=False)
+    given = GptqConfig.for_recipe("paper", 64, 0.02, "mse", 1, True, True)
+    assert given == GptqConfig(64, "mse", 0.02, 4, refine=1)
     weight, hessian = problem(16, 128, 300, seed=9)
-    config = GptqConfig(clip="none", propagate_from=4, refine=0)
+    config = GptqConfig(clip="none", propagate_from=4, refine=0, rescale=False)
     codes, _, _ = gptq(weight[None], hessian[None], [2], [300], config, 128)
     assert torch.equal(codes[0], round_to_nearest(weight, 2, 128)[0])
 

@@ -167,6 +167,18 @@ def test_the_imported_model_computes_what_the_checkpoint_holds(family, options, 
     )
 
 
+def test_down_projections_of_another_width(tmp_path):
+    made = gptq_model(tmp_path / "gptq", width_of=lambda s: 8 if ".experts.1.w2" in s else None)
+    done = import_gptq(tmp_path / "gptq", tmp_path / "gemq")
+    assert done.config.expert_bits == {0: [4] * 4, 1: [4] * 4}
+    assert done.config.down_bits == {0: [4, 8, 4, 4], 1: [4, 8, 4, 4]}
+    model = gemq.from_pretrained(tmp_path / "gemq", dtype=torch.float32, verify=True)
+    assert relative_error(logits(model), logits(dense_twin("mixtral", made))) < 1e-5
+    dense = load_file(export(tmp_path / "gemq", tmp_path / "dense", dtype=torch.float16).path / WEIGHTS_FILE)
+    for stem, parts in made.items():
+        assert torch.equal(dense[f"{stem}.weight"], reference(*parts)), stem
+
+
 def test_experts_of_different_widths_and_shards(tmp_path):
     """GPTQModel's ``dynamic`` gives single modules their own width; gemq keeps it where an expert has one."""
     made = gptq_model(tmp_path / "gptq", width_of=lambda stem: 2 if ".experts.1." in stem else None)

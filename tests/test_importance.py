@@ -48,8 +48,9 @@ def block_outputs_and_gradients(model, moe, windows):
     return records
 
 
-def swap(layer, expert: int | str, bits: int):
-    """Quantize one expert (or the shared one) of a block in place; returns the undo."""
+def swap(layer, expert: int | str, bits: int, parts: tuple[int, ...] = (0, 1)):
+    """Quantize one expert (or the shared one) of a block in place, or of its gate and up (0) and down (1) projections
+    one; returns the undo."""
     if expert == "shared":
         modules = [layer.shared.gate_proj, layer.shared.up_proj, layer.shared.down_proj]
         saved = [m.weight.detach().clone() for m in modules]
@@ -57,8 +58,8 @@ def swap(layer, expert: int | str, bits: int):
             m.weight.data = perturbed(m.weight.data, bits)
         return lambda: [setattr(m.weight, "data", s) for m, s in zip(modules, saved, strict=True)]
     saved = (layer.experts.gate_up_proj.detach().clone(), layer.experts.down_proj.detach().clone())
-    layer.experts.gate_up_proj.data[expert] = perturbed(saved[0][expert], bits)
-    layer.experts.down_proj.data[expert] = perturbed(saved[1][expert], bits)
+    for part in parts:
+        (layer.experts.gate_up_proj, layer.experts.down_proj)[part].data[expert] = perturbed(saved[part][expert], bits)
 
     def undo():
         layer.experts.gate_up_proj.data, layer.experts.down_proj.data = saved
@@ -71,7 +72,7 @@ def test_costs_equal_running_every_perturbed_block(family: str) -> None:
     model = tiny_model(family)
     moe = describe(model)
     windows = random_windows(5, 16)
-    found = measure(moe, windows, CANDIDATES, Originals(moe), perturbation=RTN, batch_size=2)
+    found = measure(moe, windows, CANDIDATES, Originals(moe), perturbation=RTN, batch_size=2, matrices=True)
     records = block_outputs_and_gradients(model, moe, windows)
     with torch.no_grad():
         for row, layer in enumerate(moe.moe):
@@ -90,6 +91,22 @@ def test_costs_equal_running_every_perturbed_block(family: str) -> None:
                     else:
                         assert found.costs.routed[row, expert, column] == pytest.approx(expected, rel=1e-3, abs=1e-16)
                         assert found.error[row, expert, column] == pytest.approx(norm, rel=1e-3, abs=1e-7)
+                    for part in () if expert == "shared" else (0, 1):
+                        undo = swap(layer, expert, bits, (part,))
+                        changes = [(out.grad * (out - layer.block(x))).double() for x, out in records[layer.index]]
+                        undo()
+                        expected = sum(float(change.square().sum()) for change in changes)
+                        alone = found.costs.matrices[row, expert, part, column]
+                        assert alone == pytest.approx(expected, rel=1e-3, abs=1e-16)
+
+
+def test_matrices_are_measured_if_they_are_asked_for() -> None:
+    moe = describe(tiny_model("qwen2_moe"))
+    windows, originals = random_windows(4, 16), Originals(moe)
+    one, both = (measure(moe, windows, (1, 2), originals, perturbation=RTN, matrices=m) for m in (False, True))
+    assert one.costs.matrices is None and both.costs.matrices.shape == (2, moe.num_experts, 2, 2)
+    np.testing.assert_array_equal(one.costs.routed, both.costs.routed)
+    np.testing.assert_array_equal(one.costs.shared, both.costs.shared)
 
 
 def test_the_batch_size_does_not_matter() -> None:
@@ -144,7 +161,7 @@ def test_the_gptq_perturbation_is_gptq_on_the_experts_own_inputs() -> None:
     assert not found[0][0].any() and not found[0][1].any()
     for bits, (first, second) in zip((1, 3), found[1:], strict=True):
         for weight, inputs, result in ((gate_up, x, first), (down, expert_hidden(gate_up, x), second)):
-            plain = replace(config, refine=0)
+            plain = replace(config, refine=0, rescale=False)
             codes, meta, _ = gptq(weight[None], (inputs.T @ inputs)[None], [bits], [50], plain, 32)
             torch.testing.assert_close(result, dequantize_codes(codes[0], meta[0]))
 

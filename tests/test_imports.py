@@ -22,6 +22,7 @@ LAYERS = [
     ("nn",),
     ("models",),
     ("algorithms",),
+    ("packed_config",),
     ("checkpoint", "evaluations"),
     ("hf",),
     ("generation", "engine"),

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from gemq import ops
 from gemq.bench.random_model import build_packed
-from gemq.checkpoint import PackedConfig
 from gemq.format import UNQUANTIZED
 from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.native import NativeStep, as_stored
 from gemq.generation.routers import routing_of
 from gemq.models import describe, packed_modules
+from gemq.packed_config import PackedConfig
 
 NATIVE = tuple(family for family in FAMILIES if family != "qwen3_next")
 # float32 sums in another order, through two layers

@@ -324,11 +324,11 @@ def test_from_codes_refuses_other_metadata() -> None:
 def test_from_stacks_refuses_stacks_that_do_not_fit() -> None:
     gate_up, _ = quantize_stack(weights(2, 2 * INTERMEDIATE, HIDDEN), [2, 3], 64)
     down, _ = quantize_stack(weights(2, HIDDEN, INTERMEDIATE), [3, 2], 32)
-    with pytest.raises(ValueError, match=r"gate_up has experts of \[2, 3\] bits, down of \[3, 2\]"):
-        LowBitExperts.from_stacks(gate_up, down, HIDDEN, INTERMEDIATE, GROUP)
-    swapped = QuantizedStack(down.codes, down.meta, [2, 3])
+    fewer = QuantizedStack(down.codes[:1], down.meta[:1], down.bits[:1])
+    with pytest.raises(ValueError, match=r"down_bits must be of 2 experts, as bits, got 1"):
+        LowBitExperts.from_stacks(gate_up, fewer, HIDDEN, INTERMEDIATE, GROUP)
     with pytest.raises(ValueError, match=r"codes\[0\] must have shape \[192, 64\], got \[64, 96\]"):
-        LowBitExperts.from_stacks(swapped, gate_up, HIDDEN, INTERMEDIATE, GROUP)
+        LowBitExperts.from_stacks(down, gate_up, HIDDEN, INTERMEDIATE, GROUP)
 
 
 def test_reference_and_module_agree_on_the_packed_form() -> None:

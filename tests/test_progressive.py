@@ -157,7 +157,7 @@ def test_more_bits_are_closer_to_the_model() -> None:
         quantize_weights(moe, windows, plan, originals)
         with torch.no_grad():
             errors.append(float((model(input_ids=windows).logits - reference).norm() / reference.norm()))
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02 * errors[0]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.1 * errors[0]
 
 
 def test_perplexity_is_exp_of_the_token_mean() -> None:

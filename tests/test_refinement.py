@@ -10,7 +10,7 @@ from gemq import reference
 from gemq.algorithms.compensation import InnerStatistics, fit_down
 from gemq.algorithms.gptq import GptqConfig, gptq
 from gemq.algorithms.layerwise import expert_hidden
-from gemq.algorithms.refinement import damped, descend, fit_grids, refine
+from gemq.algorithms.refinement import damped, descend, fit_grids, refine, rescaled
 from gemq.ops.gptq import descend_codes
 from gemq.reference.grid import dequantize_codes, round_to_nearest
 
@@ -91,7 +91,8 @@ def test_a_row_that_no_grid_improves_keeps_its_own() -> None:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_rounds_never_raise_a_rows_error_and_lower_that_of_gptq(bits: int) -> None:
     weight, hessian = problem(40, 256, bits)
-    plain, plain_meta, (before,) = gptq(weight[None], hessian[None], [bits], [400], GptqConfig(refine=0), 64)
+    config = GptqConfig(refine=0, rescale=False)
+    plain, plain_meta, (before,) = gptq(weight[None], hessian[None], [bits], [400], config, 64)
     whole, codes, meta = damped(hessian, 0.01), plain[0], plain_meta[0]
     errors = row_errors(weight, codes, meta, whole)
     for _ in range(3):
@@ -99,9 +100,43 @@ def test_rounds_never_raise_a_rows_error_and_lower_that_of_gptq(bits: int) -> No
         after = row_errors(weight, codes, meta, whole)
         assert (after <= errors * (1 + 1e-5)).all()
         errors = after
-    found, found_meta, (report,) = gptq(weight[None], hessian[None], [bits], [400], GptqConfig(refine=3), 64)
+    config = GptqConfig(refine=3, rescale=False)
+    found, found_meta, (report,) = gptq(weight[None], hessian[None], [bits], [400], config, 64)
     assert torch.equal(found[0], codes) and torch.equal(found_meta[0], meta)
     assert report.error < 0.97 * before.error
+
+
+def power(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    return ((weight.double() @ hessian.double()) * weight.double()).sum(-1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_rescaled_rows_have_their_outputs_power(bits: int) -> None:
+    weight, hessian = problem(40, 256, bits)
+    weight[3] = 0.0
+    codes, meta, (report,) = gptq(weight[None], hessian[None], [bits], [400], GptqConfig(), 64)
+    plain, plain_meta, (before,) = gptq(weight[None], hessian[None], [bits], [400], GptqConfig(rescale=False), 64)
+    assert torch.equal(codes, plain) and (meta[0, 3].isfinite().all())
+    rows = [i for i in range(40) if i != 3]
+    target = power(weight, hessian)[rows]
+    both = ((codes, meta), (plain, plain_meta))
+    found, without = (power(dequantize_codes(c[0], m[0]), hessian)[rows] for c, m in both)
+    # float16 rounds the numbers that were scaled
+    torch.testing.assert_close(found, target, rtol=3e-3, atol=0.0)
+    factors = meta[0].double() / plain_meta[0].double()
+    assert ((factors / factors[:, :1, :1] - 1).abs() < 2e-3)[rows].all()
+    if bits < 8:
+        # what least squares leaves is smaller; giving it back costs less error than it explains
+        assert (without < target).double().mean() > 0.95
+        assert before.error < report.error < 1.35 * before.error
+
+
+def test_rows_that_cannot_be_rescaled_keep_their_grids() -> None:
+    codes = torch.tensor([[1, 0] * 16, [0, 0] * 16], dtype=torch.uint8)
+    meta = torch.tensor([[[6e4, 0.0]], [[1.0, 0.0]]]).half()
+    weight = torch.full((2, 32), 6e4)
+    # the first would need scales beyond float16, the second has no outputs to scale
+    assert torch.equal(rescaled(weight, torch.eye(32), codes, meta), meta)
 
 
 def test_what_else_is_in_the_batch_does_not_matter() -> None:
@@ -109,7 +144,7 @@ def test_what_else_is_in_the_batch_does_not_matter() -> None:
     weights, hessians = (torch.stack(t) for t in zip(*items, strict=True))
     codes, meta, reports = gptq(weights, hessians, [1, 2, 3], [400, 400, 0], GptqConfig(), 64)
     assert [r.fallback for r in reports] == ["", "", "rtn"]
-    assert torch.equal(codes[2], round_to_nearest(weights[2], 3, 64, "paper")[0])
+    assert torch.equal(codes[2], round_to_nearest(weights[2], 3, 64, "mse")[0])
     for e in range(2):
         alone, alone_meta, _ = gptq(weights[e : e + 1], hessians[e : e + 1], [e + 1], [400], GptqConfig(), 64)
         assert torch.equal(codes[e], alone[0]) and torch.equal(meta[e], alone_meta[0])

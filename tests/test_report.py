@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, model_folder, text_file):
-    """Two budgets of the tiny model, as `gemq quantize` leaves them, one of them evaluated."""
+    """Two budgets of the tiny model, as `gemq quantize` leaves them, by costs that tell gate and up from down."""
     folder = tmp_path_factory.mktemp("report") / "tiny"
     options = ["--calibration", str(text_file), "--samples", "6", "--length", "24"]
     assert run(["quantize", str(model_folder), "-o", str(folder), "--bits", "2.5,2", *options, "-q"]) == 0
@@ -73,7 +73,8 @@ def test_the_page_stands_alone_and_shows_everything(made):
     policy = next(m for m in page.all("meta") if m.get("http-equiv"))
     assert policy["content"].startswith("default-src 'none'")
     shown = " ".join(page.texts)
-    for words in ("Bits by layer and expert", "Bits by layer", "Importance of experts", "Importance of layers",
+    for words in ("Bits of gate and up by layer and expert", "Bits of down by layer and expert", "Bits by layer",
+                  "Importance of experts", "Importance of layers",
                   "Router shift", "Run time by stage", "Size against perplexity", "Perplexity", "bits per expert"):
         assert words in shown
     assert "prefers-color-scheme: dark" in text and "Not recorded" not in shown
@@ -86,7 +87,8 @@ def test_every_drawing_has_a_title_a_description_and_a_table(made):
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     drawings = page.all("svg")
-    assert len(drawings) == 1 + 2 * 7
+    maps = sum(2 if load_packed_config(made / path).down_bits else 1 for path in ("2.5", "2"))
+    assert len(drawings) == 1 + 2 * 6 + maps
     for drawing in drawings:
         assert drawing["role"] == "img" and set(drawing["aria-labelledby"].split()) <= set(ids)
     # tables: one for each drawing, the perplexities, the bytes of each checkpoint
@@ -95,12 +97,13 @@ def test_every_drawing_has_a_title_a_description_and_a_table(made):
 
 
 def test_the_bit_map_is_the_configs(made):
-    bits = load_packed_config(made / "2").expert_bits
+    config = load_packed_config(made / "2")
     text = render(load([made / "2"]))
     digits = [int(d) for d in re.findall(r'class="digit d\d">(\d)<', text)]
-    assert digits == [b for row in bits.values() for b in row]
+    maps = [config.expert_bits, config.down_bits]
+    assert digits == [b for rows in maps for row in rows.values() for b in row] and maps[0] != maps[1]
     rows = re.findall(r'<tr><th scope="row">(\d+)</th><td>([\d ]+)</td><td>[\d.]+</td></tr>', text)
-    assert {int(n): [int(b) for b in row.split()] for n, row in rows} == bits
+    assert [(int(n), [int(b) for b in row.split()]) for n, row in rows] == [pair for m in maps for pair in m.items()]
 
 
 def test_what_comes_from_files_is_escaped(made, tmp_path):
@@ -123,7 +126,7 @@ def test_older_checkpoints_are_shown_with_what_they_have(made, tmp_path):
     for name in ("gemq_report.json", "gemq_run.json", "gemq_costs.json", "gemq_evaluations.json"):
         (folder / name).unlink()
     shown = " ".join(Page(render(load([folder]))).texts)
-    assert "Bits by layer and expert" in shown
+    assert "Bits of down by layer and expert" in shown
     assert "Not recorded: importance (no gemq_costs.json), router shift, output errors, run times." in shown
 
 
@@ -167,8 +170,10 @@ def test_the_command_writes_the_page_and_pictures(made, tmp_path, capsys):
     written = capsys.readouterr().out.split()
     assert written[0] == str(page) and Page(page.read_text()).all("svg")
     names = {p.name for p in pictures.iterdir()}
-    kinds = ("bits", "importance", "routers", "times")
-    assert names == {"pareto.png"} | {f"{n}-{k}.png" for n in ("2", "2.5") for k in kinds}
+    kinds = {"importance", "routers", "times"}
+    apart = {n: bool(load_packed_config(made / n).down_bits) for n in ("2", "2.5")}
+    maps = {n: {"bits-gate-up", "bits-down"} if two else {"bits"} for n, two in apart.items()}
+    assert names == {"pareto.png"} | {f"{n}-{k}.png" for n, own in maps.items() for k in kinds | own}
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 3000 for p in pictures.iterdir())
     assert run(["report", str(made), "-o", str(page)]) == 2
     assert "exists; choose another or pass --overwrite" in " ".join(capsys.readouterr().err.split())

@@ -12,9 +12,9 @@ import browser
 import numpy as np
 import pytest
 
-from gemq.algorithms.allocation import Costs
-from gemq.checkpoint import PackedConfig
+from gemq.algorithms.costs import Costs
 from gemq.evaluations import Score
+from gemq.packed_config import PackedConfig
 from gemq.report import render
 from gemq.report.data import Checkpoint, ReportData, RouterShift
 from gemq.report.style import DARK, LIGHT

@@ -142,12 +142,14 @@ def test_size_on_disk_is_what_the_bits_say(tmp_path):
     save_packed(made.packed, made.config, tmp_path / "model", dtype=torch.bfloat16)
     said = packed_bytes(moe, made.stage.weights)
     # by hand: codes, and 32 bits for each row of each group (64 columns, or 32 where that does not divide)
-    widths = [b for row in made.config.expert_bits.values() for b in row]
-    experts = sum(192 * 64 * b // 8 + 4 * 192 + 64 * 96 * b // 8 + 4 * 64 * 3 for b in widths)
+    gate_up, down = ([b for row in rows.values() for b in row] for rows in (made.config.expert_bits,
+                                                                            made.config.down_bits))
+    experts = sum(192 * 64 * b // 8 + 4 * 192 for b in gate_up) + sum(64 * 96 * b // 8 + 4 * 64 * 3 for b in down)
     summary = summarize(tmp_path / "model")
     assert experts == summary.bytes_by_kind["experts codes"] + summary.bytes_by_kind["experts meta"]
     assert summary.tensor_bytes == said
     on_disk = sum(f.stat().st_size for f in (tmp_path / "model").glob("*.safetensors"))
     assert on_disk == summary.file_bytes
     assert said <= on_disk <= 1.02 * said
-    assert summary.expert_bits == pytest.approx(sum(widths) / len(widths))
+    assert gate_up != down
+    assert summary.expert_bits == pytest.approx((2 * sum(gate_up) + sum(down)) / (3 * len(down)))

@@ -22,9 +22,9 @@ import numpy as np
 from torch import Tensor
 
 from gemq import durable
-from gemq.algorithms.allocation import Costs
 from gemq.algorithms.balanced_windows import balanced_windows, self_sampled_windows
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
+from gemq.algorithms.costs import Costs
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.importance import ExpertStatistics, Perturbation, measure
@@ -38,13 +38,14 @@ from gemq.models import describe
 from gemq.pipeline import load_tokenizer, load_unquantized
 from gemq.planning.output import packed_bytes
 
-VERSION = 2
+VERSION = 3
 POOL = 8  # balanced windows are chosen out of this many times as many
 
 
 # how matrices are quantized, costs included: as gemq does, by GPTQ alone, or as the paper's scripts do
 QUANTIZERS = {
-    "default": GptqConfig.for_recipe("default"), "gptq": GptqConfig.for_recipe("default", refine=0, compensate=False),
+    "default": GptqConfig.for_recipe("default"),
+    "gptq": GptqConfig.for_recipe("default", refine=0, compensate=False, rescale=False),
     "paper": GptqConfig.for_recipe("paper"),
 }
 
@@ -93,6 +94,12 @@ class Run:
     quantizer: str = "default"
     shared_bits: int | None = None
     accounting: str = "exact"
+    granularity: str = "auto"
+
+    @property
+    def per_matrix(self) -> bool:
+        """Whether costs of single matrices are needed."""
+        return self.method == "gemq" and self.granularity != "expert" and min(self.candidates) > 0
 
 
 def fingerprint(model: str) -> str:
@@ -214,7 +221,7 @@ class Session:
         what = asdict(run)
         names = ("candidates", "perturbation", "balanced", "self_sampled", "quantizer")
         key = [VERSION, self.print, self.seed, run.method == "fisher", *(what[n] for n in names),
-               _used(run, self.settings) | {"texts": None, "limit": None}]
+               _used(run, self.settings) | {"texts": None, "limit": None}, run.per_matrix]
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = self.cache / f"statistics-{digest}.npz"
         if path.is_file():
@@ -229,15 +236,15 @@ class Session:
         else:
             found = measure(
                 self.moe, self.calibrating(run), run.candidates, self.originals, perturbation=perturbation,
-                batch_size=self.settings.batch_size,
+                batch_size=self.settings.batch_size, matrices=run.per_matrix,
             )
         _save_statistics(path, found)
         return found
 
 
 def _save_statistics(path: Path, found: ExpertStatistics) -> None:
-    arrays = {"routed": found.costs.routed, "shared": found.costs.shared, "frequency": found.frequency,
-              "weight": found.weight, "error": found.error}
+    arrays = {"routed": found.costs.routed, "shared": found.costs.shared, "matrices": found.costs.matrices,
+              "frequency": found.frequency, "weight": found.weight, "error": found.error}
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     np.savez(temporary, **{k: v for k, v in arrays.items() if v is not None})
     os.replace(temporary, path)
@@ -247,7 +254,7 @@ def _load_statistics(path: Path, moe, candidates: tuple[int, ...]) -> ExpertStat
     with np.load(path, allow_pickle=False) as held:
         given = dict(held)
     layers = tuple(layer.index for layer in moe.moe)
-    costs = Costs(candidates, given["routed"], layers, given.get("shared"), moe.shared_multiple)
+    costs = Costs(candidates, given["routed"], layers, given.get("shared"), moe.shared_multiple, given.get("matrices"))
     return ExpertStatistics(costs, *(given.get(name) for name in ("frequency", "weight", "error")))
 
 
@@ -259,6 +266,8 @@ def _stage_result(session: Session, run: Run, stage: StageResult) -> dict:
         "changed_routes": changed_routes(session.fp_routes, chosen_experts(session.moe, session._route_windows)),
         "seconds": stage.seconds,
     }
+    if stage.plan.down:
+        found["down_bits"] = [stage.plan.down[layer.index] for layer in session.moe.moe]
     if stage.plan.shared:
         found["shared_bits"] = [stage.plan.shared[layer.index] for layer in session.moe.moe]
     if run.replay:

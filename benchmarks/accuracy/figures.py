@@ -85,10 +85,15 @@ def bit_maps(study: Study, model: str, table: tables.Table, path: Path) -> bool:
     figure = _figure(3.2 * len(stages), 3)
     widest = max(b for s in stages for row in s["bits"] for b in row)
     for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        axis.imshow(stage["bits"], cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="auto")
+        gap = [float("nan")]
+        rows = [row + gap + down for row, down in zip(stage["bits"], stage["down_bits"], strict=True)] \
+            if "down_bits" in stage else stage["bits"]
+        axis.imshow(rows, cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="auto")
         if len(stage["bits"][0]) <= 16:
-            for y, row in enumerate(stage["bits"]):
+            for y, row in enumerate(rows):
                 for x, bits in enumerate(row):
+                    if bits != bits:
+                        continue
                     axis.text(x, y, str(bits), ha="center", va="center", fontsize=7,
                               color="white" if bits > 0.6 * (widest + 1) else "black")
         axis.set_title(f"{stage['budget']:g} bits per expert", fontsize=9)

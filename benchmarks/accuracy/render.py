@@ -13,6 +13,8 @@ import numpy as np
 import tables
 from cells import Run
 
+from gemq.format import by_weight
+
 READABLE = 60  # claims are made for models below this perplexity only
 REPLAYED = "full-precision routing replayed"
 
@@ -119,8 +121,9 @@ def _orders(study: Study, model: str, table: tables.Table) -> list[str]:
 
 
 def changed_share(one: dict, two: dict) -> float:
-    """Share of experts whose width differs between two stages."""
-    return float((np.array(one["bits"]) != np.array(two["bits"])).mean())
+    """Share of experts that have another width, of one of their matrices at least, in the other stage."""
+    differs = [np.array(one[part]) != np.array(two[part]) for part in ("bits", "down_bits") if part in one]
+    return float(np.any(differs, axis=0).mean())
 
 
 def _estimates(study: Study, model: str, table: tables.Table) -> list[str]:
@@ -156,8 +159,14 @@ def _maps(study: Study, model: str, table: tables.Table) -> list[str]:
     lines = []
     for stage in study.stages(model, table.rows[0][1]):
         if stage["seed"] == study.seeds[0]:
-            lines += ["", f"{stage['budget']:g} bits; a line a layer, a digit an expert, then the layer's mean:", "```"]
-            lines += [f"{''.join(map(str, row))}  {np.mean(row):.2f}" for row in stage["bits"]]
+            down = stage.get("down_bits")
+            what = "gate and up, then down, and" if down else "and then"
+            head = f"{stage['budget']:g} bits; a line a layer, a digit an expert, {what} the layer's mean:"
+            lines += ["", head, "```"]
+            for at, row in enumerate(stage["bits"]):
+                parts = [row, *([down[at]] if down else [])]
+                digits = "  ".join("".join(map(str, part)) for part in parts)
+                lines.append(f"{digits}  {np.mean(by_weight(row, parts[-1])):.2f}")
             lines.append("```")
     return lines
 

@@ -10,8 +10,10 @@ ALL_SEEDS, FIRST_SEED = "all", "first"
 UNIFORM, PMQ = Run(method="uniform"), Run(method="pmq")
 GEMQ = Run(estimate="quantized")
 TUNED = Run(estimate="tuned", routers="loss")
+# an expert has one width, as in the paper
+EXPERTS = Run(estimate="quantized", granularity="expert")
 FP, FP_TUNED = Run(kind="fp"), Run(kind="fp", routers="loss")
-PAPER = replace(GEMQ, perturbation="rtn", per_layer="c2c3", quantizer="paper", accounting="paper")
+PAPER = replace(EXPERTS, perturbation="rtn", per_layer="c2c3", quantizer="paper", accounting="paper")
 LOW = (2.0, 1.5)
 
 
@@ -61,7 +63,7 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
             ("FP", FP), ("FP, routers tuned", FP_TUNED), ("uniform", at(UNIFORM)), ("PMQ", at(PMQ)),
             ("GEMQ, paper's options", at(replace(PAPER, routers="loss", estimate="tuned"))),
             ("GEMQ, GPTQ alone", alone(TUNED)),
-            ("GEMQ, no tuning", at(GEMQ)), ("GEMQ", at(TUNED)),
+            ("GEMQ, one width an expert", at(EXPERTS)), ("GEMQ, no tuning", at(GEMQ)), ("GEMQ", at(TUNED)),
         ), (("PMQ", "uniform"), ("GEMQ", "PMQ"), ("GEMQ", "uniform"), ("GEMQ, paper's options", "PMQ"),
             ("GEMQ", "GEMQ, paper's options"))),
         Table("1s", "The same with every method's shared experts at 3 bits, beside the budget", (
@@ -91,13 +93,16 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
               view="estimates"),
         Table("15", "Calibration subsets: the seeds of table 1", (("GEMQ", at(TUNED)),), view="subsets"),
         Table("16", "Calibration windows", _rows(GEMQ, low, samples=(8, 16, 32, 64, 128)), varied="windows"),
-        Table("17", "Constraints per layer", _rows(GEMQ, low, per_layer=("none", "c2", "c3", "c2c3")),
-              (("c2c3", "none"),), varied="at least one expert a layer at"),
-        Table("18", "Candidate widths, and what is minimised", (
-            *((",".join(map(str, c)), at(GEMQ, low, candidates=c)) for c in
+        Table("17", "Constraints per layer, one width an expert",
+              _rows(EXPERTS, low, per_layer=("none", "c2", "c3", "c2c3")), (("c2c3", "none"),),
+              varied="at least one expert a layer at"),
+        Table("18", "Candidate widths of an expert, and what is minimised", (
+            *((",".join(map(str, c)), at(EXPERTS, low, candidates=c)) for c in
               ((1, 2, 3), (0, 1, 2, 3), (1, 2, 3, 4), (0, 1, 2, 3, 4), (1, 2, 4))),
-            ("Eq. 6 by rounding", at(GEMQ, low, perturbation="rtn")),
-            ("weight-Fisher", at(GEMQ, low, method="fisher")),
+            ("Eq. 6 by rounding", at(EXPERTS, low, perturbation="rtn")),
+            ("weight-Fisher", at(EXPERTS, low, method="fisher")),
+            ("1,2,3 for gate and up, and for down", at(GEMQ, low)),
+            ("1,2,3,4 for gate and up, and for down", at(GEMQ, low, candidates=(1, 2, 3, 4))),
             ("PMQ's coefficients, all layers", at(PMQ, low, method="global-pmq")),
         ), (("1,2,3", "weight-Fisher"), ("1,2,3", "PMQ's coefficients, all layers"))),
         Table("19", "Bits of attention", _rows(GEMQ, low, attention_bits=(2, 3, 4, 8, 16)),
@@ -106,12 +111,13 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
         Table("21", "Ablation: from one width to the whole method", (
             ("uniform", at(UNIFORM)), ("PMQ, a program a layer", at(PMQ)),
             ("PMQ's coefficients, all layers", at(PMQ, method="global-pmq", per_layer="none")),
-            ("Eq. 6, layers then experts", at(GEMQ, method="two-step", estimate="fp")),
-            ("Eq. 6, one program", at(GEMQ, estimate="fp")), ("+ progression", at(GEMQ)),
-            ("+ routers tuned", at(TUNED)),
+            ("Eq. 6, layers then experts", at(EXPERTS, method="two-step", estimate="fp")),
+            ("Eq. 6, one program", at(EXPERTS, estimate="fp")), ("+ progression", at(EXPERTS)),
+            ("+ gate and up, and down, apart", at(GEMQ)), ("+ routers tuned", at(TUNED)),
         ), (("PMQ, a program a layer", "uniform"), ("Eq. 6, one program", "PMQ's coefficients, all layers"),
             ("Eq. 6, one program", "Eq. 6, layers then experts"), ("+ progression", "Eq. 6, one program"),
-            ("+ routers tuned", "+ progression"))),
+            ("+ gate and up, and down, apart", "+ progression"),
+            ("+ routers tuned", "+ gate and up, and down, apart"))),
         Table("maps", "Bit maps (Fig. 4a, 10)", (("GEMQ", at(TUNED)),), view="maps", seeds=FIRST_SEED),
         Table("importance", "Importance under other calibration text (Fig. 1a, 6)",
               tuple((name, Run(kind="statistics", calibration=name)) for name in calibrations), view="importance"),

@@ -8,9 +8,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from gemq import __version__, durable
-from gemq.checkpoint import PackedConfig, load_packed_config
+from gemq.checkpoint import load_packed_config
 from gemq.evaluations import read_evaluations
 from gemq.integrity import CARD_FILE, read_json
+from gemq.packed_config import PackedConfig
 from gemq.summary import summarize
 
 # how many bytes the hub's pages call a megabyte
@@ -56,7 +57,7 @@ def _name(folder: Path) -> str:
 
 def _text(folder: Path, name: str, config: PackedConfig, base: str | None, report: dict[str, Any]) -> str:
     summary = summarize(folder)
-    widths = [b for row in config.expert_bits.values() for b in row]
+    widths = config.weight_bits
     shares = ", ".join(f"{100 * widths.count(b) / len(widths):.0f}% at {b}" for b in sorted(set(widths)))
     origin = f"[{base}](https://huggingface.co/{base})" if base else "A mixture-of-experts model"
     parts = [

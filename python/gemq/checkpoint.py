@@ -2,25 +2,17 @@
 
 A checkpoint is a transformers checkpoint whose experts and linears are the packed buffers of
 :mod:`gemq.nn`, canonical layout, next to the unquantized tensors in 16 bits. ``config.json`` is written last: a
-partial output has none and is never loaded. ``quantization_config.digest`` is the SHA-256 of its other fields: widths
-that were edited or exchanged do not fit it, even where the sizes still do.
+partial output has none and is never loaded.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import math
 import os
-import re
-import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -28,132 +20,18 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from gemq import __version__, durable
-from gemq.algorithms.sequential import BitPlan, QuantizedWeights
+from gemq import durable
+from gemq.algorithms.sequential import QuantizedWeights
 from gemq.errors import CheckpointError, GemqError
-from gemq.format import GROUP_SIZES, MAX_BITS, UNQUANTIZED
+from gemq.format import UNQUANTIZED
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.integrity import verify as verify_files
 from gemq.models import MoeModel, describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.output_folder import check_output
+from gemq.packed_config import PackedConfig
 
-# 2: with linear_bits; a checkpoint without them is still written as 1
-FORMAT_VERSION = 2
 MAX_SHARD = "5GB"
-
-
-@dataclass(frozen=True)
-class PackedConfig:
-    """What ``quantization_config`` says. Keys of ``expert_bits`` and ``shared_bits`` are decoder layer indices.
-
-    ``group_size`` is the preferred one: a matrix whose columns it does not divide uses the next smaller.
-    ``router_bits`` says on which grid the routers lie; they are stored as plain weights all the same. ``linear_bits``
-    are exceptions of single linears, by module path (format version 2).
-    """
-
-    expert_bits: dict[int, list[int]]
-    shared_bits: dict[int, int] = field(default_factory=dict)
-    attention_bits: int = UNQUANTIZED
-    dense_bits: int = UNQUANTIZED
-    router_bits: int = UNQUANTIZED
-    group_size: int = 128
-    version: int = 1
-    budget: float | None = None
-    method: str | None = None
-    gemq_version: str = __version__
-    linear_bits: dict[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it is stored, with string keys and the digest."""
-        data = asdict(self)
-        data["expert_bits"] = {str(k): v for k, v in self.expert_bits.items()}
-        data["shared_bits"] = {str(k): v for k, v in self.shared_bits.items()}
-        if not data.pop("linear_bits"):
-            return {"quant_method": "gemq", **data, "digest": _digest(data)}
-        data |= {"linear_bits": self.linear_bits, "version": FORMAT_VERSION}
-        return {"quant_method": "gemq", **data, "digest": _digest(data)}
-
-    @classmethod
-    def of_plan(cls, plan: BitPlan, group_size: int, budget: float | None, method: str | None) -> PackedConfig:
-        """The widths of a plan."""
-        return cls(plan.experts, plan.shared, plan.attention, plan.dense, plan.router, group_size,
-                   budget=budget, method=method, linear_bits=plan.linears)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
-        """Parse and validate a stored ``quantization_config``; :class:`CheckpointError` says what is wrong."""
-        if not isinstance(data, dict) or data.get("quant_method") != "gemq":
-            other = data.get("quant_method") if isinstance(data, dict) else None
-            raise CheckpointError(
-                "this is not a gemq checkpoint: config.json has no quantization_config of gemq"
-                + (f" but one of {other!r}" if other else "")
-            )
-        version = data.get("version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise CheckpointError(f"quantization_config.version must be a positive integer, got {version!r}")
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint has format version {version}, this gemq {__version__} reads up to {FORMAT_VERSION}; "
-                f"upgrade gemq"
-            )
-        known = {f.name for f in fields(cls)}
-        stored = {k: v for k, v in data.items() if k in known}
-        values = dict(stored)
-        values["expert_bits"] = _layer_bits("expert_bits", data.get("expert_bits"), list)
-        values["shared_bits"] = _layer_bits("shared_bits", data.get("shared_bits", {}), int)
-        _check_fields(values)
-        if data.get("digest") != _digest(stored):
-            raise CheckpointError("quantization_config does not match its digest: it was edited after it was written")
-        return cls(**values)
-
-
-def _digest(stored: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(stored, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _refuse(name: str, expected: str, value: Any) -> None:
-    raise CheckpointError(f"quantization_config.{name} must be {expected}, got {reprlib.repr(value)}")
-
-
-def _check_fields(values: dict[str, Any]) -> None:
-    for name in ("attention_bits", "dense_bits", "router_bits"):
-        _check_width(name, values.get(name, UNQUANTIZED), 1)
-    if type(values.get("group_size")) is not int or values["group_size"] not in GROUP_SIZES:
-        _refuse("group_size", f"one of {GROUP_SIZES}", values.get("group_size"))
-    linears = values.get("linear_bits", {})
-    if not isinstance(linears, dict) or (linears and values["version"] < 2):
-        _refuse("linear_bits", "a map from module paths to bits, of format version 2", linears)
-    for path, width in linears.items():
-        _check_width(f"linear_bits[{path}]", width, 1)
-    budget = values.get("budget")
-    if budget is not None and (type(budget) not in (int, float) or not math.isfinite(budget)):
-        _refuse("budget", "a number", budget)
-    for name in ("method", "gemq_version"):
-        if not isinstance(values.get(name), (str, type(None))):
-            _refuse(name, "a string", values[name])
-
-
-def _check_width(name: str, width: Any, low: int) -> None:
-    if type(width) is not int or not (low <= width <= MAX_BITS or (low and width == UNQUANTIZED)):
-        _refuse(name, f"bits in {low}..{MAX_BITS}" + (f" or {UNQUANTIZED}" if low else ""), width)
-
-
-def _layer_bits(name: str, value: Any, kind: type) -> dict[int, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"quantization_config.{name} must map layers to bits, got {type(value).__name__}")
-    result = {}
-    for key, widths in value.items():
-        if not re.fullmatch("0|[1-9][0-9]{0,5}", str(key)) or type(widths) is not kind or widths == []:
-            raise CheckpointError(
-                f"quantization_config.{name}[{reprlib.repr(key)}] is malformed: {reprlib.repr(widths)}"
-            )
-        for width in widths if kind is list else [widths]:
-            _check_width(f"{name}[{key}]", width, 0 if kind is list else 1)
-        result[int(key)] = widths
-    if kind is list and not result:
-        raise CheckpointError(f"quantization_config.{name} names no layer")
-    return result
 
 
 def packed_skeleton(
@@ -171,14 +49,14 @@ def packed_skeleton(
             f"are {[layer.index for layer in moe.moe]}"
         )
     for layer in moe.moe:
-        bits = config.expert_bits[layer.index]
+        bits, down = config.widths(layer.index)
         if len(bits) != moe.num_experts:
             raise CheckpointError(
                 f"quantization_config.expert_bits[{layer.index}] has {len(bits)} widths for {moe.num_experts} experts"
             )
         if f"{layer.path}.experts".startswith(under):
             modules[f"{layer.path}.experts"] = LowBitExperts(
-                moe.hidden, moe.intermediate, bits, config.group_size, device=device
+                moe.hidden, moe.intermediate, bits, config.group_size, device, down
             )
     for path, (linear, width) in _linear_widths(moe, config).items():
         if path.startswith(under):

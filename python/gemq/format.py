@@ -32,6 +32,7 @@ Rows are padded with zeros to the block, columns of ``gpu_tile`` to the span.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LAYOUTS = ("canonical", "cpu_tile", "gpu_tile")
@@ -81,6 +82,11 @@ def default_group_size(k: int, preferred: int = 128) -> int:
         if size <= preferred and k % size == 0:
             return size
     raise ValueError(f"k={k} columns cannot be grouped: it must be a multiple of {min(GROUP_SIZES)}")
+
+
+def by_weight(gate_up: Sequence[int], down: Sequence[int]) -> list[int]:
+    """The widths of experts' projections, each as often as its third of the expert's weights: gate, up and down."""
+    return [*gate_up, *gate_up, *down]
 
 
 def row_bytes(k: int, bits: int) -> int:

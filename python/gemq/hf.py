@@ -13,12 +13,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gemq.checkpoint import PackedConfig, packed_skeleton
+from gemq.checkpoint import packed_skeleton
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.models import packed_modules, prepare, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
+from gemq.packed_config import PackedConfig
 
 _FLOATS = ("F32", "F16", "BF16")
 # a number of layers above this is believed only if there are as many tensors
@@ -27,7 +28,7 @@ _MANY_LAYERS = 1000
 
 @register_quantization_config("gemq")
 class GemqConfig(QuantizationConfigMixin):
-    """``quantization_config`` as transformers sees it: a validated :class:`gemq.checkpoint.PackedConfig`."""
+    """``quantization_config`` as transformers sees it: a validated :class:`gemq.packed_config.PackedConfig`."""
 
     def __init__(self, **kwargs: Any):
         self.quant_method = "gemq"

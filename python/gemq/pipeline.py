@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from gemq import distributed
-from gemq.algorithms.allocation import Costs
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
+from gemq.algorithms.costs import Costs
 from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.perplexity import perplexity
 from gemq.algorithms.progressive import (
@@ -26,7 +26,7 @@ from gemq.algorithms.progressive import (
 from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.sequential import OnLayer
 from gemq.algorithms.tensor_bits import resolve
-from gemq.checkpoint import PackedConfig, check_output, from_pretrained, pack_model, save_packed
+from gemq.checkpoint import check_output, from_pretrained, pack_model, save_packed
 from gemq.engine.journal import CHANGED, read_manifest
 from gemq.engine.run import StreamedResult
 from gemq.engine.session import RunOptions, Session, Work, written_by
@@ -45,6 +45,7 @@ from gemq.outcome import (
     outcome_of,
     write_run,
 )
+from gemq.packed_config import PackedConfig
 from gemq.planning import PlanConfig, check, check_budgets, make_plan, this_machine
 
 # tensors that stay unquantized are stored in 16 bits

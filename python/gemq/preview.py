@@ -73,28 +73,33 @@ def preview(config: QuantizeConfig) -> list[Preview]:
     return [_at(config, moe, budget) for budget in sorted(config.method.budgets, reverse=True)]
 
 
-def _experts(config: QuantizeConfig, moe: MoeModel, budget: float) -> tuple[dict[int, list[float]], dict[int, int]]:
-    """Widths of routed and shared experts by decoder layer; fractions where they are not known."""
+# by projection, decoder layer and expert
+Routed = dict[str, dict[int, list[float]]]
+
+
+def _experts(config: QuantizeConfig, moe: MoeModel, budget: float) -> tuple[Routed, dict[int, int]]:
+    """Widths of routed experts, and of shared ones by decoder layer; fractions where they are not known."""
     method, indices = config.method, [layer.index for layer in moe.moe]
     shared = dict.fromkeys(indices, method.shared_bits or max(method.candidates))
     if config.costs is None and method.measures:
-        return {index: [budget] * moe.num_experts for index in indices}, shared
+        return {name: {index: [budget] * moe.num_experts for index in indices} for name in PROJECTIONS}, shared
     statistics = None if config.costs is None else saved_statistics(load_costs(config.costs), moe, method)
     found = allocate(moe, statistics, budget, method)
     if found.shared_bits is not None:
         shared = {index: int(b) for index, b in zip(indices, found.shared_bits, strict=True)}
-    return {index: [int(b) for b in row] for index, row in zip(indices, found.bits, strict=True)}, shared
+    both = (found.bits, found.bits if found.down_bits is None else found.down_bits)
+    routed = {n: dict(zip(indices, bits.tolist(), strict=True)) for n, bits in zip(PROJECTIONS, both, strict=True)}
+    return routed, shared
 
 
 def _at(config: QuantizeConfig, moe: MoeModel, budget: float) -> Preview:
     overrides = resolve(moe, config.method.tensor_bits)
     routed, shared = _experts(config, moe, budget)
-    for (index, expert), bits in overrides.experts.items():
-        routed[index][expert] = bits
+    routed = {name: overrides.over(rows) for name, rows in routed.items()}
     stacks = {}
     for layer in moe.moe:
         for name in PROJECTIONS:
-            stacks[id(getattr(layer.experts, name))] = routed[layer.index]
+            stacks[id(getattr(layer.experts, name))] = routed[name][layer.index]
     widths: dict[int, int] = {}
     for found, default in ((moe.attention, config.method.attention_bits), (moe.dense, config.method.dense_bits)):
         widths |= {id(m.weight): overrides.linears.get(path, default) for path, m in found.items()}
@@ -107,7 +112,7 @@ def _at(config: QuantizeConfig, moe: MoeModel, budget: float) -> Preview:
                for name, p in moe.model.named_parameters()]
     tensors += [TensorPlan(name, tuple(t.shape), 4 * t.numel(), 32, 4 * t.numel())
                 for name, t in _float32_buffers(moe.model).items()]
-    exact = all(float(b).is_integer() for row in routed.values() for b in row) and (
+    exact = all(float(b).is_integer() for rows in routed.values() for row in rows.values() for b in row) and (
         config.costs is not None or not config.method.measures)
     return Preview(budget, tensors, exact)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from gemq.checkpoint import PackedConfig, load_packed_config
+from gemq.checkpoint import load_packed_config
 from gemq.integrity import read_header, weight_files
+from gemq.packed_config import PackedConfig
 
 
 @dataclass(frozen=True)
@@ -42,5 +43,6 @@ def summarize(path: str | os.PathLike) -> Summary:
     for file in files:
         for name, entry in read_header(file).items():
             kinds[_kind(name)] = kinds.get(_kind(name), 0) + entry.bytes
-    widths = [b for row in config.expert_bits.values() for b in row]
-    return Summary(config, dict(sorted(kinds.items())), sum(f.stat().st_size for f in files), sum(widths) / len(widths))
+    return Summary(
+        config, dict(sorted(kinds.items())), sum(f.stat().st_size for f in files), config.bits_per_expert
+    )

@@ -8,10 +8,8 @@ With ``c[i, b]`` the loss increase that Eq. 6 predicts when expert ``i`` is stor
                 sum b * x[i, b] <= total       the budget, over all layers at once
                 per layer, at least one routed expert at the highest width and one at the second highest
 
-The coefficients are measured once and saved; any budget is solved from the same file::
-
-    {"format": "gemq-costs", "version": 1, "candidates": [1, 2, 3], "layers": [0, 1], "shared": null,
-     "shared_multiple": 0.0, "routed": [[[0.9, 0.2, 0.1], [0.5, 0.3, 0.1]], [[0.1, 0.0, 0.0], [0.7, 0.2, 0.0]]]}
+or the same with two rows an expert, its gate and up projections, which count two thirds of a bit each, and its down
+projection, which counts one third (not in the paper; ``granularity``).
 
 Solved with python-mip, by HiGHS or CBC.
 """
@@ -19,134 +17,28 @@ Solved with python-mip, by HiGHS or CBC.
 from __future__ import annotations
 
 import importlib
-import itertools
-import json
 import math
-import operator
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemq import durable
+from gemq.algorithms.costs import Costs
 from gemq.algorithms.program import Program
-from gemq.format import UNQUANTIZED, check_bits
+from gemq.format import UNQUANTIZED, by_weight, check_bits
 
-FORMAT, VERSION = "gemq-costs", 1
 # which widths, counted from the highest down, a routed expert of each layer must take (the paper's Table 17)
 PER_LAYER, SOLVERS = {"c2c3": (1, 2), "c2": (1,), "c3": (2,), "none": ()}, ("auto", "highs", "cbc")
 # what a shared expert as wide as several counts of the budget: what it takes, or as in the paper's experiments
 ACCOUNTINGS = ("exact", "paper")
+# what has a width of its own: an expert, or its gate and up projections and its down projection
+GRANULARITIES = ("auto", "expert", "matrix")
+# of an expert's weights gate and up are two thirds, down is one
+_THIRDS = (2.0, 1.0)
 # A real budget times an expert count may miss a whole number of bits by rounding.
 BUDGET_SLACK = 1e-6
-
-
-def _array(name: str, value: Any, ndim: int) -> np.ndarray:
-    """``value`` as a read-only float64 array of ``ndim`` dimensions, finite and >= 0, else ``ValueError``."""
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} must have {ndim} dimensions, got rows of different lengths") from error
-    if array.dtype.kind not in "iuf" or array.ndim != ndim or not array.size:
-        raise ValueError(f"{name} must hold numbers in {ndim} dimensions, got {array.dtype} {array.shape}")
-    array = array.astype(np.float64)
-    bad = np.argwhere(~(np.isfinite(array) & (array >= 0)))
-    if len(bad):
-        index = tuple(bad[0].tolist())
-        raise ValueError(f"{name}{list(index) or ''} must be finite and >= 0, got {array[index]}")
-    array.setflags(write=False)
-    return array
-
-
-def _integers(name: str, values: Any) -> tuple[int, ...]:
-    """``values`` as Python integers >= 0, strictly ascending, else ``ValueError``."""
-    try:
-        integers = tuple(-1 if isinstance(v, bool) else operator.index(v) for v in values)
-    except TypeError:
-        integers = ()
-    if not integers or integers[0] < 0 or any(a >= b for a, b in itertools.pairwise(integers)):
-        raise ValueError(f"{name} must be ascending, distinct integers >= 0, at least one, got {values!r}")
-    return integers
-
-
-@dataclass(frozen=True, eq=False)
-class Costs:
-    """Loss increases of Eq. 6 for every expert and candidate width. Raises ``ValueError`` for any value outside:
-
-    ``candidates``
-        B widths in bits, ascending, each in 0..8.
-    ``routed`` ``[L, E, B]`` float64
-        Predicted increase of the calibration loss when that expert of that MoE layer has that width; >= 0.
-        Used as given: a width that costs more than a narrower one stays so.
-    ``layers``
-        Decoder layer index of each of the L rows, ascending.
-    ``shared`` ``[L, B]`` float64 or None
-        The same for the shared experts of a layer merged into one. None when the family has none, or when
-        their width is not to be chosen (then :func:`solve` needs ``fixed_shared_bits``).
-    ``shared_multiple``
-        S, the width of the merged shared expert over that of a routed one (2 in DeepSeek-V2-Lite); 0 if none.
-    """
-
-    candidates: tuple[int, ...]
-    routed: np.ndarray
-    layers: tuple[int, ...]
-    shared: np.ndarray | None = None
-    shared_multiple: float = 0.0
-
-    def __post_init__(self) -> None:
-        candidates = _integers("candidates", self.candidates)
-        for bits in candidates:
-            check_bits(bits, allow_zero=True, name="candidates")
-        routed = _array("routed", self.routed, 3)
-        num_layers, _, num_widths = routed.shape
-        if num_widths != len(candidates):
-            raise ValueError(f"routed must be [L, E, {len(candidates)}] for candidates {candidates}: {routed.shape}")
-        layers = _integers("layers", self.layers)
-        if len(layers) != num_layers:
-            raise ValueError(f"layers must name the {num_layers} layers of routed, got {len(layers)}: {layers}")
-        multiple = float(_array("shared_multiple", self.shared_multiple, 0))
-        if self.shared is not None:
-            shared = _array("shared", self.shared, 2)
-            if shared.shape != (num_layers, num_widths):
-                raise ValueError(f"shared must be [L, B] = {(num_layers, num_widths)}, got {shared.shape}")
-            if multiple == 0:
-                raise ValueError("shared_multiple must be > 0 when shared is given, got 0")
-            object.__setattr__(self, "shared", shared)
-        for name, value in zip(("candidates", "routed", "layers"), (candidates, routed, layers), strict=True):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "shared_multiple", multiple)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the JSON of the module's docstring; an interrupted write leaves ``path`` as it was."""
-        content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            content[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
-        durable.replace(Path(path), (json.dumps(content, allow_nan=False) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Costs:
-        """Read what :meth:`save` wrote.
-
-        Raises ``ValueError`` naming the file if it is not such JSON or has another version, ``OSError`` if unreadable.
-        """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise ValueError(f"not a {FORMAT} file")
-            version = content.get("version")
-            if type(version) is not int or version != VERSION:
-                raise ValueError(f"version must be {VERSION}, got {version!r}")
-            names = {field.name for field in fields(cls)}
-            if content.keys() != names | {"format", "version"}:
-                raise ValueError(f"missing or unknown keys: {sorted(content.keys() ^ (names | {'format', 'version'}))}")
-            return cls(**{name: content[name] for name in names})
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +46,8 @@ class Allocation:
     """A width for every expert.
 
     ``bits`` is the width of each routed expert and ``shared_bits`` that of each layer's merged shared expert, if
-    there is one; ``budget`` is in bits per expert, as asked for. ``objective`` sums the coefficients of the chosen
+    there is one. Where ``down_bits`` is given, those are the widths of the down projections, and ``bits`` are those of
+    gate and up. ``budget`` is in bits per expert, as asked for. ``objective`` sums the coefficients of the chosen
     widths of the experts that were variables, and ``gap`` is its proven distance to the optimum,
     ``(objective - the solver's lower bound) / objective``.
     """
@@ -167,11 +60,13 @@ class Allocation:
     seconds: float
     solver: str  # "highs", "cbc", or the name of a rule
     shared_multiple: float = 0.0  # S of Costs if the budget covers the shared experts, else 0
+    down_bits: np.ndarray | None = None  # [L, E] int64
 
     @property
     def bits_per_expert(self) -> float:
         """Mean bits over the expert-sized units that the budget covers; at most ``budget``."""
-        total, units = float(self.bits.sum()), float(self.bits.size)
+        down = self.bits if self.down_bits is None else self.down_bits
+        total, units = sum(by_weight(self.bits.ravel().tolist(), down.ravel().tolist())) / 3, float(self.bits.size)
         if self.shared_bits is not None:
             total += self.shared_multiple * float(self.shared_bits.sum())
             units += self.shared_multiple * self.shared_bits.size
@@ -286,6 +181,7 @@ def solve(
     solver: str = "auto",
     fixed_shared_bits: int | None = None,
     accounting: str = "exact",
+    granularity: str = "auto",
 ) -> Allocation:
     """The widths with the least predicted loss increase within ``budget`` bits per expert (Eq. 7).
 
@@ -297,6 +193,10 @@ def solve(
 
     With ``fixed_shared_bits`` the shared experts have that width, and the budget and the objective cover the
     routed experts only; otherwise ``accounting`` says what they count: see :func:`total_bits`.
+
+    ``granularity="expert"`` gives an expert one width, ``"matrix"`` one to its gate and up projections and one to its
+    down projection, by ``costs.matrices``; the constraints of a layer then hold for either. ``"auto"`` is
+    ``"matrix"`` where these were measured and no candidate is 0.
 
     Raises ``ValueError`` for an unknown option or a budget outside :func:`feasible_range`, and ``RuntimeError``
     if no solver loads, the time limit passes without an allocation, or the solver's answer breaks a constraint.
@@ -311,35 +211,74 @@ def solve(
     )
     shared = _shared_is_variable(costs, fixed_shared_bits)
     units = _Units.of(costs, shared, accounting).shared
-    num_layers, num_experts, num_widths = costs.routed.shape
+    per_matrix = is_per_matrix(granularity, costs)
+    num_layers, num_experts, _ = costs.routed.shape
     within = 0 <= budget <= high + 1e-9
     total = total_bits(budget, costs, count_shared=shared, accounting=accounting) if within else -1
     if total < num_layers * _minimum_bits(costs, per_layer, units):
         raise ValueError(f"budget must be in {low:.6g}..{high:.6g} bits per expert for these costs, got {budget}")
 
-    rows = costs.routed.reshape(-1, num_widths)
-    program = Program(
-        coefficients=np.concatenate([rows, costs.shared]) if shared else rows,
-        widths=costs.candidates,
-        shape=(num_layers, num_experts),
-        units=np.concatenate([np.ones(len(rows)), np.full(num_layers if shared else 0, units)]),
-        total=total,
-        kept=PER_LAYER[per_layer] if num_widths > 1 else (),
-    )
+    program, thirds = _program(costs, per_matrix, units if shared else 0.0, total, per_layer)
     name = _pick_solver(solver)
     chosen, objective, bound = program.solve(name, max_gap, time_limit)
     bits = np.asarray(costs.candidates, dtype=np.int64)[chosen]
+    routed = bits[: num_layers * num_experts * len(thirds)].reshape(len(thirds), num_layers, num_experts)
     fixed = None if fixed_shared_bits is None else np.full(num_layers, fixed_shared_bits, dtype=np.int64)
     return Allocation(
-        bits=bits[: len(rows)].reshape(num_layers, num_experts),
-        shared_bits=bits[len(rows) :] if shared else fixed,
+        bits=routed[0],
+        shared_bits=bits[routed.size :] if shared else fixed,
         budget=float(budget),
         objective=objective,
         gap=max(0.0, objective - bound) / objective if objective else 0.0,
         seconds=time.monotonic() - start,
         solver=name,
         shared_multiple=costs.shared_multiple if shared else 0.0,
+        down_bits=routed[1] if per_matrix else None,
     )
+
+
+def is_per_matrix(granularity: str, costs: Costs) -> bool:
+    """Whether gate and up, and down, get widths of their own: ``auto`` does where ``costs`` say what they cost and no
+    candidate is 0 bits. An expert of no bits is one decision.
+
+    Raises ``ValueError`` for an unknown name, and for ``matrix`` where it cannot be.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+    if granularity == "matrix" and not costs.candidates[0]:
+        raise ValueError(f"granularity 'matrix' needs candidates above 0 bits, got {list(costs.candidates)}")
+    if granularity == "matrix" and costs.matrices is None:
+        raise ValueError("granularity 'matrix' needs costs of single matrices, which these are not: measure again")
+    return granularity != "expert" and costs.matrices is not None and costs.candidates[0] > 0
+
+
+def _program(
+    costs: Costs, per_matrix: bool, shared_units: float, total: float, per_layer: str
+) -> tuple[Program, tuple[float, ...]]:
+    """Eq. 7 of these costs, and what a bit of each of an expert's rows counts; ``total`` bits are for all experts.
+
+    Per matrix the constraints of a layer hold for either matrix, and all is counted in thirds of a bit.
+    """
+    num_layers, num_experts, num_widths = costs.routed.shape
+    if per_matrix:
+        thirds, whole = _THIRDS, 3.0
+        parts = [costs.matrices[:, :, which].reshape(-1, num_widths) for which in range(2)]
+    else:
+        thirds, whole = (1.0,), 1.0
+        parts = [costs.routed.reshape(-1, num_widths)]
+    units = [np.full(len(part), third) for part, third in zip(parts, thirds, strict=True)]
+    if shared_units:
+        parts.append(costs.shared)
+        units.append(np.full(num_layers, shared_units * whole))
+    program = Program(
+        coefficients=np.concatenate(parts),
+        widths=costs.candidates,
+        shape=(num_layers * len(thirds), num_experts),
+        units=np.concatenate(units),
+        total=total * whole,
+        kept=PER_LAYER[per_layer] if num_widths > 1 else (),
+    )
+    return program, thirds
 
 
 def pareto(costs: Costs, budgets: Sequence[float], **options: Any) -> list[Allocation]:

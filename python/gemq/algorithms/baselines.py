@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemq.algorithms.allocation import BUDGET_SLACK, Allocation, Costs, feasible_range, joined, solve
+from gemq.algorithms.allocation import BUDGET_SLACK, Allocation, feasible_range, joined, solve
+from gemq.algorithms.costs import Costs
 from gemq.format import MAX_BITS
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gemq.algorithms.allocation import Costs
+from gemq.algorithms.costs import Costs
 from gemq.algorithms.importance import Perturbation, Progress
 from gemq.algorithms.layerwise import Routed, watch_experts
 from gemq.algorithms.originals import Originals

@@ -19,8 +19,9 @@ class GivenAllocation:
 
     ``rows`` holds one row of widths a MoE layer, in layer order; ``layers`` their decoder layer indices, or None where
     the source names none. A row may end with one more width, that of the layer's merged shared expert (so do the
-    authors' files); ``shared`` holds those widths where the source keeps them apart. ``budget`` is what the source
-    says it was solved for.
+    authors' files); ``shared`` holds those widths where the source keeps them apart. ``down`` are the widths of the
+    down projections, as ``rows``, which then are those of gate and up. ``budget`` is what the source says it was
+    solved for.
     """
 
     source: str
@@ -28,13 +29,16 @@ class GivenAllocation:
     layers: tuple[int, ...] | None = None
     shared: tuple[int, ...] | None = None
     budget: float | None = None
+    down: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GivenAllocation:
         """From the fields as JSON gives them back: lists for tuples."""
-        rows = tuple(tuple(row) for row in data["rows"])
+        rows, down = (
+            None if data[n] is None else tuple(tuple(row) for row in data[n]) for n in ("rows", "down")
+        )
         layers, shared = (None if data[n] is None else tuple(data[n]) for n in ("layers", "shared"))
-        return cls(data["source"], rows, layers, shared, data["budget"])
+        return cls(data["source"], rows, layers, shared, data["budget"], down)
 
     def fit(self, moe: MoeModel, budget: float | None = None, shared_bits: int | None = None) -> Allocation:
         """This allocation for ``moe``, its shape and its mean checked; ``shared_bits`` overrides the file's.
@@ -52,18 +56,28 @@ class GivenAllocation:
                              "layers")
         routed, shared = self._split(moe)
         _check_widths(self.source, routed, 0)
+        down = None if self.down is None else self._of_down(routed)
         if shared_bits is not None:
             shared = None
         elif shared is not None:
             _check_widths(self.source, shared, 1)
         found = Allocation(
             bits=routed, shared_bits=shared, budget=math.nan, objective=math.nan, gap=math.nan, seconds=0.0,
-            solver="file", shared_multiple=0.0 if shared is None else moe.shared_multiple,
+            solver="file", shared_multiple=0.0 if shared is None else moe.shared_multiple, down_bits=down,
         )
         mean = found.bits_per_expert
         if budget is not None and mean > budget + BUDGET_SLACK:
             raise ValueError(f"{self.source} takes {mean:.6g} bits per expert, more than the budget of {budget:g}")
         return replace(found, budget=mean if self.budget is None else float(self.budget))
+
+    def _of_down(self, routed: np.ndarray) -> np.ndarray:
+        """Widths of the down projections ``[L, E]``."""
+        counts = [len(row) for row in self.down]
+        if counts != [routed.shape[1]] * len(routed):
+            raise ValueError(f"{self.source} has other layers or experts in down_bits than in expert_bits")
+        down = np.asarray(self.down, dtype=np.int64)
+        _check_widths(self.source, down, 0)
+        return down
 
     def _split(self, moe: MoeModel) -> tuple[np.ndarray, np.ndarray | None]:
         """Routed widths ``[L, E]`` and those of the shared experts ``[L]``, if any."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gemq.algorithms.refinement import damping_of, refine
+from gemq.algorithms.refinement import damping_of, refine, rescaled
 from gemq.format import GROUP_SIZES
 from gemq.ops.gptq import gptq_group
 from gemq.reference.grid import CLIPS, dequantize_codes, round_to_nearest
@@ -23,16 +23,18 @@ class GptqConfig:
     whose rounding error is propagated inside a group: 1 is GPTQ, 4 is what the paper's scripts do. ``refine`` is how
     often codes and grids are improved in turn once GPTQ has chosen them (:mod:`gemq.algorithms.refinement`; 0: GPTQ
     alone). ``compensate`` fits the down projections of routed experts to what their quantized gate and up projections
-    give (:mod:`gemq.algorithms.compensation`).
+    give (:mod:`gemq.algorithms.compensation`). ``rescale`` gives every row's outputs the power back that quantizing
+    took (:func:`gemq.algorithms.refinement.rescaled`).
     """
 
     group_size: int = 128
-    clip: str = "paper"
+    clip: str = "mse"
     damping: float = 0.01
     propagate_from: int = 1
     min_tokens: int = 1
     refine: int = 2
     compensate: bool = True
+    rescale: bool = True
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
@@ -47,15 +49,17 @@ class GptqConfig:
     @classmethod
     def for_recipe(
         cls, recipe: str, group_size: int = 128, damping: float = 0.01, clip: str | None = None,
-        refine: int | None = None, compensate: bool | None = None,
+        refine: int | None = None, compensate: bool | None = None, rescale: bool | None = None,
     ) -> GptqConfig:
-        """``default``: errors propagated at every width, refined and compensated. ``paper``: as the published scripts
-        quantize, range factors 0.9 .. 1.1, no propagation inside a group at 3 bits and below, and GPTQ alone. What is
-        given besides wins over the recipe."""
+        """``default``: ranges by squared error, errors propagated at every width, refined, compensated and rescaled.
+        ``paper``: as the published scripts quantize, range factors 0.9 .. 1.1, no propagation inside a group at 3 bits
+        and below, and GPTQ alone. What is given besides wins over the recipe."""
         if recipe not in ("default", "paper"):
             raise ValueError(f"recipe must be default or paper, got {recipe!r}")
-        chosen = cls(propagate_from=4, refine=0, compensate=False) if recipe == "paper" else cls()
-        given = {"clip": clip, "refine": refine, "compensate": compensate}
+        chosen = cls()
+        if recipe == "paper":
+            chosen = cls(clip="paper", propagate_from=4, refine=0, compensate=False, rescale=False)
+        given = {"clip": clip, "refine": refine, "compensate": compensate, "rescale": rescale}
         given = {name: value for name, value in given.items() if value is not None}
         return replace(chosen, group_size=group_size, damping=damping, **given)
 
@@ -210,11 +214,13 @@ def gptq(
             lost = weight[e] - dequantize_codes(codes[e], meta[e])
             loss[e], total[e] = _loss(lost, hessian[e]), _loss(weight[e], hessian[e])
             continue
+        # one at a time: the result must not depend on what else is in the batch
         if config.refine:
-            # one at a time: the result must not depend on what else is in the batch
             whole = hessian[e] + torch.diag(factor.added[e])
             codes[e], meta[e] = refine(weight[e], whole, codes[e], meta[e], bits[e], config.refine)
-        if config.refine or bits[e] < config.propagate_from:
+        if config.rescale:
+            meta[e] = rescaled(weight[e], hessian[e], codes[e], meta[e])
+        if config.refine or config.rescale or bits[e] < config.propagate_from:
             own = Factor(factor.root[one], factor.inverse[one], factor.added[one], factor.damping[one])
             loss[one] = own.loss(weight[one] - dequantize_codes(codes[one], meta[one]))
     error = loss.clamp(min=0) / total.clamp(min=1e-30)

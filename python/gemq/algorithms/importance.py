@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from gemq import distributed
-from gemq.algorithms.allocation import Costs
+from gemq.algorithms.costs import Costs
 from gemq.algorithms.gptq import GptqConfig, gptq
+from gemq.algorithms.layer_costs import DOWN, GATE_UP, LayerCosts
 from gemq.algorithms.layerwise import Routed, expert_hidden, watch_experts
 from gemq.algorithms.originals import Originals
 from gemq.format import default_group_size
@@ -79,8 +80,8 @@ PERTURBATIONS = ("gptq", "rtn")
 @dataclass(frozen=True)
 class Perturbation:
     """How an expert is quantized to see what it costs: ``gptq`` as it will be (with ``config``, on the inputs at
-    hand, but neither refined nor compensated: at every width that would cost more than it tells), or ``rtn``, rounded
-    to nearest with no clipping, as the paper's scripts do."""
+    hand, but as the column loop leaves it: what follows would cost more, at every width, than it tells), or ``rtn``,
+    rounded to nearest with no clipping, as the paper's scripts do."""
 
     kind: str = "gptq"
     config: GptqConfig = field(default_factory=GptqConfig)
@@ -100,7 +101,7 @@ class Perturbation:
             batch = (len(kept), -1, -1)
             codes, meta, _ = gptq(
                 weight.expand(batch), (x.T @ x).expand(batch), kept, [len(x)] * len(kept),
-                replace(self.config, refine=0), size,
+                replace(self.config, refine=0, rescale=False), size,
             )
             found = dict(zip(kept, dequantize_codes(codes, meta, weight.dtype), strict=True))
         return [found[b] if b else torch.zeros_like(weight) for b in widths]
@@ -114,81 +115,53 @@ class Perturbation:
         return list(zip(first, second, strict=True))
 
 
-class _LayerCosts:
-    """Accumulates one layer's statistics over batches."""
-
-    def __init__(self, moe: MoeModel, candidates: tuple[int, ...]):
-        shape = (moe.num_experts, len(candidates))
-        self.candidates = candidates
-        self.routed = np.zeros(shape)
-        self.error = np.zeros(shape)
-        self.shared = np.zeros(len(candidates))
-        self.count = np.zeros(moe.num_experts)
-        self.weight = np.zeros(moe.num_experts)
-        self.tokens = 0
-
-    def complete(self) -> None:
-        """Every process has measured its own experts: all get the rest (zero here, so the sums are exact)."""
-        for name in ("routed", "error", "shared", "count", "weight"):
-            setattr(self, name, sum(distributed.gather(getattr(self, name))))
-
-    def add_expert(
-        self, expert: int, captures: list[Capture], base: tuple[Tensor, Tensor], weights: list[tuple[Tensor, Tensor]],
-        window: int,
-    ) -> None:
-        for capture in captures:
-            x, token = capture.routed.rows(expert)
-            if not len(token):
-                continue
-            scale = capture.routed.weight_of(expert, token)
-            self.count[expert] += len(token)
-            self.weight[expert] += float(scale.double().sum())
-            gradient, windows = capture.gradient[token].float() * scale, token // window
-            out = expert_hidden(base[0], x) @ base[1].T
-            for b, (gate_up, down) in enumerate(weights):
-                cost, error = change_of(out - expert_hidden(gate_up, x) @ down.T, gradient, scale, windows)
-                self.routed[expert, b] += cost
-                self.error[expert, b] += error
-
-
-def change_of(change: Tensor, gradient: Tensor, scale: Tensor, window: Tensor) -> tuple[float, float]:
-    """Eq. 6's sum over the tokens of one expert, and the Frobenius norm of ``dz`` summed over windows.
-
-    ``change [t, H]`` is the expert's before its routing weights ``scale [t, 1]``, with which ``gradient [t, H]`` was
-    multiplied: once instead of for every width. ``window [t]`` are the tokens' windows, ascending.
-    """
-    cost = float((gradient * change).double().square().sum())
-    per_token = change.double().square().sum(-1) * scale.double().square()[:, 0]
-    by_window = torch.zeros(int(window[-1]) + 1, dtype=torch.float64, device=per_token.device)
-    by_window.index_add_(0, window, per_token)
-    return cost, float(by_window.sqrt().sum())
+def _expert_costs(
+    sums: LayerCosts, expert: int, captures: list[Capture], base: tuple[Tensor, Tensor],
+    weights: list[tuple[Tensor, Tensor]], window: int,
+) -> None:
+    """Add to ``sums`` what one expert's tokens say of its projections ``weights`` at every width."""
+    for capture in captures:
+        x, token = capture.routed.rows(expert)
+        if not len(token):
+            continue
+        scale = capture.routed.weight_of(expert, token)
+        sums.seen(expert, scale)
+        gradient, windows = capture.gradient[token].float() * scale, token // window
+        inner = expert_hidden(base[0], x)
+        out = inner @ base[1].T
+        for column, (gate_up, down) in enumerate(weights):
+            given = expert_hidden(gate_up, x)
+            for part in sums.parts:
+                after = (inner if part == DOWN else given) @ (base[1] if part == GATE_UP else down).T
+                sums.add(expert, column, part, out - after, gradient, scale, windows)
 
 
 def _shared_costs(
-    layer: MoeLayer, captures: list[Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation
+    layer: MoeLayer, captures: list[Capture], originals: Originals, sums: LayerCosts, candidates: tuple[int, ...],
+    perturbation: Perturbation,
 ) -> None:
     gate, up, down = originals.shared(layer)
     base = (torch.cat([gate, up]), down)
-    weights = perturbation.ffn(*base, sums.candidates, lambda: torch.cat([c.routed.x for c in captures]))
+    weights = perturbation.ffn(*base, candidates, lambda: torch.cat([c.routed.x for c in captures]))
     for capture in captures:
         x = capture.routed.x
         out, gradient = expert_hidden(base[0], x) @ base[1].T, capture.gradient.float()
         if layer.shared_gate is not None:
             gradient = gradient * torch.sigmoid(layer.shared_gate(x))
-        for b, (gate_up, down_b) in enumerate(weights):
-            change = out - expert_hidden(gate_up, x) @ down_b.T
-            sums.shared[b] += float((gradient * change).double().square().sum())
+        sums.add_shared((out - expert_hidden(gate_up, x) @ down_b.T for gate_up, down_b in weights), gradient)
 
 
 def measure(
     moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, *,
     perturbation: Perturbation | None = None, batch_size: int = 4, progress: Progress | None = None,
+    matrices: bool = False,
 ) -> ExpertStatistics:
     """Eq. 6 for every expert and candidate width, with the routing, inputs and gradients of ``moe`` as it is.
 
     ``windows`` is int64 ``[N, T]``; ``originals`` are the weights that are perturbed and measured against, so in a
     progression the statistics come from the quantized model but the change is that of the original expert.
-    ``perturbation`` says how an expert is quantized for this (default: as it will be, by GPTQ).
+    ``perturbation`` says how an expert is quantized for this (default: as it will be, by GPTQ). ``matrices`` measures
+    its gate and up projections alone and its down projection alone, too.
     A merged shared expert is measured on every token (with its sigmoid gate where there is one).
     """
     was_training, device = moe.model.training, next(moe.model.parameters()).device
@@ -208,9 +181,11 @@ def measure(
     rows = []
     with torch.no_grad():
         for layer, captures in zip(moe.moe, captured, strict=True):
-            rows.append(_LayerCosts(moe, candidates))
+            rows.append(LayerCosts.zeros(moe.num_experts, len(candidates), matrices))
             everyones = _of_all(captures, distributed.rounds(windows, batch_size), device)
-            _layer_costs(layer, everyones, originals, rows[-1], perturbation or Perturbation(), windows.shape[1])
+            _layer_costs(
+                layer, everyones, originals, rows[-1], candidates, perturbation or Perturbation(), windows.shape[1]
+            )
             rows[-1].complete()
             captures.clear()
             done += 1
@@ -235,22 +210,22 @@ def _of_all(captures: list[Capture], rounds: int, device: torch.device) -> list[
 
 
 def _layer_costs(
-    layer: MoeLayer, captures: list[Capture], originals: Originals, sums: _LayerCosts, perturbation: Perturbation,
-    window: int,
+    layer: MoeLayer, captures: list[Capture], originals: Originals, sums: LayerCosts, candidates: tuple[int, ...],
+    perturbation: Perturbation, window: int,
 ) -> None:
     gate_up, down = originals.experts(layer)
     for e in distributed.share(len(gate_up)):
         base = (gate_up[e], down[e])
         weights = perturbation.ffn(
-            *base, sums.candidates, lambda e=e: torch.cat([c.routed.rows(e)[0] for c in captures])
+            *base, candidates, lambda e=e: torch.cat([c.routed.rows(e)[0] for c in captures])
         )
-        sums.add_expert(e, captures, base, weights, window)
+        _expert_costs(sums, e, captures, base, weights, window)
     if layer.shared is not None and distributed.world().first:
-        _shared_costs(layer, captures, originals, sums, perturbation)
+        _shared_costs(layer, captures, originals, sums, candidates, perturbation)
     sums.tokens = sum(len(c.routed.x) for c in captures)
 
 
-def statistics_of(moe: MoeModel, rows: list, candidates: tuple[int, ...]) -> ExpertStatistics:
+def statistics_of(moe: MoeModel, rows: list[LayerCosts], candidates: tuple[int, ...]) -> ExpertStatistics:
     """The statistics of a model from its MoE layers' sums, in layer order."""
     tokens = np.array([[row.tokens] for row in rows], dtype=float)
     costs = Costs(
@@ -259,6 +234,7 @@ def statistics_of(moe: MoeModel, rows: list, candidates: tuple[int, ...]) -> Exp
         shared=np.stack([row.shared for row in rows]) if moe.moe[0].shared is not None else None,
         shared_multiple=moe.shared_multiple,
         layers=tuple(layer.index for layer in moe.moe),
+        matrices=None if rows[0].matrices is None else np.stack([row.matrices for row in rows]),
     )
     return ExpertStatistics(
         costs,

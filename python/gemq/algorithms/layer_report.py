@@ -27,14 +27,14 @@ class LayerReport:
 
 
 def layer_report(
-    index: int, bits: list[int] | None, reports: Iterable[tuple[str, GptqReport]], seconds: float
+    index: int, bits: float | None, reports: Iterable[tuple[str, GptqReport]], seconds: float
 ) -> LayerReport:
-    """Sum up the reports, by module path, of the matrices of decoder layer ``index``."""
+    """Sum up the reports, by module path, of the matrices of decoder layer ``index``, whose experts have ``bits``."""
     found = list(reports)
     routed = [report.tokens for path, report in found if ".experts." in path]
     error = sum(report.error for _, report in found) / len(found) if found else 0.0
     return LayerReport(
-        index, None if bits is None else sum(bits) / len(bits), error, min(routed, default=None),
+        index, bits, error, min(routed, default=None),
         sum(report.fallback != "" for _, report in found), seconds,
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemq import distributed
-from gemq.algorithms.allocation import ACCOUNTINGS, PER_LAYER, Allocation, solve
+from gemq.algorithms.allocation import ACCOUNTINGS, GRANULARITIES, PER_LAYER, Allocation, solve
 from gemq.algorithms.baselines import global_pmq, pmq, uniform
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.given_allocation import GivenAllocation
@@ -51,6 +51,10 @@ class MethodConfig:
     over all of these and over the allocation, which does not know of them: the mean that is reached may leave the
     budget.
 
+    ``granularity`` says what gets a width of its own by method gemq, an ``expert``, or its gate and up projections and
+    its down projection (``matrix``); ``auto`` is the latter unless experts may have 0 bits. The other methods are of
+    experts.
+
     In the paper's terms: ``candidates`` is Table 18, ``per_layer`` (none, c2, c3, c2c3) Table 17, ``attention_bits``
     Table 19, ``router_bits`` Table 20.
 
@@ -67,6 +71,7 @@ class MethodConfig:
     budgets: tuple[float, ...] = (2.5,)
     method: str = "gemq"
     candidates: tuple[int, ...] = (1, 2, 3)
+    granularity: str = "auto"
     per_layer: str = "c2c3"
     attention_bits: int = 4
     dense_bits: int = 4
@@ -97,6 +102,10 @@ class MethodConfig:
             raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
         if self.per_layer not in PER_LAYER:
             raise ValueError(f"per_layer must be one of {', '.join(PER_LAYER)}, got {self.per_layer!r}")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
+        if self.granularity == "matrix" and self.method == "gemq" and not min(self.candidates, default=0):
+            raise ValueError(f"granularity 'matrix' needs candidates above 0 bits, got {self.candidates}")
         if self.accounting not in ACCOUNTINGS:
             raise ValueError(f"accounting must be one of {', '.join(ACCOUNTINGS)}, got {self.accounting!r}")
         if not self.budgets or any(not 0 <= b <= 8 for b in self.budgets):
@@ -112,6 +121,11 @@ class MethodConfig:
     def measures(self) -> bool:
         """Whether the widths come from coefficients."""
         return self.method != "uniform" and self.given is None
+
+    @property
+    def per_matrix(self) -> bool:
+        """Whether costs are measured for gate and up, and down, apart, to give them widths of their own."""
+        return self.method == "gemq" and self.granularity != "expert" and min(self.candidates, default=0) > 0
 
     @property
     def name(self) -> str:
@@ -154,8 +168,14 @@ def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitP
         shared = {
             index: int(allocation.shared_bits[row]) if fixed is None else fixed for row, index in enumerate(indices)
         }
-    experts = {index: [int(b) for b in allocation.bits[row]] for row, index in enumerate(indices)}
-    return BitPlan(experts, shared, config.attention_bits, config.dense_bits, config.router_bits)
+    experts, down = (
+        {} if bits is None else {index: [int(b) for b in bits[row]] for row, index in enumerate(indices)}
+        for bits in (allocation.bits, allocation.down_bits)
+    )
+    return BitPlan(
+        experts, shared, config.attention_bits, config.dense_bits, config.router_bits,
+        down={} if down == experts else down,
+    )
 
 
 def overridden(
@@ -163,15 +183,17 @@ def overridden(
 ) -> tuple[Allocation, BitPlan]:
     """Put ``config.tensor_bits`` over an allocation and its plan."""
     wanted = resolve(moe, config.tensor_bits)
-    experts = {
-        index: [wanted.experts.get((index, e), bits) for e, bits in enumerate(row)]
-        for index, row in plan.experts.items()
-    }
+    experts, down = (wanted.over(rows) for rows in (plan.experts, plan.down))
     if wanted.experts:
         # the summed coefficients are those of other widths now
-        bits = np.array([experts[layer.index] for layer in moe.moe], dtype=np.int64)
-        allocation = replace(allocation, bits=bits, objective=float("nan"), gap=float("nan"))
-    return allocation, replace(plan, experts=experts, linears=wanted.linears)
+        bits, of_down = (
+            np.array([rows[layer.index] for layer in moe.moe], dtype=np.int64) if rows else None
+            for rows in (experts, down)
+        )
+        allocation = replace(
+            allocation, bits=bits, down_bits=of_down, objective=float("nan"), gap=float("nan")
+        )
+    return allocation, replace(plan, experts=experts, down=down, linears=wanted.linears)
 
 
 def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, config: MethodConfig) -> Allocation:
@@ -193,7 +215,10 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
         return distributed.on_first(lambda: two_step(statistics.costs, budget, per_layer=config.per_layer))
     has_shared = moe.moe[0].shared is not None
     fixed = config.shared_bits if has_shared else None
-    options = {"per_layer": config.per_layer, "fixed_shared_bits": fixed, "accounting": config.accounting}
+    options = {
+        "per_layer": config.per_layer, "fixed_shared_bits": fixed, "accounting": config.accounting,
+        "granularity": config.granularity,
+    }
     return distributed.on_first(lambda: solve(statistics.costs, budget, **options))
 
 
@@ -207,7 +232,7 @@ def _measure(
         return ExpertStatistics(costs)
     return measure(
         moe, windows, config.candidates, originals, perturbation=perturbation, batch_size=config.batch_size,
-        progress=report,
+        progress=report, matrices=config.per_matrix,
     )
 
 

@@ -4,6 +4,9 @@ With codes ``q`` and weights ``w`` of a row, the output error is ``(w - A p) H (
 dequantized row, linear in its scales and offsets ``p`` when the codes are fixed. A round improves either given the
 other: every code in turn (:func:`gemq.ops.gptq.descend_codes`), then all scales and offsets of the row together, by
 least squares. Neither raises the error.
+
+What is left of the error makes outputs smaller: of a least-squares solution ``q`` the power ``q H q'`` is ``w H w'``
+less the error, in every layer again. :func:`rescaled` gives a row its power back, at the price of a little error.
 """
 
 from __future__ import annotations
@@ -72,6 +75,20 @@ def descend(weight: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor, bits: 
         residual[:, at] -= (new.float() - found[:, at].float()) * meta[:, group, :1].float()
         found[:, at] = new
     return found
+
+
+def rescaled(weight: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor) -> Tensor:
+    """Scales and offsets float16 ``[n, groups, 2]``, each row's multiplied by one number, so that its outputs on the
+    calibration text have the sum of squares ``w H w'`` that they had; arguments as of :func:`refine`.
+
+    A row without outputs, or whose numbers would leave float16's range, keeps ``meta``.
+    """
+    quantized = dequantize_codes(codes, meta)
+    before, after = (((x @ hessian) * x).sum(-1) for x in (weight, quantized))
+    factor = torch.where((before > 0) & (after > 0), before / after, 1.0).sqrt()
+    new = (meta.float() * factor[:, None, None]).to(torch.float16)
+    fine = torch.isfinite(new).flatten(1).all(-1) & (new[..., 0] > 0).all(-1)
+    return torch.where(fine[:, None, None], new, meta)
 
 
 def fit_grids(weight: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gemq.algorithms.allocation import Costs
+from gemq.algorithms.costs import Costs
 from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.progressive import MethodConfig
 from gemq.models import MoeModel
@@ -30,6 +30,9 @@ def saved_statistics(costs: Costs, moe: MoeModel, method: MethodConfig) -> Exper
         raise ValueError(f"costs have no width {missing[0]}: they were measured at {list(costs.candidates)}")
     kept = [costs.candidates.index(b) for b in method.candidates]
     shared = None if costs.shared is None else costs.shared[:, kept]
-    chosen = replace(costs, candidates=method.candidates, routed=costs.routed[..., kept], shared=shared)
+    matrices = None if costs.matrices is None else costs.matrices[..., kept]
+    chosen = replace(
+        costs, candidates=method.candidates, routed=costs.routed[..., kept], shared=shared, matrices=matrices
+    )
     unknown = np.full(costs.routed.shape[:2], np.nan)
     return ExpertStatistics(chosen, unknown, unknown, np.full(chosen.routed.shape, np.nan))

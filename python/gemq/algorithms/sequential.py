@@ -17,7 +17,7 @@ from gemq.algorithms.layer_report import LayerReport, layer_report
 from gemq.algorithms.layerwise import Hessian, Routed, capture_layer_calls, expert_hidden, run_layer, watch_experts
 from gemq.algorithms.originals import Originals
 from gemq.algorithms.sharing import share_linears, share_stack
-from gemq.format import UNQUANTIZED, default_group_size
+from gemq.format import UNQUANTIZED, by_weight, default_group_size
 from gemq.models import MoeLayer, MoeModel
 from gemq.nn.experts import PROJECTIONS, QuantizedStack
 from gemq.reference.grid import dequantize_codes
@@ -34,7 +34,7 @@ class BitPlan:
 
     16 leaves attention, dense MLPs, routers or a shared expert as they are. Routers are not quantized with the rest
     but after their tuning (:func:`gemq.algorithms.router_bits.quantize_routers`). ``linears`` are exceptions by module
-    path.
+    path. ``down`` are the widths of the experts' down projections, by layer as ``experts``, where they are not those.
     """
 
     experts: dict[int, list[int]]
@@ -43,6 +43,18 @@ class BitPlan:
     dense: int = 4
     router: int = UNQUANTIZED
     linears: dict[str, int] = field(default_factory=dict)
+    down: dict[int, list[int]] = field(default_factory=dict)
+
+    def widths(self, layer: int) -> tuple[list[int], list[int]]:
+        """The experts' widths of a decoder layer: of gate and up, and of down."""
+        return self.experts[layer], self.down.get(layer, self.experts[layer])
+
+    def mean(self, layer: int) -> float | None:
+        """Mean width of the routed experts of a decoder layer; None where it has none."""
+        if layer not in self.experts:
+            return None
+        found = by_weight(*self.widths(layer))
+        return sum(found) / len(found)
 
 
 @dataclass
@@ -192,10 +204,10 @@ def _quantize_layer(
     result.reports |= reports
     if layer is None:
         return
-    bits, stacks, part = plan.experts[layer.index], [], seen.experts
+    stacks, part = [], seen.experts
     own = slice(part.start, part.stop)
     original = layer.experts.gate_up_proj[own].clone()
-    for name in PROJECTIONS:
+    for name, bits in zip(PROJECTIONS, plan.widths(layer.index), strict=True):
         weights, hessians = getattr(layer.experts, name), seen.inputs if name == "gate_up_proj" else seen.inner
         if name == "down_proj" and config.compensate:
             quantized = layer.experts.gate_up_proj[own]
@@ -249,7 +261,7 @@ def quantize_weights(
         if on_layer:
             # a dict keeps the order of insertion: what was added last is this layer's
             own = list(result.reports.items())[known:]
-            on_layer(layer_report(index, plan.experts.get(index), own, time.perf_counter() - start))
+            on_layer(layer_report(index, plan.mean(index), own, time.perf_counter() - start))
         if progress:
             progress(index + 1, len(moe.layers))
     moe.model.train(was_training)

@@ -41,6 +41,12 @@ class Overrides:
     experts: dict[tuple[int, int], int] = field(default_factory=dict)
     linears: dict[str, int] = field(default_factory=dict)
 
+    def over(self, rows: dict[int, list[int]]) -> dict[int, list[int]]:
+        """Widths of routed experts by decoder layer, with these put over them."""
+        return {
+            index: [self.experts.get((index, e), bits) for e, bits in enumerate(row)] for index, row in rows.items()
+        }
+
 
 def quantizable(moe: MoeModel) -> Iterator[tuple[str, tuple[int, int] | None]]:
     """The path of everything that has a width: linears (None), and experts with their layer and number."""

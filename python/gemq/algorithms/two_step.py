@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 
-from gemq.algorithms.allocation import Allocation, Costs, feasible_range, joined, solve, total_bits
+from gemq.algorithms.allocation import Allocation, feasible_range, joined, solve, total_bits
+from gemq.algorithms.costs import Costs
 
 
 def layer_shares(curves: np.ndarray, total: int, lowest: int, highest: int) -> list[int]:

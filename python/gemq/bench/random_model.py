@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gemq.bench.architectures import meta_model
-from gemq.checkpoint import PackedConfig, packed_skeleton
+from gemq.checkpoint import packed_skeleton
 from gemq.errors import OutOfMemoryError
 from gemq.format import check_bits
 from gemq.generation.memory import GIB, cache_bytes_per_token, free_bytes
 from gemq.models import describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
+from gemq.packed_config import PackedConfig
 
 Mix = tuple[tuple[int, float], ...]
 # of weights, as in transformers' initialisation
@@ -133,7 +134,7 @@ def _fill_packed(module: nn.Module, generator: torch.Generator) -> None:
     for name in PROJECTIONS:
         n, k = module.shape(name)
         size, at, spans = n * (k // module.group_sizes[name]) * 2, 0, []
-        for bits in module.bits:
+        for bits in module.bits[name]:
             if bits:
                 spans.append((at, at + size, bits))
                 at += size
@@ -184,8 +185,4 @@ def _random_parameter(value: Tensor, path: str, generator: torch.Generator) -> N
         flat[start : start + _CHUNK].normal_(0, _STD, generator=generator)
 
 
-def effective_bits(plan: PackedConfig) -> float:
-    """Mean width of the routed experts."""
-    found = [b for row in plan.expert_bits.values() for b in row]
-    return sum(found) / len(found)
 

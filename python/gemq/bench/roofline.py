@@ -56,7 +56,7 @@ def expert_sizes(experts: nn.Module) -> list[int]:
     sizes = [0] * experts.num_experts
     for name in PROJECTIONS:
         n, k = experts.shape(name)
-        for e, bits in enumerate(experts.bits):
+        for e, bits in enumerate(experts.bits[name]):
             sizes[e] += fmt.codes_bytes(n, k, bits, experts.layout)
             sizes[e] += 2 * fmt.meta_elements(n, k, bits, experts.group_sizes[name], experts.layout)
     return sizes

@@ -17,10 +17,10 @@ from gemq.bench.architectures import load_config, meta_model
 from gemq.bench.measuring import Measurement, measure, reset_peaks
 from gemq.bench.random_model import Mix
 from gemq.bench.roofline import copy_bandwidth
-from gemq.checkpoint import PackedConfig
 from gemq.errors import OutOfMemoryError, first_line
 from gemq.format import UNQUANTIZED
 from gemq.generation import MAX_BATCH, MODES
+from gemq.packed_config import PackedConfig
 from gemq.pipeline import parse_dtype, pick_device
 
 Report = Callable[[str], None]
@@ -138,7 +138,7 @@ def run_bench(config: BenchConfig, report: Report = lambda text: None) -> BenchR
         model = random_model.build_packed(architecture, plan, dtype, device, config.seed)
         report("decode")
         runs, failures = {"gemq": _measure(config, model, config.compile)}, {}
-        bits, shares = random_model.effective_bits(plan), _shares(plan)
+        bits, shares = plan.bits_per_expert, _shares(plan)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     return BenchResult(
         config, architecture.model_type, architecture.num_hidden_layers, total, bits,
@@ -153,7 +153,7 @@ def _plan(config: BenchConfig, architecture) -> PackedConfig:
 
 
 def _shares(plan: PackedConfig) -> dict[str, float]:
-    found = [b for row in plan.expert_bits.values() for b in row]
+    found = plan.weight_bits
     return {str(b): found.count(b) / len(found) for b in sorted(set(found))}
 
 

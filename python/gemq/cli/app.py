@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 import gemq
@@ -66,6 +67,7 @@ class Clip(StrEnum):
 
 _CONSTRAINTS = "Per layer an expert at the highest width (c2), the second highest (c3), c2c3 or none (paper: Table 17)."
 _ACCOUNTING = "What shared experts count of the budget: exact, their size; paper, as its experiments count them."
+_GRANULARITY = "What has its own width: expert; matrix, gate-and-up or down; auto, matrix if 0 is no candidate."
 _RECIPE = "best, paper, fast or default: sets options that are not given (the documentation has the table)."
 _TENSOR_BITS = "Width of every matrix whose path a regular expression finds: 'o_proj=8'; may be repeated."
 
@@ -105,6 +107,7 @@ def quantize(
     )] = None,
     method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
     candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8 (paper: Table 18).")] = "1,2,3",
+    granularity: Annotated[str, typer.Option(help=_GRANULARITY)] = "auto",
     constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
     calibration: Annotated[str, typer.Option(help="Text: wikitext2, c4, file.txt, file.jsonl#field, or a mixture.")]
     = "wikitext2",
@@ -123,6 +126,8 @@ def quantize(
         help="Rounds that improve codes and grids after GPTQ (default: the recipe's).", min=0, max=100)] = None,
     compensate: Annotated[bool | None, typer.Option(
         help="Fit down projections to what quantized gate and up give them (default: the recipe's).")] = None,
+    rescale: Annotated[bool | None, typer.Option(
+        help="Scale rows so that their outputs keep their power (default: the recipe's).")] = None,
     perturbation: Annotated[str, typer.Option(help="How an expert is quantized to measure it: gptq or rtn.")] = "gptq",
     damping: Annotated[float, typer.Option(help="Of the Hessian, in units of its mean diagonal.")] = 0.01,
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
@@ -182,18 +187,19 @@ def quantize(
     device = device or own
     budgets, given = options.allocation(allocation, bits)
     chosen = choose(context, recipe, {"constraints": constraints, "samples": samples, "perturbation": perturbation,
-                                      "estimate": estimate, "tune_routers": tune_routers, "accounting": accounting})
+                                      "estimate": estimate, "tune_routers": tune_routers, "accounting": accounting,
+                                      "granularity": granularity})
     config = QuantizeConfig(
         model or "", output or "", calibration, chosen["samples"], length, seed, router_text, device, dtype, overwrite,
         trust_remote_code,
         MethodConfig(
             budgets=budgets, given=given, method=method.value, candidates=options.widths(candidates),
-            per_layer=chosen["constraints"], attention_bits=attention_bits, dense_bits=dense_bits,
-            shared_bits=options.shared(shared_bits), accounting=chosen["accounting"], router_bits=router_bits,
-            tune=chosen["tune_routers"], router_method=router_method.value, affinity=affinity,
+            granularity=chosen["granularity"], per_layer=chosen["constraints"], attention_bits=attention_bits,
+            dense_bits=dense_bits, shared_bits=options.shared(shared_bits), accounting=chosen["accounting"],
+            router_bits=router_bits, tune=chosen["tune_routers"], router_method=router_method.value, affinity=affinity,
             estimate=chosen["estimate"], perturbation=chosen["perturbation"], batch_size=batch_size,
             gptq=GptqConfig.for_recipe("paper" if recipe is Recipe.paper else "default", group_size, damping,
-                                       clip.value if clip else None, refine, compensate),
+                                       clip.value if clip else None, refine, compensate, rescale),
             router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
             tensor_bits=quantizing.tensor_bits(tensor_bits),
         ),
@@ -217,6 +223,7 @@ def allocate(
     constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
     accounting: Annotated[str, typer.Option(help=_ACCOUNTING)] = "exact",
+    granularity: Annotated[str, typer.Option(help=_GRANULARITY)] = "auto",
     solver: Annotated[str, typer.Option(help="auto, highs or cbc.")] = "auto",
     points: Annotated[int | None, typer.Option(
         "--curve", min=2, help="Instead of --bits: this many budgets, lowest to highest."
@@ -230,24 +237,26 @@ def allocate(
     """
     loaded = load_costs(costs)
     how = {"per_layer": constraints, "solver": solver, "fixed_shared_bits": options.shared(shared_bits),
-           "accounting": accounting}
+           "accounting": accounting, "granularity": granularity}
     found = curve(loaded, points, **how) if points else pareto(loaded, list(options.budgets(bits)), **how)
-    maps = [{layer: [int(b) for b in row] for layer, row in zip(loaded.layers, a.bits, strict=True)} for a in found]
+
+    def by_layer(bits: np.ndarray | None) -> dict[int, list[int]] | None:
+        return None if bits is None else dict(zip(loaded.layers, bits.tolist(), strict=True))
+
     records = [
         {"budget": a.budget, "bits_per_expert": a.bits_per_expert, "objective": a.objective, "gap": a.gap,
-         "solver": a.solver, "seconds": a.seconds, "expert_bits": m,
-         "shared_bits": None if a.shared_bits is None else [int(b) for b in a.shared_bits]}
-        for a, m in zip(found, maps, strict=True)
+         "solver": a.solver, "seconds": a.seconds, "expert_bits": by_layer(a.bits),
+         "down_bits": by_layer(a.down_bits), "shared_bits": None if a.shared_bits is None else a.shared_bits.tolist()}
+        for a in found
     ]
     form = Format.json if as_json else form
     emit("allocations", _ALLOCATION, records, form)
     if form is not Format.table or points:
         return
-    for allocation, expert_bits in zip(found, maps, strict=True):
-        shared = allocation.shared_bits
-        by_layer = {} if shared is None else {n: int(b) for n, b in zip(loaded.layers, shared, strict=True)}
+    for allocation in found:
         display.output().print(f"budget {allocation.budget:g}")
-        display.output().print(display.bit_map(expert_bits, by_layer))
+        maps = (by_layer(bits) or {} for bits in (allocation.bits, allocation.shared_bits, allocation.down_bits))
+        display.output().print(display.bit_map(*maps))
 
 
 _ALLOCATION = (

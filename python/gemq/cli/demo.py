@@ -17,7 +17,7 @@ def show(result: DemoResult) -> None:
     out.print(display.table("held-out text", ["method", "bits/expert", "perplexity", "bytes", "seconds"], rows))
     lowest = min(result.bit_maps)
     out.print(f"bits at {lowest:g} per expert; picture: {result.picture}", highlight=False)
-    out.print(display.bit_map(result.bit_maps[lowest], {}))
+    out.print(display.bit_map(result.bit_maps[lowest][0], {}, *result.bit_maps[lowest][1:]))
     out.print(
         f"the packed checkpoint {result.checkpoints[lowest]}, loaded again: perplexity {result.packed_perplexity:.2f}",
         highlight=False,

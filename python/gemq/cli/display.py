@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemq import distributed
+from gemq.format import by_weight
 
 # dark to bright with the width, legible on light and dark grounds
 _COLOURS = {0: "grey50", 1: "blue", 2: "cyan", 3: "green", 4: "yellow", 5: "yellow", 6: "red", 7: "red", 8: "magenta"}
@@ -131,18 +132,23 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     return result
 
 
-def bit_map(expert_bits: dict[int, list[int]], shared_bits: dict[int, int]) -> Table:
-    """One line per MoE layer, one coloured digit per expert, the shared expert after a bar."""
+def bit_map(
+    expert_bits: dict[int, list[int]], shared_bits: dict[int, int], down_bits: dict[int, list[int]] | None = None
+) -> Table:
+    """One line per MoE layer, one coloured digit per expert, or two if down projections have widths of their own; the
+    shared expert after a bar."""
     result = Table(title="bits per layer and expert", title_justify="left", show_header=True)
     result.add_column("layer", justify="right")
-    result.add_column("experts")
+    result.add_column("gate, up" if down_bits else "experts")
+    if down_bits:
+        result.add_column("down")
     if shared_bits:
         result.add_column("shared")
     result.add_column("mean", justify="right")
     for layer, widths in expert_bits.items():
-        line = Text()
-        for width in widths:
-            line.append(str(width), style=_COLOURS[width])
+        rows = [widths, down_bits[layer]] if down_bits else [widths]
+        lines = [Text.assemble(*((str(width), _COLOURS[width]) for width in row)) for row in rows]
         shared = [str(shared_bits.get(layer, "-"))] if shared_bits else []
-        result.add_row(str(layer), line, *shared, f"{sum(widths) / len(widths):.2f}")
+        whole = by_weight(rows[0], rows[-1])
+        result.add_row(str(layer), *lines, *shared, f"{sum(whole) / len(whole):.2f}")
     return result

@@ -46,7 +46,7 @@ def inspect(
         )
         for path, width in config.linear_bits.items():
             out.print(f"{path}: {width} bits", highlight=False, markup=False)
-        out.print(display.bit_map(config.expert_bits, config.shared_bits))
+        out.print(display.bit_map(config.expert_bits, config.shared_bits, config.down_bits))
     emit("bytes", _BYTES, rows, form)
 
 

@@ -52,7 +52,7 @@ def import_gptq(
             progress=lambda step, total: report("import", step, total),
         )
     out = display.output()
-    widths = sorted({w for row in done.config.expert_bits.values() for w in row})
+    widths = sorted(set(done.config.weight_bits))
     out.print(
         f"{done.path}: experts {', '.join(map(str, widths))} bits, attention {done.config.attention_bits}, "
         f"{display.size(done.bytes)}", markup=False, highlight=False, soft_wrap=True,

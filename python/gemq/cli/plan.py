@@ -58,9 +58,10 @@ def plan(
     wanted = None if isinstance(chosen, str) else chosen
     config = PlanConfig(
         MethodConfig(
-            options.budgets(bits), method, options.widths(candidates), constraints, attention_bits, dense_bits,
-            options.shared(shared_bits), accounting, tune=tune_routers, perturbation=perturbation,
-            batch_size=batch_size, router=RouterTuningConfig(epochs=router_epochs),
+            budgets=options.budgets(bits), method=method, candidates=options.widths(candidates), per_layer=constraints,
+            attention_bits=attention_bits, dense_bits=dense_bits, shared_bits=options.shared(shared_bits),
+            accounting=accounting, tune=tune_routers, perturbation=perturbation, batch_size=batch_size,
+            router=RouterTuningConfig(epochs=router_epochs),
         ),
         samples, length, engine, wanted, context, rows,
     )

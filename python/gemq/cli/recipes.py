@@ -25,7 +25,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
     # the per-layer constraints cost more than they bring where experts are few (docs/findings.md)
     Recipe.best: {"perturbation": "gptq", "constraints": "none", "samples": 256},
     # the authors' scripts; besides these, GPTQ propagates no errors inside a group at 3 bits and below
-    Recipe.paper: {"perturbation": "rtn", "constraints": "c2c3", "accounting": "paper"},
+    Recipe.paper: {"perturbation": "rtn", "constraints": "c2c3", "accounting": "paper", "granularity": "expert"},
     # one measurement by rounding on a quarter of the text, for all budgets, and no tuning
     Recipe.fast: {"perturbation": "rtn", "constraints": "none", "samples": 32, "estimate": "fp",
                   "tune_routers": False},

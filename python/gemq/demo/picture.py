@@ -41,21 +41,27 @@ def _curves(axis, rows: list[Row]) -> None:
     axis.legend(fontsize=7, frameon=False)
 
 
-def _bit_map(axis, budget: float, rows: dict[int, list[int]], widest: int) -> None:
-    axis.imshow(list(rows.values()), cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="equal")
-    for y, row in enumerate(rows.values()):
+def _bit_map(axis, budget: float, maps: list[dict[int, list[int]]], widest: int) -> None:
+    """Side by side the widths of gate and up and those of down, or of experts as a whole."""
+    gap, layers, experts = [float("nan")], list(maps[0]), len(next(iter(maps[0].values())))
+    rows = [[width for part in maps for width in gap + part[layer]][1:] for layer in layers]
+    axis.imshow(rows, cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="equal")
+    for y, row in enumerate(rows):
         for x, bits in enumerate(row):
+            if bits != bits:
+                continue
             shade = "white" if bits > 0.6 * (widest + 1) else "black"
             axis.text(x, y, str(bits), ha="center", va="center", fontsize=7, color=shade)
     axis.set_title(f"{budget:g} bits per expert", fontsize=9)
-    axis.set_xticks([0, len(next(iter(rows.values()))) - 1])
-    axis.set_yticks(range(len(rows)), [str(index) for index in rows])
+    starts = [at * (experts + 1) for at in range(len(maps))]
+    axis.set_xticks([x for at in starts for x in (at, at + experts - 1)], ["0", str(experts - 1)] * len(maps))
+    axis.set_yticks(range(len(layers)), [str(index) for index in layers])
     axis.tick_params(labelsize=7)
-    axis.set_xlabel("expert", fontsize=8)
+    axis.set_xlabel("expert" if len(maps) == 1 else "expert: gate and up; down", fontsize=8)
     axis.set_ylabel("layer", fontsize=8)
 
 
-def draw(rows: list[Row], maps: dict[float, dict[int, list[int]]], path: Path) -> None:
+def draw(rows: list[Row], maps: dict[float, list[dict[int, list[int]]]], path: Path) -> None:
     """Write a PNG: the table's curves on the left, the GEMQ bit maps (layer down, expert across) on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,7 +72,7 @@ def draw(rows: list[Row], maps: dict[float, dict[int, list[int]]], path: Path) -
     _curves(left.subplots(), rows)
     columns = min(2, len(maps))
     axes = right.subplots(-(-len(maps) // columns), columns, squeeze=False).flatten()
-    widest = max(b for m in maps.values() for row in m.values() for b in row)
+    widest = max(b for parts in maps.values() for part in parts for row in part.values() for b in row)
     for axis, (budget, found) in zip(axes, sorted(maps.items(), reverse=True), strict=False):
         _bit_map(axis, budget, found, widest)
     for axis in axes[len(maps) :]:

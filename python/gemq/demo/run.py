@@ -52,10 +52,11 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table, the bit maps by budget, the checkpoints, the picture and a generation from the lowest budget."""
+    """The table, the bit maps by budget (of experts, or of gate and up and of down), the checkpoints, the picture and a
+    generation from the lowest budget."""
 
     rows: list[Row]
-    bit_maps: dict[float, dict[int, list[int]]]
+    bit_maps: dict[float, list[dict[int, list[int]]]]
     checkpoints: dict[float, Path]
     packed_perplexity: float
     picture: Path
@@ -144,7 +145,7 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
     base = MethodConfig(budgets=config.budgets, batch_size=8, tune=False, per_layer="none")
     demo.run_method("uniform", replace(base, method="uniform"), statistics)
     demo.run_method("PMQ", replace(base, method="pmq", estimate="fp"), statistics)
-    constrained = replace(base, per_layer="c2c3", perturbation="rtn", estimate="quantized")
+    constrained = replace(base, granularity="expert", per_layer="c2c3", perturbation="rtn", estimate="quantized")
     demo.run_method("GEMQ, paper", constrained, demo.measure("rtn"))
     demo.run_method("GEMQ", replace(base, estimate="quantized"), statistics)
     stages = demo.run_method("GEMQ + routers", replace(base, tune=True), statistics)
@@ -158,7 +159,9 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
     generation = generate(
         packed, config.prompt, tokenizer=demo.tokenizer, max_new_tokens=60, temperature=0.7, top_p=0.9
     )
-    maps = {stage.budget: stage.plan.experts for stage in stages}
+    maps = {
+        stage.budget: [rows for rows in (stage.plan.experts, stage.plan.down) if rows] for stage in stages
+    }
     picture = config.output / "demo.png"
     draw(demo.rows, maps, picture)
     result = DemoResult(

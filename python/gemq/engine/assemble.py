@@ -14,12 +14,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from gemq import durable
-from gemq.checkpoint import MAX_SHARD, PackedConfig, packed_skeleton, stored_tensors
+from gemq.checkpoint import MAX_SHARD, packed_skeleton, stored_tensors
 from gemq.engine.layers import put_routers
 from gemq.engine.source import OUTSIDE, Source
 from gemq.engine.stages import Quantized
 from gemq.integrity import INDEX_FILE
 from gemq.models import replace_with_packed
+from gemq.packed_config import PackedConfig
 from gemq.tensor_files import file_head
 
 

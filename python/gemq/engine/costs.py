@@ -7,16 +7,15 @@ tokens routed to it are evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gemq import distributed
 from gemq.algorithms.gptq import gptq_at_widths
-from gemq.algorithms.importance import Perturbation, change_of
+from gemq.algorithms.importance import Perturbation
+from gemq.algorithms.layer_costs import DOWN, GATE_UP, WHOLE, LayerCosts
 from gemq.algorithms.layerwise import Hessian, expert_hidden
 from gemq.engine.layers import Trace
 from gemq.engine.source import return_memory
@@ -24,40 +23,6 @@ from gemq.format import default_group_size
 from gemq.reference.grid import dequantize_codes, round_to_nearest
 
 Pair = tuple[Tensor, Tensor]
-
-
-@dataclass
-class LayerCosts:
-    """One layer's sums: ``routed`` and ``error`` ``[E, B]``, ``shared`` ``[B]``, ``count`` and ``weight`` ``[E]``."""
-
-    routed: np.ndarray
-    error: np.ndarray
-    shared: np.ndarray
-    count: np.ndarray
-    weight: np.ndarray
-    tokens: int = 0
-
-    def complete(self) -> None:
-        """Every process has measured its own experts: all get the rest (zero here, so the sums are exact)."""
-        for name in ("routed", "error", "shared", "count", "weight"):
-            setattr(self, name, sum(distributed.gather(getattr(self, name))))
-
-    @classmethod
-    def zeros(cls, experts: int, widths: int) -> LayerCosts:
-        """Nothing seen yet."""
-        return cls(
-            np.zeros((experts, widths)), np.zeros((experts, widths)), np.zeros(widths), np.zeros(experts),
-            np.zeros(experts),
-        )
-
-    def to_json(self) -> dict:
-        """As the journal keeps it; doubles come back exactly."""
-        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, data: dict) -> LayerCosts:
-        """The inverse of :meth:`to_json`."""
-        return cls(**{k: np.array(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
 def hessians_of(
@@ -105,16 +70,26 @@ def _perturbed(
     ]
 
 
-def _changes(x: Tensor, base: Pair, quantized: Pair | None, widths: tuple[int, ...]) -> list[Tensor]:
-    """``E(x) - E^b(x)`` of one expert for every width, ``[t, H]`` each; an expert of 0 bits gives nothing."""
-    out = expert_hidden(base[0], x) @ base[1].T
+def _changes(
+    x: Tensor, base: Pair, quantized: Pair | None, widths: tuple[int, ...], parts: tuple[int, ...] = (WHOLE,)
+) -> Iterator[tuple[int, int, Tensor]]:
+    """``(column, part, E(x) - E^b(x) [t, H])`` of one expert for every width, in order, and each of ``parts`` that is
+    quantized alone; an expert of 0 bits gives nothing."""
+    inner = expert_hidden(base[0], x)
+    out = inner @ base[1].T
+    for column in [column for column, b in enumerate(widths) if not b]:
+        yield from ((column, part, out) for part in parts)
     if quantized is None:
-        return [out for _ in widths]
-    kept = sum(b > 0 for b in widths)
-    gate, up = (x @ quantized[0].T).unflatten(-1, (kept, -1)).chunk(2, dim=-1)
-    inner = (nn.functional.silu(gate) * up).transpose(0, 1)
-    results = iter(torch.bmm(inner, quantized[1].transpose(1, 2)))
-    return [out - next(results) if b else out for b in widths]
+        return
+    kept = [column for column, b in enumerate(widths) if b]
+    gate, up = (x @ quantized[0].T).unflatten(-1, (len(kept), -1)).chunk(2, dim=-1)
+    given = (nn.functional.silu(gate) * up).transpose(0, 1)
+    for part in parts:
+        if part == GATE_UP:
+            after = given @ base[1].T
+        else:
+            after = torch.bmm(inner.expand_as(given) if part == DOWN else given, quantized[1].transpose(1, 2))
+        yield from ((column, part, out - one) for column, one in zip(kept, after, strict=True))
 
 
 def _group_costs(
@@ -132,13 +107,11 @@ def _group_costs(
             if not len(token):
                 continue
             scale = routed.weight_of(expert, token)
-            sums.count[expert] += len(token)
-            sums.weight[expert] += float(scale.double().sum())
+            sums.seen(expert, scale)
             g, window = gradient[token].float() * scale, token // length
-            for column, change in enumerate(_changes(x, (gate_up[at], down[at]), quantized[at], candidates)):
-                cost, error = change_of(change, g, scale, window)
-                sums.routed[expert, column] += cost
-                sums.error[expert, column] += error
+            changes = _changes(x, (gate_up[at], down[at]), quantized[at], candidates, sums.parts)
+            for column, part, change in changes:
+                sums.add(expert, column, part, change, g, scale, window)
 
 
 def _shared_costs(
@@ -153,14 +126,13 @@ def _shared_costs(
     for routed, gradient in trace:
         x, g = routed.x[:], gradient[:].float()
         g = g if gate is None else g * torch.sigmoid(gate(x))
-        for column, change in enumerate(_changes(x, base, quantized, candidates)):
-            sums.shared[column] += float((g * change).double().square().sum())
+        sums.add_shared((change for _, _, change in _changes(x, base, quantized, candidates)), g)
 
 
 @torch.no_grad()
 def layer_costs(
     base: Pair, shared: tuple[Tensor, Tensor, Tensor] | None, shared_gate: nn.Module | None, trace: Trace,
-    candidates: tuple[int, ...], perturbation: Perturbation, length: int, budget: int,
+    candidates: tuple[int, ...], perturbation: Perturbation, length: int, budget: int, matrices: bool = False,
 ) -> LayerCosts:
     """Eq. 6 of one layer.
 
@@ -172,8 +144,9 @@ def layer_costs(
         candidates: widths 0..8.
         length: tokens of a window.
         budget: bytes that Hessians and quantized copies of a group of experts may take, beyond one expert's.
+        matrices: measure gate and up alone and down alone, too.
     """
-    sums = LayerCosts.zeros(len(base[0]), len(candidates))
+    sums = LayerCosts.zeros(len(base[0]), len(candidates), matrices)
     per_group, own = experts_at_once(base, budget, len(candidates)), distributed.share(len(base[0]))
     for start in range(own.start, own.stop, per_group):
         group = range(start, min(start + per_group, own.stop))

@@ -32,10 +32,11 @@ class PackedStack:
     """A projection of packed experts in canonical layout; an index gives one dequantized, on ``device``."""
 
     def __init__(self, module: LowBitExperts, name: str, dtype: torch.dtype, device: torch.device):
-        self._dtype, self._device, self._bits, self._size = dtype, device, module.bits, module.group_sizes[name]
+        self._dtype, self._device = dtype, device
+        self._bits, self._size = module.bits[name], module.group_sizes[name]
         self.shape = torch.Size((module.num_experts, *module.shape(name)))
         self._codes, self._meta = module.stored(name)
-        self._at = fmt.expert_layout(module.bits, *module.shape(name), self._size, "canonical")
+        self._at = fmt.expert_layout(self._bits, *module.shape(name), self._size, "canonical")
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from gemq import __version__
-from gemq.algorithms.allocation import Costs
+from gemq.algorithms.costs import Costs
 
 # folders and modules of the package that decide what a run writes
 _DECIDING = (
     "algorithms", "engine", "models", "nn", "ops", "reference", "checkpoint.py", "durable.py", "format.py", "hf.py",
-    "integrity.py", "_core.py",
+    "integrity.py", "packed_config.py", "_core.py",
 )
 Progress = Callable[[int, int], None]
 
@@ -49,7 +49,7 @@ def of_windows(windows: Tensor) -> str:
 def of_costs(costs: Costs) -> str:
     """SHA-256 of coefficients that a run starts from."""
     sums = hashlib.sha256(repr((costs.candidates, costs.layers, costs.shared_multiple)).encode())
-    for array in (costs.routed, costs.shared):
+    for array in (costs.routed, costs.shared, costs.matrices):
         sums.update(b"" if array is None else array.tobytes())
     return f"costs {sums.hexdigest()}"
 

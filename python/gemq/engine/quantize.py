@@ -48,7 +48,7 @@ def quantize_layer(
     result.linears, result.reports = share_linears(linears, own.linears, own.reports)
     hessians.clear()
     if layer is not None:
-        _quantize_experts(source, layer, trace, plan.experts[index], config, budget, result)
+        _quantize_experts(source, layer, trace, plan.widths(index), config, budget, result)
         trace.drop()
     return result
 
@@ -77,11 +77,12 @@ def input_hessians(
 
 
 def _quantize_experts(
-    source: Source, layer: MoeLayer, trace: Trace, bits: list[int], config: GptqConfig, budget: int,
-    result: QuantizedWeights,
+    source: Source, layer: MoeLayer, trace: Trace, widths: tuple[list[int], list[int]], config: GptqConfig,
+    budget: int, result: QuantizedWeights,
 ) -> None:
-    """All experts of a layer, a group at a time; expert after expert the widths may differ."""
-    weights, part = source.experts[layer.index], distributed.share(len(bits))
+    """All experts of a layer, a group at a time; ``widths`` are of gate and up, and of down, expert after expert."""
+    weights = source.experts[layer.index]
+    part = distributed.share(len(weights[0]))
     per_group = experts_at_once(weights, budget)
     stacks = tuple(QuantizedStack([], [], []) for _ in weights)
     reports: tuple[dict[int, GptqReport], ...] = ({}, {})
@@ -93,7 +94,7 @@ def _quantize_experts(
             gate_up.shape[-1], weights[1].shape[-1], second=not config.compensate,
         )
         original = gate_up.clone()
-        for which, stack in enumerate(stacks):
+        for which, (stack, bits) in enumerate(zip(stacks, widths, strict=True)):
             weight = weights[which][group] if which else gate_up
             hessians = [pair[which] for pair in pairs]
             if which and config.compensate:
@@ -107,7 +108,7 @@ def _quantize_experts(
             reports[which].update({start - part.start + e: one for e, one in report.items()})
         return_memory()
     whole = []
-    for name, stack, report in zip(PROJECTIONS, stacks, reports, strict=True):
+    for name, bits, stack, report in zip(PROJECTIONS, widths, stacks, reports, strict=True):
         stack, found = gathered_stack(bits, part, stack, report, source.device)
         whole.append(stack)
         for e in sorted(found):

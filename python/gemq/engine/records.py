@@ -15,13 +15,14 @@ from torch import Tensor
 from gemq import durable
 from gemq.algorithms.gptq import GptqReport
 from gemq.algorithms.sequential import BitPlan, QuantizedWeights
-from gemq.checkpoint import PackedConfig, packed_parts, packed_skeleton
+from gemq.checkpoint import packed_parts, packed_skeleton
 from gemq.engine.experts import PackedStack
 from gemq.engine.source import Source
 from gemq.models import MoeModel
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.ops import unpack
+from gemq.packed_config import PackedConfig
 from gemq.reference.grid import dequantize_codes
 
 

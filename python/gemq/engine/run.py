@@ -118,19 +118,24 @@ class Engine:
         if previous is not None:
             routers = previous.routers if method.estimate == "tuned" else {}
             weights = Weights(self.source, previous.quantized.record, routers)
-        options = [method.candidates, method.perturbation, asdict(method.gptq), method.batch_size, method.estimate]
+        options = [
+            method.candidates, method.per_matrix, method.perturbation, asdict(method.gptq), method.batch_size,
+            method.estimate,
+        ]
         before = previous.key if previous else ""
         if previous is not None and method.estimate == "quantized":
             before = previous.quantized.stage.key
         with self._stage("measure", "measure", of_windows(self.windows), options, before) as (stage, sweep):
-            found = measure(weights, sweep, method.candidates, Perturbation(method.perturbation, method.gptq))
+            perturbation = Perturbation(method.perturbation, method.gptq)
+            found = measure(weights, sweep, method.candidates, perturbation, method.per_matrix)
         return found, stage.key
 
     def _allocate(self, budget: float, statistics: ExpertStatistics | None, measured: str) -> tuple[Allocation, str]:
         method = self.method
         given = None if method.given is None else asdict(method.given)
         options = [
-            budget, method.method, method.candidates, method.per_layer, method.shared_bits, method.accounting, given
+            budget, method.method, method.granularity, method.candidates, method.per_layer, method.shared_bits,
+            method.accounting, given,
         ]
         with self._stage("allocate", "allocate", options, measured) as (stage, _):
             data = stage.made("allocation", lambda: self._solved(budget, statistics))
@@ -147,7 +152,7 @@ class Engine:
         allocation, plan = overridden(
             self.source.moe, allocation, plan_of(self.source.moe, allocation, method), method
         )
-        widths = [plan.experts, plan.shared, plan.attention, plan.dense, plan.linears]
+        widths = [plan.experts, plan.down, plan.shared, plan.attention, plan.dense, plan.linears]
         options = [of_windows(self.windows), widths, asdict(method.gptq), method.batch_size]
         with self._stage("quantize", "quantize", options) as (stage, sweep):
             sweep = replace(sweep, on_layer=at_budget(budget, self._on_layer))

@@ -17,7 +17,6 @@ from gemq import distributed
 from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.progressive import MethodConfig, StageProgress
 from gemq.algorithms.sequential import OnLayer
-from gemq.checkpoint import PackedConfig
 from gemq.engine import fingerprint
 from gemq.engine.assemble import Assembly
 from gemq.engine.journal import RunDirectory, opened
@@ -25,6 +24,7 @@ from gemq.engine.run import Engine, StreamedResult, spent
 from gemq.engine.source import Source
 from gemq.errors import CheckpointError
 from gemq.integrity import verify
+from gemq.packed_config import PackedConfig
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from torch import Tensor
 from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport
 from gemq.algorithms.importance import ExpertStatistics, Perturbation, statistics_of
+from gemq.algorithms.layer_costs import LayerCosts
 from gemq.algorithms.layer_report import layer_report
 from gemq.algorithms.sequential import BitPlan, OnLayer
-from gemq.engine.costs import LayerCosts, layer_costs
+from gemq.engine.costs import layer_costs
 from gemq.engine.journal import Stage
 from gemq.engine.layers import Calls, Trace, Weights, backward, embed, forward, head_gradients, recording
 from gemq.engine.quantize import quantize_layer, quantize_router
@@ -91,7 +92,7 @@ class _Walk:
 # coefficients
 
 def measure(
-    weights: Weights, sweep: Sweep, candidates: tuple[int, ...], perturbation: Perturbation
+    weights: Weights, sweep: Sweep, candidates: tuple[int, ...], perturbation: Perturbation, matrices: bool = False
 ) -> ExpertStatistics:
     """Eq. 6 by one forward and one reverse sweep: what :func:`gemq.algorithms.importance.measure` gives.
 
@@ -105,17 +106,17 @@ def measure(
         if data is not None:
             found[layer.index] = LayerCosts.from_json(data)
     if len(found) < len(moe.moe):
-        _Measuring(weights, sweep, candidates, perturbation, found).run()
+        _Measuring(weights, sweep, candidates, perturbation, matrices, found).run()
     return statistics_of(moe, [found[layer.index] for layer in moe.moe], candidates)
 
 
 class _Measuring:
     def __init__(
-        self, weights: Weights, sweep: Sweep, candidates: tuple[int, ...], perturbation: Perturbation,
+        self, weights: Weights, sweep: Sweep, candidates: tuple[int, ...], perturbation: Perturbation, matrices: bool,
         found: dict[int, LayerCosts],
     ):
         self.weights, self.sweep, self.found = weights, sweep, found
-        self.candidates, self.perturbation = candidates, perturbation
+        self.candidates, self.perturbation, self.matrices = candidates, perturbation, matrices
         self.by_index = {layer.index: layer for layer in weights.source.moe.moe}
         self.layers = len(weights.source.moe.layers)
         self.steps = self.layers + 1 + self.layers - min(self.by_index)
@@ -163,7 +164,7 @@ class _Measuring:
             shared = tuple(getattr(layer.shared, n).weight for n in ("gate_proj", "up_proj", "down_proj"))
         return layer_costs(
             self.weights.source.experts[layer.index], shared, layer.shared_gate, trace, self.candidates,
-            self.perturbation, self.sweep.windows.shape[1], self.sweep.budget,
+            self.perturbation, self.sweep.windows.shape[1], self.sweep.budget, self.matrices,
         )
 
 
@@ -217,7 +218,7 @@ def quantize(source: Source, sweep: Sweep, plan: BitPlan, config: GptqConfig) ->
             reports = _quantize_layer(quantized, walk, sweep, index, config)
             if sweep.on_layer:
                 seconds = time.perf_counter() - began
-                sweep.on_layer(layer_report(index, plan.experts.get(index), reports.items(), seconds))
+                sweep.on_layer(layer_report(index, plan.mean(index), reports.items(), seconds))
         if index + 1 < quantized.layers:
             with walk.weights.loaded(index):
                 walk.forward(index)

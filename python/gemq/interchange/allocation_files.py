@@ -61,7 +61,12 @@ def _parse(source: str, content: Any, budget: float | None) -> GivenAllocation:
         solved = content.get("budget")
         if solved is not None and type(solved) not in (int, float):
             raise _Malformed(f"budget must be a number, got {solved!r}")
-        return GivenAllocation(source, rows, layers, _shared(content.get("shared_bits"), layers), solved)
+        down = None
+        if content.get("down_bits"):
+            of, down = _table(content["down_bits"])
+            if of != layers:
+                raise _Malformed("down_bits and expert_bits name different layers")
+        return GivenAllocation(source, rows, layers, _shared(content.get("shared_bits"), layers), solved, down)
     layers, rows = _table(content)
     return GivenAllocation(source, rows, layers)
 

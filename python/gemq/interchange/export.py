@@ -111,7 +111,7 @@ def _dense(
         shape = (module.bits, module.out_features, module.in_features, module.group_size)
         return backends.dense_weight(codes, meta, *shape, "canonical", dtype)
     (n, k), size = module.shape(name), module.group_sizes[name]
-    plan = expert_layout(module.bits, n, k, size, "canonical")
+    plan = expert_layout(module.bits[name], n, k, size, "canonical")
     out = torch.zeros(module.num_experts, n, k, dtype=dtype)
     for e, (width, at, meta_at) in enumerate(zip(plan.bits, plan.code_offsets, plan.meta_offsets, strict=True)):
         if width:

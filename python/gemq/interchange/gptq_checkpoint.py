@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint import PackedConfig, check_output, packed_skeleton
+from gemq.checkpoint import check_output, packed_skeleton
 from gemq.errors import CheckpointError
 from gemq.format import UNQUANTIZED, default_group_size
 from gemq.hf import check_files
@@ -21,6 +21,7 @@ from gemq.interchange.gptq_tensors import PARTS, GptqShape, checkpoint_format, c
 from gemq.interchange.source import TensorReader, copy_companions, disk_name, disk_names, meta_model
 from gemq.models import MoeModel, describe, replace_with_packed
 from gemq.nn.experts import PROJECTIONS, stored_name
+from gemq.packed_config import PackedConfig
 from gemq.shards import ShardWriter, new_folder
 
 # what the three linears of an expert are called on disk
@@ -137,10 +138,10 @@ def _locate(moe: MoeModel, read: _Source) -> _Layout:
         for e, roles in enumerate(stems[layer.index]):
             found = {role: read.shape(stem, *sizes[role]) for role, stem in roles.items()}
             widths = {role: UNQUANTIZED if s is None else s.bits for role, s in found.items()}
-            if len(set(widths.values())) > 1 or None in found.values():
+            if widths["gate"] != widths["up"] or None in found.values():
                 raise CheckpointError(
-                    f"expert {e} of layer {layer.index} has widths {widths}: gemq's experts have one width each, in "
-                    "2, 3, 4 or 8 bits from GPTQ"
+                    f"expert {e} of layer {layer.index} has widths {widths}: gate and up have one width in gemq, and "
+                    "all have 2, 3, 4 or 8 bits from GPTQ"
                 )
             shapes[layer.index].append(found)
     linears = {}
@@ -190,8 +191,12 @@ def _packed_config(moe: MoeModel, layout: _Layout) -> PackedConfig:
             shared[layer.index] = width(f"the shared expert of layer {layer.index}", names)
     shapes = [s for experts in layout.expert_shapes.values() for roles in experts for s in roles.values()]
     shapes += [shape for _, shape in layout.linears.values() if shape is not None]
+    routed, down = (
+        {i: [roles[role].bits for roles in experts] for i, experts in layout.expert_shapes.items()}
+        for role in ("gate", "down")
+    )
     return PackedConfig(
-        expert_bits={i: [roles["down"].bits for roles in experts] for i, experts in layout.expert_shapes.items()},
+        expert_bits=routed, down_bits={} if down == routed else down,
         shared_bits=shared, attention_bits=width("attention", list(moe.attention)),
         dense_bits=width("the dense MLP", list(moe.dense)), group_size=common_group_size(shapes), method="gptq",
     )

@@ -39,6 +39,8 @@ class QuantizedStack:
 class LowBitExperts(PackedModule):
     """Packed experts, called as ``experts(hidden [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]``.
 
+    ``bits`` are the experts' widths, ``down_bits`` those of their down projections where they are others.
+
     The state dict always holds the canonical layout: ``{gate_up,down}_codes`` (uint8) and ``_meta``
     (float16), flat, expert after expert. :meth:`prepare` must run once after the buffers are filled: it moves
     them to the layout of their device's kernels and builds the offset tables.
@@ -46,18 +48,21 @@ class LowBitExperts(PackedModule):
 
     def __init__(
         self, hidden: int, intermediate: int, bits: list[int], group_size: int = 128,
-        device: torch.device | str | None = None,
+        device: torch.device | str | None = None, down_bits: list[int] | None = None,
     ):
         super().__init__()
-        self.hidden, self.intermediate, self.bits = hidden, intermediate, list(bits)
+        if down_bits is not None and len(down_bits) != len(bits):
+            raise ValueError(f"down_bits must be of {len(bits)} experts, as bits, got {len(down_bits)}")
+        self.hidden, self.intermediate = hidden, intermediate
         self.num_experts = len(bits)
+        self.bits = {"gate_up_proj": list(bits), "down_proj": list(bits if down_bits is None else down_bits)}
         self.group_sizes = {
             "gate_up_proj": fmt.default_group_size(hidden, group_size),
             "down_proj": fmt.default_group_size(intermediate, group_size),
         }
         self.layout = "canonical"
         for name in PROJECTIONS:
-            plan = fmt.expert_layout(self.bits, *self.shape(name), self.group_sizes[name], self.layout)
+            plan = fmt.expert_layout(self.bits[name], *self.shape(name), self.group_sizes[name], self.layout)
             codes = torch.zeros(plan.code_bytes, dtype=torch.uint8, device=device)
             meta = torch.zeros(plan.meta_elements, dtype=torch.float16, device=device)
             self.register_buffer(stored_name(name, "codes"), codes)
@@ -77,13 +82,11 @@ class LowBitExperts(PackedModule):
     def from_stacks(
         cls, gate_up: QuantizedStack, down: QuantizedStack, hidden: int, intermediate: int, group_size: int
     ) -> LowBitExperts:
-        """Pack quantized projections (see :class:`QuantizedStack`).
+        """Pack quantized projections (see :class:`QuantizedStack`), whose widths may differ.
 
-        Raises ``ValueError`` if the two disagree in their widths, or for codes or metadata of another shape.
+        Raises ``ValueError`` if they are of different numbers of experts, or for codes or metadata of another shape.
         """
-        if gate_up.bits != down.bits:
-            raise ValueError(f"gate_up has experts of {gate_up.bits} bits, down of {down.bits}: they must be the same")
-        module = cls(hidden, intermediate, gate_up.bits, group_size)
+        module = cls(hidden, intermediate, gate_up.bits, group_size, down_bits=down.bits)
         for name, stack in (("gate_up_proj", gate_up), ("down_proj", down)):
             codes, meta = pack_experts(
                 stack.codes, stack.meta, stack.bits, *module.shape(name), module.group_sizes[name]
@@ -94,7 +97,7 @@ class LowBitExperts(PackedModule):
 
     def _converted(self, name: str, layout: str) -> tuple[Tensor, Tensor]:
         return convert_experts(
-            *self.stored(name), self.bits, *self.shape(name),
+            *self.stored(name), self.bits[name], *self.shape(name),
             self.group_sizes[name], self.layout, layout,
         )
 
@@ -109,7 +112,7 @@ class LowBitExperts(PackedModule):
                 setattr(self, stored_name(name, "meta"), meta)
         self.layout = layout
         for name in PROJECTIONS:
-            tables = expert_tables(self.bits, *self.shape(name), self.group_sizes[name], layout, device)
+            tables = expert_tables(self.bits[name], *self.shape(name), self.group_sizes[name], layout, device)
             for label, table in zip(_TABLES, tables, strict=True):
                 self.register_buffer(f"_{name}_{label}", table, persistent=False)
 
@@ -136,11 +139,12 @@ class LowBitExperts(PackedModule):
         n, k = self.shape(name)
         size = self.group_sizes[name]
         codes, meta = self.stored(name)
-        parts = unpack_experts(codes, meta, self.bits, n, k, size, self.layout)
+        parts = unpack_experts(codes, meta, self.bits[name], n, k, size, self.layout)
         out = torch.zeros(self.num_experts, n, k, dtype=dtype, device=codes.device)
         for e, part in enumerate(parts):
             if part is not None:
-                out[e] = dequantize(pack(part[0], self.bits[e]), part[1].contiguous(), self.bits[e], k, size, dtype)
+                bits = self.bits[name][e]
+                out[e] = dequantize(pack(part[0], bits), part[1].contiguous(), bits, k, size, dtype)
         return out
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -172,4 +176,6 @@ class LowBitExperts(PackedModule):
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
-        return f"experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}, bits={self.bits}"
+        gate_up, down = self.bits.values()
+        bits = f"bits={gate_up}" if gate_up == down else f"bits={gate_up}, down_bits={down}"
+        return f"experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}, {bits}"

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from gemq.algorithms.sequential import QuantizedWeights
-from gemq.checkpoint import PackedConfig, kept_in_float32, packed_skeleton, stored_state
+from gemq.checkpoint import kept_in_float32, packed_skeleton, stored_state
 from gemq.format import codes_bytes, default_group_size, expert_layout, meta_elements
 from gemq.models import MoeModel, packed_modules, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
+from gemq.packed_config import PackedConfig
 from gemq.tensor_files import file_head
 
 _SHARD = 5 * 10**9
@@ -85,7 +86,7 @@ def resident_bytes(model: nn.Module, layout: str, dtype: torch.dtype) -> int:
             continue
         for name in PROJECTIONS:
             n, k = module.shape(name)
-            for bits in module.bits:
+            for bits in module.bits[name]:
                 total += codes_bytes(n, k, bits, layout)
                 total += 2 * meta_elements(n, k, bits, module.group_sizes[name], layout)
     return total

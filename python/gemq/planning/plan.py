@@ -190,10 +190,8 @@ def _packed(config, options: PlanConfig, machine: Machine, budget: float, stored
     # of the prompt: hidden states and the widest inner activation of every token, and the last token's logits
     inner = max(parts.top_k * 3 * parts.intermediate, max(3 * layer.mlp for layer in parts.layers))
     working = options.rows * (options.context * (4 * parts.hidden + inner) * stored.itemsize + parts.vocabulary * 8)
-    experts = sum(
-        sum(row) * parts.expert // 8 + sum(b > 0 for b in row) * parts.expert * 4 // 128
-        for row in widths.expert_bits.values()
-    )
+    third = parts.expert // 3
+    experts = sum(third * b // 8 + (b > 0) * third * 4 // 128 for b in widths.weight_bits)
     embeddings = parts.vocabulary * parts.hidden * stored.itemsize
     read = size.tensors - experts * (parts.experts - parts.top_k) // parts.experts - embeddings
     return size, Inference(weights, cache, working, read)

@@ -42,11 +42,11 @@ def forward(parts: ModelParts, tokens: int, length: int) -> float:
     return body + 2 * tokens * parts.hidden * parts.vocabulary
 
 
-def _gptq(n: int, k: int, count: float = 1.0, factors: float | None = None, rounds: int = 0) -> Operations:
-    # the factor; the lazy updates of later columns, and the output error: n k^2 multiply-adds each, about; a round of
-    # refinement is five products with the Hessian
+def _gptq(n: int, k: int, count: float = 1.0, factors: float | None = None, products: int = 0) -> Operations:
+    # the factor; the lazy updates of later columns, and the output error: n k^2 multiply-adds each, about; products
+    # with the Hessian afterwards
     factorised = 8 / 3 * k**3 * (count if factors is None else factors)
-    return Operations((3 + 10 * rounds) * n * k * k * count, factorised, n * k * count)
+    return Operations((3 + 2 * products) * n * k * k * count, factorised, n * k * count)
 
 
 def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
@@ -62,7 +62,9 @@ def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
             blocks.append((layer.mlp, 1, 1))
         for inner, count, share in blocks:
             run = 2 * 3 * parts.hidden * inner * tokens * share
-            total += Operations((1 + widths) * run)
+            # per matrix two more down projections a width, of routed experts
+            evaluated = 5 / 3 if work.method.per_matrix and inner == parts.intermediate else 1
+            total += Operations((1 + evaluated * widths) * run)
             if work.method.perturbation == "gptq":
                 total += Operations(run + 2 * tokens * share * (parts.hidden**2 + inner**2))
                 factors = count if recompute else count * widths
@@ -76,17 +78,18 @@ def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
 def quantizing(parts: ModelParts, work: Work) -> Operations:
     """Two runs of every layer, Hessians, and GPTQ of every matrix."""
     tokens, total, config = work.tokens, Operations(), work.method.gptq
-    rounds = config.refine
+    # five a round of refinement, two to rescale
+    products = 5 * config.refine + 2 * config.rescale
     for layer in parts.layers:
         total += Operations(2 * layer_forward(parts, layer, tokens, work.length))
         for n, k in layer.linears:
-            total += Operations(2 * tokens * k * k) + _gptq(n, k, rounds=rounds)
+            total += Operations(2 * tokens * k * k) + _gptq(n, k, products=products)
         if layer.routed:
             routed = tokens * parts.top_k
             hidden, inner = parts.hidden, parts.intermediate
             total += Operations(routed * (2 * hidden**2 + 2 * inner**2 + 4 * hidden * inner))
-            total += _gptq(2 * inner, hidden, parts.experts, rounds=rounds)
-            total += _gptq(hidden, inner, parts.experts, rounds=rounds)
+            total += _gptq(2 * inner, hidden, parts.experts, products=products)
+            total += _gptq(hidden, inner, parts.experts, products=products)
             if config.compensate:
                 # gate and up once more, quantized, the second statistic, and its solution
                 solved = parts.experts * 4 * hidden * inner**2

@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 
-from gemq.algorithms.allocation import BUDGET_SLACK, PER_LAYER, Costs, feasible_range, total_bits
+from gemq.algorithms.allocation import BUDGET_SLACK, PER_LAYER, feasible_range, total_bits
 from gemq.algorithms.baselines import uniform
+from gemq.algorithms.costs import Costs
 from gemq.algorithms.progressive import ROUTED_ONLY, MethodConfig, allocate, overridden, plan_of
 from gemq.algorithms.tensor_bits import resolve
-from gemq.checkpoint import PackedConfig
 from gemq.models import MoeModel
+from gemq.packed_config import PackedConfig
 
 
 def _empty_costs(moe: MoeModel, method: MethodConfig) -> Costs:
@@ -103,10 +104,7 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
         flat = _spread(total, count * len(layers), method.candidates)
         rows = [flat[i :: len(layers)] for i in range(len(layers))]
     wanted = resolve(moe, method.tensor_bits)
-    experts = {
-        index: [wanted.experts.get((index, e), bits) for e, bits in enumerate(row)]
-        for index, row in zip(layers, rows, strict=True)
-    }
+    experts = wanted.over(dict(zip(layers, rows, strict=True)))
     return PackedConfig(
         experts, dict.fromkeys(layers, shared) if moe.shared_multiple else {},
         method.attention_bits, method.dense_bits, method.router_bits, method.gptq.group_size,

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gemq.algorithms.allocation import Costs
+from gemq.algorithms.costs import Costs
 from gemq.errors import CheckpointError
 from gemq.evaluations import Score, read_evaluations, score_of
+from gemq.format import by_weight
 from gemq.integrity import RUN_FILE, read_json
 from gemq.pipeline import COSTS_FILE, REPORT_FILE
 from gemq.summary import Summary, summarize
@@ -57,9 +58,20 @@ class Checkpoint:
     scores: tuple[Score, ...] = ()
 
     @property
-    def bits(self) -> dict[int, list[int]]:
-        """Widths of the routed experts by decoder layer."""
-        return dict(sorted(self.summary.config.expert_bits.items()))
+    def bits(self) -> dict[str, dict[int, list[int]]]:
+        """Widths of the routed experts by decoder layer, under ``"experts"``, or under ``"gate and up"`` and ``"down"``
+        where these have widths of their own."""
+        config = self.summary.config
+        if not config.down_bits:
+            return {"experts": dict(sorted(config.expert_bits.items()))}
+        return {"gate and up": dict(sorted(config.expert_bits.items())), "down": dict(sorted(config.down_bits.items()))}
+
+    @property
+    def mean_bits(self) -> dict[int, float]:
+        """Mean width of the routed experts' weights by decoder layer."""
+        config = self.summary.config
+        found = {layer: by_weight(*config.widths(layer)) for layer in sorted(config.expert_bits)}
+        return {layer: sum(row) / len(row) for layer, row in found.items()}
 
 
 @dataclass(frozen=True)

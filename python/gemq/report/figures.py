@@ -55,8 +55,9 @@ def _layer_ticks(layers: Sequence[int], most: int = 12) -> list[int]:
     return list(range(0, len(layers), step))
 
 
-def bit_map(bits: dict[int, list[int]]) -> Figure:
-    """Layer down, expert across, one coloured cell each; digits where cells have room for them."""
+def bit_map(bits: dict[int, list[int]], of: str = "experts") -> Figure:
+    """Layer down, expert across, one coloured cell each; digits where cells have room for them. ``of`` is what of the
+    experts they are the widths of."""
     experts = max(len(row) for row in bits.values())
     cell = 24 if experts <= 16 else 15 if experts <= 64 else 8
     left, top = 40, 20
@@ -88,15 +89,15 @@ def bit_map(bits: dict[int, list[int]]) -> Figure:
         marks.append(element("rect", x=x, y=bottom + 9, width=12, height=12, class_=f"w{width}"))
         marks.append(text(x + 17, bottom + 19, f"{width} bit{'s' * (width != 1)}", class_="tick"))
     width, height = max(left + experts * cell + 54, left + 62 * len(shapes)), bottom + 26
-    svg = drawing("Bits of every expert", sentence, width, height, *marks, *digits, fixed=True)
+    title = "Bits by layer and expert" if of == "experts" else f"Bits of {of} by layer and expert"
+    svg = drawing(title, sentence, width, height, *marks, *digits, fixed=True)
     rows = [(str(n), " ".join(map(str, row)), f"{sum(row) / len(row):.2f}") for n, row in bits.items()]
     table = Table(("layer", "experts", "mean"), rows)
-    return Figure("Bits by layer and expert", sentence, svg, table, wide=True, span=experts > 24)
+    return Figure(title, sentence, svg, table, wide=True, span=experts > 24)
 
 
-def bits_by_layer(bits: dict[int, list[int]]) -> Figure:
+def bits_by_layer(means: dict[int, float]) -> Figure:
     """Stacked shares would hide the mean: one bar a layer, as high as its experts' mean width."""
-    means = {n: sum(row) / len(row) for n, row in bits.items()}
     layers = list(means)
     plot = Plot.over((-0.5, len(layers) - 0.5), (0, max(means.values()) * 1.12 or 1), left=34)
     plot.axes("decoder layer", "mean bits", _layer_ticks(layers), lambda i: str(layers[int(i)]))

@@ -77,11 +77,13 @@ def _comparison(data: ReportData) -> str:
 
 def _checkpoint(checkpoint: Checkpoint, alone: bool) -> str:
     drawn = [
-        figures.bit_map(checkpoint.bits), figures.bits_by_layer(checkpoint.bits), figures.importance(checkpoint),
-        figures.importance_by_layer(checkpoint), figures.router_shift(checkpoint.shift),
+        *(figures.bit_map(rows, of) for of, rows in checkpoint.bits.items()),
+        figures.bits_by_layer(checkpoint.mean_bits),
+        figures.importance(checkpoint), figures.importance_by_layer(checkpoint), figures.router_shift(checkpoint.shift),
         figures.output_error(checkpoint), figures.run_times(checkpoint.seconds),
     ]
-    names = ("", "", "importance (no gemq_costs.json)", "", "router shift", "output errors", "run times")
+    always = [""] * (len(checkpoint.bits) + 1)
+    names = (*always, "importance (no gemq_costs.json)", "", "router shift", "output errors", "run times")
     missing = [name for name, figure in zip(names, drawn, strict=True) if figure is None and name]
     body = "".join(_figure(f) for f in drawn if f is not None)
     note = f'<p class="note">Not recorded: {escape(", ".join(missing))}.</p>' if missing else ""

@@ -32,8 +32,11 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def write_pictures(data: ReportData, folder: str | os.PathLike) -> list[Path]:
-    """The figures as PNGs in ``folder``: ``pareto*.png``, and per checkpoint ``NAME-bits.png``, ``-importance``,
-    ``-routers`` and ``-times``. Returns their paths. Raises :class:`CheckpointError` if one cannot be written."""
+    """The figures as PNGs in ``folder``: ``pareto*.png``, and per checkpoint ``NAME-bits.png`` (or ``-bits-gate-up``
+    and ``-bits-down``), ``-importance``, ``-routers`` and ``-times``. Returns their paths.
+
+    Raises :class:`CheckpointError` if one cannot be written.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,9 @@ def write_pictures(data: ReportData, folder: str | os.PathLike) -> list[Path]:
             drawings[f"pareto{index or ''}"] = _pareto(where, points, lines)
     for checkpoint in data.checkpoints:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.name).lstrip(".") or "checkpoint"
-        drawings[f"{name}-bits"] = _bit_map(checkpoint)
+        for of, bits in checkpoint.bits.items():
+            part = "" if of == "experts" else "-" + of.replace(" and ", "-")
+            drawings[f"{name}-bits{part}"] = _bit_map(checkpoint.name, of, bits)
         if checkpoint.costs is not None:
             drawings[f"{name}-importance"] = _importance(checkpoint)
         if checkpoint.shift:
@@ -96,14 +101,14 @@ def _pareto(where: str, points: list[Point], lines: list[tuple[str, float]]):
     return figure
 
 
-def _bit_map(checkpoint: Checkpoint):
+def _bit_map(name: str, of: str, bits: dict[int, list[int]]):
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    rows = list(checkpoint.bits.values())
+    rows = list(bits.values())
     experts = max(map(len, rows))
     grid = [[*row, *[float("nan")] * (experts - len(row))] for row in rows]
     size = (min(14.0, 1.2 + 0.28 * max(experts, 8)), min(14.0, 1.1 + 0.28 * max(len(rows), 3)))
-    figure, axis = _figure(f"{checkpoint.name}: bits by layer and expert", size)
+    figure, axis = _figure(f"{name}: bits {'' if of == 'experts' else f'of {of} '}by layer and expert", size)
     colours = ListedColormap([cell for cell, _ in WIDTHS])
     axis.imshow(grid, cmap=colours, norm=BoundaryNorm([w - 0.5 for w in range(10)], 9), aspect="auto")
     if experts <= 64:
@@ -111,7 +116,7 @@ def _bit_map(checkpoint: Checkpoint):
             for x, width in enumerate(row):
                 axis.text(x, y, str(width), ha="center", va="center", fontsize=7, color=WIDTHS[width][1])
     step = -(-len(rows) // 24)
-    axis.set_yticks(range(0, len(rows), step), [str(n) for n in list(checkpoint.bits)[::step]])
+    axis.set_yticks(range(0, len(rows), step), [str(n) for n in list(bits)[::step]])
     axis.set_xlabel("expert", fontsize=9)
     axis.set_ylabel("layer", fontsize=9)
     return figure

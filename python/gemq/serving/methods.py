@@ -7,8 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint import PackedConfig
 from gemq.format import UNQUANTIZED
+from gemq.packed_config import PackedConfig
 from gemq.serving.packed_layers import LinearParts, check_unsplit, read_dense, width_of
 
 

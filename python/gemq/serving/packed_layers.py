@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gemq import format as fmt
-from gemq.checkpoint import PackedConfig
 from gemq.errors import CheckpointError, GemqError
 from gemq.format import UNQUANTIZED
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.ops import dequantize
+from gemq.packed_config import PackedConfig
 
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
@@ -85,12 +85,15 @@ def _width_by_kind(config: PackedConfig, prefix: str, layer: int, path: list[str
     return UNQUANTIZED
 
 
-def expert_widths(config: PackedConfig, prefix: str) -> list[int]:
-    """The widths of all experts of the layer that a runtime calls ``prefix``; :class:`ServingError` if it has none."""
+def expert_widths(config: PackedConfig, prefix: str) -> dict[str, list[int]]:
+    """The widths of all experts of the layer that a runtime calls ``prefix``, by projection.
+
+    Raises :class:`ServingError` if it has none.
+    """
     place = _PLACE.search(prefix)
     if place is None or int(place[1]) not in config.expert_bits:
         raise ServingError(f"quantization_config.expert_bits names no widths for {prefix}")
-    return config.expert_bits[int(place[1])]
+    return dict(zip(PROJECTIONS, config.widths(int(place[1])), strict=True))
 
 
 def _buffer(size: int, dtype: torch.dtype, loader) -> nn.Parameter:
@@ -170,18 +173,19 @@ class ExpertParts:
     The checkpoint holds all experts of a layer in one buffer; its loader keeps the slices of ``kept``, in that order.
     """
 
-    def __init__(self, prefix: str, hidden: int, intermediate: int, bits: Sequence[int], kept: Sequence[int],
+    def __init__(self, prefix: str, hidden: int, intermediate: int, bits: dict[str, list[int]], kept: Sequence[int],
                  group_size: int):
         self.prefix, self.hidden, self.intermediate = prefix, hidden, intermediate
-        self.bits, self.kept, self.group_size = list(bits), list(kept), group_size
+        self.bits, self.kept, self.group_size = bits, list(kept), group_size
         self._missing = {(name, kind) for name in PROJECTIONS for kind in ("codes", "meta")}
 
     def _sizes(self, name: str, kind: str) -> list[int]:
         """Elements of every expert of the layer."""
         n, k = (2 * self.intermediate, self.hidden) if name == "gate_up_proj" else (self.hidden, self.intermediate)
         if kind == "codes":
-            return [fmt.codes_bytes(n, k, width) for width in self.bits]
-        return [fmt.meta_elements(n, k, width, fmt.default_group_size(k, self.group_size)) for width in self.bits]
+            return [fmt.codes_bytes(n, k, width) for width in self.bits[name]]
+        size = fmt.default_group_size(k, self.group_size)
+        return [fmt.meta_elements(n, k, width, size) for width in self.bits[name]]
 
     def parameter(self, name: str, kind: str) -> nn.Parameter:
         """The flat buffer of a projection's codes (uint8) or metadata (float16) for the experts that are kept."""
@@ -203,8 +207,8 @@ class ExpertParts:
     def module(self, buffers: dict[str, Tensor]) -> LowBitExperts:
         """The experts, ready for their device's kernels; ``buffers`` by ``gate_up_codes`` and so on."""
         _check_complete(self.prefix, {stored_name(name, kind) for name, kind in self._missing})
-        bits = [self.bits[e] for e in self.kept]
-        module = LowBitExperts(self.hidden, self.intermediate, bits, self.group_size, "meta")
+        bits, down = ([widths[e] for e in self.kept] for widths in self.bits.values())
+        module = LowBitExperts(self.hidden, self.intermediate, bits, self.group_size, "meta", down)
         for name, buffer in buffers.items():
             setattr(module, name, buffer)
         module.prepare()

@@ -24,8 +24,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.utils import is_cuda
 from torch import nn
 
-from gemq.checkpoint import PackedConfig
 from gemq.nn.experts import PROJECTIONS, stored_name
+from gemq.packed_config import PackedConfig
 from gemq.serving.methods import PackedLinearMethod, PackedQuantization, UnpackedLinearMethod
 from gemq.serving.packed_layers import ExpertParts, ServingError, check_unsplit, expert_widths
 
@@ -88,13 +88,14 @@ class GemqMoEMethod(FusedMoEMethodBase):
                 f"{self.prefix}: experts with biases, or shared experts fused with the routed ones, are not served "
                 "(--disable-shared-experts-fusion)"
             )
-        bits = expert_widths(self.packed, self.prefix)
-        if len(bits) != layer.num_experts:
-            raise ServingError(f"{self.prefix} has {layer.num_experts} experts, the checkpoint {len(bits)}")
+        widths = expert_widths(self.packed, self.prefix)
+        experts = len(widths["gate_up_proj"])
+        if experts != layer.num_experts:
+            raise ServingError(f"{self.prefix} has {layer.num_experts} experts, the checkpoint {experts}")
         first = layer.moe_ep_rank * num_experts
         kept = range(first, first + num_experts)
         self.parts = ExpertParts(
-            self.prefix, hidden_size, intermediate_size_per_partition, bits, kept, self.packed.group_size
+            self.prefix, hidden_size, intermediate_size_per_partition, widths, kept, self.packed.group_size
         )
         for name, kind in _BUFFERS:
             layer.register_parameter(stored_name(name, kind), self.parts.parameter(name, kind))

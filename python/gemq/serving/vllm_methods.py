@@ -25,8 +25,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
-from gemq.checkpoint import PackedConfig
 from gemq.nn.experts import stored_name
+from gemq.packed_config import PackedConfig
 from gemq.serving.methods import PackedLinearMethod, PackedQuantization, UnpackedLinearMethod
 from gemq.serving.packed_layers import (
     ExpertParts,
@@ -94,12 +94,13 @@ class GemqMoEMethod(FusedMoEMethodBase):
         prefix = layer.layer_name
         check_unsplit(prefix, [intermediate_size_per_partition], [self.moe.intermediate_size])
         self._refuse(layer, prefix)
-        bits = expert_widths(self.packed, prefix)
-        if len(bits) != layer.global_num_experts:
-            raise ServingError(f"{prefix} has {layer.global_num_experts} experts, the checkpoint {len(bits)}")
+        widths = expert_widths(self.packed, prefix)
+        experts = len(widths["gate_up_proj"])
+        if experts != layer.global_num_experts:
+            raise ServingError(f"{prefix} has {layer.global_num_experts} experts, the checkpoint {experts}")
         kept = _kept(layer.expert_map, num_experts)
         self.parts = ExpertParts(
-            prefix, hidden_size, intermediate_size_per_partition, bits, kept, self.packed.group_size
+            prefix, hidden_size, intermediate_size_per_partition, widths, kept, self.packed.group_size
         )
         for short, name in _PROJECTIONS.items():
             for kind in ("codes", "meta"):

@@ -1,0 +1,90 @@
+"""The sums of Eq. 6 over one layer's experts, in memory or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemq import distributed
+
+# what is perturbed: the expert, its gate and up projections alone, its down projection alone
+WHOLE, GATE_UP, DOWN = range(3)
+
+
+@dataclass
+class LayerCosts:
+    """One layer's sums: ``routed`` and ``error`` ``[E, B]``, ``shared`` ``[B]``, ``count`` and ``weight`` ``[E]``;
+    ``matrices`` ``[E, 2, B]`` are as ``routed``, of gate and up alone and of down alone, or None if not measured."""
+
+    routed: np.ndarray
+    error: np.ndarray
+    shared: np.ndarray
+    count: np.ndarray
+    weight: np.ndarray
+    matrices: np.ndarray | None = None
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, experts: int, widths: int, matrices: bool = False) -> LayerCosts:
+        """Nothing seen yet."""
+        return cls(
+            np.zeros((experts, widths)), np.zeros((experts, widths)), np.zeros(widths), np.zeros(experts),
+            np.zeros(experts), np.zeros((experts, 2, widths)) if matrices else None,
+        )
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """What has to be perturbed for these sums."""
+        return (WHOLE,) if self.matrices is None else (WHOLE, GATE_UP, DOWN)
+
+    def seen(self, expert: int, scale: Tensor) -> None:
+        """Count an expert's tokens by their routing weights ``scale [t, 1]``."""
+        self.count[expert] += len(scale)
+        self.weight[expert] += float(scale.double().sum())
+
+    def add(
+        self, expert: int, column: int, part: int, change: Tensor, gradient: Tensor, scale: Tensor, window: Tensor
+    ) -> None:
+        """Sum up what :func:`change_of` says of one expert at one width."""
+        cost, error = change_of(change, gradient, scale, window)
+        if part == WHOLE:
+            self.routed[expert, column] += cost
+            self.error[expert, column] += error
+        else:
+            self.matrices[expert, part - GATE_UP, column] += cost
+
+    def add_shared(self, changes: Iterable[Tensor], gradient: Tensor) -> None:
+        """Sum up the changes ``[t, H]`` of the shared expert at every width, each at ``gradient [t, H]``."""
+        for column, change in enumerate(changes):
+            self.shared[column] += float((gradient * change).double().square().sum())
+
+    def complete(self) -> None:
+        """Every process has measured its own experts: all get the rest (zero here, so the sums are exact)."""
+        for name in [f.name for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)]:
+            setattr(self, name, sum(distributed.gather(getattr(self, name))))
+
+    def to_json(self) -> dict:
+        """As a journal keeps it; doubles come back exactly."""
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict) -> LayerCosts:
+        """The inverse of :meth:`to_json`."""
+        return cls(**{k: np.array(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+def change_of(change: Tensor, gradient: Tensor, scale: Tensor, window: Tensor) -> tuple[float, float]:
+    """Eq. 6's sum over the tokens of one expert, and the Frobenius norm of ``dz`` summed over windows.
+
+    ``change [t, H]`` is the expert's before its routing weights ``scale [t, 1]``, with which ``gradient [t, H]`` was
+    multiplied: once instead of for every width. ``window [t]`` are the tokens' windows, ascending.
+    """
+    cost = float((gradient * change).double().square().sum())
+    per_token = change.double().square().sum(-1) * scale.double().square()[:, 0]
+    by_window = torch.zeros(int(window[-1]) + 1, dtype=torch.float64, device=per_token.device)
+    by_window.index_add_(0, window, per_token)
+    return cost, float(by_window.sqrt().sum())
