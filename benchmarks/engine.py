@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -158,7 +159,8 @@ def memory_and_stages(base: Path, shape: dict, depths: list[int], count: int, le
 
 
 def coefficients(base: Path, count: int) -> dict:
-    """Eq. 6 of 64 experts and three widths against one forward and backward pass of the same ``count`` windows."""
+    """Eq. 6 of 64 experts and three widths, of experts alone and of their matrices too, against one forward and
+    backward pass of the same ``count`` windows."""
     folder, text = base / "wide", windows(count, 256)
     save_model(folder, 4, hidden=256, intermediate=256, experts=64, top_k=8)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
@@ -173,15 +175,16 @@ def coefficients(base: Path, count: int) -> dict:
         "what": "coefficients", "experts": 64, "layers": 4, "hidden": 256, "intermediate": 256, "top_k": 8,
         "tokens": text.numel(), "forward_backward_s": round(min(plain), 2),
     }
-    for kind in ("rtn", "gptq"):
-        with opened(base / f"run-{kind}-{count}", {}) as run:
+    for kind, matrices in itertools.product(("rtn", "gptq"), (False, True)):
+        name = f"{kind}_matrices" if matrices else kind
+        with opened(base / f"run-{name}-{count}", {}) as run:
             source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
             sweep = stages.Sweep(text, 4, run.stage("measure"), lambda *a: None, lambda **e: None,
                                  stages.group_budget(source))
             began = time.process_time()
-            stages.measure(Weights(source), sweep, (1, 2, 3), Perturbation(kind))
-            row[f"{kind}_s"] = round(time.process_time() - began, 2)
-            row[f"{kind}_times"] = round(row[f"{kind}_s"] / row["forward_backward_s"], 2)
+            stages.measure(Weights(source), sweep, (1, 2, 3), Perturbation(kind), matrices)
+            row[f"{name}_s"] = round(time.process_time() - began, 2)
+            row[f"{name}_times"] = round(row[f"{name}_s"] / row["forward_backward_s"], 2)
     print(json.dumps(row), flush=True)
     return row
 

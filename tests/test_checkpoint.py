@@ -289,12 +289,25 @@ def test_malformed_index(sharded, index):
         ({"down_bits": {"0": [9, 2, 2, 2]}}, r"down_bits\[0\] must be bits in 0\.\.8, got 9"),
         ({"down_bits": {}}, "down_bits names no layer"),
         ({"down_bits": [1]}, "down_bits must map layers to bits, got list"),
-        ({"version": 2}, "down_bits must be absent before format version 3"),
-        ({"down_bits": {"0": [2] * 4, "1": [2] * 4}}, "does not match its digest"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_edited_quantization_config(folder, changes, message):
+    edit_config(folder, **changes)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "down_bits must be absent before format version 3"),
+        ({"down_bits": {"0": [2] * 4, "1": [2] * 4}}, "does not match its digest"),
+        ({"expert_bits": {"0": [2] * 4, "1": [2] * 4}}, "does not match its digest"),
+    ],
+    ids=str,
+)
+def test_edited_widths_of_down(folder, changes, message):
+    _with_bits(folder, load_packed_config(folder).expert_bits, {0: [1, 2, 3, 4], 1: [4, 3, 2, 1]})
     edit_config(folder, **changes)
     refused(folder, message)
 

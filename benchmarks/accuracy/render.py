@@ -122,8 +122,10 @@ def _orders(study: Study, model: str, table: tables.Table) -> list[str]:
 
 def changed_share(one: dict, two: dict) -> float:
     """Share of experts that have another width, of one of their matrices at least, in the other stage."""
-    differs = [np.array(one[part]) != np.array(two[part]) for part in ("bits", "down_bits") if part in one]
-    return float(np.any(differs, axis=0).mean())
+    gate_up, down = (
+        np.array(one.get(part, one["bits"])) != np.array(two.get(part, two["bits"])) for part in ("bits", "down_bits")
+    )
+    return float((gate_up | down).mean())
 
 
 def _estimates(study: Study, model: str, table: tables.Table) -> list[str]:
