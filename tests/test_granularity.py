@@ -112,6 +112,8 @@ def test_the_method_says_what_it_measures():
     assert not MethodConfig(method="pmq").per_matrix and not MethodConfig(candidates=(0, 1, 2)).per_matrix
     with pytest.raises(ValueError, match=r"granularity 'matrix' needs candidates above 0 bits, got \(0, 1\)"):
         MethodConfig(granularity="matrix", candidates=(0, 1))
+    with pytest.raises(ValueError, match="granularity 'matrix' is for method gemq, got 'pmq', which is of experts"):
+        MethodConfig(granularity="matrix", method="pmq")
     with pytest.raises(ValueError, match="granularity must be one of auto, expert, matrix, got 'both'"):
         MethodConfig(granularity="both")
 

@@ -104,7 +104,9 @@ class MethodConfig:
             raise ValueError(f"per_layer must be one of {', '.join(PER_LAYER)}, got {self.per_layer!r}")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
-        if self.granularity == "matrix" and self.method == "gemq" and not min(self.candidates, default=0):
+        if self.granularity == "matrix" and self.method != "gemq":
+            raise ValueError(f"granularity 'matrix' is for method gemq, got {self.method!r}, which is of experts")
+        if self.granularity == "matrix" and not min(self.candidates, default=0):
             raise ValueError(f"granularity 'matrix' needs candidates above 0 bits, got {self.candidates}")
         if self.accounting not in ACCOUNTINGS:
             raise ValueError(f"accounting must be one of {', '.join(ACCOUNTINGS)}, got {self.accounting!r}")
