@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 STYLES = {
     "uniform": ("#8c8c8c", "o"), "PMQ": ("#c08a2e", "s"), "GEMQ, paper's options": ("#8fbfe0", "v"),
-    "GEMQ, no tuning": ("#5aa0d2", "D"), "GEMQ": ("#17518a", "^"),
+    "GEMQ, no tuning": ("#5aa0d2", "D"), "GEMQ": ("#17518a", "^"), "GEMQ, GPTQ alone": ("#b55a6a", "P"),
+    "GEMQ, one width an expert": ("#3f9a78", "X"),
 }
 
 
@@ -97,7 +98,10 @@ def bit_maps(study: Study, model: str, table: tables.Table, path: Path) -> bool:
                     axis.text(x, y, str(bits), ha="center", va="center", fontsize=7,
                               color="white" if bits > 0.6 * (widest + 1) else "black")
         axis.set_title(f"{stage['budget']:g} bits per expert", fontsize=9)
-        axis.set_xlabel("expert", fontsize=8)
+        experts, maps = len(stage["bits"][0]), 2 if "down_bits" in stage else 1
+        starts = [at * (experts + 1) for at in range(maps)]
+        axis.set_xticks([x for at in starts for x in (at, at + experts - 1)], ["0", str(experts - 1)] * maps)
+        axis.set_xlabel("expert: gate and up; down" if maps == 2 else "expert", fontsize=8)
         axis.set_ylabel("MoE layer", fontsize=8)
         axis.tick_params(labelsize=7)
     _save(figure, path)

@@ -159,8 +159,9 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
     generation = generate(
         packed, config.prompt, tokenizer=demo.tokenizer, max_new_tokens=60, temperature=0.7, top_p=0.9
     )
+    apart = any(stage.plan.down for stage in stages)
     maps = {
-        stage.budget: [rows for rows in (stage.plan.experts, stage.plan.down) if rows] for stage in stages
+        s.budget: [s.plan.experts, s.plan.down or s.plan.experts] if apart else [s.plan.experts] for s in stages
     }
     picture = config.output / "demo.png"
     draw(demo.rows, maps, picture)
