@@ -99,7 +99,8 @@ class Run:
     @property
     def per_matrix(self) -> bool:
         """Whether costs of single matrices are needed."""
-        return self.method == "gemq" and self.granularity != "expert" and min(self.candidates) > 0
+        method = MethodConfig(method=self.method, candidates=self.candidates, granularity=self.granularity)
+        return method.per_matrix
 
 
 def fingerprint(model: str) -> str:

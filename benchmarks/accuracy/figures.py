@@ -10,6 +10,8 @@ import eq6
 import numpy as np
 import tables
 
+from gemq.demo.picture import bit_map
+
 if TYPE_CHECKING:
     from render import Study
 
@@ -84,26 +86,13 @@ def bit_maps(study: Study, model: str, table: tables.Table, path: Path) -> bool:
     if not stages:
         return False
     figure = _figure(3.2 * len(stages), 3)
-    widest = max(b for s in stages for row in s["bits"] for b in row)
-    for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        gap = [float("nan")]
-        rows = [row + gap + down for row, down in zip(stage["bits"], stage["down_bits"], strict=True)] \
-            if "down_bits" in stage else stage["bits"]
-        axis.imshow(rows, cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="auto")
-        if len(stage["bits"][0]) <= 16:
-            for y, row in enumerate(rows):
-                for x, bits in enumerate(row):
-                    if bits != bits:
-                        continue
-                    axis.text(x, y, str(bits), ha="center", va="center", fontsize=7,
-                              color="white" if bits > 0.6 * (widest + 1) else "black")
-        axis.set_title(f"{stage['budget']:g} bits per expert", fontsize=9)
-        experts, maps = len(stage["bits"][0]), 2 if "down_bits" in stage else 1
-        starts = [at * (experts + 1) for at in range(maps)]
-        axis.set_xticks([x for at in starts for x in (at, at + experts - 1)], ["0", str(experts - 1)] * maps)
-        axis.set_xlabel("expert: gate and up; down" if maps == 2 else "expert", fontsize=8)
+    maps = [[dict(enumerate(s[part])) for part in ("bits", "down_bits") if part in s] for s in stages]
+    widest = max(b for parts in maps for part in parts for row in part.values() for b in row)
+    axes = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axis, stage, parts in zip(axes, stages, maps, strict=True):
+        bit_map(axis, stage["budget"], parts, widest)
+        axis.set_aspect("auto")
         axis.set_ylabel("MoE layer", fontsize=8)
-        axis.tick_params(labelsize=7)
     _save(figure, path)
     return True
 

@@ -13,7 +13,7 @@ import numpy as np
 import tables
 from cells import Run
 
-from gemq.format import by_weight
+from gemq.format import mean_width
 
 READABLE = 60  # claims are made for models below this perplexity only
 REPLAYED = "full-precision routing replayed"
@@ -168,7 +168,7 @@ def _maps(study: Study, model: str, table: tables.Table) -> list[str]:
             for at, row in enumerate(stage["bits"]):
                 parts = [row, *([down[at]] if down else [])]
                 digits = "  ".join("".join(map(str, part)) for part in parts)
-                lines.append(f"{digits}  {np.mean(by_weight(row, parts[-1])):.2f}")
+                lines.append(f"{digits}  {mean_width(row, parts[-1]):.2f}")
             lines.append("```")
     return lines
 

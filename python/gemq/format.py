@@ -89,6 +89,12 @@ def by_weight(gate_up: Sequence[int], down: Sequence[int]) -> list[int]:
     return [*gate_up, *gate_up, *down]
 
 
+def mean_width(gate_up: Sequence[int], down: Sequence[int]) -> float:
+    """Mean width of experts' weights."""
+    found = by_weight(gate_up, down)
+    return sum(found) / len(found)
+
+
 def row_bytes(k: int, bits: int) -> int:
     """Bytes of one canonical row of ``k`` codes."""
     return (k * bits + 7) // 8

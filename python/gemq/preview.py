@@ -87,8 +87,10 @@ def _experts(config: QuantizeConfig, moe: MoeModel, budget: float) -> tuple[Rout
     found = allocate(moe, statistics, budget, method)
     if found.shared_bits is not None:
         shared = {index: int(b) for index, b in zip(indices, found.shared_bits, strict=True)}
-    both = (found.bits, found.bits if found.down_bits is None else found.down_bits)
-    routed = {n: dict(zip(indices, bits.tolist(), strict=True)) for n, bits in zip(PROJECTIONS, both, strict=True)}
+    routed = {
+        name: dict(zip(indices, bits.tolist(), strict=True))
+        for name, bits in zip(PROJECTIONS, found.widths, strict=True)
+    }
     return routed, shared
 
 

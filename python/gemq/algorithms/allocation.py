@@ -63,10 +63,14 @@ class Allocation:
     down_bits: np.ndarray | None = None  # [L, E] int64
 
     @property
+    def widths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of gate and up, and of down, ``[L, E]`` each."""
+        return self.bits, self.bits if self.down_bits is None else self.down_bits
+
+    @property
     def bits_per_expert(self) -> float:
         """Mean bits over the expert-sized units that the budget covers; at most ``budget``."""
-        down = self.bits if self.down_bits is None else self.down_bits
-        total, units = sum(by_weight(self.bits.ravel().tolist(), down.ravel().tolist())) / 3, float(self.bits.size)
+        total, units = sum(by_weight(*(w.ravel().tolist() for w in self.widths))) / 3, float(self.bits.size)
         if self.shared_bits is not None:
             total += self.shared_multiple * float(self.shared_bits.sum())
             units += self.shared_multiple * self.shared_bits.size
@@ -237,19 +241,29 @@ def solve(
     )
 
 
-def is_per_matrix(granularity: str, costs: Costs) -> bool:
-    """Whether gate and up, and down, get widths of their own: ``auto`` does where ``costs`` say what they cost and no
-    candidate is 0 bits. An expert of no bits is one decision.
+def wants_matrices(granularity: str, candidates: Sequence[int]) -> bool:
+    """Whether gate and up, and down, are to get widths of their own: ``auto`` wants it if no candidate is 0 bits. An
+    expert of no bits is one decision.
 
-    Raises ``ValueError`` for an unknown name, and for ``matrix`` where it cannot be.
+    Raises ``ValueError`` for an unknown name, and for ``matrix`` with a candidate of 0.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-    if granularity == "matrix" and not costs.candidates[0]:
-        raise ValueError(f"granularity 'matrix' needs candidates above 0 bits, got {list(costs.candidates)}")
+    possible = min(candidates, default=0) > 0
+    if granularity == "matrix" and not possible:
+        raise ValueError(f"granularity 'matrix' needs candidates above 0 bits, got {candidates}")
+    return granularity != "expert" and possible
+
+
+def is_per_matrix(granularity: str, costs: Costs) -> bool:
+    """:func:`wants_matrices`, where ``costs`` say what they cost.
+
+    Raises ``ValueError`` as that does, and for ``matrix`` where they do not.
+    """
+    wanted = wants_matrices(granularity, list(costs.candidates))
     if granularity == "matrix" and costs.matrices is None:
         raise ValueError("granularity 'matrix' needs costs of single matrices, which these are not: measure again")
-    return granularity != "expert" and costs.matrices is not None and costs.candidates[0] > 0
+    return wanted and costs.matrices is not None
 
 
 def _program(

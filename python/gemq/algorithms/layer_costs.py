@@ -49,18 +49,19 @@ class LayerCosts:
     def add(
         self, expert: int, column: int, part: int, change: Tensor, gradient: Tensor, scale: Tensor, window: Tensor
     ) -> None:
-        """Sum up what :func:`change_of` says of one expert at one width."""
-        cost, error = change_of(change, gradient, scale, window)
+        """Sum up one expert's change ``[t, H]`` before its routing weights ``scale [t, 1]``, at one width; with them
+        ``gradient [t, H]`` was multiplied, once instead of for every width. ``window [t]`` are the tokens' windows."""
+        cost = cost_of(change, gradient)
         if part == WHOLE:
             self.routed[expert, column] += cost
-            self.error[expert, column] += error
+            self.error[expert, column] += error_of(change, scale, window)
         else:
             self.matrices[expert, part - GATE_UP, column] += cost
 
     def add_shared(self, changes: Iterable[Tensor], gradient: Tensor) -> None:
         """Sum up the changes ``[t, H]`` of the shared expert at every width, each at ``gradient [t, H]``."""
         for column, change in enumerate(changes):
-            self.shared[column] += float((gradient * change).double().square().sum())
+            self.shared[column] += cost_of(change, gradient)
 
     def complete(self) -> None:
         """Every process has measured its own experts: all get the rest (zero here, so the sums are exact)."""
@@ -77,14 +78,14 @@ class LayerCosts:
         return cls(**{k: np.array(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
-def change_of(change: Tensor, gradient: Tensor, scale: Tensor, window: Tensor) -> tuple[float, float]:
-    """Eq. 6's sum over the tokens of one expert, and the Frobenius norm of ``dz`` summed over windows.
+def cost_of(change: Tensor, gradient: Tensor) -> float:
+    """Eq. 6's sum over tokens and dimensions, ``[t, H]`` both."""
+    return float((gradient * change).double().square().sum())
 
-    ``change [t, H]`` is the expert's before its routing weights ``scale [t, 1]``, with which ``gradient [t, H]`` was
-    multiplied: once instead of for every width. ``window [t]`` are the tokens' windows, ascending.
-    """
-    cost = float((gradient * change).double().square().sum())
+
+def error_of(change: Tensor, scale: Tensor, window: Tensor) -> float:
+    """The Frobenius norm of ``dz = scale * change`` summed over windows; ``window [t]`` ascends."""
     per_token = change.double().square().sum(-1) * scale.double().square()[:, 0]
     by_window = torch.zeros(int(window[-1]) + 1, dtype=torch.float64, device=per_token.device)
     by_window.index_add_(0, window, per_token)
-    return cost, float(by_window.sqrt().sum())
+    return float(by_window.sqrt().sum())

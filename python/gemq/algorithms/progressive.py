@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemq import distributed
-from gemq.algorithms.allocation import ACCOUNTINGS, GRANULARITIES, PER_LAYER, Allocation, solve
+from gemq.algorithms.allocation import ACCOUNTINGS, PER_LAYER, Allocation, solve, wants_matrices
 from gemq.algorithms.baselines import global_pmq, pmq, uniform
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.given_allocation import GivenAllocation
@@ -102,12 +102,9 @@ class MethodConfig:
             raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
         if self.per_layer not in PER_LAYER:
             raise ValueError(f"per_layer must be one of {', '.join(PER_LAYER)}, got {self.per_layer!r}")
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
         if self.granularity == "matrix" and self.method != "gemq":
             raise ValueError(f"granularity 'matrix' is for method gemq, got {self.method!r}, which is of experts")
-        if self.granularity == "matrix" and not min(self.candidates, default=0):
-            raise ValueError(f"granularity 'matrix' needs candidates above 0 bits, got {self.candidates}")
+        wants_matrices(self.granularity, self.candidates)
         if self.accounting not in ACCOUNTINGS:
             raise ValueError(f"accounting must be one of {', '.join(ACCOUNTINGS)}, got {self.accounting!r}")
         if not self.budgets or any(not 0 <= b <= 8 for b in self.budgets):
@@ -127,7 +124,7 @@ class MethodConfig:
     @property
     def per_matrix(self) -> bool:
         """Whether costs are measured for gate and up, and down, apart, to give them widths of their own."""
-        return self.method == "gemq" and self.granularity != "expert" and min(self.candidates, default=0) > 0
+        return self.method == "gemq" and wants_matrices(self.granularity, self.candidates)
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from gemq.algorithms.layer_report import LayerReport, layer_report
 from gemq.algorithms.layerwise import Hessian, Routed, capture_layer_calls, expert_hidden, run_layer, watch_experts
 from gemq.algorithms.originals import Originals
 from gemq.algorithms.sharing import share_linears, share_stack
-from gemq.format import UNQUANTIZED, by_weight, default_group_size
+from gemq.format import UNQUANTIZED, default_group_size, mean_width
 from gemq.models import MoeLayer, MoeModel
 from gemq.nn.experts import PROJECTIONS, QuantizedStack
 from gemq.reference.grid import dequantize_codes
@@ -51,10 +51,7 @@ class BitPlan:
 
     def mean(self, layer: int) -> float | None:
         """Mean width of the routed experts of a decoder layer; None where it has none."""
-        if layer not in self.experts:
-            return None
-        found = by_weight(*self.widths(layer))
-        return sum(found) / len(found)
+        return mean_width(*self.widths(layer)) if layer in self.experts else None
 
 
 @dataclass

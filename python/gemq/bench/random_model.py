@@ -183,6 +183,3 @@ def _random_parameter(value: Tensor, path: str, generator: torch.Generator) -> N
     flat = value.view(-1)
     for start in range(0, flat.numel(), _CHUNK):
         flat[start : start + _CHUNK].normal_(0, _STD, generator=generator)
-
-
-

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemq import distributed
-from gemq.format import by_weight
+from gemq.format import mean_width
 
 # dark to bright with the width, legible on light and dark grounds
 _COLOURS = {0: "grey50", 1: "blue", 2: "cyan", 3: "green", 4: "yellow", 5: "yellow", 6: "red", 7: "red", 8: "magenta"}
@@ -149,6 +149,5 @@ def bit_map(
         rows = [widths, down_bits[layer]] if down_bits else [widths]
         lines = [Text.assemble(*((str(width), _COLOURS[width]) for width in row)) for row in rows]
         shared = [str(shared_bits.get(layer, "-"))] if shared_bits else []
-        whole = by_weight(rows[0], rows[-1])
-        result.add_row(str(layer), *lines, *shared, f"{sum(whole) / len(whole):.2f}")
+        result.add_row(str(layer), *lines, *shared, f"{mean_width(rows[0], rows[-1]):.2f}")
     return result

@@ -41,14 +41,15 @@ def _curves(axis, rows: list[Row]) -> None:
     axis.legend(fontsize=7, frameon=False)
 
 
-def _bit_map(axis, budget: float, maps: list[dict[int, list[int]]], widest: int) -> None:
-    """Side by side the widths of gate and up and those of down, or of experts as a whole."""
+def bit_map(axis, budget: float, maps: list[dict[int, list[int]]], widest: int) -> None:
+    """Layers down, experts across, digits where they have room: side by side the widths of gate and up and those of
+    down, or of experts as a whole."""
     gap, layers, experts = [float("nan")], list(maps[0]), len(next(iter(maps[0].values())))
     rows = [[width for part in maps for width in gap + part[layer]][1:] for layer in layers]
     axis.imshow(rows, cmap="YlGnBu", vmin=0, vmax=widest + 1, aspect="equal")
     for y, row in enumerate(rows):
         for x, bits in enumerate(row):
-            if bits != bits:
+            if bits != bits or experts > 16:
                 continue
             shade = "white" if bits > 0.6 * (widest + 1) else "black"
             axis.text(x, y, str(bits), ha="center", va="center", fontsize=7, color=shade)
@@ -74,7 +75,7 @@ def draw(rows: list[Row], maps: dict[float, list[dict[int, list[int]]]], path: P
     axes = right.subplots(-(-len(maps) // columns), columns, squeeze=False).flatten()
     widest = max(b for parts in maps.values() for part in parts for row in part.values() for b in row)
     for axis, (budget, found) in zip(axes, sorted(maps.items(), reverse=True), strict=False):
-        _bit_map(axis, budget, found, widest)
+        bit_map(axis, budget, found, widest)
     for axis in axes[len(maps) :]:
         axis.axis("off")
     FigureCanvasAgg(figure).print_png(path)

@@ -18,7 +18,7 @@ from typing import Any
 from gemq.algorithms.costs import Costs
 from gemq.errors import CheckpointError
 from gemq.evaluations import Score, read_evaluations, score_of
-from gemq.format import by_weight
+from gemq.format import mean_width
 from gemq.integrity import RUN_FILE, read_json
 from gemq.pipeline import COSTS_FILE, REPORT_FILE
 from gemq.summary import Summary, summarize
@@ -70,8 +70,7 @@ class Checkpoint:
     def mean_bits(self) -> dict[int, float]:
         """Mean width of the routed experts' weights by decoder layer."""
         config = self.summary.config
-        found = {layer: by_weight(*config.widths(layer)) for layer in sorted(config.expert_bits)}
-        return {layer: sum(row) / len(row) for layer, row in found.items()}
+        return {layer: mean_width(*config.widths(layer)) for layer in sorted(config.expert_bits)}
 
 
 @dataclass(frozen=True)
