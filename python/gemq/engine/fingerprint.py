@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemq import __version__
 from gemq.algorithms.costs import Costs
+from gemq.errors import CheckpointError
 
 # folders and modules of the package that decide what a run writes
 _DECIDING = (
@@ -29,15 +30,57 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def of_model(folder: Path, files: list[Path], progress: Progress | None = None) -> dict[str, str]:
-    """SHA-256 of every weight file and of ``config.json``, by name."""
-    found, named = {}, [folder / "config.json", *files]
-    for at, file in enumerate(named):
-        with file.open("rb") as handle:
-            found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-        if progress:
-            progress(at + 1, len(named))
-    return found
+class SourceWatch:
+    """Files of a model as they were when a run began, so that a change under the run is noticed.
+
+    ``sums`` are SHA-256 sums by file name, None until :meth:`read`.
+    """
+
+    def __init__(self, files: list[Path]):
+        self.files = list(files)
+        self._seen = {file: _state(file) for file in self.files}
+        self.sums: dict[str, str] | None = None
+
+    def check(self) -> None:
+        """Compare size, time and inode, cheaply. Raises :class:`CheckpointError` naming the file that changed."""
+        for file, before in self._seen.items():
+            if _state(file) != before:
+                self._refuse(file)
+
+    def read(self, progress: Progress | None = None) -> dict[str, str]:
+        """SHA-256 of every file by name, kept; ``progress(done, total)`` counts files.
+
+        Raises :class:`CheckpointError` for a file that is not what an earlier call read, or that changed since.
+        """
+        found = {}
+        for at, file in enumerate(self.files):
+            try:
+                with file.open("rb") as handle:
+                    found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{file} of the model could not be read: {error.strerror}") from error
+            if self.sums is not None and self.sums[file.name] != found[file.name]:
+                self._refuse(file)
+            if progress:
+                progress(at + 1, len(self.files))
+        self.check()
+        self.sums = found
+        return found
+
+    def _refuse(self, file: Path) -> None:
+        raise CheckpointError(
+            f"{file} of the model changed while it was being quantized; nothing was saved of it: give the run a model "
+            f"that stays as it is, and begin again with --restart"
+        )
+
+
+def _state(file: Path) -> tuple[int, int, int, int] | None:
+    """Size, time of the last change, and inode of a file; None if it is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
 
 
 def of_windows(windows: Tensor) -> str:

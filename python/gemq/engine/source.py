@@ -30,8 +30,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from gemq.checkpoint import kept_in_float32
 from gemq.engine.experts import Stack, StoredStack, run_experts
+from gemq.engine.fingerprint import SourceWatch
 from gemq.engine.reading import places, read_into, stacked
-from gemq.errors import CheckpointError, first_line
+from gemq.errors import CheckpointError
+from gemq.folders import local_folder
 from gemq.integrity import TensorEntry, read_header, weight_files
 from gemq.models import MoeModel, describe
 from gemq.nn.experts import PROJECTIONS
@@ -57,18 +59,6 @@ def return_memory() -> None:
         return
 
 
-def local_folder(path: str) -> Path:
-    """``path`` if it is a folder, else the hub's snapshot of that name. Raises :class:`CheckpointError`."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the weights of {path!r} could not be fetched: {first_line(error)}") from error
-
-
 class Source:
     """A model whose decoder layers are read on demand.
 
@@ -79,10 +69,13 @@ class Source:
     """
 
     def __init__(
-        self, path: str, config, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool = False
+        self, path: str, config, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool = False,
+        watch: SourceWatch | None = None,
     ):
         self.folder, self.device = local_folder(path), device
         self.files = weight_files(self.folder)
+        # as the files are before anything of them is read
+        self.watch = watch or SourceWatch([self.folder / "config.json", *self.files])
         self._headers = {file: read_header(file) for file in self.files}
         # what a config leaves open, the weights say
         self.declared: torch.dtype = getattr(config, "dtype", None) or self._first_float()
@@ -116,7 +109,7 @@ class Source:
 
     def again(self) -> Source:
         """A second skeleton of the same model."""
-        return Source(*self._made_of)
+        return Source(*self._made_of, watch=self.watch)
 
     def _run_experts(self, index: int, act: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
         return run_experts(self.experts[index], act, *args, **kwargs)
