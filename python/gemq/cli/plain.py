@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-# what text is made of beside printable characters: the joiners of emoji and of several scripts, soft hyphen, word
-# joiner and variation selectors (categories that isprintable() refuses, or that vary with the version of Unicode)
-_HARMLESS = frozenset("\u200c\u200d\u00ad\u2060\u00a0\u2007\u202f\u3000")
+from unicodedata import category
+
+# controls, formats, halves of surrogate pairs, separators of lines and of paragraphs
+_OBEYED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+# formats that only join, part or mark letters: soft hyphen, zero width space, (non-)joiner, word joiner, Arabic and
+# other number signs, and the tags that spell the flags of England, Scotland and Wales
+_HARMLESS = frozenset(
+    "\u00ad\u200b\u200c\u200d\u2060\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
+) | frozenset(map(chr, range(0xE0020, 0xE0080)))
 
 
 def printable(text: str, keep: str = "\t\n") -> str:
@@ -12,7 +18,7 @@ def printable(text: str, keep: str = "\t\n") -> str:
 
     Characters in ``keep`` stay, as do spaces of every width, joiners (emoji, Persian, Devanagari) and combining marks.
     Escaped are control characters of both sets, changes of the writing direction, separators of lines and paragraphs,
-    lone surrogates, and codes that Unicode has not assigned.
+    and lone surrogates.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -20,7 +26,4 @@ def printable(text: str, keep: str = "\t\n") -> str:
 
 
 def _stays(character: str, keep: str) -> bool:
-    if character in keep or character.isprintable() or character in _HARMLESS:
-        return True
-    # spaces (Zs) move the cursor as letters do; tags spell the flags of England, Scotland and Wales
-    return "\u2000" <= character <= "\u200a" or character in "\u1680\u205f" or 0xE0020 <= ord(character) <= 0xE007F
+    return character in keep or character in _HARMLESS or category(character) not in _OBEYED

@@ -1,0 +1,26 @@
+"""Calls of a model's forward that no switch of its config changes.
+
+``config.json`` may say ``output_router_logits``, ``return_dict: false``, ``output_hidden_states`` and the like. A call
+that leaves them out gets other outputs, tuples or an error. gemq gives every one of them with each call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+SWITCHES = {
+    "output_attentions": False, "output_hidden_states": False, "output_router_logits": False, "return_dict": True,
+}
+
+
+def switches(module: nn.Module, **more: Any) -> dict[str, Any]:
+    """The keyword arguments of :data:`SWITCHES` and ``more`` that the forward of ``module`` takes.
+
+    ``module`` is a causal language model or its decoder. ``use_cache`` is for the caller to say, as one of ``more``.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return {name: value for name, value in (SWITCHES | more).items() if takes_all or name in parameters}
