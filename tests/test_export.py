@@ -23,7 +23,8 @@ from gemq.integrity import INDEX_FILE, WEIGHTS_FILE, weight_files
 from gemq.interchange import export
 from gemq.models import packed_modules
 from gemq.nn import LowBitExperts
-from gemq.shards import ShardWriter, new_folder, parse_size
+from gemq.shards import ShardWriter, parse_size
+from gemq.staging import new_folder
 
 # every width, none included; the families whose structure differs
 WIDTHS = GivenAllocation("widths", ((0, 1, 3, 2), (5, 8, 4, 0)))
@@ -165,8 +166,6 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         (folder / "x").write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
-    (tmp_path / "a.partial").mkdir()
-    (tmp_path / "a.partial" / "old").write_text("of a run that was killed")
     with new_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("whole")
         assert not (tmp_path / "a").exists()

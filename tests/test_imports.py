@@ -18,6 +18,7 @@ LAYERS = [
     ("auto_import", "folders"),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
     ("shards", "output_folder", "model_config"),
+    ("staging",),
     ("ops",),
     ("nn",),
     ("models",),

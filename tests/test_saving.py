@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from gemq.errors import CheckpointError
 from gemq.integrity import MANIFEST_FILE, WEIGHTS_FILE, read_header, weight_files
 from gemq.models import describe
 from gemq.planning.output import packed_bytes
+from gemq.staging import claimed
 from gemq.summary import summarize
 
 
@@ -76,7 +81,7 @@ def test_a_failing_save_leaves_the_old_checkpoint(made, folder, tmp_path, monkey
         raise error
 
     def rename(source, target, replace=os.replace):
-        if str(source).endswith(".partial"):
+        if Path(source).name == "new":
             raise error
         replace(source, target)
 
@@ -88,9 +93,11 @@ def test_a_failing_save_leaves_the_old_checkpoint(made, folder, tmp_path, monkey
         monkeypatch.setattr("gemq.durable.os.replace", rename)
     extra = {"notes.json": fail} if place == "extra" else {}
     before = snapshot(folder)
-    with pytest.raises(type(error)):
+    # a full disk is told with the folder
+    raised = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(raised, match="could not be written: No space" if isinstance(error, OSError) else None):
         save_packed(made.packed, made.config, folder, extra_files=extra, overwrite=True)
-    with pytest.raises(type(error)):
+    with pytest.raises(raised):
         save_packed(made.packed, made.config, tmp_path / "new", extra_files=extra)
     assert snapshot(folder) == before
     assert os.listdir(tmp_path) == ["model"]
@@ -113,13 +120,119 @@ def test_config_is_written_last(made, tmp_path, monkeypatch):
     assert synced[-1] == "config.json"
 
 
-def test_a_stale_partial_is_replaced(made, tmp_path):
-    stale = tmp_path / "model.partial"
-    stale.mkdir()
-    (stale / "junk.safetensors").write_text("")
+def left_behind(folder: Path, name: str, marks: str | None, *held: str) -> Path:
+    """A helper folder of the output ``name`` as a killed process leaves it."""
+    left = folder / f".{name}.gemq-partial-abcdefgh"
+    left.mkdir()
+    if marks is not None:
+        (left / "gemq.json").write_text(marks)
+    for part in held:
+        (left / part).mkdir()
+        (left / part / "junk.safetensors").write_text("")
+    return left
+
+
+@pytest.mark.parametrize("marks, held", [('{"gemq": "model"}', ["new"]), ('{"gem', []), (None, [])])
+def test_what_a_killed_process_left_is_cleared(made, tmp_path, marks, held):
+    left_behind(tmp_path, "model", marks, *held)
+    (tmp_path / ".model.gemq-lock").write_text("4194305")
     save_packed(made.packed, made.config, tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
     gemq.verify(tmp_path / "model")
-    assert not stale.exists() and not (tmp_path / "model" / "junk.safetensors").exists()
+
+
+def test_what_a_killed_process_had_moved_aside_comes_back(made, folder, tmp_path):
+    """It was killed between the two renames of replacing a checkpoint."""
+    before, left = snapshot(folder), left_behind(tmp_path, "model", '{"gemq": "model"}', "new")
+    folder.rename(left / "old")
+    with pytest.raises(CheckpointError, match="is not empty"), claimed(folder):
+        check_output(folder)
+    assert snapshot(folder) == before and os.listdir(tmp_path) == ["model"]
+
+
+def test_folders_of_others_stay(made, tmp_path):
+    for name in ("model.partial", ".model.gemq-partial-thesis"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    other = left_behind(tmp_path, "model", '{"gemq": "another"}', "new")
+    save_packed(made.packed, made.config, tmp_path / "model")
+    save_packed(made.packed, made.config, tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model.partial" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / ".model.gemq-partial-thesis" / "thesis.txt").is_file() and (other / "new").is_dir()
+    gemq.verify(tmp_path / "model")
+
+
+def test_overwriting_leaves_no_note_of_others(made, folder):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds other things than a checkpoint: additional_chat_templates/thes"):
+        save_packed(made.packed, made.config, folder, overwrite=True)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from gemq.staging import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_an_output_has_one_writer(made, tmp_path):
+    """Also after the first was killed, and for links to the same folder."""
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "model")
+    target = tmp_path / "deep" / "model"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(target)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            for path in (target, tmp_path / "link"):
+                with pytest.raises(CheckpointError, match=rf"another process \({other.pid}\) is working in {path}"):
+                    save_packed(made.packed, made.config, path)
+        finally:
+            other.kill()
+    save_packed(made.packed, made.config, target)
+    assert os.listdir(tmp_path / "deep") == ["model"]
+
+
+def test_threads_of_one_process_exclude_each_other(tmp_path):
+    failures = []
+
+    def again():
+        try:
+            with claimed(tmp_path / "out"):
+                failures.append(None)
+        except CheckpointError as error:
+            failures.append(str(error))
+
+    with claimed(tmp_path / "out"), claimed(tmp_path / "out"):
+        thread = threading.Thread(target=again)
+        thread.start()
+        thread.join()
+    assert failures == [f"another thread of this process is writing {tmp_path / 'out'}; wait for it"]
+    assert not os.listdir(tmp_path)
+
+
+def test_a_claim_leaves_no_folders(tmp_path):
+    with claimed(tmp_path / "a" / "b" / "out"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not os.listdir(tmp_path)
+    with claimed(tmp_path / ("long" * 60)):
+        assert len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("given", [".", "..", "../here", "/", "", "sub/.."])
+def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch, given):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="the output"):
+        check_output(given)
+    assert not os.listdir(tmp_path / "here")
+
+
+def test_an_output_in_the_model(folder):
+    with pytest.raises(CheckpointError, match=r"lies in the model's folder .*; choose another folder"):
+        check_output(folder / "sub" / "out", folder)
 
 
 def test_saving_leaves_the_model_as_it_is(made, tmp_path):

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -30,6 +27,7 @@ from gemq.models import MoeModel, describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.output_folder import check_output
 from gemq.packed_config import PackedConfig
+from gemq.staging import staged
 
 MAX_SHARD = "5GB"
 
@@ -118,42 +116,14 @@ def save_packed(
 ) -> Path:
     """Write a packed model (of :func:`pack_model`) as a checkpoint folder, with a manifest for :func:`gemq.verify`.
 
-    Everything is written to ``<path>.partial`` beside it and renamed at the end; what was there before stays until
+    Everything is written to a folder of gemq's own beside it and renamed at the end; what was there before stays until
     then. ``dtype`` (float16 or bfloat16) is that of the tensors that stay unquantized. ``extra_files`` maps file
     names to functions that write them; ``weights`` writes the weight files of a model that is not in memory.
     """
     target = check_output(path, overwrite=overwrite)
-    final = target.resolve()
-    partial = final.with_name(final.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        _write(model, config, partial, tokenizer, dtype, max_shard_size, extra_files or {}, weights)
-        _put_in_place(partial, final)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            # a full disk comes as this, not as an OSError
-            raise CheckpointError(f"the output {target} could not be written: {error}") from error
-        raise
+    with staged(target, overwrite) as folder:
+        _write(model, config, folder, tokenizer, dtype, max_shard_size, extra_files or {}, weights)
     return target
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    if final.exists():
-        # aside first: the old checkpoint comes back if the new one cannot take its place
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        durable.rename(final, aside / "old")
-        try:
-            durable.rename(partial, final)
-        except BaseException:
-            durable.rename(aside / "old", final)
-            raise
-        finally:
-            shutil.rmtree(aside)
-    else:
-        durable.rename(partial, final)
 
 
 def _write(

@@ -174,15 +174,48 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock is the kernel's and ends with the process that holds it, however that ends.
     """
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with held(folder / "lock", str(folder)):
+        yield
+
+
+@contextmanager
+def held(file: Path, what: str, vanishing: bool = False) -> Iterator[None]:
+    """Hold the lock file ``file`` of ``what``, as :func:`locked`; ``vanishing``: it is deleted at the end."""
+    handle = _acquired(file, what)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise CheckpointError(f"another process ({owner}) is working in {folder}; wait for it or stop it") from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
     finally:
+        if vanishing:
+            # while it is held: whoever opened it before finds another file, or none, under the name
+            file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquired(file: Path, what: str) -> int:
+    """A handle of the lock file, locked."""
+    while True:
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{what} cannot be locked: {file}: {error.strerror}") from error
+        try:
+            owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            if owner and not owner.isdecimal():
+                raise CheckpointError(f"{what} cannot be locked: {file} is no lock of gemq; move it away")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"another process ({owner or 'unknown'}) is working in {what}; wait for it or stop it"
+                ) from None
+            except OSError as error:
+                raise CheckpointError(f"{what} cannot be locked: {file}: {error.strerror}") from error
+            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        # the holder deleted it between opening and locking
         os.close(handle)

@@ -1,44 +1,16 @@
-"""Write a checkpoint tensor by tensor, so that it may be larger than memory, into a folder that appears when whole."""
+"""Write a checkpoint tensor by tensor, so that it may be larger than memory."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemq import durable
-from gemq.errors import CheckpointError
 from gemq.integrity import INDEX_FILE, WEIGHTS_FILE
 
 _METADATA = {"format": "pt"}
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder ``<target>.partial`` to write into, renamed to ``target`` at the end, or removed if anything fails.
-
-    ``target`` must not exist or be empty. A disk that is full raises :class:`CheckpointError`.
-    """
-    final = target.resolve()
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in [p for p in partial.rglob("*") if p.is_file()] + [partial]:
-            durable.sync(path)
-        durable.rename(partial, final)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise CheckpointError(f"the output {target} could not be written: {error}") from error
-        raise
 
 
 class ShardWriter:

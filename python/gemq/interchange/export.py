@@ -21,7 +21,8 @@ from gemq.interchange.source import TensorReader, copy_companions, disk_name, me
 from gemq.models import replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.ops import backends
-from gemq.shards import ShardWriter, new_folder
+from gemq.shards import ShardWriter
+from gemq.staging import new_folder
 
 
 @dataclass(frozen=True)

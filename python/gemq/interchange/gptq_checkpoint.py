@@ -22,7 +22,8 @@ from gemq.interchange.source import TensorReader, copy_companions, disk_name, di
 from gemq.models import MoeModel, describe, replace_with_packed
 from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.packed_config import PackedConfig
-from gemq.shards import ShardWriter, new_folder
+from gemq.shards import ShardWriter
+from gemq.staging import new_folder
 
 # what the three linears of an expert are called on disk
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
