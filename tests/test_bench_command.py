@@ -62,7 +62,7 @@ def test_configs_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match=r"must be one of mixtral-8x7b, .* or a config.json, got 'mixtral'"):
         load_config("mixtral")
     file = tmp_path / "config.json"
-    for text, message in [("{", "is no model config"), ("[1]", "it is not an object"), ("{}", "is no model config")]:
+    for text, message in [("{", "is not valid JSON"), ("[1]", "must hold a JSON object"), ("{}", "model_type")]:
         file.write_text(text)
         with pytest.raises(CheckpointError, match=message):
             load_config(str(tmp_path))

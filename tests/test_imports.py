@@ -25,7 +25,7 @@ LAYERS = [
     ("algorithms",),
     ("packed_config",),
     ("checkpoint", "evaluations"),
-    ("hf",),
+    ("hf", "loading"),
     ("generation", "engine"),
     ("planning",),
     ("summary",),

@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemq.errors import CheckpointError
-from gemq.tensor_files import DTYPES
+from gemq.tensor_files import element_bits
 
 MANIFEST_FILE = "gemq_manifest.json"
 MANIFEST_VERSION = 1
@@ -29,18 +30,21 @@ _NOTES = (EVALUATIONS_FILE, CARD_FILE, RUN_FILE)
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# what the safetensors library itself accepts
-_MAX_HEADER = 100_000_000
+# the safetensors library takes headers of up to 100 MB; 32 MiB are some 300,000 tensors in one file
+_MAX_HEADER = 32 << 20
+# an index of a million tensors is as large
+_MAX_JSON = 128 << 20
 # files of these kinds are read, or run, by someone who loads the folder
 _READ_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".py", ".jinja", ".model")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, none of whose keys comes twice: readers differ in which of the two they take."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in found if keys.count(k) > 1)!r} comes twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.200} comes twice")
+        found[key] = value
     return found
 
 
@@ -48,14 +52,42 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises :class:`CheckpointError` if there is none."""
+def read_bytes(file: Path, most: int = _MAX_JSON) -> bytes:
+    """The contents of a regular file of at most ``most`` bytes.
+
+    Raises :class:`CheckpointError` for one that is absent, longer, or a pipe or device, which may never end.
+    """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{file} is no regular file")
+        if found.st_size > most:
+            raise CheckpointError(f"{file} has {found.st_size:,} bytes, at most {most:,} are read")
+        with file.open("rb") as handle:
+            # files of /proc and the like have no size
+            data = handle.read(most + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} has no {file.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if len(data) > most:
+        raise CheckpointError(f"{file} has more than the {most:,} bytes that are read")
+    return data
+
+
+def parse_json(text: str | bytes, file: Path) -> Any:
+    """The value of JSON in UTF-8 without a key that comes twice. Infinity and NaN are read, as configurations of
+    published models hold them. Raises :class:`CheckpointError` naming ``file``."""
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error})") from None
+        raise CheckpointError(f"{file} is not valid JSON ({str(error)[:300]})") from None
+
+
+def read_json(file: Path, most: int = _MAX_JSON) -> dict[str, Any]:
+    """The object in a JSON file of at most ``most`` bytes. Raises :class:`CheckpointError` if there is none."""
+    data = parse_json(read_bytes(file, most), file)
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(data).__name__}")
     return data
@@ -81,8 +113,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         with file.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            if length > min(size - 8, _MAX_HEADER):
+            if length > size - 8:
                 raise CheckpointError(f"{file.name} is truncated or corrupt: its header claims {length} bytes")
+            if length > _MAX_HEADER:
+                raise CheckpointError(f"{file.name} has a header of {length:,} bytes, at most {_MAX_HEADER:,} are read")
             text = handle.read(length).decode("utf-8")
             header = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
             notes = header.pop("__metadata__", None)
@@ -107,8 +141,9 @@ def _entry(entry: dict[str, Any], begin: int) -> TensorEntry:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not all(type(extent) is int and extent >= 0 for extent in [*shape, start, end]):
         raise ValueError(f"shape {shape} at {start}..{end}")
-    size = DTYPES[dtype].itemsize * math.prod(shape)
-    if end - start != size:
+    bits = element_bits(dtype) * math.prod(shape)
+    size = bits // 8
+    if end - start != size or bits % 8:
         raise ValueError(f"{dtype} {shape} is {size} bytes, not {end - start}")
     return TensorEntry(dtype, shape, size, begin + start)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,16 +27,15 @@ from gemq.algorithms.progressive import (
 from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.sequential import OnLayer
 from gemq.algorithms.tensor_bits import resolve
-from gemq.checkpoint import check_output, from_pretrained, pack_model, save_packed
+from gemq.checkpoint import check_output, pack_model, save_packed
 from gemq.engine.journal import CHANGED, read_manifest
 from gemq.engine.run import StreamedResult
 from gemq.engine.session import RunOptions, Session, Work, written_by
 from gemq.engine.source import Source
 from gemq.errors import CheckpointError, first_line
 from gemq.integrity import RUN_FILE
-from gemq.model_config import model_config
+from gemq.loading import check_model, load_any, load_tokenizer, load_unquantized, parse_dtype, pick_device
 from gemq.models import MoeModel, describe
-from gemq.models.families import check_supported
 from gemq.outcome import (
     COSTS_FILE,
     REPORT_FILE,
@@ -45,8 +45,10 @@ from gemq.outcome import (
     outcome_of,
     write_run,
 )
+from gemq.output_folder import check_log, check_run_directory, is_event
 from gemq.packed_config import PackedConfig
 from gemq.planning import PlanConfig, check, check_budgets, make_plan, this_machine
+from gemq.staging import claimed
 
 # tensors that stay unquantized are stored in 16 bits
 _STORED = {torch.float32: torch.bfloat16}
@@ -99,72 +101,6 @@ class QuantizeConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub name; :class:`CheckpointError` if there is none."""
-    from transformers import AutoTokenizer
-
-    _check_complete(path)
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        # what is wrong with the model itself says more
-        method = getattr(model_config(path, trust_remote_code), "quantization_config", None) or {}
-        if method and method.get("quant_method") != "gemq":
-            raise CheckpointError(f"{path!r} is quantized by {method.get('quant_method')!r}, not by gemq") from error
-        why = "no tokenizer file that transformers reads" if Path(path).is_dir() else first_line(error)
-        raise CheckpointError(f"no tokenizer in {path!r}: {why}") from error
-
-
-def _check_complete(path: str | os.PathLike) -> None:
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
-
-
-def check_model(path: str, trust_remote_code: bool = False):
-    """The transformers config of a full-precision model of a supported family; reads no weights.
-
-    Raises :class:`CheckpointError` if there is no such model or it is quantized, and
-    :class:`gemq.errors.UnsupportedModelError` for other families.
-    """
-    config = model_config(path, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{path!r} is quantized already; give the full-precision model")
-    check_supported(config)
-    return config
-
-
-def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
-    """A full-precision model of a supported family, checked by its config before any weight is read."""
-    from transformers import AutoModelForCausalLM
-
-    check_model(path, trust_remote_code)
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path!r} could not be loaded: {first_line(error)}") from error
-
-
-def parse_dtype(name: str) -> torch.dtype | str:
-    """``"auto"``, or the dtype of a name; ``ValueError`` for another."""
-    allowed = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in allowed:
-        raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}")
-    return allowed[name]
-
-
-def pick_device(device: str | None) -> torch.device:
-    """``device``, or CUDA where there is one, else the CPU. Raises ``ValueError`` for one that is not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device must be like cpu, cuda or cuda:1, got {device!r}") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but no CUDA device is available")
-    return chosen
-
-
 def quantize(
     config: QuantizeConfig, progress: StageProgress | None = None, on_layer: OnLayer | None = None
 ) -> list[QuantizeOutcome]:
@@ -182,6 +118,29 @@ def quantize(
     if config.stream and (whole := in_memory_only(config.method)):
         raise ValueError(f"{', '.join(whole)}: not with one layer at a time; give --no-stream (stream=False)")
     targets = {b: target_of(config, b) for b in config.method.budgets}
+    with ExitStack() as stack:
+        distributed.on_first(lambda: stack.enter_context(_places(config, list(targets.values()))))
+        return _quantize(config, targets, progress, on_layer)
+
+
+@contextmanager
+def _places(config: QuantizeConfig, targets: list[Path]) -> Iterator[None]:
+    """Judge where the run writes, and hold its outputs against other processes."""
+    if not config.output:
+        raise CheckpointError("the output must be the path of a folder, got ''")
+    output, run = Path(config.output), run_directory(config)
+    if config.stream:
+        check_run_directory(run, output, targets, config.model)
+    if config.log is not None:
+        apart = [*targets, run] if config.stream else targets
+        check_log("--log", Path(config.log), apart, is_event, "a log of gemq quantize")
+    with claimed(*dict.fromkeys([output, *targets])):
+        yield
+
+
+def _quantize(
+    config: QuantizeConfig, targets: dict[float, Path], progress: StageProgress | None, on_layer: OnLayer | None
+) -> list[QuantizeOutcome]:
     device = pick_device(config.device)
     costs = None if config.costs is None else load_costs(config.costs)
     windows, router, declared = distributed.on_first(lambda: _prepare(config, targets, device))
@@ -264,8 +223,13 @@ def check_resources(config: QuantizeConfig, architecture, device: torch.device) 
 
 def run_directory(config: QuantizeConfig) -> Path:
     """Where a streamed run keeps what it has done."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
     output = Path(config.output)
-    return Path(config.run_dir) if config.run_dir else output.with_name(output.name + ".run")
+    if output.name in ("", ".."):
+        # of the present folder and the ones above it
+        output = output.resolve()
+    return output.with_name(f"{output.name}.run") if output.name else output / ".run"
 
 
 def _quantize_streamed(
@@ -295,7 +259,8 @@ def _save_streamed(
     if written_by(target, REPORT_FILE) != name:
         with work.saving(result.budget):
             save_packed(
-                assembly.model, packed, target, tokenizer=tokenizer, dtype=stored, weights=assembly.write,
+                assembly.model, packed, target, tokenizer=tokenizer, dtype=stored,
+                weights=work.confirming(assembly.write),
                 extra_files=extra_files(config, result, result.reports, name, source.moe), overwrite=config.overwrite,
             )
     if not (target / RUN_FILE).is_file():
@@ -349,16 +314,6 @@ def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.
     twin.tie_weights()
     twin.generation_config = model.generation_config
     return twin.eval(), config
-
-
-def load_any(path: str | os.PathLike, dtype: str = "auto", device: str | None = None) -> nn.Module:
-    """A packed checkpoint or a full-precision model, ready for inference on ``device`` (default: CUDA or CPU)."""
-    _check_complete(path)
-    target = pick_device(device)
-    config_file = Path(path) / "config.json"
-    if config_file.is_file() and "quantization_config" in config_file.read_text(encoding="utf-8"):
-        return from_pretrained(path, dtype=parse_dtype(dtype), device=str(target))
-    return load_unquantized(str(path), dtype).to(target).eval()
 
 
 @dataclass(frozen=True)

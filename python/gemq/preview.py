@@ -13,6 +13,7 @@ from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.tensor_bits import resolve
 from gemq.checkpoint import check_output, kept_in_float32
 from gemq.format import UNQUANTIZED, codes_bytes, default_group_size, expert_layout
+from gemq.model_config import skeleton
 from gemq.models import MoeModel, describe
 from gemq.nn.experts import PROJECTIONS
 from gemq.pipeline import QuantizeConfig, check_model, load_costs, target_of
@@ -61,14 +62,10 @@ def preview(config: QuantizeConfig) -> list[Preview]:
     uniform widths the result is exact, up to what later budgets of a progression would measure anew. Raises what
     :func:`gemq.quantize` raises.
     """
-    from transformers import AutoModelForCausalLM
-
     for budget in config.method.budgets:
         check_output(target_of(config, budget), config.model, config.overwrite)
     declared = check_model(config.model, config.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(declared, trust_remote_code=config.trust_remote_code)
-    moe = describe(model)
+    moe = describe(skeleton(declared, config.trust_remote_code))
     check_budgets(moe, config.method)
     return [_at(config, moe, budget) for budget in sorted(config.method.budgets, reverse=True)]
 

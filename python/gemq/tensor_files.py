@@ -13,8 +13,24 @@ DTYPES = {
     "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
     "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+# what else the library reads, in bits an element: stored by other quantizers, never by gemq
+OTHER_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "C64": 64,
+}
+# the types that weights are read in
+WEIGHTS = ("F64", "F32", "F16", "BF16")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+
+
+def element_bits(name: str) -> int:
+    """Bits of an element of a dtype as safetensors files spell it. Raises ``ValueError`` for an unknown one."""
+    if name in DTYPES:
+        return 8 * DTYPES[name].itemsize
+    if name in OTHER_BITS:
+        return OTHER_BITS[name]
+    raise ValueError(f"the dtype {name!r:.40} is not known")
 
 
 def file_head(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from gemq.errors import CheckpointError, first_line
+from gemq.errors import CheckpointError
+from gemq.model_config import alone_config, check_sizes
 from gemq.models.families import check_supported
 from gemq.planning.parts import meta_model
 
@@ -25,21 +25,13 @@ def load_config(name: str, layers: int | None = None):
     ``layers`` keeps only that many decoder layers. Raises :class:`CheckpointError` for what is not there or not JSON,
     :class:`gemq.UnsupportedModelError` for another family, ``ValueError`` for ``layers`` out of range.
     """
-    from transformers import AutoConfig
-
     file = FOLDER / f"{name}.json" if name in PUBLISHED else Path(name)
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise CheckpointError(f"model config must be one of {', '.join(PUBLISHED)} or a config.json, got {name!r}")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError("it is not an object")
-        data.pop("quantization_config", None)
-        config = AutoConfig.for_model(data.pop("model_type", "none"), **data)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no model config: {first_line(error)}") from error
+    config = alone_config(file)
     check_supported(config)
+    check_sizes(config, file)
     return config if layers is None else _truncated(config, layers)
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from gemq.model_config import skeleton
 from gemq.models import MoeModel, describe
 
 
 def meta_model(config) -> nn.Module:
     """The unquantized model of a transformers config, without any storage."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return skeleton(config).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
