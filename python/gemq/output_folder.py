@@ -96,9 +96,10 @@ def check_run_directory(
 
     ``targets`` are the checkpoints' folders, ``output`` itself or folders in it. Raises :class:`CheckpointError`.
     """
-    if not os.fspath(run):
-        raise CheckpointError("the run directory must be the path of a folder, got ''")
     real = run.resolve()
+    if Path.cwd().is_relative_to(real):
+        raise CheckpointError(f"the run directory {run} is the folder that this command runs in, or holds it; choose "
+                              "another: it is deleted at the end")
     if output.resolve().is_relative_to(real):
         raise CheckpointError(f"the run directory {run} is the output {output} or holds it; choose another")
     inside = next((t for t in targets if real.is_relative_to(t.resolve())), None)

@@ -68,7 +68,7 @@ def _claim(final: Path, shown: Path) -> Iterator[None]:
         except OSError as error:
             raise CheckpointError(f"the output {shown} cannot be written: {error.strerror}") from error
         with durable.held(final.parent / _beside(final, "lock"), str(shown), vanishing=True):
-            _recover(final)
+            recover(final)
             yield
     finally:
         del _held[final]
@@ -93,7 +93,7 @@ def _writing(shown: Path) -> Iterator[None]:
         raise CheckpointError(f"the output {shown} could not be written: {error}") from error
 
 
-def _recover(final: Path) -> None:
+def recover(final: Path) -> None:
     """Delete what killed processes left beside ``final``, after giving back what they had moved aside."""
     for left in sorted(final.parent.glob(f"{glob.escape(_beside(final, 'partial-'))}*")):
         if left.is_symlink() or not left.is_dir():
@@ -123,15 +123,33 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     final = target.resolve()
     with claimed(target), _writing(target):
-        stage = Path(tempfile.mkdtemp(prefix=_beside(final, "partial-"), dir=final.parent))
+        stage = _stage(final)
         try:
-            (stage / _MARK).write_text(json.dumps({"gemq": final.name}), encoding="utf-8")
             (stage / "new").mkdir()
             yield stage / "new"
             check_output(target, overwrite=overwrite)
             _put_in_place(stage, final)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stage(final: Path) -> Path:
+    """A marked helper folder beside ``final``."""
+    stage = Path(tempfile.mkdtemp(prefix=_beside(final, "partial-"), dir=final.parent))
+    (stage / _MARK).write_text(json.dumps({"gemq": final.name}), encoding="utf-8")
+    return stage
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder: it is gone at once as a whole, also where this process is killed; :func:`recover` does the rest.
+    """
+    try:
+        stage = _stage(folder.resolve())
+        durable.rename(folder.resolve(), stage / "gone")
+    except OSError:
+        # a mounted folder, or one whose parent may not be written
+        stage = folder
+    durable.remove(stage)
 
 
 def _put_in_place(stage: Path, final: Path) -> None:

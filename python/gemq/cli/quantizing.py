@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -17,13 +13,13 @@ from gemq.algorithms.layer_report import LayerReport
 from gemq.algorithms.tensor_bits import TensorBits
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, emit
+from gemq.cli.layer_log import LayerLog
 from gemq.generation.memory import peak_bytes
 from gemq.hub import check_login, check_repo, upload
 from gemq.pipeline import QuantizeConfig, QuantizeOutcome, pick_device
 from gemq.preview import Preview, preview
 
 _SHOWN_EXPERTS = 8
-LOG_SUFFIXES = (".csv", ".jsonl")
 
 
 def tensor_bits(texts: list[str] | None) -> tuple[TensorBits, ...]:
@@ -78,40 +74,18 @@ def _record(found: Preview, tensor) -> dict:
             "after": tensor.after}
 
 
-@contextmanager
-def layer_lines(log: Path | None, report: display.Stages) -> Iterator[Callable[[LayerReport], None]]:
-    """A line per quantized layer on standard error, and in ``log`` (.csv or .jsonl) if one is wanted.
+def layer_lines(log: LayerLog | None, report: display.Stages) -> Callable[[LayerReport], None]:
+    """What shows a line per quantized layer on standard error, and adds it to ``log`` if there is one."""
 
-    The file grows line by line, so that what a run did is known also where it was stopped.
-    """
-    if log is not None and log.suffix not in LOG_SUFFIXES:
-        raise typer.BadParameter(f"--layer-log must end with .csv or .jsonl, got {log}")
-    file = None
-    names = [field.name for field in fields(LayerReport)]
-    try:
+    def seen(layer: LayerReport) -> None:
+        bits = "dense" if layer.bits is None else f"{layer.bits:.2f} bits, at least {layer.tokens:,} tokens"
+        rounded = f", {layer.rounded} rounded only" if layer.rounded else ""
+        error = f"error {100 * layer.error:.2f}%{rounded}, {layer.seconds:.1f} s"
+        report.print(f"budget {layer.budget:g}, layer {layer.layer}: {bits}, {error}")
         if log is not None:
-            file = open(log, "w", encoding="utf-8", newline="")  # noqa: SIM115  (closed below, after all layers)
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            if log.suffix == ".csv":
-                writer.writeheader()
+            log.add(layer)
 
-        def seen(layer: LayerReport) -> None:
-            bits = "dense" if layer.bits is None else f"{layer.bits:.2f} bits, at least {layer.tokens:,} tokens"
-            rounded = f", {layer.rounded} rounded only" if layer.rounded else ""
-            error = f"error {100 * layer.error:.2f}%{rounded}, {layer.seconds:.1f} s"
-            report.print(f"budget {layer.budget:g}, layer {layer.layer}: {bits}, {error}")
-            if file is None:
-                return
-            if log.suffix == ".csv":
-                writer.writerow(asdict(layer))
-            else:
-                file.write(json.dumps(asdict(layer)) + "\n")
-            file.flush()
-
-        yield seen
-    finally:
-        if file is not None:
-            file.close()
+    return seen
 
 
 def check_upload(repo: str | None) -> None:
@@ -124,11 +98,12 @@ def check_upload(repo: str | None) -> None:
 def run(config: QuantizeConfig, log: Path | None, form: Format, repo: str | None, private: bool) -> None:
     """Quantize, show how it goes, print the results, and upload them if asked to."""
     check_upload(repo)
-    with (
-        distributed.job(pick_device(config.device)) as place, display.stages() as report,
-        layer_lines(log if place.first else None, report) as on_layer,
-    ):
-        outcomes = gemq.quantize(config, report, on_layer)
+    if not config.output:
+        raise typer.BadParameter("--output must be the path of a folder, got ''")
+    with distributed.job(pick_device(config.device)) as place:
+        lines = LayerLog(log, config) if log is not None and place.first else None
+        with display.stages() as report:
+            outcomes = gemq.quantize(config, report, layer_lines(lines, report))
     if not place.first:
         return
     emit("quantized", _OUTCOME, [_outcome(o) for o in outcomes], form)

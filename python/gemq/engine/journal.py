@@ -7,6 +7,7 @@
     log.jsonl                a line per finished piece of work, for machines
     stages/<name>-<key>/     sealed files, one per layer; the key is a digest of all that the stage depends on
     scratch/<name>-<key>/    activations of the stage that is running; of several processes, a folder each
+    layer-log                the file of --layer-log that this run writes
 
 Of several processes rank 0 holds the lock and writes everything but activations; what a file said, or an error, it
 passes on. The others read layers' files themselves, so the run directory must be where all of them see it.
@@ -29,11 +30,12 @@ from torch import Tensor
 from gemq import distributed, durable
 from gemq.engine.fingerprint import differences, digest
 from gemq.errors import CheckpointError
+from gemq.staging import discard, recover
 
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
 CHANGED = ("refuse", "redo", "restart")
-_OWN = {MANIFEST, PREVIOUS, "lock", "log.jsonl", "stages", "scratch"}
-
+LAYER_LOG = "layer-log"
+_OWN = {MANIFEST, PREVIOUS, LAYER_LOG, "lock", "log.jsonl", "stages", "scratch"}
 
 T = TypeVar("T")
 
@@ -129,12 +131,8 @@ class RunDirectory:
     def delete(self) -> None:
         """Remove all of it: the run is over."""
         distributed.gather(None)
-        distributed.on_first(self._delete)
+        distributed.on_first(lambda: discard(self.path))
 
-    def _delete(self) -> None:
-        durable.remove(self.path / MANIFEST)
-        durable.remove(self.path / PREVIOUS)
-        durable.remove(self.path)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -145,7 +143,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
             data = json.loads((path / name).read_text(encoding="utf-8"))
             if data.pop("sha256") == digest(data) and data.keys() == {"settings", "command"}:
                 return data
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return None
 
@@ -178,6 +176,7 @@ def opened(
             with durable.explained(path):
                 path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(durable.locked(path))
+            recover(path.resolve())
             _begin(path, now, changed)
 
         distributed.on_first(begin)
@@ -195,10 +194,10 @@ def _check_folder(path: Path) -> None:
 
 def _begin(path: Path, now: dict[str, Any], changed: str) -> None:
     before = read_manifest(path)
-    if before is None and changed != "restart" and any((path / n).exists() for n in (MANIFEST, PREVIOUS)):
-        raise CheckpointError(f"the manifest of {path} is unreadable; --restart begins anew")
+    if before is None:
+        _check_unknown(path, changed)
     if changed == "restart":
-        for name in ("stages", "scratch", "log.jsonl"):
+        for name in ("stages", "scratch", "log.jsonl", LAYER_LOG):
             durable.remove(path / name)
     elif before is not None:
         lines = differences(before["settings"], now["settings"])
@@ -209,3 +208,17 @@ def _begin(path: Path, now: dict[str, Any], changed: str) -> None:
             )
     if before is None or before["settings"] != now["settings"]:
         _write_manifest(path, now, before)
+
+
+def _check_unknown(path: Path, changed: str) -> None:
+    """Refuse a folder without a manifest that can be read."""
+    if any((path / name).exists() for name in (MANIFEST, PREVIOUS)):
+        if changed != "restart":
+            raise CheckpointError(f"the manifest of {path} is unreadable; --restart begins anew")
+        return
+    # a run has nothing else before its manifest
+    foreign = sorted({p.name for p in path.iterdir()} - {"lock", f"{MANIFEST}.tmp"})
+    if foreign:
+        raise CheckpointError(
+            f"the run directory {path} holds {', '.join(foreign[:3])} but no manifest: no run made it; choose another"
+        )

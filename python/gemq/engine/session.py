@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +117,17 @@ class Work:
             self.engine.progress("save", done, total)
 
         return Assembly(source, result.quantized, result.routers, config, dtype, progress), config, name
+
+    def confirming(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
+        """``write``, and then the model's files read once more: it raises :class:`CheckpointError` if one changed."""
+
+        def writing(folder: Path) -> None:
+            write(folder)
+            self.engine.source.watch.read(
+                lambda done, total: self.engine.progress("read the model again", done, total)
+            )
+
+        return writing
 
     @contextmanager
     def saving(self, budget: float) -> Iterator[None]:
