@@ -208,7 +208,7 @@ def test_draws_follow_the_probabilities():
     options = GenerationOptions(temperature=0.5, seed=3)
     rows = 40_000
     prompt = torch.zeros(rows, 1, dtype=torch.long)
-    drawn = sampling.Sampler(options, prompt, torch.ones_like(prompt), 5)(logits.expand(rows, -1))
+    drawn, _ = sampling.Sampler(options, prompt, torch.ones_like(prompt), 5)(logits.expand(rows, -1))
     found = drawn.bincount(minlength=5) / rows
     expected = (logits[0] / 0.5).softmax(-1)
     # five standard deviations of a share

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gemq import ops
 from gemq.bench.random_model import build_packed
+from gemq.errors import GemqError
 from gemq.format import UNQUANTIZED
 from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.native import NativeStep, as_stored
@@ -158,13 +159,21 @@ def test_nan_stays_in_its_row():
     model = packed_model("mixtral")
     ids, mask = prompt(3)
     ids[ids == 5] = 6
-    clean = logits(model, ids, mask, "native", 2)[0]
+    clean = logits(model, ids, mask, "native", 2)[0][0]
     ids[1, -1] = 5
     model.model.embed_tokens.weight.data[5] = torch.nan
-    found = logits(model, ids, mask, "native", 2)[0]
-    assert found[:, 1].isnan().all()
+    run = decoding(model, ids, mask, "native")
+    with torch.inference_mode():
+        # iterating would stop at the first token
+        run._prefill()
+        run._set_up()
+        run._step()
+        found = run.step(run.tokens, run.progress)
+    assert found[1].isnan().all()
     # the prompt's rows share products whose sums may run in another order
-    assert relative_error(found[:, [0, 2]], clean[:, [0, 2]]) <= TOLERANCE
+    assert relative_error(found[[0, 2]], clean[[0, 2]]) <= TOLERANCE
+    with pytest.raises(GemqError, match="scores after 11 tokens of row 1 are NaN or infinite"):
+        next(iter(decoding(model, ids, mask, "native")))
 
 
 @torch.inference_mode()
@@ -240,7 +249,7 @@ def _fits(model: nn.Module) -> bool:
     plain = shared_model("mixtral")
     run = decoding(plain, prompt(1)[0], None, "auto", 2)
     list(run)
-    return NativeStep.fits(model, run.cache, 1)
+    return NativeStep.unfit(model, run.cache, 1) is None
 
 
 def test_routers_of_known_classes_only():

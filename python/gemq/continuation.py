@@ -9,7 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from gemq.generation import Generation, GenerationOptions, generate_rows, render, stream_row
+from gemq.generation.chat import token_ids
+from gemq.generation.decoding import check_room
 from gemq.generation.text import check_rows, encode
+from gemq.model_config import model_config
+from gemq.models.families import check_supported
 from gemq.pipeline import load_any, load_tokenizer
 
 Prompt = str | Sequence[str] | Tensor
@@ -42,7 +46,7 @@ def generate(
     tokenizer = _tokenizer(model, prompt, tokenizer, chat)
     rows = _rows(prompt, attention_mask, tokenizer, chat)
     results = generate_rows(
-        _model(model, dtype, device), tokenizer, rows, chosen, compile=compile, streamer=streamer
+        _model(model, rows, chosen, dtype, device), tokenizer, rows, chosen, compile=compile, streamer=streamer
     )
     return results[0] if single else results
 
@@ -57,11 +61,21 @@ def stream(
     rows = _rows(prompt, None, tokenizer, chat)
     if len(rows) != 1:
         raise ValueError(f"streaming takes one prompt, got {len(rows)}")
-    return stream_row(_model(model, dtype, device), tokenizer, rows[0], chosen, compile=compile)
+    return stream_row(_model(model, rows, chosen, dtype, device), tokenizer, rows[0], chosen, compile=compile)
 
 
-def _model(model: str | os.PathLike | nn.Module, dtype: str, device: str | None) -> nn.Module:
-    return model if isinstance(model, nn.Module) else load_any(model, dtype, device)
+def _model(
+    model: str | os.PathLike | nn.Module, rows: list[list[int]], options: GenerationOptions, dtype: str,
+    device: str | None,
+) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    config = model_config(str(model))
+    check_supported(config)
+    # before weights are read, which takes minutes
+    lows, highs = [min(row) for row in rows], [max(row) for row in rows]
+    check_room(config, max(map(len, rows)), options.max_new_tokens, min(lows), max(highs))
+    return load_any(model, dtype, device)
 
 
 def _tokenizer(model, prompt: Prompt, tokenizer, chat: bool):
@@ -80,7 +94,9 @@ def _rows(prompt: Prompt, mask: Tensor | None, tokenizer, chat: bool) -> list[li
         if not chat:
             return encode(tokenizer, texts)
         texts = [render(tokenizer, [{"role": "user", "content": text}]) for text in texts]
-        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        rows = [token_ids(tokenizer, text, add_special_tokens=False) for text in texts]
+        check_rows(rows)
+        return rows
     if chat:
         raise ValueError("chat takes texts, not token ids")
     ids = prompt[None] if prompt.dim() == 1 else prompt

@@ -11,8 +11,9 @@ import typer
 
 import gemq
 from gemq.cli import display
+from gemq.cli.plain import printable
 from gemq.cli.settings import ConfigFile
-from gemq.generation import ContinuationStreamer, Conversation, Generation, GenerationOptions, stream_row
+from gemq.generation import ContinuationStreamer, Conversation, Decoding, Generation, GenerationOptions, stream_row
 from gemq.pipeline import load_any, load_tokenizer
 
 
@@ -68,7 +69,7 @@ def generate(
         # only now, after all that could fail, does anything go to standard output
         if not chat:
             _write(prompt[0], end="")
-        return ContinuationStreamer(tokenizer)
+        return _Shown(tokenizer)
 
     one = len(prompt) == 1
     found = gemq.generate(
@@ -82,8 +83,15 @@ def generate(
     _show_figures(found)
 
 
+class _Shown(ContinuationStreamer):
+    """Prints a continuation: a model may write anything, also codes that a terminal obeys."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
+
+
 def _write(text: str, end: str = "\n") -> None:
-    display.output().print(text, end=end, markup=False, highlight=False, soft_wrap=True)
+    display.output().print(printable(text), end=end, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_figures(rows: list[Generation]) -> None:
@@ -95,7 +103,15 @@ def _show_figures(rows: list[Generation]) -> None:
     lines.append(f"generation: {new} tokens{rate}; {rows[0].seconds:.2f} s with the prompt")
     if rows[0].peak_bytes is not None:
         lines.append(f"peak memory: {display.size(rows[0].peak_bytes)}")
-    display.notes().print("\n".join(lines), style="dim", highlight=False)
+    if rows[0].step is not None:
+        lines.append(_step_line(rows[0].step, rows[0].step_reason))
+    display.notes().print("\n".join(lines), style="dim", highlight=False, markup=False)
+
+
+def _step_line(step: str, reason: str | None) -> str:
+    """``decoding step: native``, or another with what kept the better one from running."""
+    names = {"transformers": "transformers' own"}
+    return f"decoding step: {names.get(step, step)}" + (f" ({printable(reason, keep='')})" if reason else "")
 
 
 def chat(
@@ -121,7 +137,7 @@ def chat(
         max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
     )
-    conversation = Conversation(load_tokenizer(model), system)
+    conversation, told = Conversation(load_tokenizer(model), system), set()
     loaded = load_any(model, dtype, device)
     note = display.notes()
     if not conversation.templated:
@@ -136,7 +152,10 @@ def chat(
         elif line.startswith("/"):
             note.print(f"unknown command {line.split()[0]}: /clear or /exit", style="dim", markup=False)
         elif line:
-            _answer(loaded, conversation, line, options, compile.value)
+            step = _answer(loaded, conversation, line, options, compile.value)
+            if step is not None and step not in told:
+                told.add(step)
+                note.print(_step_line(*step), style="dim", highlight=False, markup=False)
 
 
 def _ask() -> str | None:
@@ -147,20 +166,28 @@ def _ask() -> str | None:
     return line.strip() if line else None
 
 
-def _answer(model, conversation: Conversation, line: str, options: GenerationOptions, compile: str) -> None:
+def _answer(
+    model, conversation: Conversation, line: str, options: GenerationOptions, compile: str
+) -> tuple[str, str | None] | None:
+    """Show what the model answers; the step that decoded it, with a reason, where one was taken."""
     conversation.add("user", line)
     tokens = conversation.tokens()
-    room = model.config.max_position_embeddings - len(tokens)
+    room = model.config.get_text_config().max_position_embeddings - len(tokens)
     if room < 1:
         conversation.drop_last()
         display.errors().print(
             f"the conversation has {len(tokens)} tokens, the model {len(tokens) + room} positions: /clear to go on",
             style="bold red",
         )
-        return
+        return None
     limited = GenerationOptions(**asdict(options) | {"max_new_tokens": min(options.max_new_tokens, room)})
-    said = _Said(conversation)
-    pieces = stream_row(model, conversation.tokenizer, tokens, limited, compile=compile)
+    said, steps = _Said(conversation), []
+
+    def at_end(decoding: Decoding) -> None:
+        if decoding.step_kind is not None:
+            steps.append((decoding.step_kind, decoding.step_reason))
+
+    pieces = stream_row(model, conversation.tokenizer, tokens, limited, compile=compile, at_end=at_end)
     try:
         for piece in pieces:
             if said.hear(piece):
@@ -170,30 +197,34 @@ def _answer(model, conversation: Conversation, line: str, options: GenerationOpt
     finally:
         pieces.close()
     conversation.add("assistant", said.finish())
+    return steps[0] if steps else None
 
 
 class _Said:
     """An answer as it arrives: shown at once, except for what could be the start of a stop text."""
 
     def __init__(self, conversation: Conversation):
-        self.conversation, self.text, self.shown = conversation, "", 0
+        self.conversation, self.shown, self.waiting = conversation, [], ""
         self.held = max((len(s) for s in conversation.stop), default=0)
 
     def hear(self, piece: str) -> bool:
-        """Take a piece; whether the answer is over."""
-        self.text, over = self.conversation.cut(self.text + piece)
-        self._show(len(self.text) if over or not self.held else len(self.text) - self.held)
+        """Take a piece; tell if the answer is over. A stop text begins in what waits, or in the piece."""
+        text, over = self.conversation.cut(self.waiting + piece)
+        upto = len(text) if over else max(len(text) - self.held, 0)
+        self._show(text[:upto])
+        self.waiting = text[upto:]
         return over
 
-    def _show(self, upto: int) -> None:
-        if upto > self.shown:
-            sys.stdout.write(self.text[self.shown : upto])
+    def _show(self, text: str) -> None:
+        if text:
+            self.shown.append(text)
+            sys.stdout.write(printable(text))
             sys.stdout.flush()
-            self.shown = upto
 
     def finish(self) -> str:
         """Show the rest and return the whole answer."""
-        self._show(len(self.text))
+        self._show(self.waiting)
+        self.waiting = ""
         sys.stdout.write("\n")
         sys.stdout.flush()
-        return self.text.strip()
+        return "".join(self.shown).strip()

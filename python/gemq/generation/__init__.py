@@ -3,7 +3,8 @@
 from gemq.generation.chat import Conversation, render
 from gemq.generation.decoding import MODES, Decoding, Timing
 from gemq.generation.options import MAX_BATCH, GenerationOptions
-from gemq.generation.text import ContinuationStreamer, Generation, generate_rows, pad_left, stream_row
+from gemq.generation.streaming import ContinuationStreamer
+from gemq.generation.text import Generation, generate_rows, pad_left, stream_row
 
 __all__ = [
     "MAX_BATCH",

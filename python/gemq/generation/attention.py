@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemq.generation.known import edited
+from gemq.nn import LowBitLinear
+
 
 class Place(NamedTuple):
     """Where the new token goes and what it sees.
@@ -40,9 +43,14 @@ def _store(buffer: Tensor, place: Place, new: Tensor) -> Tensor:
     return buffer[:, :, : place.end]
 
 
-def is_plain_norm(norm: nn.Module | None) -> bool:
-    """Whether :func:`rms_norm` is what ``norm`` computes; norms that multiply by 1 plus their weight call it `eps`."""
-    return norm is not None and hasattr(norm, "variance_epsilon")
+def attention_unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | None:
+    """Why attention of a compared class (:mod:`gemq.generation.known`) does not run on a cache of these tensors."""
+    return (LatentAttention if is_latent(module) else GroupedAttention).unfit(module, keys, values)
+
+
+def is_latent(module: nn.Module) -> bool:
+    """Tell latent attention (MLA) from grouped heads."""
+    return hasattr(module, "kv_lora_rank")
 
 
 class GroupedAttention:
@@ -56,18 +64,15 @@ class GroupedAttention:
         self.norm_all = self.q_norm is not None and self.q_norm.weight.shape != (self.head_dim,)
 
     @staticmethod
-    def fits(module: nn.Module, keys: Tensor, values: Tensor) -> bool:
-        """Whether this is the attention that ``module`` computes on a cache of these tensors."""
-        names = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
-        if not all(hasattr(module, n) for n in names) or getattr(module, "sliding_window", None):
-            return False
-        norms = [getattr(module, n) for n in ("q_norm", "k_norm") if hasattr(module, n)]
-        if not all(map(is_plain_norm, norms)) or getattr(module.config, "clip_qkv", None) is not None:
-            return False
+    def unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | None:
+        """Tell why this is not the attention that ``module`` computes on a cache of these tensors; None if it is."""
+        if (getattr(module, "sliding_window", None) or keys.shape[2]) < keys.shape[2]:
+            return f"{type(module).__name__} has a sliding window of {module.sliding_window}"
         if module.q_proj.out_features != module.o_proj.in_features:
             # Qwen3-Next: the query's projection has a gate beside it
-            return False
-        return keys.shape == values.shape and keys.shape[-1] == module.head_dim
+            return "the query's projection is wider than the heads"
+        fits = keys.shape == values.shape and keys.shape[-1] == module.head_dim
+        return None if fits else f"the cache holds keys {list(keys.shape)} and values {list(values.shape)}"
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], place: Place) -> Tensor:
         """``[B, 1, H] -> [B, 1, H]``; ``rotary`` is ``(cos, signed sin)``, each ``[B, 1, D]``."""
@@ -118,14 +123,16 @@ class LatentAttention:
         self.from_latent = expand[:, self.nope :].transpose(1, 2).contiguous()
 
     @staticmethod
-    def fits(module: nn.Module, keys: Tensor, values: Tensor) -> bool:
-        """Whether ``module`` is a latent attention and the cache holds its latents."""
-        rank = getattr(module, "kv_lora_rank", None)
-        if rank is None or getattr(module.kv_b_proj, "bias", None) is not None:
-            return False
-        if not getattr(module.config, "rope_interleave", True) or not is_plain_norm(module.kv_a_layernorm):
-            return False
-        return keys.shape[1] == 1 and keys.shape[-1] == rank and values.shape[-1] == module.qk_rope_head_dim
+    def unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | None:
+        """Tell why the cache does not hold the latents of ``module``, or they cannot be folded; None if they can."""
+        expand = module.kv_b_proj
+        if type(expand) not in (nn.Linear, LowBitLinear) or getattr(expand, "bias", None) is not None:
+            return f"kv_b_proj is a {type(expand).__name__}" + (" with a bias" if hasattr(expand, "bias") else "")
+        if reason := edited(expand):
+            return reason
+        ranks = (1, module.kv_lora_rank, module.qk_rope_head_dim)
+        fits = (keys.shape[1], keys.shape[-1], values.shape[-1]) == ranks
+        return None if fits else f"the cache holds keys {list(keys.shape)} and values {list(values.shape)}"
 
     def _query(self, x: Tensor) -> Tensor:
         module = self.module

@@ -48,24 +48,37 @@ class Conversation:
         refuses it."""
         if not self.templated:
             lines = [f"{_NAMES[m['role']]}: {m['content']}" for m in self.messages]
-            return list(self.tokenizer("\n".join([*lines, "Assistant:"]))["input_ids"])
-        return list(self.tokenizer(render(self.tokenizer, self.messages), add_special_tokens=False)["input_ids"])
+            return token_ids(self.tokenizer, "\n".join([*lines, "Assistant:"]))
+        return token_ids(self.tokenizer, render(self.tokenizer, self.messages), add_special_tokens=False)
 
     def cut(self, answer: str) -> tuple[str, bool]:
-        """``(answer up to the first stop text, whether there is one)``."""
+        """``(answer up to the first stop text, True if there is one)``."""
         found = [at for at in (answer.find(s) for s in self.stop) if at >= 0]
         return (answer[: min(found)], True) if found else (answer, False)
 
 
-def render(tokenizer, messages: list[dict[str, str]]) -> str:
-    """Messages through the tokenizer's chat template, as text that ends where the assistant is to speak.
+def token_ids(tokenizer, text: str, **options) -> list[int]:
+    """The ids of a text. ``ValueError`` for halves of surrogate pairs, which are of no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text must be Unicode, got half a surrogate pair at character {error.start}") from None
+    return list(tokenizer(text, return_token_type_ids=False, **options)["input_ids"])
 
-    Raises :class:`CheckpointError` if there is no template or it fails on these messages.
+
+def render(tokenizer, messages: list[dict], prompt: bool = True) -> str:
+    """Messages through the tokenizer's chat template, as text that ends where the assistant is to speak, or with
+    ``prompt`` off after the last message.
+
+    Raises :class:`CheckpointError` if there is no template, it fails on these messages, or makes no text of them.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise CheckpointError("the tokenizer has no chat template; leave --chat out, or use gemq chat")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:
         # a stranger's program in a sandbox: it may fail with anything, an OverflowError for a long loop
         raise CheckpointError(f"the chat template of the tokenizer failed: {error}") from error
+    if not text:
+        raise CheckpointError("the chat template of the tokenizer makes no text of the messages")
+    return text

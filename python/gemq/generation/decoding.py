@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gemq.errors import GemqError
+from gemq.generation import known
 from gemq.generation.graph import GraphedStep
 from gemq.generation.memory import cache_error, check_cache_fits, free_bytes
 from gemq.generation.native import NativeStep
@@ -17,6 +20,7 @@ from gemq.generation.options import MAX_BATCH, GenerationOptions, ending
 from gemq.generation.sampling import Sampler
 from gemq.generation.step import LeanStep, ModelStep, Progress
 from gemq.models.families import check_supported
+from gemq.models.forward import switches
 
 STEPS = ("auto", "native", "lean", "transformers")
 MODES = ("auto", "none", "compile", "graph")
@@ -49,10 +53,13 @@ class Decoding:
             torch.compile fuse the step (on CUDA as a graph too); "auto" is "graph" on CUDA, else "none".
         step: what computes a step: "native" (one compiled program on the CPU, :mod:`gemq.generation.native`), "lean"
             (:class:`gemq.generation.step.LeanStep`), "transformers" (the model's own forward); "auto" takes the first
-            that serves the model's structure, its device, the batch and ``compile``. :attr:`step_kind` says which.
+            that serves the model's structure, its device, the batch and ``compile``. Once the first step ran,
+            :attr:`step_kind` says which, and :attr:`step_reason` why it is not the one before in this list.
 
-    An ended row gives the padding token; iteration stops when all rows have ended. Raises ``ValueError``,
-    ``TypeError`` or :class:`gemq.errors.GemqError` before any work, :class:`gemq.errors.OutOfMemoryError` also later.
+    An ended row gives the padding token; iteration stops when all rows have ended. An iterator that begins while
+    another is alive decodes beside it, with a cache and figures of its own. Raises ``ValueError``, ``TypeError`` or
+    :class:`gemq.errors.GemqError` before any work. Raised later: :class:`gemq.errors.OutOfMemoryError`, and
+    :class:`gemq.errors.GemqError` where a row's best score is NaN or infinite.
     """
 
     def __init__(
@@ -66,18 +73,26 @@ class Decoding:
         self.prompt, self.mask = self.prompt.to(self.device), self.mask.to(self.device)
         if step not in STEPS:
             raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
-        self.wanted, self.automatic, self.step_kind = step, compile == "auto", None
+        self.wanted, self.automatic, self.step_kind, self.step_reason = step, compile == "auto", None, None
         self.eos, self.pad = ending(self.options, model)
-        self.timing = Timing()
+        self.timing, self._alive = Timing(), False
 
     def __iter__(self) -> Iterator[Tensor]:
+        run = copy.copy(self) if self._alive else self
+        run._alive = True
+        try:
+            yield from run._decode()
+        finally:
+            run._alive = False
+
+    def _decode(self) -> Iterator[Tensor]:
         self.timing, self._advance = Timing(), None
         started = time.perf_counter()
         self._prefill()
         pending: deque[_Posted] = deque([self._post()])
         launched, limit, lag = 1, self.options.max_new_tokens, 0
         while pending:
-            tokens, ended = pending.popleft().wait()
+            tokens, ended = pending.popleft().wait(len(self.prompt[0]) + self.timing.steps)
             now = time.perf_counter()
             if self.timing.steps == 0 and self._advance is None:
                 self.timing.prefill = now - started
@@ -100,26 +115,15 @@ class Decoding:
 
     @torch.inference_mode()
     def _prefill(self) -> None:
-        from transformers import StaticCache
-
         batch, length = self.prompt.shape
         # two slots more than needed: warming up a graph runs two steps
         self.limit = -(-(length + self.options.max_new_tokens + 2) // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
         check_cache_fits(self.model, batch, self.limit, self.device)
-        self.cache = StaticCache(config=self.model.config, max_cache_len=self.limit)
-        self.sampler = Sampler(self.options, self.prompt, self.mask, self.model.config.vocab_size)
+        self.cache = _new_cache(self.model.config, self.limit)
+        self.sampler = Sampler(self.options, self.prompt, self.mask, self.model.config.get_text_config().vocab_size)
         padded = not bool(self.mask.all())
         positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
-        chunk = max(_PREFILL_TOKENS // batch, 1)
-        with self._memory_errors():
-            for start in range(0, length, chunk):
-                end = min(start + chunk, length)
-                hidden = self.model.get_decoder()(
-                    input_ids=self.prompt[:, start:end], attention_mask=self.mask[:, :end] if padded else None,
-                    position_ids=positions[:, start:end], past_key_values=self.cache, use_cache=True,
-                ).last_hidden_state
-            # as a matrix: on [B, 1, H], sliced out of [B, T, H], torch copies the whole head for a batched product
-            logits = self.model.lm_head(hidden[:, -1].contiguous())
+        logits = self._prompt_logits(positions, padded)
         seen = None
         if padded:
             seen = torch.ones(batch, self.limit, dtype=torch.bool, device=self.device)
@@ -127,15 +131,37 @@ class Decoding:
         slot = torch.tensor([length], device=self.device)
         self.progress = Progress(slot, positions[:, -1] + 1, seen, length + 1)
         self.ends = torch.tensor(self.eos, dtype=torch.int64, device=self.device)
-        self.tokens = self.sampler(logits)
+        self.tokens, self.broken = self.sampler(logits)
         self.ended = self._are_ends(self.tokens)
+
+    def _prompt_logits(self, positions: Tensor, padded: bool) -> Tensor:
+        """Logits ``[B, V]`` after the prompt, whose keys and values fill the cache, in chunks."""
+        batch, length = self.prompt.shape
+        # a head that is known takes the last hidden state alone; others say themselves what they make of it
+        whole = known.head_unknown(self.model) is not None
+        module = self.model if whole else self.model.get_decoder()
+        options = switches(module, use_cache=True, **({"logits_to_keep": 1} if whole else {}))
+        sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
+        chunk = length if sliding and not known.sees_windows(self.model.config) else max(_PREFILL_TOKENS // batch, 1)
+        with self._memory_errors():
+            for start in range(0, length, chunk):
+                end = min(start + chunk, length)
+                out = module(
+                    input_ids=self.prompt[:, start:end], attention_mask=self.mask[:, :end] if padded else None,
+                    position_ids=positions[:, start:end], past_key_values=self.cache, **options,
+                )
+            if whole:
+                return out.logits[:, -1]
+            # as a matrix: on [B, 1, H], sliced out of [B, T, H], torch copies the whole head for a batched product
+            return self.model.lm_head(out.last_hidden_state[:, -1].contiguous())
 
     @torch.inference_mode()
     def _set_up(self) -> None:
-        self.step_kind = self._kind()
+        self.step_kind, self.step_reason = self._kind()
         if self.step_kind == "transformers" and self.mode != "none":
             if not self.automatic:
-                raise ValueError(f"compile={self.mode!r} needs a model of known structure; use compile='none'")
+                raise ValueError(f"compile={self.mode!r} needs a model of known structure ({self.step_reason}); use "
+                                 "compile='none'")
             self.mode = "none"
         if self.step_kind == "native":
             self.eager_step = NativeStep(self.model, self.cache, self.limit, self.prompt.shape[0])
@@ -154,30 +180,36 @@ class Decoding:
                 # compiles; the first step writes the same keys and values again
                 self.step(self.tokens, self.progress)
 
-    def _kind(self) -> str:
-        """Which step runs; ``ValueError`` if the one that was asked for does not serve this."""
-        native = self.mode == "none" and NativeStep.fits(self.model, self.cache, self.prompt.shape[0])
-        lean = LeanStep.fits(self.model, self.cache)
-        if self.wanted == "native" and not native:
+    def _kind(self) -> tuple[str, str | None]:
+        """Which step runs, and why not a better one; ``ValueError`` if what was asked for does not serve this."""
+        lean = LeanStep.unfit(self.model, self.cache)
+        if self.mode != "none":
+            native = f"compile={self.mode!r} replaces it"
+        elif self.device.type != "cpu":
+            native = f"the model is on {self.device}"
+        else:
+            native = lean or NativeStep.unfit(self.model, self.cache, self.prompt.shape[0])
+        if self.wanted == "native" and native:
             raise ValueError("step='native' needs a packed model of known structure on the CPU, at most 16 rows and "
-                             "compile='none'; leave step out")
-        if self.wanted == "lean" and not lean:
-            raise ValueError("step='lean' needs a model of known structure; leave step out")
+                             f"compile='none' ({native}); leave step out")
+        if self.wanted == "lean" and lean:
+            raise ValueError(f"step='lean' needs a model of known structure ({lean}); leave step out")
         if self.wanted != "auto":
-            return self.wanted
-        return "native" if native else "lean" if lean else "transformers"
+            return self.wanted, None if self.wanted == "native" else "it was asked for"
+        return ("transformers", lean) if lean else ("lean", native) if native else ("native", None)
 
     def _state(self) -> list[Tensor]:
-        tensors = (self.tokens, self.ended, self.progress.slot, self.progress.positions, self.sampler.seen)
+        tensors = (self.tokens, self.broken, self.ended, self.progress.slot, self.progress.positions, self.sampler.seen)
         return [t for t in tensors if t is not None]
 
     def _one_step(self) -> None:
         """Feed the newest tokens, choose the next ones in their place."""
-        tokens = self.sampler(self.step(self.tokens, self.progress))
+        tokens, broken = self.sampler(self.step(self.tokens, self.progress))
         if self.eos:
-            tokens = tokens.masked_fill(self.ended, self.pad)
+            tokens, broken = tokens.masked_fill(self.ended, self.pad), broken & ~self.ended
             self.ended |= self._are_ends(tokens)
         self.tokens.copy_(tokens)
+        self.broken.copy_(broken)
         self.progress.advance()
 
     def _are_ends(self, tokens: Tensor) -> Tensor:
@@ -190,31 +222,49 @@ class Decoding:
 
     @torch.inference_mode()
     def _post(self) -> _Posted:
-        return _Posted(self.tokens, self.ended if self.eos else None)
+        return _Posted(self.tokens, self.broken, self.ended if self.eos else None)
 
     def _memory_errors(self):
         return _MemoryErrors(self)
 
 
 class _Posted:
-    """Tokens on their way to the host."""
+    """Tokens on their way to the host, with what else is known of their rows."""
 
-    def __init__(self, tokens: Tensor, ended: Tensor | None):
-        both = tokens[None] if ended is None else torch.stack((tokens, ended.long()))
-        self.event = None
-        if both.is_cuda:
-            self.values = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            self.values.copy_(both, non_blocking=True)
+    def __init__(self, tokens: Tensor, broken: Tensor, ended: Tensor | None):
+        rows = torch.stack((tokens, broken) if ended is None else (tokens, broken, ended))
+        self.values, self.event = rows, None
+        if rows.is_cuda:
+            self.values = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            self.values.copy_(rows, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
-        else:
-            self.values = both if ended is not None else both.clone()
 
-    def wait(self) -> tuple[Tensor, bool]:
-        """``(tokens, all rows have ended)``."""
+    def wait(self, length: int) -> tuple[Tensor, bool]:
+        """``(tokens, all rows have ended)``; :class:`GemqError` if a row of ``length`` tokens has no token to go on."""
         if self.event is not None:
             self.event.synchronize()
-        return self.values[0], len(self.values) > 1 and bool(self.values[1].all())
+        if bool(self.values[1].any()):
+            row = int(self.values[1].argmax())
+            raise GemqError(f"the model's scores after {length} tokens of row {row} are NaN or infinite: a weight is, "
+                            "or a product is beyond the range of its dtype")
+        return self.values[0], len(self.values) > 2 and bool(self.values[2].all())
+
+
+def _new_cache(config, limit: int):
+    """A cache of fixed buffers that hold ``limit`` tokens; where a layer sees fewer, the cache that transformers' own
+    generation takes, whose masks are right for windows and padding."""
+    from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    cache = StaticCache(config=config, max_cache_len=limit)
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "is_sliding", False):
+            if layer.max_cache_len < limit:
+                return DynamicCache(config=config)
+            # a window that nothing leaves
+            cache.layers[index] = StaticLayer(max_cache_len=limit)
+    return cache
 
 
 class _MemoryErrors:
@@ -257,17 +307,23 @@ def check_prompt(
         raise ValueError(f"the batch must have 1 to {MAX_BATCH} rows, got {batch}")
     if length == 0:
         raise ValueError("prompt must not be empty")
-    config = model.config
     low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(f"input_ids must be in 0..{config.vocab_size - 1}, got {low if low < 0 else high}")
-    room, new = config.max_position_embeddings - length, options.max_new_tokens
-    if room < 1:
-        raise ValueError(f"the prompt has {length} tokens, the model only {config.max_position_embeddings} positions")
-    if new > room:
-        raise ValueError(f"max_new_tokens must be at most {room} after a prompt of {length} tokens (the model has "
-                         f"{config.max_position_embeddings} positions), got {new}")
+    check_room(model.config, length, options.max_new_tokens, low, high)
     return input_ids.long(), _checked_mask(input_ids, attention_mask)
+
+
+def check_room(config, length: int, new: int, low: int, high: int) -> None:
+    """Raise ``ValueError`` if a prompt of ``length`` tokens with ids ``low`` to ``high`` is none for a model of this
+    transformers config, or leaves no room for ``new`` more."""
+    config = config.get_text_config()
+    rows, positions = config.vocab_size, config.max_position_embeddings
+    if low < 0 or high >= rows:
+        raise ValueError(f"input_ids must be in 0..{rows - 1}, got {low if low < 0 else high}")
+    if length >= positions:
+        raise ValueError(f"the prompt has {length} tokens, the model only {positions} positions")
+    if new > positions - length:
+        raise ValueError(f"max_new_tokens must be at most {positions - length} after a prompt of {length} tokens (the "
+                         f"model has {positions} positions), got {new}")
 
 
 def _checked_mask(input_ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,11 +12,13 @@ copy is kept for as long as its layer.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from gemq.generation.attention import GroupedAttention, LatentAttention, rotary_tables
+from gemq.generation import known
+from gemq.generation.attention import GroupedAttention, LatentAttention, is_latent, rotary_tables
 from gemq.generation.routers import routing_of
 from gemq.generation.step import LeanStep, Progress
 from gemq.nn import LowBitExperts, LowBitLinear
@@ -81,8 +83,7 @@ class NativeStep:
         program.embed(decoder.embed_tokens.weight.detach().contiguous(), self.x)
         for layer, state in zip(decoder.layers, cache.layers, strict=False):
             self._norm(self.x, layer.input_layernorm, self.y)
-            latent = hasattr(layer.self_attn, "kv_lora_rank")
-            out = (self._latent if latent else self._grouped)(layer.self_attn, state)
+            out = (self._latent if is_latent(layer.self_attn) else self._grouped)(layer.self_attn, state)
             self._linear(out, {self.x: layer.self_attn.o_proj}, onto=True)
             self._norm(self.x, layer.post_attention_layernorm, self.y)
             if hasattr(layer.mlp, "experts"):
@@ -95,14 +96,19 @@ class NativeStep:
         self._linear(self.y, {program.buffer(model.lm_head.out_features, self.logits): model.lm_head})
 
     @staticmethod
-    def fits(model: nn.Module, cache, batch: int) -> bool:
-        """Whether the program computes what the model's modules would, and nothing listens to them."""
-        if batch > MAX_ROWS or not LeanStep.fits(model, cache):
-            return False
+    def unfit(model: nn.Module, cache, batch: int) -> str | None:
+        """Tell why the program would not compute what the model's modules do, or somebody listens to them; None if it
+        serves."""
+        if batch > MAX_ROWS:
+            return f"a batch of {batch} rows is more than {MAX_ROWS}"
+        if reason := LeanStep.unfit(model, cache):
+            return reason
         decoder = model.get_decoder()
-        if type(decoder.embed_tokens) is not nn.Embedding or not _is_linear(model.lm_head) or _hooked(model):
-            return False
-        return all(map(_known, decoder.layers, cache.layers))
+        if type(decoder.embed_tokens) is not nn.Embedding:
+            return f"the embedding is a {type(decoder.embed_tokens).__name__}"
+        if reason := _changed(model) or _linear_unfit(model.lm_head):
+            return reason
+        return next(filter(None, map(_layer_unfit, decoder.layers, cache.layers)), None)
 
     def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
         """Logits float32 ``[B, V]`` after ``tokens`` int64 ``[B]``; the next call overwrites them."""
@@ -208,43 +214,60 @@ def _shared(block: nn.Module) -> nn.Module | None:
     return getattr(block, "shared_experts", getattr(block, "shared_expert", None))
 
 
-def _hooked(model: nn.Module) -> bool:
-    """Whether somebody waits to be told of a module's call; the program calls none."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+def _changed(model: nn.Module) -> str | None:
+    """Tell which module's call is replaced or listened to; the program calls none."""
+    return next(filter(None, map(known.edited, model.modules())), None)
 
 
-def _is_linear(layer: nn.Module | None) -> bool:
-    if isinstance(layer, LowBitLinear):
-        return layer.layout == "cpu_tile"
-    return type(layer) is nn.Linear and layer.weight.is_cpu and layer.weight.dtype in checks.FLOATS
+def _linear_unfit(layer: nn.Module | None) -> str | None:
+    """Tell why the program does not read a linear's weight; None if it does."""
+    if type(layer) is LowBitLinear:
+        return None if layer.layout == "cpu_tile" else f"a linear is packed as {layer.layout}"
+    if type(layer) is not nn.Linear:
+        return f"a linear is a {type(layer).__name__}"
+    weight = layer.weight
+    fits = weight.is_cpu and weight.dtype in checks.FLOATS
+    return None if fits else f"a linear is {weight.dtype} on {weight.device}"
 
 
-def _is_mlp(mlp: nn.Module) -> bool:
-    activation = type(getattr(mlp, "act_fn", None)).__name__
-    return activation in ("SiLU", "SiLUActivation") and all(_is_linear(getattr(mlp, n, None)) for n in _MLP)
+def _mlp_unfit(mlp: nn.Module) -> str | None:
+    if reason := known.unknown(mlp, "mlp"):
+        return reason
+    activation = type(mlp.act_fn).__name__
+    if activation not in ("SiLU", "SiLUActivation"):
+        return f"an activation is {activation}, not SiLU"
+    return _first_unfit(getattr(mlp, name) for name in _MLP)
 
 
-def _is_attention(module: nn.Module, keys: Tensor, values: Tensor) -> bool:
-    """Whether an attention of a form that :class:`LeanStep` knows has linears and a cache that the program reads."""
+def _first_unfit(linears: Iterable[nn.Module | None]) -> str | None:
+    return next(filter(None, map(_linear_unfit, linears)), None)
+
+
+def _attention_unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | None:
+    """Tell why the program does not read the linears or the cache of an attention that :class:`LeanStep` knows."""
     if keys.dtype not in checks.FLOATS or not (keys.is_contiguous() and values.is_contiguous()):
-        return False
-    if GroupedAttention.fits(module, keys, values):
+        return f"the cache is {keys.dtype} of strides {keys.stride()}"
+    if not is_latent(module):
         names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     else:
         names = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
         names += ["q_proj"] if module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
-    return all(_is_linear(getattr(module, name)) for name in names)
+    return _first_unfit(getattr(module, name) for name in names)
 
 
-def _known(layer: nn.Module, state) -> bool:
+def _layer_unfit(layer: nn.Module, state) -> str | None:
     mlp = layer.mlp
-    if not _is_attention(layer.self_attn, state.keys, state.values):
-        return False
-    experts = getattr(mlp, "experts", None)
-    if experts is None:
-        return _is_mlp(mlp)
+    if reason := _attention_unfit(layer.self_attn, state.keys, state.values):
+        return reason
+    if not hasattr(mlp, "experts"):
+        return _mlp_unfit(mlp)
+    if reason := known.unknown(mlp, "block"):
+        return reason
+    if type(mlp.experts) is not LowBitExperts:
+        return f"the experts are {type(mlp.experts).__name__}, not packed"
+    if mlp.experts.layout != "cpu_tile":
+        return f"the experts are packed as {mlp.experts.layout}"
+    if routing_of(mlp.gate) is None:
+        return f"{type(mlp.gate).__name__} was not compared"
     shared, gate = _shared(mlp), getattr(mlp, "shared_expert_gate", None)
-    return (
-        isinstance(experts, LowBitExperts) and experts.layout == "cpu_tile" and routing_of(mlp.gate) is not None
-        and (shared is None or _is_mlp(shared)) and (gate is None or _is_linear(gate))
-    )
+    return (None if shared is None else _mlp_unfit(shared)) or (None if gate is None else _linear_unfit(gate))

@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gemq.errors import CheckpointError
+
 MAX_BATCH = 64
+# what torch.Generator.manual_seed takes, from 0
+_MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,8 @@ class GenerationOptions:
 
     ``do_sample`` None samples exactly when a ``temperature`` above 0 is given. ``top_k`` 0 and ``top_p`` 1 are off
     (transformers' own default for ``top_k`` is 50). ``eos_token_id`` None takes the model's; ``ignore_eos`` ends no
-    row before ``max_new_tokens``. ``seed`` fixes the samples: a generation of its own, so that two calls agree
-    whatever ran between them.
+    row before ``max_new_tokens``. ``seed``, below 2**64, fixes the samples: a generation of its own, so that two calls
+    agree whatever ran between them.
 
     Raises ``ValueError`` or ``TypeError`` naming the option, what was given and what is allowed.
     """
@@ -36,7 +40,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         _whole("max_new_tokens", self.max_new_tokens, 1)
         _whole("top_k", self.top_k, 0)
-        _whole("seed", self.seed, 0)
+        _whole("seed", self.seed, 0, _MAX_SEED)
         if self.temperature is not None:
             _number("temperature", self.temperature, 0.0, math.inf, "at least 0")
         _number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]", open_low=True)
@@ -61,33 +65,57 @@ class GenerationOptions:
             return ()
         if self.eos_token_id is None:
             return None
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+        if isinstance(self.eos_token_id, Sequence) and not isinstance(self.eos_token_id, str | bytes):
+            return tuple(self.eos_token_id)
+        return (self.eos_token_id,)
 
 
-def _whole(name: str, value: int, low: int) -> None:
+def _whole(name: str, value: int, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
+        raise TypeError(f"{name} must be a whole number, got {value!r:.60}")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be {allowed}, got {value if abs(value) < 10**30 else 'a number of many digits'}")
 
 
 def _number(name: str, value: float, low: float, high: float, allowed: str, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+        raise ValueError(f"{name} must be {allowed}, got {value:g}")
 
 
 def ending(options: GenerationOptions, model) -> tuple[tuple[int, ...], int]:
-    """``(end tokens, token that fills ended rows)``, from the options or else the model's generation config."""
-    config = getattr(model, "generation_config", None)
+    """``(end tokens, token that fills ended rows)``, from the options or else the model's generation config.
+
+    Every one is a row of the model's embedding. ``ValueError`` for an option that is not. An end token of the config
+    that is not can never come, and is left out; a padding token of it that is not is replaced by an end token, or 0.
+    Raises :class:`CheckpointError` where the config holds something other than token ids.
+    """
+    rows, config = model.get_input_embeddings().weight.shape[0], getattr(model, "generation_config", None)
+    for name, given in (("eos_token_id", options.eos_tokens or ()), ("pad_token_id", (options.pad_token_id,))):
+        for token in given:
+            if token is not None:
+                _whole(name, token, 0, rows - 1)
     eos = options.eos_tokens
     if eos is None:
-        found = getattr(config, "eos_token_id", None)
-        eos = () if found is None else (found,) if isinstance(found, int) else tuple(found)
-    pad = options.pad_token_id
-    if pad is None:
-        pad = getattr(config, "pad_token_id", None)
-    if pad is None:
-        pad = eos[0] if eos else 0
-    return eos, pad
+        eos = tuple(token for token in _own(config, "eos_token_id") if 0 <= token < rows)
+    if options.pad_token_id is not None:
+        return eos, options.pad_token_id
+    pad = [token for token in _own(config, "pad_token_id") if 0 <= token < rows]
+    return eos, (*pad, *eos, 0)[0]
+
+
+def _own(config, name: str) -> tuple[int, ...]:
+    """Token ids of a model's generation config."""
+    value = getattr(config, name, None)
+    found = (() if value is None else (value,)) if not isinstance(value, list | tuple) else tuple(value)
+    for token in found:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise CheckpointError(f"{name} in the model's generation_config.json must be a token id or a list of them, "
+                                  f"got {value!r:.60}")
+    return found

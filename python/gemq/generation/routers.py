@@ -11,7 +11,8 @@ from gemq.ops.decode import Routing
 
 def routing_of(router: nn.Module) -> Routing | None:
     """The rule of a router whose class is known, else None."""
-    rule = _RULES.get(type(router).__name__)
+    kind = type(router)
+    rule = _RULES.get(kind.__name__) if kind.__module__.startswith("transformers.models.") else None
     return None if rule is None else rule(router)
 
 

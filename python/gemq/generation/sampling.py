@@ -7,17 +7,27 @@ from torch import Tensor
 
 from gemq.generation.options import GenerationOptions
 
+# temperatures and penalties beyond 1e-4 .. 1e4 are computed in float64, where scores of either size stay apart
+_PLAIN = 1e4
+# what a score of float64 may be divided or multiplied by without leaving the numbers
+_FARTHEST = 1e250
+_SMALLEST_NOISE = torch.finfo(torch.float32).tiny
+
 
 class Sampler:
     """Logits ``[B, V]`` to tokens ``[B]``, by transformers' rules and in its order: repetition penalty, temperature,
     ``top_k``, ``top_p``, ``min_p``, then one draw.
 
-    ``seen`` marks the prompt's and the generated tokens for the penalty; padding is not among them.
+    ``seen`` marks the prompt's and the generated tokens for the penalty; padding is not among them. A temperature too
+    small for any other token to have a probability gives the best one.
     """
 
     def __init__(self, options: GenerationOptions, prompt: Tensor, mask: Tensor, vocabulary: int):
         self.options = options
         device = prompt.device
+        self.penalty, self.temperature = _within(options.repetition_penalty), _within(options.temperature or 1.0)
+        factors = (self.penalty, self.temperature if options.samples else 1.0)
+        self.wide = any(not 1 / _PLAIN <= factor <= _PLAIN for factor in factors)
         self.seen: Tensor | None = None
         if options.repetition_penalty != 1.0:
             seen = torch.zeros(prompt.shape[0], vocabulary + 1, dtype=torch.bool, device=device)
@@ -27,27 +37,38 @@ class Sampler:
         self.generator = torch.Generator(device=device)
         self.generator.manual_seed(options.seed)
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """The next token of every row, int64 ``[B]``."""
-        options = self.options
-        scores = logits.float()
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of every row, int64 ``[B]``, and bool ``[B]`` where there is none: a score is NaN or infinite,
+        or all are minus infinity."""
+        scores = logits.double() if self.wide else logits.float()
         if self.seen is not None:
-            penalty = options.repetition_penalty
-            scores = torch.where(self.seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-        tokens = self._draw(scores) if options.samples else scores.argmax(-1)
+            scaled = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+            scores = torch.where(self.seen, scaled, scores)
+        # NaN is the largest of all to argmax
+        best = scores.argmax(-1, keepdim=True)
+        broken = ~scores.gather(-1, best).isfinite()[:, 0]
+        tokens = self._draw(scores, best) if self.options.samples else best[:, 0]
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
+        return tokens, broken
 
-    def _draw(self, scores: Tensor) -> Tensor:
+    def _draw(self, scores: Tensor, best: Tensor) -> Tensor:
         options = self.options
-        scores = scores / (options.temperature or 1.0)
+        if self.wide:
+            # the best is 0, so that no quotient is infinite but minus infinity
+            scores = scores - scores.gather(-1, best)
+        scores = scores / self.temperature
         scores = keep_top_k(scores, options.top_k)
         scores = keep_top_p(scores, options.top_p)
         scores = keep_min_p(scores, options.min_p)
-        # the largest of p / Exp(1) is a draw from p, without the host synchronisation of torch.multinomial
-        noise = torch.empty_like(scores).exponential_(generator=self.generator)
+        # the largest of p / Exp(1) is a draw from p, without the host synchronisation of torch.multinomial; a noise of
+        # 0 would make a token of no probability the largest
+        noise = torch.empty_like(scores).exponential_(generator=self.generator).clamp_min_(_SMALLEST_NOISE)
         return (scores.softmax(-1) / noise).argmax(-1)
+
+
+def _within(factor: float) -> float:
+    return min(max(float(factor), 1 / _FARTHEST), _FARTHEST)
 
 
 def keep_top_k(scores: Tensor, top_k: int) -> Tensor:

@@ -7,9 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gemq.generation.attention import GroupedAttention, LatentAttention, Place, is_plain_norm, rms_norm, rotary_tables
-
-_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
+from gemq.generation import known
+from gemq.generation.attention import (
+    GroupedAttention,
+    LatentAttention,
+    Place,
+    attention_unfit,
+    is_latent,
+    rms_norm,
+    rotary_tables,
+)
+from gemq.models.forward import switches
 
 
 @dataclass
@@ -50,13 +58,13 @@ class LeanStep:
         self.columns = torch.arange(limit, device=self.embed.weight.device)
 
     @staticmethod
-    def fits(model: nn.Module, cache) -> bool:
-        """Whether the model and its filled cache are of a form that is known here."""
-        decoder = model.get_decoder()
-        rotary = getattr(decoder, "rotary_emb", None)
-        if getattr(rotary, "rope_type", None) not in _FIXED_ROTARY or len(cache.layers) < len(decoder.layers):
-            return False
-        return is_plain_norm(decoder.norm) and all(map(_known, decoder.layers, cache.layers))
+    def unfit(model: nn.Module, cache) -> str | None:
+        """Tell why the model or its filled cache is not of a form that is known here; None if they are."""
+        if reason := known.model_unknown(model, cache):
+            return reason
+        pairs = zip(model.get_decoder().layers, cache.layers, strict=False)
+        found = (attention_unfit(layer.self_attn, state.keys, state.values) for layer, state in pairs)
+        return next(filter(None, found), None)
 
     def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
         """Logits ``[B, V]`` after ``tokens`` int64 ``[B]``."""
@@ -81,18 +89,8 @@ class LeanStep:
         return torch.where(visible, 0.0, -torch.inf).to(self.embed.weight.dtype)[:, None, None]
 
 
-def _known(layer: nn.Module, state) -> bool:
-    """Whether a decoder layer and its part of the cache are of a known form; linear attention is not."""
-    if not all(is_plain_norm(getattr(layer, n, None)) for n in ("input_layernorm", "post_attention_layernorm")):
-        return False
-    module = getattr(layer, "self_attn", None)
-    kinds = (GroupedAttention, LatentAttention)
-    return module is not None and any(kind.fits(module, state.keys, state.values) for kind in kinds)
-
-
 def _attention(module: nn.Module, state) -> GroupedAttention | LatentAttention:
-    kind = GroupedAttention if GroupedAttention.fits(module, state.keys, state.values) else LatentAttention
-    return kind(module, state.keys, state.values)
+    return (LatentAttention if is_latent(module) else GroupedAttention)(module, state.keys, state.values)
 
 
 class ModelStep:
@@ -100,12 +98,13 @@ class ModelStep:
 
     def __init__(self, model: nn.Module, cache, limit: int):
         self.model, self.cache, self.limit = model, cache, limit
+        self.switches = switches(model, use_cache=True)
 
     def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
         """Logits ``[B, V]`` after ``tokens`` int64 ``[B]``."""
         mask = None if progress.seen is None else progress.seen[:, : progress.length].long()
         out = self.model(
             input_ids=tokens[:, None], attention_mask=mask, position_ids=progress.positions[:, None],
-            past_key_values=self.cache, use_cache=True,
+            past_key_values=self.cache, **self.switches,
         )
         return out.logits[:, -1]

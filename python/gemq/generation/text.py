@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import TextStreamer
 
+from gemq.generation.chat import token_ids
 from gemq.generation.decoding import Decoding, Timing
 from gemq.generation.memory import peak_resident_bytes
 from gemq.generation.options import GenerationOptions
-
-# tokens of the prompt that new ones are decoded with
-_CONTEXT = 16
+from gemq.generation.streaming import CONTEXT, Pieces
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,8 @@ class Generation:
 
     ``tokens`` are the new ones, the end token included. ``seconds`` is everything but loading; ``timing`` has its
     parts. ``peak_bytes`` is the most memory held: allocated on the GPU for a model on CUDA, else the process's
-    resident memory (None where the system does not tell).
+    resident memory (None where the system does not tell). ``step`` and ``step_reason`` are those of
+    :class:`gemq.generation.Decoding`, None where a single token took no step.
     """
 
     text: str
@@ -33,6 +32,8 @@ class Generation:
     peak_bytes: int | None
     tokens: tuple[int, ...]
     timing: Timing
+    step: str | None = None
+    step_reason: str | None = None
 
     @property
     def prompt_rate(self) -> float:
@@ -46,8 +47,11 @@ class Generation:
 
 
 def encode(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt. Raises ``ValueError`` for an empty one."""
-    rows = [list(tokenizer(p, return_token_type_ids=False)["input_ids"]) for p in prompts]
+    """Token ids of each prompt. Raises ``ValueError`` for an empty one, ``TypeError`` for what is no text."""
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a text or texts, got {type(prompt).__name__}")
+    rows = [token_ids(tokenizer, prompt) for prompt in prompts]
     check_rows(rows)
     return rows
 
@@ -110,7 +114,9 @@ def generate_rows(
         new = _until_end(new, decoding.eos)
         text = "" if tokenizer is None else continuation(tokenizer, row, new)
         seconds = timing.prefill + timing.setup + timing.decode
-        results.append(Generation(text, len(row), len(new), seconds, peak, tuple(new), timing))
+        results.append(Generation(
+            text, len(row), len(new), seconds, peak, tuple(new), timing, decoding.step_kind, decoding.step_reason
+        ))
     return results
 
 
@@ -123,57 +129,24 @@ def _until_end(tokens: list[int], eos: tuple[int, ...]) -> list[int]:
 
 def continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
     """The text of ``new`` as it follows the prompt: tokenizers of words drop a leading space when decoding alone."""
-    before = tokenizer.decode(prompt[-_CONTEXT:], skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt[-_CONTEXT:], *new], skip_special_tokens=True)
+    before = tokenizer.decode(prompt[-CONTEXT:], skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt[-CONTEXT:], *new], skip_special_tokens=True)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
 
 
-class ContinuationStreamer(TextStreamer):
-    """transformers' text streamer without the prompt, whose last tokens it decodes along for the sake of spaces."""
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_special_tokens=True)
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt ``[1, T]`` first, then tokens ``[1]``."""
-        if not self.next_tokens_are_prompt:
-            super().put(value)
-            return
-        self.next_tokens_are_prompt = False
-        self.token_cache = value.flatten().tolist()[-_CONTEXT:]
-        self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
-
-
-class _Pieces(ContinuationStreamer):
-    """Collects the text that is final."""
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer)
-        self.pieces: list[str] = []
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.pieces.append(text)
-
-    def take(self) -> str:
-        """What has become final since the last call."""
-        text = "".join(self.pieces)
-        self.pieces.clear()
-        return text
-
-
 def stream_row(
-    model: nn.Module, tokenizer, row: list[int], options: GenerationOptions, *, compile: str = "auto"
+    model: nn.Module, tokenizer, row: list[int], options: GenerationOptions, *, compile: str = "auto",
+    at_end: Callable[[Decoding], None] = lambda decoding: None,
 ) -> Iterator[str]:
     """The continuation of one row of token ids, in pieces of whole words as they are made.
 
     Closing the iterator stops the generation; Ctrl-C comes after the text so far. Errors of the arguments come at the
-    call, not at the first piece.
+    call, not at the first piece. ``at_end`` gets the decoding once all tokens were made, or Ctrl-C was pressed.
     """
     decoding = Decoding(model, torch.tensor([row]), None, options, compile=compile)
 
     def pieces() -> Iterator[str]:
-        streamer, interrupt = _Pieces(tokenizer), None
+        streamer, interrupt = Pieces(tokenizer), None
         streamer.put(decoding.prompt)
         try:
             for tokens in decoding:
@@ -183,6 +156,7 @@ def stream_row(
         except KeyboardInterrupt as error:
             interrupt = error
         streamer.end()
+        at_end(decoding)
         if text := streamer.take():
             yield text
         if interrupt is not None:
