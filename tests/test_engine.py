@@ -209,9 +209,8 @@ def test_a_source_refuses_missing_and_misshapen_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"lacks weights of the model: model.layers.1.self_attn.q_proj.weight"):
         open_source(folder)
     save_file(tensors | {name: torch.zeros(3, 5)}, folder / WEIGHTS_FILE)
-    source = open_source(folder)
     with pytest.raises(CheckpointError, match=r"does not fit its config: model.layers.1.self_attn.q_proj.weight"):
-        source.load(1)
+        open_source(folder)
     os.truncate(folder / WEIGHTS_FILE, 5000)
     with pytest.raises(CheckpointError, match="truncated"):
         open_source(folder)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's files can be trusted: JSON, safetensors headers, the shard index, SHA-256 sums.
+"""Checks of a checkpoint's files: JSON, safetensors headers, the shard index, SHA-256 sums.
 
 ``gemq_manifest.json``, written with every checkpoint, records each file::
 
@@ -11,13 +11,16 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemq.errors import CheckpointError
+from gemq.folders import checkpoint_folder, is_companion, is_legal, lies_inside
 from gemq.tensor_files import element_bits
 
 MANIFEST_FILE = "gemq_manifest.json"
@@ -26,7 +29,7 @@ EVALUATIONS_FILE = "gemq_evaluations.json"
 CARD_FILE = "README.md"
 RUN_FILE = "gemq_run.json"
 # written for people, different from run to run or growing later, and read by no loader: in no manifest
-_NOTES = (EVALUATIONS_FILE, CARD_FILE, RUN_FILE)
+NOTES = (EVALUATIONS_FILE, CARD_FILE, RUN_FILE)
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -35,7 +38,10 @@ _MAX_HEADER = 32 << 20
 # an index of a million tensors is as large
 _MAX_JSON = 128 << 20
 # files of these kinds are read, or run, by someone who loads the folder
-_READ_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".py", ".jinja", ".model")
+_READ_SUFFIXES = (
+    ".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".py",
+    ".so", ".jinja", ".model", ".tiktoken", ".spm", ".bpe",
+)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -148,24 +154,27 @@ def _entry(entry: dict[str, Any], begin: int) -> TensorEntry:
     return TensorEntry(dtype, shape, size, begin + start)
 
 
-def weight_files(folder: str | os.PathLike) -> list[Path]:
+def weight_files(folder: str | os.PathLike, named: str | None = None) -> list[Path]:
     """The safetensors files that a checkpoint folder is loaded from, by its index or the single file.
 
-    Names and links that lead out of the folder are refused before a weight file is opened. Raises
-    :class:`CheckpointError`.
+    ``named`` is the file that a config names instead (``transformers_weights``). Names and links that lead out of the
+    folder are refused before a weight file is opened. Raises :class:`CheckpointError`.
     """
     folder = Path(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        _refuse_link(folder / WEIGHTS_FILE)
-        return [folder / WEIGHTS_FILE]
-    if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-    names = read_json(folder / INDEX_FILE).get("weight_map")
+    single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if named is not None:
+        _check_name("transformers_weights of config.json", named.removesuffix(".index.json"))
+        single = index = folder / named
+    if single.is_file() and not single.name.endswith(".json"):
+        _refuse_link(single)
+        return [single]
+    if not index.is_file():
+        raise CheckpointError(_no_weights(folder, named))
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map from tensors to files")
-    for name in names.values():
-        if PurePosixPath(name).name != name or name == ".." or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_FILE} names {name!r}, which is not a .safetensors file of the folder")
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    for name in set(names.values()):
+        _check_name(index.name, name)
     files = [folder / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -174,6 +183,25 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     for file in files:
         _refuse_link(file)
     return files
+
+
+def _check_name(where: str, name: str) -> None:
+    if PurePosixPath(name).name != name or name == ".." or not name.endswith(".safetensors"):
+        raise CheckpointError(f"{where} names {name!r}, which is not a .safetensors file of the folder")
+
+
+def _no_weights(folder: Path, named: str | None) -> str:
+    """What is there instead of the weights that are read."""
+    missing = f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}" if named is None else (
+        f"{folder} lacks {named}, which config.json names")
+    pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if pickles:
+        return (f"{missing}, but {pickles[0]}, a pickle, which may run any code and is never opened: load the model "
+                f"with transformers where you trust it and save it again, as safetensors")
+    if others:
+        return f"{missing}; there is {others[0]}: rename it, or name it in the index"
+    return missing
 
 
 def _refuse_link(file: Path) -> None:
@@ -204,7 +232,7 @@ def write_manifest(folder: Path, later: dict[str, bytes]) -> None:
     """Record every file of ``folder``, and those of ``later`` that are about to be written, by name."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*")) if path.is_file() and path.relative_to(folder).as_posix() not in _NOTES
+        for path in sorted(folder.rglob("*")) if path.is_file() and path.relative_to(folder).as_posix() not in NOTES
     }
     for name, content in later.items():
         files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -230,37 +258,84 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if manifest.get("version") != MANIFEST_VERSION or not isinstance(files, dict) or not files:
         raise CheckpointError(f"{folder / MANIFEST_FILE} is not a manifest of version {MANIFEST_VERSION}")
     for name, entry in files.items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not isinstance(entry, dict):
-            raise CheckpointError(f"{folder / MANIFEST_FILE} is malformed at {name!r}")
+        if not _is_name(name) or not _is_entry(entry):
+            raise CheckpointError(f"{folder / MANIFEST_FILE} is malformed at {name!r:.200}")
     return files
 
 
-def _difference(file: Path, entry: dict[str, Any]) -> str | None:
-    if not file.is_file():
-        return "is missing"
-    if file.stat().st_size != entry.get("bytes"):
-        return f"has {file.stat().st_size} bytes, not {entry.get('bytes')}"
-    return None if _sha256(file) == entry.get("sha256") else "differs from its SHA-256"
+def _is_name(name: str) -> bool:
+    """Tell the path of a file inside the folder, spelled in the one way that a manifest has."""
+    path = PurePosixPath(name)
+    plain = name == str(path) and not path.is_absolute() and ".." not in path.parts
+    return plain and name not in ("", ".") and "\0" not in name and name != MANIFEST_FILE
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or entry["bytes"] < 0:
+        return False
+    return isinstance(entry.get("sha256"), str) and re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is not None
+
+
+def _difference(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    file = folder / name
+    try:
+        if not lies_inside(file, folder):
+            return f"is a link to {file.resolve()}, out of the folder"
+        if not file.is_file():
+            return "is missing"
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            return f"has {size} bytes, not {entry['bytes']}"
+        return None if _sha256(file) == entry["sha256"] else "differs from its SHA-256"
+    except (OSError, RuntimeError, UnicodeError) as error:
+        # a name too long for the file system, links in a circle, no right to read
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def _added(folder: Path, recorded: dict[str, Any]) -> Iterator[str]:
+    """What lies in the folder, is not recorded, and would be read or run by a program that loads it."""
+    for place, folders, files in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        for name in sorted(folders):
+            if (Path(place) / name).is_symlink():
+                yield f"{(here / name).as_posix()} was added, a link to a folder"
+        for name in sorted(files):
+            path = (here / name).as_posix()
+            if path == MANIFEST_FILE or path in recorded:
+                continue
+            if not lies_inside(folder / path, folder):
+                yield f"{path} is a link to {(folder / path).resolve()}, out of the folder"
+            elif path not in NOTES and not is_legal(path) and (
+                is_companion(path) or path.lower().endswith(_READ_SUFFIXES)
+            ):
+                yield f"{path} was added"
+
+
+def recorded_files(path: str | os.PathLike) -> list[str]:
+    """The names of the files that a checkpoint's manifest records. Raises :class:`CheckpointError`."""
+    return list(_read_manifest(checkpoint_folder(path)))
 
 
 def verify(path: str | os.PathLike) -> Verification:
     """Compare every file of a checkpoint folder with the SHA-256 sums recorded when it was saved.
 
-    Raises :class:`CheckpointError` that names each file that is missing, changed, or was added and would be read.
+    ``path`` is a folder or the name of a hub repository. All that loading reads must be recorded, in sub-folders too.
+    Raises :class:`CheckpointError` that names each file that is missing, changed, not recorded, a link out of the
+    folder, or was added and would be read.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
+    folder = checkpoint_folder(path)
     recorded = _read_manifest(folder)
-    problems = []
-    for name, entry in recorded.items():
-        difference = _difference(folder / name, entry)
-        if difference:
-            problems.append(f"{name} {difference}")
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _READ_SUFFIXES and file.name not in (*recorded, *_NOTES, MANIFEST_FILE):
-            problems.append(f"{file.name} was added")
+    found = ((name, _difference(folder, name, entry)) for name, entry in recorded.items())
+    differences = [f"{name} {difference}" for name, difference in found if difference]
+    problems = differences + list(_added(folder, recorded))
+    if not problems:
+        # all that is there is recorded: does it make a checkpoint?
+        weight_files(folder)
+        problems = [] if "config.json" in recorded else ["config.json is missing"]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{folder} does not match its manifest: {'; '.join(problems[:5])}{more}")
+        again = f" (if save_pretrained of transformers wrote into it: that leaves an old {MANIFEST_FILE}, delete it)"
+        raise CheckpointError(
+            f"{folder} does not match its manifest: {'; '.join(problems[:5])}{more}{again if differences else ''}"
+        )
     return Verification(len(recorded), sum(entry["bytes"] for entry in recorded.values()))

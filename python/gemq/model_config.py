@@ -73,6 +73,35 @@ def alone_config(file: Path):
         raise _refusal(str(file), file, error) from error
 
 
+def generation_config(folder: Path):
+    """The transformers ``GenerationConfig`` of a model's folder, None if it has none.
+
+    Raises :class:`CheckpointError` naming ``generation_config.json`` and the field that is wrong.
+    """
+    from transformers import GenerationConfig
+
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return None
+    data = read_json(file, _MOST_BYTES)
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = data.get(name)
+        several = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(token) is int for token in several):
+            _refuse(file, name, "a token id, a list of them or null", value)
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        value = data.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            _refuse(file, name, "a number or null", value)
+    for name in ("do_sample", "use_cache"):
+        if not isinstance(data.get(name, False), (bool, type(None))):
+            _refuse(file, name, "true, false or null", data[name])
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {first_line(error)[:300]}") from error
+
+
 def skeleton(config, trust_remote_code: bool = False, **options: Any) -> nn.Module:
     """The causal language model of a transformers config without storage; ``options`` are those of ``from_config``.
 

@@ -50,8 +50,6 @@ from gemq.packed_config import PackedConfig
 from gemq.planning import PlanConfig, check, check_budgets, make_plan, this_machine
 from gemq.staging import claimed
 
-# tensors that stay unquantized are stored in 16 bits
-_STORED = {torch.float32: torch.bfloat16}
 # fields of QuantizeConfig that say where things are: known by content instead
 _PLACES = ("model", "output", "calibration", "router_text", "overwrite", "device", "dtype", "costs")
 
@@ -148,15 +146,16 @@ def _quantize(
     dtype = parse_dtype(config.dtype)
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
+    source = Source(config.model, declared, dtype, device, config.trust_remote_code)
     if config.stream:
-        source = Source(config.model, declared, dtype, device, config.trust_remote_code)
         first = _checked(source.moe, config, costs)
         command = asdict(config)
         options = {k: v for k, v in command.items() if k not in (*RUN_OPTIONS, *_PLACES)}
         session = Session(source, windows, router, config.method, options, command, first)
         return _quantize_streamed(config, session, tokenizer, targets, progress, on_layer)
+    distributed.on_first(lambda: source.watch.read(numbers=source.numbers()))
     model = load_unquantized(config.model, str(dtype).removeprefix("torch."), config.trust_remote_code)
-    stored = stored_dtype(declared.dtype or next(model.parameters()).dtype)
+    stored = source.stored
     model = model.to(device).eval()
     moe = describe(model)
     first = _checked(moe, config, costs)
@@ -254,7 +253,7 @@ def _save_streamed(
 ) -> QuantizeOutcome:
     """Write the checkpoint of a result, unless an earlier call did."""
     source = work.engine.source
-    stored = stored_dtype(source.declared)
+    stored = source.stored
     assembly, packed, name = work.assembly(result, stored)
     if written_by(target, REPORT_FILE) != name:
         with work.saving(result.budget):
@@ -266,11 +265,6 @@ def _save_streamed(
     if not (target / RUN_FILE).is_file():
         write_run(target, result.seconds)
     return outcome_of(result, target, result.reports, source.moe)
-
-
-def stored_dtype(declared: torch.dtype) -> torch.dtype:
-    """The dtype of a checkpoint's unquantized tensors, given that of the full-precision model."""
-    return _STORED.get(declared, declared)
 
 
 def target_of(config: QuantizeConfig, budget: float) -> Path:

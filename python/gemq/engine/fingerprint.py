@@ -9,12 +9,13 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from gemq import __version__
 from gemq.algorithms.costs import Costs
+from gemq.engine.numbers import Numbers
 from gemq.errors import CheckpointError
 
 # folders and modules of the package that decide what a run writes
@@ -47,8 +48,9 @@ class SourceWatch:
             if _state(file) != before:
                 self._refuse(file)
 
-    def read(self, progress: Progress | None = None) -> dict[str, str]:
-        """SHA-256 of every file by name, kept; ``progress(done, total)`` counts files.
+    def read(self, progress: Progress | None = None, numbers: Numbers | None = None) -> dict[str, str]:
+        """SHA-256 of every file by name, kept; ``progress(done, total)`` counts files, ``numbers`` looks at the
+        weights on the way.
 
         Raises :class:`CheckpointError` for a file that is not what an earlier call read, or that changed since.
         """
@@ -56,7 +58,8 @@ class SourceWatch:
         for at, file in enumerate(self.files):
             try:
                 with file.open("rb") as handle:
-                    found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+                    looked = numbers is not None and file in numbers
+                    found[file.name] = numbers.read(file, handle) if looked else _sum(handle)
             except OSError as error:
                 raise CheckpointError(f"{file} of the model could not be read: {error.strerror}") from error
             if self.sums is not None and self.sums[file.name] != found[file.name]:
@@ -72,6 +75,10 @@ class SourceWatch:
             f"{file} of the model changed while it was being quantized; nothing was saved of it: give the run a model "
             f"that stays as it is, and begin again with --restart"
         )
+
+
+def _sum(handle: BinaryIO) -> str:
+    return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _state(file: Path) -> tuple[int, int, int, int] | None:

@@ -29,6 +29,23 @@ def read_into(file: Path, entry: TensorEntry, out: Tensor) -> None:
             data = data[count:]
 
 
+def same_tensor(first: tuple[Path, TensorEntry], second: tuple[Path, TensorEntry]) -> bool:
+    """Compare two tensors of files, each ``(file, entry)``, bit by bit and a piece at a time."""
+    (file, entry), (other, twin) = first, second
+    if (entry.dtype, entry.shape) != (twin.dtype, twin.shape):
+        return False
+    with file.open("rb") as one, other.open("rb") as two:
+        one.seek(entry.start)
+        two.seek(twin.start)
+        left = entry.bytes
+        while left:
+            size = min(left, 1 << 22)
+            if one.read(size) != two.read(size):
+                return False
+            left -= size
+    return True
+
+
 def stacked(converter: WeightConverter) -> bool:
     """Whether a conversion stacks experts' matrices and joins the kinds of them along their rows, and no more."""
     kinds = [(type(op), op.dim) for op in converter.operations if isinstance(op, (MergeModulelist, Concatenate))]

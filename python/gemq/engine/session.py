@@ -62,7 +62,7 @@ class Session:
         report = (lambda done, total: progress("read the model", done, total)) if progress else None
         source = self.source
         return {
-            "model": source.watch.read(report),
+            "model": source.watch.read(report, source.numbers()),
             "code": fingerprint.of_code(),
             "computing": {"dtype": str(source.dtype).removeprefix("torch."), "device": source.device.type},
         }

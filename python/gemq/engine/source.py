@@ -8,39 +8,38 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import logging
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers import logging as transformers_logging
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from gemq.checkpoint import kept_in_float32
+from gemq.engine.contents import contents, tell_unused
 from gemq.engine.experts import Stack, StoredStack, run_experts
 from gemq.engine.fingerprint import SourceWatch
-from gemq.engine.reading import places, read_into, stacked
+from gemq.engine.numbers import Numbers
+from gemq.engine.reading import read_into, same_tensor
 from gemq.errors import CheckpointError
 from gemq.folders import local_folder
-from gemq.integrity import TensorEntry, read_header, weight_files
+from gemq.integrity import read_header, weight_files
+from gemq.model_config import check_sizes, generation_config, skeleton
 from gemq.models import MoeModel, describe
 from gemq.nn.experts import PROJECTIONS
-from gemq.tensor_files import DTYPES
+from gemq.tensor_files import DTYPES, WEIGHTS
 
+_log = logging.getLogger("gemq")
 # all that is not in a decoder layer: embeddings, the last norm, the head
 OUTSIDE = -1
+# tensors that stay unquantized are stored in 16 bits
+_STORED = {torch.float64: torch.bfloat16, torch.float32: torch.bfloat16}
 
 
 @dataclass
@@ -48,6 +47,11 @@ class _Unit:
     """The tensors of one decoder layer, or of the rest: parameter name to the checkpoint names it is made of."""
 
     parameters: dict[str, list[str]] = field(default_factory=dict)
+
+
+def stored_dtype(declared: torch.dtype) -> torch.dtype:
+    """The dtype of a checkpoint's unquantized tensors, given that of the full-precision model."""
+    return _STORED.get(declared, declared)
 
 
 def return_memory() -> None:
@@ -73,32 +77,22 @@ class Source:
         watch: SourceWatch | None = None,
     ):
         self.folder, self.device = local_folder(path), device
-        self.files = weight_files(self.folder)
+        self.files = weight_files(self.folder, getattr(config, "transformers_weights", None))
         # as the files are before anything of them is read
         self.watch = watch or SourceWatch([self.folder / "config.json", *self.files])
         self._headers = {file: read_header(file) for file in self.files}
+        check_sizes(config, self.folder)
+        self._check_layers(config)
         # what a config leaves open, the weights say
-        self.declared: torch.dtype = getattr(config, "dtype", None) or self._first_float()
+        declared = getattr(config, "dtype", None)
+        self.declared: torch.dtype = declared if isinstance(declared, torch.dtype) else self._first_float()
         self.dtype = self.declared if dtype == "auto" else dtype
-        dtype = self.dtype
-        self._made_of = (str(self.folder), config, dtype, device, trust_remote_code)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype
-            )
-        self.model.eval().requires_grad_(False)
-        if (self.folder / "generation_config.json").is_file():
-            self.model.generation_config = GenerationConfig.from_pretrained(self.folder)
-        self.moe: MoeModel = describe(self.model)
-        self._float32 = kept_in_float32(self.model)
-        self._tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        self._mapping = get_model_conversion_mapping(self.model)
-        self._where: dict[str, Path] = {}
-        self._stored: dict[str, torch.dtype] = {}
-        # the conversion's pattern that a tensor of the checkpoint fits, None for one that is stored as it is
-        self._pattern: dict[str, str | None] = {}
-        self._units: dict[int, _Unit] = {index: _Unit() for index in range(OUTSIDE, len(self.moe.layers))}
-        self._index_files()
+        self._build(config, trust_remote_code, quiet=watch is not None)
+        if self._untie(quiet=watch is not None):
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = False
+            self._build(config, trust_remote_code, quiet=True)
+        self._made_of = (str(self.folder), config, self.dtype, device, trust_remote_code)
         self._fill_computed_buffers()
         self.experts: dict[int, tuple[Stack, Stack]] = {}
         self._stacks: dict[str, int] = {}
@@ -106,6 +100,48 @@ class Source:
         for layer in self.moe.moe:
             self._stacks |= {f"{layer.path}.experts.{name}": layer.index for name in PROJECTIONS}
             layer.experts.forward = partial(self._run_experts, layer.index, layer.experts.act_fn)
+
+    def _build(self, config, trust_remote_code: bool, quiet: bool) -> None:
+        """The skeleton, and where its weights are."""
+        self.model = skeleton(config, trust_remote_code, dtype=self.dtype)
+        self.model.eval().requires_grad_(False)
+        stored = generation_config(self.folder)
+        if stored is not None:
+            self.model.generation_config = stored
+        self.moe: MoeModel = describe(self.model)
+        self._float32 = kept_in_float32(self.model)
+        self._tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        self._stored: dict[str, torch.dtype] = {}
+        self._units: dict[int, _Unit] = {index: _Unit() for index in range(OUTSIDE, len(self.moe.layers))}
+        self._index_files(quiet)
+
+    def _check_layers(self, config) -> None:
+        """A skeleton of many layers takes long; files of a header each do not hold so many."""
+        tensors, layers = sum(map(len, self._headers.values())), config.num_hidden_layers
+        if layers > tensors:
+            raise CheckpointError(
+                f"{self.folder}: config.json says {layers} layers, but the weight files hold {tensors} tensors"
+            )
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of a checkpoint's unquantized tensors: 16 bits."""
+        return stored_dtype(self.declared)
+
+    def numbers(self) -> Numbers:
+        """What finds NaN, infinity and numbers out of range as the files are read."""
+        owners = {original: target for target, names in self._contents.made_of.items() for original in names}
+        packed = {f"{path}.weight" for path in (*self.moe.attention, *self.moe.dense)}
+        packed |= {f"{layer.path}.experts.{name}" for layer in self.moe.moe for name in PROJECTIONS}
+
+        def kind(original: str) -> torch.dtype | None:
+            target = owners.get(original)
+            if target is None:
+                return None
+            # scales and offsets are float16
+            return torch.float16 if target in packed else torch.float32 if target in self._float32 else self.stored
+
+        return Numbers(self._headers, kind)
 
     def again(self) -> Source:
         """A second skeleton of the same model."""
@@ -116,41 +152,42 @@ class Source:
 
     def _first_float(self) -> torch.dtype:
         entries = (entry for header in self._headers.values() for entry in header.values())
-        return next(DTYPES[e.dtype] for e in entries if DTYPES[e.dtype].is_floating_point)
+        found = next((DTYPES[e.dtype] for e in entries if e.dtype in WEIGHTS), None)
+        if found is None:
+            raise CheckpointError(f"{self.folder} holds no tensor in {', '.join(WEIGHTS)}")
+        return found
 
     def unit_of(self, name: str) -> int:
         """The decoder layer of a parameter, or :data:`OUTSIDE`."""
         prefix = f"{self.moe.decoder_path}.layers."
         return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else OUTSIDE
 
-    def _index_files(self) -> None:
+    def _index_files(self, quiet: bool) -> None:
         """Which checkpoint tensors make which parameter, by the headers alone; all must be there."""
-        state = self.model.state_dict()
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        for file, header in self._headers.items():
-            for original, entry in header.items():
-                target, converted = rename_source_key(
-                    original, renamings, converters, self.model.base_model_prefix, state
-                )
-                if target not in state and original in state:
-                    target = original
-                if target in state:
-                    self._where[original], self._pattern[original] = file, converted
-                    self._units[self.unit_of(target)].parameters.setdefault(target, []).append(original)
-                    self._as_stored(target, DTYPES[entry.dtype])
-        found = {name for unit in self._units.values() for name in unit.parameters}
-        missing = sorted(set(state) - found - self._tied)
-        if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise CheckpointError(f"{self.folder} lacks weights of the model: {', '.join(missing[:5])}{more}")
+        self._contents = contents(self.folder, self._headers, self.model)
+        if not quiet:
+            tell_unused(self._contents, f"{self.moe.decoder_path}.layers", len(self.moe.layers))
+        for target, originals in self._contents.made_of.items():
+            self._units[self.unit_of(target)].parameters[target] = originals
+            # conversion then runs on what is stored, which is often half as large as what is computed with
+            dtype = DTYPES[self._contents.entry(originals[0]).dtype]
+            parameter = self.model.get_parameter_or_buffer(target)
+            if parameter.is_floating_point():
+                self._stored[target] = dtype
+                self.put(target, torch.empty_like(parameter, dtype=dtype))
 
-    def _as_stored(self, target: str, dtype: torch.dtype) -> None:
-        """Conversion then runs on what is stored, which is often half as large as what is computed with."""
-        parameter = self.model.get_parameter_or_buffer(target)
-        if dtype.is_floating_point and parameter.is_floating_point():
-            self._stored[target] = dtype
-            self.put(target, torch.empty_like(parameter, dtype=dtype))
+    def _untie(self, quiet: bool) -> bool:
+        """Tell weights that the config ties and the files hold both of, with other values: transformers does not tie
+        them then."""
+        found = self._contents
+        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            both = [found.made_of.get(target), found.made_of.get(source)]
+            if all(both) and not same_tensor(*((found.file[n], found.entry(n)) for (n,) in both)):
+                if not quiet:
+                    _log.warning("%s: %s and %s are tied by the config and differ in the files: they are not tied, as "
+                                 "in transformers", self.folder, target, source)
+                return True
+        return False
 
     def put(self, name: str, value: Tensor) -> None:
         """Give the skeleton a parameter or buffer."""
@@ -216,37 +253,21 @@ class Source:
 
     def _fill(self, name: str, originals: list[str]) -> bool:
         """Read a parameter that is one tensor of the checkpoint, or a stack of them; False if it is made otherwise."""
-        kinds = self._kinds(originals)
+        found = self._contents
+        kinds = found.kinds(originals)
         parameter = self.model.get_parameter_or_buffer(name)
-        dtypes = {DTYPES[self._entry(original).dtype] for original in originals}
+        dtypes = {DTYPES[found.entry(original).dtype] for original in originals}
         if kinds is None or dtypes != {parameter.dtype}:
             return False
-        whole, stack = parameter.shape, self._pattern[originals[0]] is not None
+        whole, stack = parameter.shape, found.pattern[originals[0]] is not None
         rows = whole[1] // len(kinds) if stack else 0
-        wanted = [rows, *whole[2:]] if stack else list(whole)
-        full = not stack or {len(names) for names in kinds} == {whole[0]}
-        if not full or any(self._entry(original).shape != wanted for original in originals):
-            self._refuse([name])
         value = torch.empty(whole, dtype=parameter.dtype)
         for kind, names in enumerate(kinds):
             for expert, original in enumerate(names):
                 out = value[expert, kind * rows : (kind + 1) * rows] if stack else value
-                read_into(self._where[original], self._entry(original), out)
+                read_into(found.file[original], found.entry(original), out)
         self.put(name, value)
         return True
-
-    def _entry(self, original: str) -> TensorEntry:
-        return self._headers[self._where[original]][original]
-
-    def _kinds(self, originals: list[str]) -> list[list[str]] | None:
-        """How a parameter is put together: its tensors by kind and expert; None if by something else."""
-        pattern = self._pattern[originals[0]]
-        if pattern is None:
-            return [originals] if len(originals) == 1 else None
-        converter = next(c for c in self._converters if pattern in c.source_patterns)
-        if not stacked(converter):
-            return None
-        return places(converter, {original: self._pattern[original] for original in originals})
 
     def _refuse(self, wrong: list[str]) -> None:
         if wrong:
@@ -260,13 +281,13 @@ class Source:
             with ExitStack() as stack:
                 handles = {
                     file: stack.enter_context(safe_open(file, framework="pt"))
-                    for file in sorted({self._where[o] for o in originals})
+                    for file in sorted({self._contents.file[o] for o in originals})
                 }
-                slices = {o: handles[self._where[o]].get_slice(o) for o in originals}
+                slices = {o: handles[self._contents.file[o]].get_slice(o) for o in originals}
                 # the mapping collects tensors, so each conversion has its own
+                mapping = copy.deepcopy(self._contents.mapping)
                 found, _ = convert_and_load_state_dict_in_model(
-                    self.model, slices,
-                    LoadStateDictConfig(weight_mapping=copy.deepcopy(self._mapping), device_map={"": "cpu"}), None,
+                    self.model, slices, LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"}), None
                 )
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder} could not be read: {error}") from error
