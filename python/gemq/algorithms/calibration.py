@@ -5,28 +5,35 @@ A source is ``NAME_OR_PATH[#FIELDS][@WEIGHT]``; several, comma separated, are a 
     wikitext2                       WikiText-2 raw through `datasets`
     c4                              the first shard of C4 through `datasets`
     notes.txt                       one document
-    docs.jsonl                      one document a line, field "text"
+    docs.jsonl                      one document a line, field "text", or else the conversation of "messages"
     docs.jsonl#question&answer      two fields joined by a blank; "+" joins them directly
     wikitext2@0.75,docs.jsonl@0.25  three quarters of the windows from the first
 
-The name of an existing file is taken as it is, commas and all.
+The name of an existing file is taken as it is, commas and all. :mod:`gemq.algorithms.text_files` lists the kinds of
+files. No more of a text is tokenized than its windows need, and no more than a piece of it is held.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from gemq.algorithms.documents import DEFAULT, Documents
+from gemq.algorithms.text_files import TextFile, check_characters, failures, pieces, text_file
+from gemq.algorithms.token_stream import tokens, window_at
 from gemq.errors import CalibrationError
 
 NAMED = ("wikitext2", "c4")
-_JOINERS = {"+": "", "&": " "}
+# bytes of a text of which random windows are drawn by its tokens; of longer ones by their bytes
+LONG = 12 << 20
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Source:
     """One corpus of a mixture: a name or path, the JSON fields to read, and its weight."""
 
     name: str
-    fields: str = "text"
+    fields: str = DEFAULT
     weight: float = 1.0
 
 
@@ -48,31 +55,10 @@ def parse_sources(text: str) -> list[Source]:
         if not match:
             raise CalibrationError(f"cannot read the text source {part!r}; expected NAME_OR_PATH[#FIELDS][@WEIGHT]")
         weight = float(match[3]) if match[3] else 1.0
-        if not weight > 0:
-            raise CalibrationError(f"the weight of text source {match[1]!r} must be above 0, got {match[3]}")
-        sources.append(Source(match[1], match[2] or "text", weight))
+        if not 0 < weight < math.inf:
+            raise CalibrationError(f"the weight of text source {match[1]!r} must be above 0, got {match[3]:.60}")
+        sources.append(Source(match[1], match[2] or DEFAULT, weight))
     return sources
-
-
-def _json_documents(path: Path, fields: str) -> list[str]:
-    names = re.split(r"([+&])", fields)
-    documents = []
-    # not splitlines(): a JSON string may hold U+2028 and other line separators
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            documents.append("".join(_JOINERS[n] if n in _JOINERS else _field(record, n) for n in names))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(f"{path}, line {number}: no JSON record with {fields!r} ({error})") from None
-    return documents
-
-
-def _field(record: dict, name: str) -> str:
-    if not isinstance(record[name], str):
-        raise TypeError(f"{name!r} is not a string")
-    return record[name]
 
 
 def _hub_documents(name: str, split: str) -> list[str]:
@@ -97,53 +83,150 @@ def _hub_documents(name: str, split: str) -> list[str]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise CalibrationError(f"could not load {name} ({reason}); give a local .txt or .jsonl file instead") from error
-    return list(data["text"])
+    # of long corpora only those are read that are asked for
+    return data["text"]
 
 
-def documents(source: Source, split: str = "train") -> list[str]:
-    """The documents of a source. ``split`` ("train" or "test") matters for named corpora only.
+def documents(source: Source, split: str = "train", tokenizer=None) -> list[str]:
+    """The documents of a source, all of them in memory. ``split`` ("train" or "test") matters for named corpora only,
+    ``tokenizer`` for conversations only.
 
     Raises :class:`CalibrationError` if the source cannot be read or holds no text.
     """
-    if source.name in NAMED:
-        found = _hub_documents(source.name, split)
-    else:
-        path = Path(source.name)
-        if not os.path.isfile(path):
-            raise CalibrationError(f"no text file {source.name!r}; known corpora: {', '.join(NAMED)}")
-        jsonl = path.suffix in (".jsonl", ".json")
-        try:
-            found = _json_documents(path, source.fields) if jsonl else [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{path} is not UTF-8 text ({error})") from None
-    if not any(d.strip() for d in found):
-        raise CalibrationError(f"the text source {source.name!r} is empty")
+    found = _documents(source, split, tokenizer)
+    found = ["".join(found)] if isinstance(found, _Whole) else list(found)
+    if not any(document.strip() for document in found):
+        raise _empty(source)
     return found
 
 
-def _tokens(tokenizer, text: str) -> Tensor:
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+def _empty(source: Source) -> CalibrationError:
+    return CalibrationError(f"the text source {source.name!r} is empty")
+
+
+class _Whole:
+    """A plain text, which is one document: iterate over its parts."""
+
+    def __init__(self, file: TextFile):
+        self.file = file
+
+    def __iter__(self) -> Iterator[str]:
+        return pieces(self.file)
+
+
+def _documents(source: Source, split: str, tokenizer) -> Iterable[str] | Documents | _Whole:
+    if source.name in NAMED:
+        return _hub_documents(source.name, split)
+    file = text_file(source.name, NAMED)
+    return _Whole(file) if file.kind == "text" else Documents(file, source.fields, tokenizer)
+
+
+def _joined(documents: Iterable[str], joiner: str) -> Iterator[str]:
+    for index, document in enumerate(documents):
+        if index:
+            yield joiner
+        yield document
+
+
+def _tokens(tokenizer, source: Source, text: Iterable[str], need: int, most: int | None = None) -> Tensor:
+    """Ids int32 of the parts of a text, or the first ``most``. :class:`CalibrationError` if there are fewer than
+    ``need``, or the text is blank."""
+    blank, parts = True, iter(text)
+
+    def watched() -> Iterator[str]:
+        nonlocal blank
+        for part in parts:
+            blank = blank and not part.strip()
+            yield part
+
+    found = tokens(tokenizer, watched(), most)
+    if blank and not any(part.strip() for part in parts):
+        raise _empty(source)
+    _check_length(source.name, found.numel(), need)
+    return found
 
 
 def _windows(tokenizer, source: Source, count: int, length: int, generator: torch.Generator) -> Tensor:
-    docs = documents(source)
-    if source.name == "wikitext2" or len(docs) == 1:
-        # random windows of one long text
-        stream = _tokens(tokenizer, " ".join(docs))
-        _check_length(source.name, stream.numel(), length)
-        starts = torch.randint(0, stream.numel() - length + 1, (count,), generator=generator)
-        return torch.stack([stream[s : s + length] for s in starts.tolist()])
-    # shuffled documents one after another, the first windows of that
-    order = torch.randperm(len(docs), generator=generator).tolist()
+    found = _documents(source, "train", tokenizer)
+    if isinstance(found, _Whole):
+        if found.file.size > LONG and not found.file.packed:
+            return _of_long_file(tokenizer, source, found.file, count, length, generator)
+        text = _first(found, source, LONG) if found.file.packed else found
+        return _of_one(tokenizer, source, text, count, length, generator)
+    if isinstance(found, Documents):
+        if found.scan().blank:
+            raise _empty(source)
+        if len(found) == 1:
+            return _of_one(tokenizer, source, found.in_order([0], 0), count, length, generator)
+    elif source.name == "wikitext2" or len(found) == 1:
+        return _of_one(tokenizer, source, _joined(found, " "), count, length, generator)
+    return _of_many(tokenizer, source, found, count, length, generator)
+
+
+def _of_one(
+    tokenizer, source: Source, text: Iterable[str], count: int, length: int, generator: torch.Generator
+) -> Tensor:
+    """Random windows of one long text, by its tokens."""
+    stream = _tokens(tokenizer, source, text, length)
+    starts = torch.randint(0, stream.numel() - length + 1, (count,), generator=generator)
+    return torch.stack([stream[s : s + length] for s in starts.tolist()])
+
+
+def _first(text: Iterable[str], source: Source, most: int) -> Iterator[str]:
+    """The first ``most`` characters of a text whose length is not known."""
+    for part in text:
+        yield part[:most]
+        most -= len(part)
+        if most < 0:
+            warnings.warn(f"{source.name} is compressed and long: windows are drawn from its first {LONG:,} characters",
+                          stacklevel=2)
+            return
+
+
+def _of_long_file(
+    tokenizer, source: Source, file: TextFile, count: int, length: int, generator: torch.Generator
+) -> Tensor:
+    """Random windows of a text too long to tokenize for their sake: of places among its bytes."""
+    if not any(part.strip() for part in pieces(file)):
+        raise _empty(source)
+    with failures(file.path), open(file.path, "rb") as stream:
+
+        def read(offset: int, size: int) -> bytes:
+            stream.seek(offset)
+            data = stream.read(size)
+            check_characters(file.path, data)
+            return data
+
+        return _placed(tokenizer, source, read, file.size, count, length, generator)
+
+
+def _placed(
+    tokenizer, source: Source, read: Callable[[int, int], bytes], size: int, count: int, length: int,
+    generator: torch.Generator,
+) -> Tensor:
+    places = torch.randint(0, size, (count,), generator=generator)
+    found = [window_at(tokenizer, read, size, place, length) for place in places.tolist()]
+    if any(window is None for window in found):
+        _check_length(source.name, 0, length)
+    return torch.stack(found)
+
+
+def _of_many(
+    tokenizer, source: Source, documents, count: int, length: int, generator: torch.Generator
+) -> Tensor:
+    """Shuffled documents one after another, the first windows of that."""
+    need = count * length
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    # a token has rarely more characters, and if so, more are read
+    texts = documents.in_order(order, 8 * need) if isinstance(documents, Documents) else (documents[i] for i in order)
     parts, total = [], 0
-    for index in order:
-        parts.append(_tokens(tokenizer, docs[index]))
+    for text in texts:
+        parts.append(tokens(tokenizer, [text], need - total))
         total += parts[-1].numel()
-        if total >= count * length:
+        if total >= need:
             break
-    _check_length(source.name, total, count * length)
-    return torch.cat(parts)[: count * length].view(count, length)
+    _check_length(source.name, total, need)
+    return torch.cat(parts).view(count, length)
 
 
 def _check_length(name: str, have: int, need: int) -> None:
@@ -155,9 +238,13 @@ def calibration_windows(tokenizer, sources: str, count: int, length: int, seed: 
     """``count`` windows of ``length`` tokens, int64 ``[count, length]``, deterministic in ``seed``.
 
     One long text gives random windows, many documents are shuffled and concatenated, as the paper's scripts
-    do for WikiText-2 and C4. A mixture shares the windows by weight and interleaves them by a seeded shuffle.
-    Raises :class:`CalibrationError` for unreadable, empty or too short text.
+    do for WikiText-2 and C4. Windows of a plain text of more than :data:`LONG` bytes begin at random bytes instead of
+    at random tokens, so that only they are tokenized. A mixture shares the windows by weight and interleaves them by a
+    seeded shuffle. Raises :class:`CalibrationError` for unreadable, empty or too short text, ``ValueError`` for a seed
+    that torch does not take.
     """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in -2**63..2**64-1, got {seed:.3g}")
     if count < 1 or length < 2:
         raise CalibrationError(f"need at least 1 window of 2 tokens, got {count} of {length}")
     parsed = parse_sources(sources)
@@ -172,7 +259,7 @@ def calibration_windows(tokenizer, sources: str, count: int, length: int, seed: 
         for source, low, high in zip(parsed, bounds[:-1], bounds[1:], strict=True)
         if high > low
     ]
-    windows = torch.cat(parts)
+    windows = torch.cat(parts).long()
     return windows if len(parts) == 1 else windows[torch.randperm(count, generator=generator)]
 
 
@@ -184,14 +271,29 @@ def evaluation_windows(tokenizer, sources: str, length: int, limit: int | None =
     """
     if length < 2 or (limit is not None and limit < 1):
         raise CalibrationError(f"need at least 1 window of 2 tokens, got a limit of {limit} and {length} tokens")
+    most = None if limit is None else limit * length
     parts = []
     for source in parse_sources(sources):
-        docs = documents(source, "test")
-        if source.name == "c4":
-            docs = docs[:1100]
-        stream = _tokens(tokenizer, ("\n\n" if source.name == "wikitext2" else " ").join(docs))
-        _check_length(source.name, stream.numel(), length)
+        found, joiner = _documents(source, "test", tokenizer), "\n\n" if source.name == "wikitext2" else " "
+        if not isinstance(found, _Whole):
+            found = _joined(islice(found, 1100) if source.name == "c4" else found, joiner)
+        stream = _tokens(tokenizer, source, found, length, most)
         count = stream.numel() // length
         parts.append(stream[: count * length].view(count, length))
-    windows = torch.cat(parts)
+    windows = torch.cat(parts).long()
     return windows if limit is None else windows[:limit]
+
+
+def check_windows(windows: Tensor, config, tokenizer=None) -> None:
+    """Raise :class:`CalibrationError` if windows ``[N, T]`` are longer than a model of this transformers config has
+    positions, or hold ids that its embedding has no rows for; with a tokenizer, the error names such a token."""
+    config = config.get_text_config()
+    positions, rows = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+    length, highest = windows.shape[1], int(windows.max())
+    if positions is not None and length > positions:
+        raise CalibrationError(f"the windows have {length} tokens, the model {positions} positions "
+                               f"(max_position_embeddings): length must be at most {positions}")
+    if rows is not None and highest >= rows:
+        token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(highest)!r:.60})"
+        raise CalibrationError(f"the tokenizer gives the id {highest}{token}, the model's embedding has rows "
+                               f"0..{rows - 1} (vocab_size): it is the tokenizer of another model")
