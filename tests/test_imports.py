@@ -15,7 +15,7 @@ KERNELS = ROOT / "triton_kernels"
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
     ("errors", "format", "tensor_files", "_C"),
-    ("auto_import", "folders"),
+    ("ambient", "auto_import", "folders"),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
     ("shards", "output_folder", "model_config"),
     ("staging",),

@@ -27,6 +27,7 @@ from gemq.algorithms.progressive import (
 from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.sequential import OnLayer
 from gemq.algorithms.tensor_bits import resolve
+from gemq.ambient import plain_torch
 from gemq.checkpoint import check_output, pack_model, save_packed
 from gemq.engine.journal import CHANGED, read_manifest
 from gemq.engine.run import StreamedResult
@@ -99,6 +100,7 @@ class QuantizeConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+@plain_torch()
 def quantize(
     config: QuantizeConfig, progress: StageProgress | None = None, on_layer: OnLayer | None = None
 ) -> list[QuantizeOutcome]:
@@ -319,6 +321,7 @@ class Evaluation:
     seconds: float
 
 
+@plain_torch()
 def evaluate(
     model: str | os.PathLike | nn.Module, text: str = "wikitext2", *, length: int = 2048, limit: int | None = None,
     tokenizer=None, batch_size: int = 4, dtype: str = "auto", device: str | None = None,

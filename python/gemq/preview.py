@@ -11,6 +11,7 @@ from torch import nn
 from gemq.algorithms.progressive import allocate
 from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.tensor_bits import resolve
+from gemq.ambient import plain_torch
 from gemq.checkpoint import check_output, kept_in_float32
 from gemq.format import UNQUANTIZED, codes_bytes, default_group_size, expert_layout
 from gemq.model_config import skeleton
@@ -55,6 +56,7 @@ class Preview:
         return sum(t.after for t in self.tensors)
 
 
+@plain_torch()
 def preview(config: QuantizeConfig) -> list[Preview]:
     """What :func:`gemq.quantize` would do with ``config``, per budget from the highest; reads no weights or text.
 

@@ -5,21 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gemq.ops import layout_for
-
-
-def unwatched(x: Tensor) -> bool:
-    """Whether nothing but the result is asked of an operation on ``x``: no gradient, no tracing, no tensor subclass.
-
-    Then a module may call its CPU kernel without torch's dispatcher and repeated checks, which take 10 to 50
-    microseconds: as long as a small kernel, some 100 times a token.
-    """
-    return (
-        type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def profiled(name: str):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemq import format as fmt
-from gemq.nn.base import PackedModule, profiled, unwatched
+from gemq.nn.base import PackedModule
 from gemq.ops import backends, checks, expert_tables, layout_for, moe_lowbit_ffn, pack_experts, unpack_experts
 from gemq.ops.packing import dequantize, pack
 from gemq.ops.stacks import convert_experts
@@ -149,7 +149,7 @@ class LowBitExperts(PackedModule):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, H] -> [T, H]``: the weighted sum of the routed experts' outputs."""
-        if self.layout == "cpu_tile" and unwatched(hidden_states):
+        if self.layout == "cpu_tile" and checks.unwatched(hidden_states, top_k_index, top_k_weights):
             out = self._direct(hidden_states, top_k_index, top_k_weights)
             if out is not None:
                 return out
@@ -168,11 +168,10 @@ class LowBitExperts(PackedModule):
             and ids.dtype in _IDS and weights.dtype in checks.FLOATS and x.is_cpu and ids.is_cpu and weights.is_cpu
         ):
             return None
-        with profiled("gemq::moe_lowbit_ffn"):
-            return backends.moe_ffn(
-                x.contiguous(), self.stack("gate_up_proj"), self.stack("down_proj"), ids, weights, self.intermediate,
-                self.group_sizes["gate_up_proj"], self.group_sizes["down_proj"], self.layout,
-            )
+        return backends.moe_ffn(
+            x.contiguous(), self.stack("gate_up_proj"), self.stack("down_proj"), ids, weights, self.intermediate,
+            self.group_sizes["gate_up_proj"], self.group_sizes["down_proj"], self.layout,
+        )
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""

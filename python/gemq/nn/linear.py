@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq import format as fmt
-from gemq.nn.base import PackedModule, profiled, unwatched
+from gemq.nn.base import PackedModule
 from gemq.ops import backends, checks, layout_for, lowbit_gemm, pack, repack
 
 
@@ -75,7 +75,7 @@ class LowBitLinear(PackedModule):
         if x.shape[-1:] != (self.in_features,):
             # the op takes buffers that are longer than its matrix, so it would multiply by the wrong weights
             raise ValueError(f"x must have {self.in_features} columns, got shape {list(x.shape)}")
-        if self.layout == "cpu_tile" and unwatched(x) and x.is_cpu and x.dtype in checks.FLOATS:
+        if self.layout == "cpu_tile" and checks.unwatched(x) and x.is_cpu and x.dtype in checks.FLOATS:
             y = self._direct(x)
         else:
             y = lowbit_gemm(
@@ -86,11 +86,10 @@ class LowBitLinear(PackedModule):
 
     def _direct(self, x: Tensor) -> Tensor:
         """The kernel without the dispatcher, for an ``x`` that is plainly right."""
-        with profiled("gemq::lowbit_gemm"):
-            out = backends.dense_gemm(
-                x.reshape(-1, self.in_features), self.weight_codes, self.weight_meta, self.bits, self.out_features,
-                self.group_size, self.layout,
-            )
+        out = backends.dense_gemm(
+            x.reshape(-1, self.in_features), self.weight_codes, self.weight_meta, self.bits, self.out_features,
+            self.group_size, self.layout,
+        )
         return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gemq import format as fmt
-from gemq.ops import backends, checks, cpu
+from gemq.ops import backends, batching, checks, cpu
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -56,6 +56,7 @@ def _gemm_vjp(ctx, grad):
 
 
 _moe_gemm.register_autograd(_gemm_vjp, setup_context=_save_gemm)
+_moe_gemm.register_vmap(batching.routed(_moe_gemm, 6))
 
 
 @torch.library.custom_op("gemq::moe_lowbit_ffn", mutates_args=())
@@ -102,6 +103,7 @@ def _ffn_vjp(ctx, grad):
 
 
 _moe_ffn.register_autograd(_ffn_vjp, setup_context=_save_ffn)
+_moe_ffn.register_vmap(batching.routed(_moe_ffn, 11))
 
 
 @torch.library.custom_op("gemq::lowbit_gemm", mutates_args=())
@@ -140,6 +142,7 @@ def _dense_vjp(ctx, grad):
 
 
 _lowbit_gemm.register_autograd(_dense_vjp, setup_context=_save_dense)
+_lowbit_gemm.register_vmap(batching.dense(_lowbit_gemm))
 
 
 def _check_stack(name: str, stack: Stack, n: int, k: int, group_size: int, layout: str, device: torch.device) -> None:
@@ -218,6 +221,7 @@ def moe_lowbit_gemm(
     _check_stack("weight", stack, n, x.shape[-1], group_size, layout, x.device)
     if layout == "cpu_tile" and checks.unwatched(x, topk_ids, topk_weights):
         return cpu.moe_gemm(x.contiguous(), stack, topk_ids, topk_weights, n, group_size)
+    checks.no_tangent(x, topk_weights)
     return _moe_gemm(x.contiguous(), *stack, topk_ids, topk_weights, n, group_size, layout)
 
 
@@ -257,6 +261,7 @@ def moe_lowbit_ffn(
         return cpu.moe_ffn(
             x.contiguous(), gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size
         )
+    checks.no_tangent(x, topk_weights)
     return _moe_ffn(
         x.contiguous(), *gate_up, *down, topk_ids, topk_weights, intermediate, group_size, down_group_size, layout
     )
@@ -294,4 +299,5 @@ def lowbit_gemm(
     if layout == "cpu_tile" and checks.unwatched(x, qweight, meta):
         flat = x.reshape(-1, k).contiguous()
         return cpu.dense_gemm(flat, qweight, meta, bits, n, group_size).view(*x.shape[:-1], n)
+    checks.no_tangent(x)
     return _lowbit_gemm(x.contiguous(), qweight, meta, bits, n, group_size, layout)
