@@ -401,7 +401,7 @@ def test_a_partial_output_has_no_config(folder):
 
 
 def test_no_folder(tmp_path):
-    refused(tmp_path / "nowhere", "there is no checkpoint folder", ["gemq"])
+    refused(tmp_path / "nowhere", "there is no folder .*nowhere", ["gemq"])
 
 
 # verification

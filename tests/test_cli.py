@@ -309,7 +309,7 @@ def test_no_such_model(gemq_run, quick, tmp_path, text_file):
     fails(gemq_run("quantize", tmp_path / "nowhere", "-o", tmp_path / "o", *quick), "no model in '.*nowhere'")
     fails(gemq_run("eval", tmp_path / "nowhere", "--data", text_file), "nowhere")
     fails(gemq_run("generate", tmp_path / "nowhere", "it was"), "nowhere")
-    fails(gemq_run("inspect", tmp_path / "nowhere"), "there is no checkpoint folder .*nowhere")
+    fails(gemq_run("inspect", tmp_path / "nowhere"), "there is no folder .*nowhere")
     fails(gemq_run("verify", tmp_path / "nowhere"), "there is no folder .*nowhere")
     fails(gemq_run("allocate", tmp_path / "nowhere"), "nowhere")
 
@@ -354,7 +354,7 @@ def test_debug_shows_the_traceback(gemq_run, tmp_path):
     code, out, err = gemq_run("inspect", tmp_path / "nowhere", debug=True)
     assert (code, out) == (2, "")
     assert "Traceback (most recent call last)" in err
-    assert err.splitlines()[-1].startswith("error: there is no checkpoint folder")
+    assert err.splitlines()[-1].startswith("error: there is no folder")
 
 
 def test_internal_errors_are_one_line_too(gemq_run, monkeypatch, tmp_path):

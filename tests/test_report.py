@@ -183,7 +183,7 @@ def test_the_command_writes_the_page_and_pictures(made, tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("gemq_report.json", "{", "is not valid JSON"),
-    ("gemq_run.json", '{"seconds": {"a": "long"}}', "is malformed: expected a finite number"),
+    ("gemq_run.json", '{"seconds": {"a": "long"}}', "is malformed: seconds: expected a finite number"),
     ("gemq_run.json", '{"seconds": [1]}', "is malformed"),
     ("gemq_report.json", '{"matrices": {"a.experts.b": {}}}', "is malformed"),
     ("gemq_costs.json", "{}", "not a gemq-costs file"),

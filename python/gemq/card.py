@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from gemq import __version__, durable
 from gemq.checkpoint import load_packed_config
 from gemq.evaluations import read_evaluations
+from gemq.folders import is_hub_name
 from gemq.integrity import CARD_FILE, read_json
 from gemq.packed_config import PackedConfig
 from gemq.summary import summarize
@@ -19,18 +23,16 @@ _MB = 1e6
 
 
 def hub_name(model: str) -> str | None:
-    """``model`` if it is the name of a hub repository rather than a folder, else None."""
-    parts = model.split("/")
-    return model if len(parts) == 2 and all(parts) and not model.startswith((".", "~")) and not Path(model).exists() \
-        else None
+    """``model`` if it is the name of somebody's hub repository rather than a folder, else None."""
+    return model if "/" in model and is_hub_name(model) else None
 
 
 def write_card(folder: Path, name: str | None = None) -> Path:
     """Write ``README.md`` of the checkpoint in ``folder`` from the files beside it; it replaces an earlier one.
 
-    ``name`` is the checkpoint's in the text (default: the folder's). The base model is the one that
-    ``gemq_report.json`` names, if it is of the hub: a local path is nobody else's business. Measured perplexities are
-    those of ``gemq_evaluations.json``. Raises :class:`gemq.CheckpointError` if the folder is no checkpoint.
+    ``name`` is the checkpoint's in the text (default: the folder's, as from where it lies). The base model is the one
+    that ``gemq_report.json`` names, if it is of the hub: a local path is nobody else's business. Measured perplexities
+    are those of ``gemq_evaluations.json``. Raises :class:`gemq.CheckpointError` if the folder is no checkpoint.
     """
     folder = Path(folder)
     config = load_packed_config(folder)
@@ -43,25 +45,27 @@ def write_card(folder: Path, name: str | None = None) -> Path:
         tags=["gemq", "quantized", "mixture-of-experts", "moe"],
         **({"base_model_relation": "quantized"} if base else {}),
     )
-    text = _text(folder, name or _name(folder.resolve()), config, base, report)
+    title, place = (name or _name(folder.resolve(), between) for between in "-/")
+    text = _text(folder, title, place, config, base, report)
     # read as the hub reads it
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     durable.write_atomic(folder / CARD_FILE, str(card).encode())
     return folder / CARD_FILE
 
 
-def _name(folder: Path) -> str:
+def _name(folder: Path, between: str) -> str:
     """The folder's name, behind its parent's where that is only a budget: ``mixtral-2.5`` for ``mixtral/2.5``."""
-    return f"{folder.parent.name}-{folder.name}" if folder.name.replace(".", "", 1).isdigit() else folder.name
+    budget = folder.name.replace(".", "", 1).isdigit() and folder.parent.name
+    return f"{folder.parent.name}{between}{folder.name}" if budget else folder.name
 
 
-def _text(folder: Path, name: str, config: PackedConfig, base: str | None, report: dict[str, Any]) -> str:
+def _text(folder: Path, name: str, place: str, config: PackedConfig, base: str | None, report: dict[str, Any]) -> str:
     summary = summarize(folder)
     widths = config.weight_bits
     shares = ", ".join(f"{100 * widths.count(b) / len(widths):.0f}% at {b}" for b in sorted(set(widths)))
     origin = f"[{base}](https://huggingface.co/{base})" if base else "A mixture-of-experts model"
     parts = [
-        f"# {name}\n",
+        f"# {_cell(name)}\n",
         f"{origin} with its experts quantized to {summary.expert_bits:.2f} bits on average by gemq {__version__} "
         f"(method of [GEMQ](https://arxiv.org/abs/2605.23078)). It needs the package gemq to run.\n",
         "| | |\n|---|---|",
@@ -75,7 +79,7 @@ def _text(folder: Path, name: str, config: PackedConfig, base: str | None, repor
     parameters = report.get("parameters")
     if isinstance(parameters, int) and parameters > 0:
         parts.append(f"| the same in 16 bits | {2 * parameters / _MB:,.1f} MB |")
-    return "\n".join(parts) + "\n" + _scores(folder) + _USE.format(name=name)
+    return "\n".join(parts) + "\n" + _scores(folder) + _use(place)
 
 
 def _scores(folder: Path) -> str:
@@ -87,7 +91,15 @@ def _scores(folder: Path) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ").replace("<", "&lt;")
+    """Text that is read as it is: nothing of it is markup, HTML or a link."""
+    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\|\[\]`]", r"\\\g<0>", plain)
+
+
+def _use(place: str) -> str:
+    """How to load the checkpoint at ``place``, a repository or folder, in Python and at the terminal."""
+    shown = place.replace("`", "").replace("\n", " ")
+    return _USE.format(python=json.dumps(shown), shell=shlex.quote(shown))
 
 
 _USE = """
@@ -97,11 +109,11 @@ _USE = """
 import gemq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({python})
+tokenizer = AutoTokenizer.from_pretrained({python})
 ids = tokenizer("It was a dark night", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
 ```
 
-or at the terminal: `gemq generate {name} "It was a dark night"`.
+or at the terminal: `gemq generate {shell} "It was a dark night"`.
 """

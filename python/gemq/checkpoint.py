@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from gemq import durable
 from gemq.algorithms.sequential import QuantizedWeights
 from gemq.errors import CheckpointError, GemqError
+from gemq.folders import HUB_OPTIONS, checkpoint_folder
 from gemq.format import UNQUANTIZED
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.integrity import verify as verify_files
@@ -185,10 +186,8 @@ def _config_text(model, dtype: torch.dtype | None) -> str:
 
 
 def load_packed_config(path: str | os.PathLike) -> PackedConfig:
-    """The :class:`PackedConfig` of a checkpoint folder. Raises :class:`CheckpointError`."""
-    if not Path(path).is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {path}")
-    file = Path(path) / "config.json"
+    """The :class:`PackedConfig` of a checkpoint, a folder or hub name. Raises :class:`CheckpointError`."""
+    file = checkpoint_folder(path) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
     return PackedConfig.from_dict(read_json(file).get("quantization_config"))
@@ -201,11 +200,12 @@ def from_pretrained(
     """Load a packed checkpoint for inference: a transformers model whose experts run on gemq's kernels.
 
     Args:
-        path: a folder written by gemq (or by ``save_pretrained`` of a loaded model).
+        path: a folder written by gemq (or by ``save_pretrained`` of a loaded model), or its name on the hub.
         dtype: of activations and unquantized tensors; "auto" takes the checkpoint's.
         device: where to put the model, for instance "cuda"; None leaves it on the CPU.
         verify: first compare every file with the SHA-256 sums of the manifest, as :func:`gemq.verify` does.
-        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``. No code of the checkpoint is run unless
+            ``trust_remote_code=True`` is among them.
 
     Raises :class:`CheckpointError` for a checkpoint that is truncated, inconsistent, newer than this version or
     not gemq's; nothing is ever filled in with random weights.
@@ -214,12 +214,16 @@ def from_pretrained(
 
     import gemq.hf  # noqa: F401  (registers the quantizer)
 
+    folder = checkpoint_folder(path, **{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs})
     if verify:
-        verify_files(path)
-    load_packed_config(path)
-    weight_files(path)
+        verify_files(folder)
+    load_packed_config(folder)
+    weight_files(folder)
+    trusted = kwargs.pop("trust_remote_code", False)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trusted, **kwargs
+        )
     except (GemqError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

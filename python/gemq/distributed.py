@@ -55,19 +55,50 @@ def world() -> World:
 
 
 def launched() -> World:
-    """The place that ``torchrun`` gave this process, before and after the job has begun."""
-    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    """The place that ``torchrun`` gave this process, before and after the job has begun.
+
+    Raises :class:`gemq.errors.DistributedError` for environment variables that are no such place.
+    """
+    size = _environment("WORLD_SIZE", 1, 1)
+    if size == 1:
+        # other programs' RANK
+        return World(0, 1)
+    rank = _environment("RANK", 0, 0)
+    if rank >= size:
+        raise DistributedError(f"the environment variable RANK must be below WORLD_SIZE, {size}, got {rank}")
+    return World(rank, size)
+
+
+def place_to_report() -> World:
+    """As :func:`launched`, for whoever reports an error: a place that cannot be read is that of a single process."""
+    try:
+        return launched()
+    except DistributedError:
+        return World(0, 1)
+
+
+def _environment(name: str, default: int, least: int) -> int:
+    """A whole number that the launcher set."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise DistributedError(
+            f"the environment variable {name} must be a whole number of at least {least}, got {text!r:.60}; torchrun "
+            "sets it, elsewhere it should not be set"
+        )
+    return int(text)
 
 
 def processes_here() -> int:
     """How many processes of the job share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched().size > 1 else 1
+    return _environment("LOCAL_WORLD_SIZE", 1, 1) if launched().size > 1 else 1
 
 
 def own_device() -> str | None:
     """The GPU of this process where a job was launched on a machine with GPUs, else None."""
     if launched().size > 1 and torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        return f"cuda:{_environment('LOCAL_RANK', 0, 0) % torch.cuda.device_count()}"
     return None
 
 
@@ -92,7 +123,7 @@ def job(device: torch.device, patience: datetime.timedelta = PATIENCE) -> Iterat
 def leave(status: int) -> NoReturn:
     """End this process with an exit status. One of a job that failed ends at once: threads of the connections that it
     lost may abort it on the way out of an orderly end."""
-    if status and launched().size > 1:
+    if status and place_to_report().size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -10,8 +10,8 @@ of the manifest and may grow after a checkpoint was saved::
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from gemq.errors import CheckpointError
 from gemq.integrity import EVALUATIONS_FILE, read_json
 
 VERSION = 1
+# more tokens than any text has
+_MOST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Score:
         return self.data, self.length, self.tokens
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def score_of(record: Any) -> Score:
     """A score from JSON. Raises ``ValueError`` saying what is wrong with the record."""
     if not isinstance(record, dict):
@@ -50,10 +56,14 @@ def score_of(record: Any) -> Score:
         value = record.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} must be given, got {value!r:.60}")
+    for name in ("length", "tokens"):
+        if not 1 <= record[name] < _MOST:
+            raise ValueError(f"{name} must be a number of tokens, got {record[name]!r:.60}")
     seconds = record.get("seconds")
-    if not math.isfinite(record["perplexity"]) or record["perplexity"] < 1:
-        raise ValueError(f"perplexity must be a number of at least 1, got {record['perplexity']}")
-    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
+    # whole numbers of JSON have no bound
+    if not 1 <= record["perplexity"] <= sys.float_info.max:
+        raise ValueError(f"perplexity must be a number of at least 1, got {record['perplexity']!r:.60}")
+    if seconds is not None and (not _is_number(seconds) or not 0 <= seconds <= sys.float_info.max):
         raise ValueError(f"seconds must be >= 0, got {seconds!r:.60}")
     texts = {n: v if isinstance(v, str) else None for n, v in ((n, record.get(n)) for n in ("model", "gemq"))}
     return Score(record["data"], record["length"], float(record["perplexity"]), record["tokens"], seconds, **texts)

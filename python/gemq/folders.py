@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from gemq.errors import CheckpointError, first_line
 
@@ -13,13 +14,17 @@ WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.i
 # what a tokenizer, a processor or a reader needs of a model's folder; none of it is code or a pickle
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "generation_config.json", "chat_template.json", "chat_template.jinja", f"{TEMPLATES}/*.jinja",
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
-    "video_preprocessor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+    "video_preprocessor_config.json",
 )
+# what may be passed on only together with this
+LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 # what gemq itself writes beside the weights
 OWN = ("config.json", "gemq_*.json", "README.md")
+# how a repository is fetched, as transformers spells it
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # never to be copied or published, whatever else their names are: code, pickles, archives
 _REFUSED = (
     ".py", ".pyc", ".pyi", ".so", ".sh", ".js", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz",
@@ -29,7 +34,12 @@ _REFUSED = (
 
 def is_companion(name: str) -> bool:
     """Tell a tokenizer's, processor's or licence file by its path inside the folder, with ``/`` between parts."""
-    return _matches(name, COMPANIONS) and not name.lower().endswith(_REFUSED)
+    return _matches(name, (*COMPANIONS, *LEGAL)) and not name.lower().endswith(_REFUSED)
+
+
+def is_legal(name: str) -> bool:
+    """Tell a licence or notice."""
+    return _matches(name, LEGAL)
 
 
 def is_known(name: str) -> bool:
@@ -42,6 +52,13 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return not name.startswith(".") and any(
         name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
     )
+
+
+def lies_inside(file: Path, folder: Path) -> bool:
+    """Tell a path whose content lies in ``folder``, or among the blobs that the hub's cache links to from there."""
+    real, root = file.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs"
+    return real.is_relative_to(root) or (root.parent.name == "snapshots" and real.parent == blobs)
 
 
 def is_hub_name(text: str) -> bool:
@@ -57,11 +74,13 @@ def is_hub_name(text: str) -> bool:
     return True
 
 
-def local_folder(path: str | os.PathLike, patterns: tuple[str, ...] = ("*.safetensors", "*.json")) -> Path:
+def local_folder(
+    path: str | os.PathLike, patterns: tuple[str, ...] = ("*.safetensors", "*.json"), **options: Any
+) -> Path:
     """``path`` if it is a folder, else the hub's snapshot of that name, of files that fit ``patterns``.
 
-    The cache is used as far as it goes; ``HF_HUB_OFFLINE`` is heeded. Raises :class:`CheckpointError` if there is
-    neither.
+    The cache is used as far as it goes; ``HF_HUB_OFFLINE`` is heeded. ``options`` are those of
+    :data:`HUB_OPTIONS`. Raises :class:`CheckpointError` if there is neither.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -73,7 +92,7 @@ def local_folder(path: str | os.PathLike, patterns: tuple[str, ...] = ("*.safete
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
     except Exception as error:
         # no network, no such repository, no right to it, a disk that is full, a broken cache
         raise CheckpointError(
@@ -81,9 +100,10 @@ def local_folder(path: str | os.PathLike, patterns: tuple[str, ...] = ("*.safete
         ) from error
 
 
-def checkpoint_folder(path: str | os.PathLike) -> Path:
+def checkpoint_folder(path: str | os.PathLike, **options: Any) -> Path:
     """The folder of a packed checkpoint, given as a folder or as the name of a hub repository.
 
-    Of a repository only files of known names are fetched: no code, no pickles. Raises :class:`CheckpointError`.
+    Of a repository only files of known names are fetched: no code, no pickles. ``options`` are those of
+    :data:`HUB_OPTIONS`. Raises :class:`CheckpointError`.
     """
-    return local_folder(path, (*WEIGHTS, *COMPANIONS, *OWN))
+    return local_folder(path, (*WEIGHTS, *COMPANIONS, *LEGAL, *OWN), **options)

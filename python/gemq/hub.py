@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from gemq.card import write_card
 from gemq.checkpoint import load_packed_config
 from gemq.errors import CheckpointError, GemqError, first_line
-from gemq.integrity import CARD_FILE, verify
+from gemq.folders import is_known, is_legal, lies_inside
+from gemq.integrity import CARD_FILE, MANIFEST_FILE, NOTES, recorded_files, verify
 
 
 class UploadError(GemqError, OSError):
@@ -37,13 +39,15 @@ def check_login(api: Any | None = None) -> str:
 
 
 def upload(folder: str | os.PathLike, repo: str, *, private: bool = False, api: Any | None = None) -> str:
-    """Create ``repo`` if it is not there, put every file of the checkpoint into it in one commit; returns its URL.
+    """Create ``repo`` if it is not there, put the checkpoint's files into it in one commit; returns its URL.
 
-    The files are compared with the manifest first, so what is damaged is not published. The card is written anew with
-    the repository's name in it. ``api`` is a ``huggingface_hub.HfApi``. Raises :class:`UploadError` or
-    :class:`CheckpointError`.
+    The files are compared with the manifest first, so what is damaged is not published, nor is what the manifest and
+    :func:`published` do not know. The card is written anew with the repository's name in it. ``api`` is a
+    ``huggingface_hub.HfApi``. Raises :class:`UploadError` or :class:`CheckpointError`.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {str(folder)!r} to upload")
     load_packed_config(folder)
     check_repo(repo)
     verify(folder)
@@ -54,7 +58,11 @@ def upload(folder: str | os.PathLike, repo: str, *, private: bool = False, api: 
     api = api or _api()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Quantized with gemq")
+        # patterns, in which a bracket is no letter
+        names = [glob.escape(name) for name in published(folder)[0]]
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Quantized with gemq", allow_patterns=names
+        )
     except CheckpointError:
         raise
     except Exception as error:
@@ -63,6 +71,21 @@ def upload(folder: str | os.PathLike, repo: str, *, private: bool = False, api: 
             f"again"
         ) from error
     return str(url)
+
+
+def published(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the files of a checkpoint that go to the hub, and of those in its folder that do not.
+
+    What goes is recorded in the manifest and of a known name, or is a note or licence beside it.
+    """
+    beside = {MANIFEST_FILE, *NOTES}
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    recorded = set(recorded_files(folder))
+    goes = [
+        name for name in files if is_known(name) and (name in recorded or name in beside or is_legal(name))
+        and (folder / name).is_file() and lies_inside(folder / name, folder)
+    ]
+    return goes, [name for name in files if name not in goes]
 
 
 def _api():

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from gemq.checkpoint import load_packed_config
+from gemq.folders import checkpoint_folder
 from gemq.integrity import read_header, weight_files
 from gemq.packed_config import PackedConfig
 
@@ -36,9 +37,10 @@ def _kind(name: str) -> str:
 
 
 def summarize(path: str | os.PathLike) -> Summary:
-    """Summarize a checkpoint folder without loading weights. Raises :class:`CheckpointError`."""
-    config = load_packed_config(path)
-    files = weight_files(path)
+    """Summarize a checkpoint, a folder or hub name, without loading weights. Raises :class:`CheckpointError`."""
+    folder = checkpoint_folder(path)
+    config = load_packed_config(folder)
+    files = weight_files(folder)
     kinds: dict[str, int] = {}
     for file in files:
         for name, entry in read_header(file).items():

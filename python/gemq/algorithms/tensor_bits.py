@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import regex
 
 from gemq.format import MAX_BITS, UNQUANTIZED
 from gemq.models import MoeModel
 
+# seconds that a pattern may take for all of a model's paths, and characters that it may have: some patterns take
+# exponential time
+_PATIENCE, _LONGEST = 5.0, 1000
+# counted repetitions are unrolled, one inside another
+_MOST_REPEATED = 10_000
+_COUNTED = re.compile(r"\{\s*(\d+)?\s*(?:,\s*(\d+)?\s*)?\}")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _repetitions(pattern: str) -> Iterator[int]:
+    """The larger number of every ``{m,n}``, at most one more than is allowed."""
+    for found in _COUNTED.finditer(pattern):
+        yield max(min(int(number[:9]), _MOST_REPEATED + 1) for number in (*filter(None, found.groups()), "1"))
 
 
 @dataclass(frozen=True)
@@ -24,14 +40,40 @@ class TensorBits:
     bits: int
 
     def __post_init__(self) -> None:
+        if len(self.pattern) > _LONGEST:
+            raise ValueError(f"tensor_bits: a pattern has at most {_LONGEST} characters, got {len(self.pattern)}")
+        if math.prod(_repetitions(self.pattern)) > _MOST_REPEATED:
+            raise ValueError(f"tensor_bits: {self.pattern!r:.60} repeats more than {_MOST_REPEATED} times")
         try:
-            re.compile(self.pattern)
-        except re.error as error:
+            regex.compile(self.pattern)
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise ValueError(f"tensor_bits: {self.pattern!r} is no regular expression: {error}") from None
         if not self.pattern:
             raise ValueError("tensor_bits: the pattern must not be empty")
         if not (0 <= self.bits <= MAX_BITS or self.bits == UNQUANTIZED):
             raise ValueError(f"tensor_bits: {self.pattern!r} must get 0..8 bits, or 16, got {self.bits}")
+
+
+class _Search:
+    """A pattern, and the seconds that are left to search with it."""
+
+    def __init__(self, item: TensorBits):
+        self.item, self._left = item, _PATIENCE
+        # the module of the standard library cannot be stopped
+        self._expression = regex.compile(item.pattern)
+
+    def finds(self, path: str) -> bool:
+        """Search; ``ValueError`` when the time is over."""
+        began = time.monotonic()
+        try:
+            found = self._expression.search(path, timeout=max(self._left, 1e-3))
+        except TimeoutError:
+            raise ValueError(
+                f"tensor_bits: {self.item.pattern!r} takes more than {_PATIENCE:g} s to search the model's paths; "
+                "write it without repetitions inside repetitions"
+            ) from None
+        self._left -= time.monotonic() - began
+        return found is not None
 
 
 @dataclass(frozen=True)
@@ -69,11 +111,12 @@ def resolve(moe: MoeModel, wanted: tuple[TensorBits, ...]) -> Overrides:
     found = Overrides()
     by: dict[str, TensorBits] = {}
     used: set[TensorBits] = set()
-    expressions = [(item, re.compile(item.pattern)) for item in wanted]
+    searches = [_Search(item) for item in wanted]
     for path, expert in quantizable(moe) if wanted else ():
-        for item, expression in expressions:
-            if not expression.search(path):
+        for search in searches:
+            if not search.finds(path):
                 continue
+            item = search.item
             used.add(item)
             if by.setdefault(path, item).bits != item.bits:
                 raise ValueError(f"tensor_bits: {by[path].pattern!r} gives {path} {by[path].bits} bits and "

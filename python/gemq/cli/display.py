@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemq import distributed
+from gemq.cli.plain import printable
 from gemq.format import mean_width
 
 # dark to bright with the width, legible on light and dark grounds
@@ -40,10 +42,21 @@ def configure(quiet: bool = False, plain: bool = False) -> None:
         console.cache_clear()
 
 
+class _Console(Console):
+    """Prints texts as they are: no markup, no emoji codes, and no character that a terminal obeys."""
+
+    def __init__(self, **options: Any):
+        super().__init__(no_color=_PLAIN, markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, with the texts among ``objects`` escaped."""
+        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+
 @cache
 def output() -> Console:
     """The console of standard output. Only a terminal has a width to fit: in a file, paths stay in one piece."""
-    console = Console(no_color=_PLAIN)
+    console = _Console()
     if not console.is_terminal:
         console.width = 400
     return console
@@ -52,13 +65,13 @@ def output() -> Console:
 @cache
 def errors() -> Console:
     """The console of standard error, for errors and warnings."""
-    return Console(stderr=True, no_color=_PLAIN)
+    return _Console(stderr=True)
 
 
 @cache
 def notes() -> Console:
     """The console of standard error for all that is neither data nor a warning: silent with ``--quiet``."""
-    return Console(stderr=True, no_color=_PLAIN, quiet=_QUIET)
+    return _Console(stderr=True, quiet=_QUIET)
 
 
 class Stages:
@@ -72,7 +85,7 @@ class Stages:
         if self._bars is None:
             return
         if done == 0 or stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._tasks[stage] = self._bars.add_task(printable(stage, keep=""), total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
 
     def print(self, line: str) -> None:
@@ -100,7 +113,8 @@ def stages() -> Iterator[Stages]:
         yield Stages(None)
         return
     columns = (
-        TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), RateColumn()
+        TextColumn("{task.description:<22}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        RateColumn(),
     )
     with Progress(*columns, console=notes()) as bars:
         started = time.monotonic()
@@ -121,14 +135,14 @@ def size(count: int) -> str:
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     """A table whose first column is left-aligned and may fold, and the others right-aligned."""
     # as Text, not markup: a path may hold square brackets
-    result = Table(title=Text(title), title_justify="left")
+    result = Table(title=Text(printable(title, keep="")), title_justify="left")
     for index, name in enumerate(columns):
         if index == 0:
             result.add_column(name, overflow="fold")
         else:
             result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        result.add_row(*(Text(cell) for cell in row))
+        result.add_row(*(Text(printable(cell, keep="")) for cell in row))
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from gemq.cli import display
+from gemq.cli.plain import printable
+
+# what begins a formula in a spreadsheet (OWASP, CSV injection); a number does not
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_MARKUP = re.compile(r"[\\|\[\]`]")
 
 
 class Format(StrEnum):
@@ -64,17 +71,31 @@ def emit(title: str, columns: Sequence[Column], records: Sequence[dict[str, Any]
     else:
         flat = [_flat(record) for record in records]
         names = list(dict.fromkeys(name for record in flat for name in record))
-        writer = csv.DictWriter(sys.stdout, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(csv_cell(name) for name in names)
+        writer.writerows([csv_cell(record.get(name, "")) for name in names] for record in flat)
+
+
+def csv_cell(value: Any) -> Any:
+    """A value for CSV: a text that a spreadsheet would take for a formula gets an apostrophe, numbers stay."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, ready to paste: first column left, the others right."""
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.replace("|", r"\|").replace("\n", " ") for c in cells) + " |"
+        return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 
     return "\n".join([line(titles), "|---" + "|---:" * (len(titles) - 1) + "|", *map(line, rows)])
+
+
+def markdown_cell(text: str) -> str:
+    """Text in a cell that is read as it is: no markup, HTML, links or line ends of a stranger's name."""
+    plain = printable(text.replace("\n", " "), keep="").replace("&", "&amp;").replace("<", "&lt;")
+    return _MARKUP.sub(r"\\\g<0>", plain)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +19,7 @@ _BYTES = (
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")],
+    model: Annotated[str, typer.Argument(help="Packed checkpoint: a folder or hub name.")],
     form: FormatOption = Format.table,
 ) -> None:
     """Bits and sizes of a packed checkpoint, and its bit map.
@@ -29,9 +28,8 @@ def inspect(
     """
     summary = summarize(model)
     config, total = summary.config, summary.tensor_bytes
-    rows = [{"tensors": kind, "bytes": count, "share": count / total} for kind, count in summary.bytes_by_kind.items()]
-    rows.append({"tensors": "all tensors", "bytes": total, "share": 1.0})
-    rows.append({"tensors": "files", "bytes": summary.file_bytes, "share": summary.file_bytes / total})
+    counts = summary.bytes_by_kind | {"all tensors": total, "files": summary.file_bytes}
+    rows = [{"tensors": kind, "bytes": count, "share": count / max(total, 1)} for kind, count in counts.items()]
     if form in (Format.json, Format.jsonl):
         whole = config.to_dict() | {"bits_per_expert": summary.expert_bits, "bytes": summary.bytes_by_kind,
                                     "tensor_bytes": total, "file_bytes": summary.file_bytes}
@@ -51,7 +49,7 @@ def inspect(
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")],
+    model: Annotated[str, typer.Argument(help="Packed checkpoint: a folder or hub name.")],
     form: FormatOption = Format.table,
 ) -> None:
     """Compare every file of a checkpoint with the SHA-256 sums recorded when it was saved.
@@ -61,7 +59,7 @@ def verify(
     found = gemq.verify(model)
     if form is not Format.table:
         columns = (Column("checkpoint", "checkpoint"), Column("files", "files"), Column("size", "bytes", display.size))
-        emit("", columns, [{"checkpoint": str(model), "files": found.files, "bytes": found.bytes}], form)
+        emit("", columns, [{"checkpoint": model, "files": found.files, "bytes": found.bytes}], form)
         return
     display.output().print(
         f"{model}: {found.files} files, {display.size(found.bytes)}, as saved", markup=False, highlight=False,

@@ -12,11 +12,12 @@ from gemq.cli import display
 from gemq.pipeline import parse_dtype
 from gemq.shards import parse_size
 
+_SHOWN = 20
 ShardSize = Annotated[str, typer.Option(help="Largest file: 5GB, 500MB.")]
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")],
+    model: Annotated[str, typer.Argument(help="Packed checkpoint: a folder or hub name.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float16 or bfloat16.")] = "auto",
     shard_size: ShardSize = "5GB",
@@ -35,10 +36,21 @@ def export(
         f"{done.path}: {done.tensors} tensors, {display.size(done.bytes)}, {kind}", markup=False, highlight=False,
         soft_wrap=True,
     )
+    say_left_out(done.left_out)
+
+
+def say_left_out(names: list[str]) -> None:
+    """Name files that were not passed on."""
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        display.notes().print(
+            f"left out, as no files of a checkpoint: {', '.join(names[:_SHOWN])}{more}", style="dim", highlight=False,
+            soft_wrap=True,
+        )
 
 
 def import_gptq(
-    source: Annotated[Path, typer.Argument(help="GPTQ checkpoint folder (AutoGPTQ's or GPTQModel's).")],
+    source: Annotated[str, typer.Argument(help="GPTQ checkpoint (AutoGPTQ's or GPTQModel's): a folder or hub name.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     shard_size: ShardSize = "5GB",
 ) -> None:
@@ -57,6 +69,7 @@ def import_gptq(
         f"{done.path}: experts {', '.join(map(str, widths))} bits, attention {done.config.attention_bits}, "
         f"{display.size(done.bytes)}", markup=False, highlight=False, soft_wrap=True,
     )
+    say_left_out(done.left_out)
     if done.wrapped:
         display.errors().print(
             f"note: {done.wrapped} zero points are stored as -1 and were read as 0, as AutoGPTQ reads them",

@@ -11,12 +11,13 @@ from gemq.cli import display
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Checkpoints, or folders that hold some.")],
+    folders: Annotated[list[str], typer.Argument(help="Checkpoints (or hub names), or folders that hold some.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("gemq-report.html"),
     png: Annotated[Path | None, typer.Option(help="Also write the figures as PNGs into this folder.")] = None,
     scores: Annotated[list[Path] | None, typer.Option(
         help="Files of gemq eval -o json, for instance of the original model; may be repeated.")] = None,
-    source: Annotated[Path | None, typer.Option(help="Folder of the original model, to compare its routers.")] = None,
+    source: Annotated[str | None, typer.Option(help="The original model (folder or hub name), to compare its routers.")]
+    = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "gemq report",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
-from gemq.algorithms.given_allocation import GivenAllocation
-from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.progressive import MethodConfig
-from gemq.algorithms.router_tuning import RouterTuningConfig
-from gemq.algorithms.tensor_bits import TensorBits
-from gemq.engine.journal import read_manifest
+from gemq.engine.journal import MANIFEST, read_manifest
 from gemq.errors import CheckpointError
-from gemq.pipeline import QuantizeConfig
+from gemq.pipeline import QuantizeConfig, run_directory
+
+# what may lie elsewhere by now: known by content, or the choice of this command line
+_MOVABLE = ("model", "output", "calibration", "router_text", "costs")
 
 # which fields of the config an option decides
 _FIELDS = {
@@ -48,35 +48,54 @@ def _field(config: dict[str, Any], path: str) -> Any:
 
 
 def stored_config(folder: Path) -> QuantizeConfig:
-    """The options that a run directory was begun with. Raises :class:`CheckpointError` if it is none."""
+    """The options that a run directory was begun with.
+
+    Raises :class:`CheckpointError` if it is none, or naming the field of its manifest that is missing, unknown, of
+    another type or out of range.
+    """
     found = read_manifest(folder)
     if found is None:
         raise CheckpointError(f"{folder} is not a run directory that can be resumed: it has no readable manifest")
-    command = dict(found["command"])
-    method = dict(command.pop("method"))
-    given = method.pop("given", None)
-    gptq, router = GptqConfig(**method.pop("gptq")), RouterTuningConfig(**method.pop("router"))
-    for name in ("budgets", "candidates"):
-        method[name] = tuple(method[name])
-    method["tensor_bits"] = tuple(TensorBits(**item) for item in method.get("tensor_bits", ()))
-    return QuantizeConfig(**command, method=MethodConfig(
-        **method, gptq=gptq, router=router, given=None if given is None else GivenAllocation.from_json(given)
-    ))
+    try:
+        # as JSON: lists are what tuples became
+        return TypeAdapter(QuantizeConfig).validate_json(json.dumps(found["command"]), strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, ("command", *first["loc"])))
+        given = repr(first["input"])
+        shown = given if len(given) <= 60 else f"{given[:57]}..."
+        raise CheckpointError(
+            f"{folder / MANIFEST} is malformed at {field}: {first['msg'].removeprefix('Value error, ')}, got {shown}"
+        ) from None
 
 
 def resumed(folder: Path, given: QuantizeConfig, context: typer.Context) -> QuantizeConfig:
-    """The stored options; :class:`CheckpointError` names those on the command line that differ from them."""
+    """The stored options; :class:`CheckpointError` names those on the command line that differ from them.
+
+    Where the run writes and whether it runs a model's code is never taken from the run directory, which may be a
+    stranger's: the output must be the one that the directory lies beside, or be given, and trust is given again. A
+    model or a text that was moved is given by its new place; the engine compares contents.
+    """
     config = stored_config(folder)
     stored, wanted = asdict(config), asdict(given)
     explicit = [n for n in context.params if context.get_parameter_source(n).name == "COMMANDLINE"]
     if "redo" in explicit or "restart" in explicit:
         raise CheckpointError("--resume takes the options of the run, so --redo and --restart have nothing to do")
+    if config.trust_remote_code and not given.trust_remote_code:
+        raise CheckpointError(
+            f"the run in {folder} was begun with --trust-remote-code: give it again to run the model's code"
+        )
     conflicts = [
         f"--{name.replace('_', '-')} ({_field(stored, path)} there, {_field(wanted, path)} here)"
         for name in explicit for path in _FIELDS.get(name, ())
-        if _field(stored, path) != _field(wanted, path)
+        if name not in _MOVABLE and _field(stored, path) != _field(wanted, path)
     ]
     if conflicts:
         raise CheckpointError(f"{folder} was begun with other options: {', '.join(conflicts)}")
-    free = {n: getattr(given, n) for n in ("overwrite", "scratch", "keep_run", "log") if n in explicit}
-    return replace(config, run_dir=str(folder), changed="refuse", **free)
+    free = {n: getattr(given, n) for n in (*_MOVABLE, "overwrite", "scratch", "keep_run") if n in explicit}
+    config = replace(config, run_dir=str(folder), changed="refuse", log=given.log, **free)
+    if "output" not in explicit and run_directory(replace(config, run_dir=None)).resolve() != folder.resolve():
+        raise CheckpointError(
+            f"the run in {folder} writes to {config.output!r}, which it does not lie beside; say where with --output"
+        )
+    return config

@@ -14,6 +14,7 @@ import typer
 from gemq import distributed
 from gemq.cli.app import app
 from gemq.cli.display import configure, errors
+from gemq.cli.plain import printable
 from gemq.errors import FailedElsewhereError, GemqError
 
 # characters of an error message that are shown
@@ -21,10 +22,10 @@ _LONGEST = 2000
 
 
 def _fail(message: str) -> None:
-    # a tensor or file name may hold square brackets, codes that move a terminal's cursor, or a megabyte
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    # a tensor or file name may hold codes that move a terminal's cursor, or a megabyte
+    shown = printable(message, keep="")
     shown = shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
-    place = distributed.launched()
+    place = distributed.place_to_report()
     who = f"rank {place.rank}: " if place.size > 1 and not shown.startswith("rank ") else ""
     errors().print(f"error: {who}{shown}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
@@ -39,10 +40,27 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+class _Notices(logging.Handler):
+    """Shows what the library warns of by its logger ``gemq``, of several processes rank 0's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record in one line."""
+        if distributed.place_to_report().rank == 0:
+            text = printable(record.getMessage(), keep="")
+            errors().print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_notices() -> None:
+    logger = logging.getLogger("gemq")
+    if not any(isinstance(handler, _Notices) for handler in logger.handlers):
+        logger.addHandler(_Notices(logging.WARNING))
+
+
 def run(arguments: list[str], debug: bool = False) -> int:
     """The exit code of ``gemq *arguments``; with ``debug`` exceptions show their traceback."""
     if not debug:
         _quiet_libraries()
+    _show_notices()
     arguments, flags = _take_flags(arguments)
     configure(quiet=bool(flags & {"-q", "--quiet"}), plain="--no-color" in flags)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import textwrap
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,18 +13,46 @@ import yaml
 
 # not settings: they say where settings come from, or end the command
 _NEVER = {"config-file", "config", "help", "example"}
+# decisions of whoever types the command: a file may be a stranger's
+_LINE_ONLY = {"trust-remote-code"}
+# bytes of a settings file
+_LARGEST = 1 << 20
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without tags, and without keys that come twice."""
+    """YAML without tags, without aliases, which can stand for more than memory holds, and without keys that come
+    twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node; an alias is an error."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"aliases like *{event.anchor} are not read", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
 
 def _distinct(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", node.start_mark)
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, f"{_shown(key)} is no key", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {_shown(key)} comes twice", node.start_mark)
+        seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+def _shown(value: Any) -> str:
+    """A value for an error, cut: it may be as large as the file."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # a whole number of thousands of digits
+        text = f"a {type(value).__name__} that is too long"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _distinct)
@@ -35,17 +64,23 @@ def _options(command) -> dict[str, Any]:
     for parameter in command.params:
         long = [o for o in parameter.opts if o.startswith("--")]
         name = (long[0][2:] if long else parameter.name).replace("_", "-")
-        if name not in _NEVER:
+        if name not in _NEVER and name not in _LINE_ONLY:
             found[name] = parameter
     return found
 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise typer.BadParameter(f"--config {path} has more than {_LARGEST} bytes, which is no settings file")
+        content = yaml.load(data.decode("utf-8-sig"), _Loader)
     except OSError as error:
         raise typer.BadParameter(f"--config {path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except RecursionError:
+        raise typer.BadParameter(f"--config {path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise typer.BadParameter(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
@@ -59,10 +94,10 @@ def _value(path: Path, key: str, value: Any, parameter) -> Any:
     repeats = bool(getattr(parameter, "multiple", False)) or parameter.nargs == -1
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise typer.BadParameter(f"--config {path}: {key} must be true or false, got {value!r}")
+            raise typer.BadParameter(f"--config {path}: {key} must be true or false, got {_shown(value)}")
         return value
     if isinstance(value, dict) and repeats:
-        return [f"{name}={item}" for name, item in value.items()]
+        return [f"{_word(path, key, name)}={_word(path, key, item)}" for name, item in value.items()]
     if isinstance(value, list):
         words = [_word(path, key, item) for item in value]
         return words if repeats else ",".join(words)
@@ -70,8 +105,11 @@ def _value(path: Path, key: str, value: Any, parameter) -> Any:
 
 
 def _word(path: Path, key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise typer.BadParameter(f"--config {path}: {key} must be a text, a number or a list of them, got {value!r}")
+    plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if not plain or (isinstance(value, int) and value.bit_length() > 64) or (isinstance(value, str) and "\0" in value):
+        raise typer.BadParameter(
+            f"--config {path}: {key} must be a text, a number or a list of them, got {_shown(value)}"
+        )
     return str(value)
 
 
@@ -81,11 +119,13 @@ def load_settings(context: typer.Context, path: Path | None) -> Path | None:
         return path
     known, values = _options(context.command), {}
     for key, value in _parse(path).items():
-        name = str(key).replace("_", "-")
+        name = key.replace("_", "-") if isinstance(key, str) else _shown(key)
+        if name in _LINE_ONLY:
+            raise typer.BadParameter(f"--config {path}: {name} is given on the command line only")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"gemq settings {context.command.name} shows all"
-            raise typer.BadParameter(f"--config {path}: unknown key {key!r}; {hint}")
+            raise typer.BadParameter(f"--config {path}: unknown key {_shown(key)}; {hint}")
         if value is not None:
             values[known[name].name] = _value(path, str(key), value, known[name])
     context.default_map = {**(context.default_map or {}), **values}

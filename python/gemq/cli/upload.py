@@ -9,6 +9,7 @@ import typer
 
 from gemq import hub
 from gemq.cli import display
+from gemq.cli.interchange import say_left_out
 
 
 def upload(
@@ -22,4 +23,6 @@ def upload(
     """
     hub.check_repo(repo)
     hub.check_login()
-    display.output().print(hub.upload(checkpoint, repo, private=private), markup=False, highlight=False, soft_wrap=True)
+    url = hub.upload(checkpoint, repo, private=private)
+    display.output().print(url, markup=False, highlight=False, soft_wrap=True)
+    say_left_out(hub.published(checkpoint)[1])

@@ -22,6 +22,8 @@ from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.format import UNQUANTIZED
 from gemq.interchange.plain_pickles import read_plain_pickle
 
+# digits of a layer's or expert's number
+_LONGEST_NUMBER = 10
 _PICKLES = (".pkl", ".pickle")
 
 
@@ -116,7 +118,8 @@ def _width(name: str, value: Any) -> int:
 
 
 def _index(name: str, key: Any) -> int:
-    if (isinstance(key, str) and key.isdecimal()) or (isinstance(key, (int, np.integer)) and key >= 0):
+    text = isinstance(key, str) and key.isdecimal() and len(key) < _LONGEST_NUMBER
+    if text or (isinstance(key, (int, np.integer)) and key >= 0):
         return int(key)
     raise _Malformed(f"{name}s must be numbered, got {_shown(key)}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from gemq.checkpoint import check_output, kept_in_float32, load_packed_config, packed_skeleton
 from gemq.errors import CheckpointError
+from gemq.folders import checkpoint_folder
 from gemq.format import expert_layout
 from gemq.hf import check_files
 from gemq.integrity import weight_files
@@ -27,19 +28,21 @@ from gemq.staging import new_folder
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export` wrote: the folder, the number of tensors and their bytes, and the dtype."""
+    """What :func:`export` wrote: the folder, the number of tensors and their bytes, and the dtype. ``left_out`` are
+    files of the source that were not copied: code, links, names that are not known."""
 
     path: Path
     tensors: int
     bytes: int
     dtype: torch.dtype
+    left_out: list[str] = field(default_factory=list)
 
 
 def export(
     source: str | os.PathLike, target: str | os.PathLike, *, dtype: torch.dtype | str = "auto",
     shard_bytes: int = 5 * 10**9, progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
-    """Write the packed checkpoint ``source`` with dequantized weights to the new folder ``target``.
+    """Write the packed checkpoint ``source``, a folder or hub name, with dequantized weights to ``target``.
 
     Every weight is ``q * s + m`` in float32 rounded once to ``dtype`` ("auto": the checkpoint's, float16 or bfloat16).
     Names are those of the family's own checkpoints. The packed tensors are read and written one by one: the memory
@@ -48,6 +51,7 @@ def export(
     Raises :class:`CheckpointError` for a source that is not a sound gemq checkpoint, a target that is not empty, and
     weights beyond float16's range.
     """
+    source = checkpoint_folder(source)
     packed = load_packed_config(source)
     out = check_output(target, source)
     files = weight_files(source)
@@ -67,10 +71,10 @@ def export(
             if progress:
                 progress(done + 1, steps)
         writer.finish()
-        copy_companions(Path(source), folder)
+        left_out = copy_companions(source, folder)
         config.dtype = chosen
         (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-    return Exported(out, count, writer.total, chosen)
+    return Exported(out, count, writer.total, chosen, left_out)
 
 
 def _dtype(dtype: torch.dtype | str, config) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gemq.checkpoint import check_output, packed_skeleton
 from gemq.errors import CheckpointError
+from gemq.folders import COMPANIONS, LEGAL, local_folder
 from gemq.format import UNQUANTIZED, default_group_size
 from gemq.hf import check_files
 from gemq.integrity import read_json, weight_files, write_manifest
@@ -34,12 +35,14 @@ _COMPUTED = ("rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class Imported:
-    """What :func:`import_gptq` wrote. ``wrapped`` counts zero points stored as -1, which AutoGPTQ reads as 0."""
+    """What :func:`import_gptq` wrote. ``wrapped`` counts zero points stored as -1, which AutoGPTQ reads as 0;
+    ``left_out`` are files of the source that were not copied."""
 
     path: Path
     config: PackedConfig
     bytes: int
     wrapped: int
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -93,9 +96,10 @@ def import_gptq(
     Raises :class:`CheckpointError`, or :class:`gemq.errors.UnsupportedModelError` for another architecture, before
     anything is written where the headers show what is wrong.
     """
+    source = local_folder(source, (*COMPANIONS, *LEGAL, "*.safetensors", "*.json"))
     out = check_output(target, source)
     files = weight_files(source)
-    form = checkpoint_format(_quantization(Path(source)))
+    form = checkpoint_format(_quantization(source))
     model, config = meta_model(source)
     moe = describe(model)
     with ExitStack() as stack:
@@ -110,12 +114,12 @@ def import_gptq(
             _write_rest(model, layout, read, writer)
             written = writer.finish()
             check_files(model, written)
-            copy_companions(Path(source), folder)
+            left_out = copy_companions(source, folder)
             config.quantization_config = packed.to_dict()
             text = config.to_json_string().encode()
             write_manifest(folder, {"config.json": text})
             (folder / "config.json").write_bytes(text)
-    return Imported(out, packed, writer.total, read.wrapped)
+    return Imported(out, packed, writer.total, read.wrapped, left_out)
 
 
 def _quantization(folder: Path) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from gemq.errors import CheckpointError, GemqError
-from gemq.integrity import INDEX_FILE
+from gemq.folders import TEMPLATES, is_companion, is_known, lies_inside
+from gemq.integrity import read_bytes, read_header
 from gemq.models.families import check_supported
 
-_TEMPLATES = "additional_chat_templates"
 # what belongs to the quantized model alone
-_LEFT_OUT = ("config.json", "quantize_config.json", INDEX_FILE, "README.md")
+_ITS_OWN = ("quantize_config.json", TEMPLATES)
 
 
 def meta_model(source: str | os.PathLike) -> tuple[nn.Module, Any]:
@@ -30,12 +29,14 @@ def meta_model(source: str | os.PathLike) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         check_supported(config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        # the code that it names is neither run nor copied
+        for name in ("quantization_config", "auto_map"):
+            if hasattr(config, name):
+                delattr(config, name)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config), config
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False), config
     except GemqError:
         raise
     except Exception as error:
@@ -49,6 +50,8 @@ class TensorReader:
     def __init__(self, files: list[Path], stack: ExitStack):
         self.handles = {}
         for file in files:
+            # the library's own errors say less
+            read_header(file)
             handle = stack.enter_context(safe_open(file, framework="pt"))
             self.handles |= dict.fromkeys(handle.keys(), handle)
 
@@ -72,11 +75,19 @@ def disk_names(model: nn.Module, name: str) -> list[str]:
     return list(revert_weight_conversion(model, {name: model.get_parameter(name).to("meta")}))
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files, the generation config and the like."""
-    for file in sorted(source.iterdir()):
-        mine = file.name in _LEFT_OUT or file.name.startswith("gemq_") or file.suffix == ".safetensors"
-        if file.is_file() and not mine:
-            shutil.copyfile(file, folder / file.name)
-    if (source / _TEMPLATES).is_dir():
-        shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES)
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copy the tokenizer's files, the generation config, licences and the like: regular files of known names.
+
+    Returns the names of what else lay there and was left out: code, pickles, links out of the folder, unknown files.
+    """
+    left_out = []
+    for path in sorted([*source.iterdir(), *(source / TEMPLATES).glob("*")]):
+        name = path.relative_to(source).as_posix()
+        if is_companion(name) and path.is_file() and lies_inside(path, source):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(read_bytes(path))
+        elif is_companion(name):
+            left_out.append(f"{name} (no regular file of the folder)")
+        elif not is_known(name) and name not in _ITS_OWN and not name.startswith("."):
+            left_out.append(name)
+    return left_out

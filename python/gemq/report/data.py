@@ -8,9 +8,9 @@ model is given.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from gemq.algorithms.costs import Costs
 from gemq.errors import CheckpointError
 from gemq.evaluations import Score, read_evaluations, score_of
+from gemq.folders import checkpoint_folder, local_folder
 from gemq.format import mean_width
 from gemq.integrity import RUN_FILE, read_json
 from gemq.pipeline import COSTS_FILE, REPORT_FILE
@@ -97,14 +98,16 @@ def load(
     folders: Iterable[str | os.PathLike], *, scores: Iterable[str | os.PathLike] = (),
     source: str | os.PathLike | None = None,
 ) -> ReportData:
-    """Read checkpoints, and folders whose subfolders are checkpoints (as several budgets and the demo leave them).
+    """Read checkpoints, which are folders or hub names, and folders whose subfolders are checkpoints (as several
+    budgets and the demo leave them).
 
     ``scores`` are files of ``gemq eval -o json`` or ``-o jsonl``; ``source`` is the folder of the original model, whose
     routers are compared. Raises :class:`CheckpointError` naming the folder or file that cannot be used.
     """
     found, table = [], []
-    for folder in map(Path, folders):
-        found += _checkpoints(folder)
+    for given in folders:
+        folder = Path(given) if Path(given).is_dir() else checkpoint_folder(given)
+        found += _checkpoints(folder, None if Path(given).is_dir() else os.fspath(given))
         if (folder / TABLE_FILE).is_file():
             table += _table(folder / TABLE_FILE)
     if len({c.folder.resolve() for c in found}) != len(found):
@@ -114,17 +117,18 @@ def load(
     if source is not None:
         from gemq.report.routers import weight_shift
 
-        found = [_with_shift(c, weight_shift(c.folder, Path(source))) for c in found]
+        original = local_folder(source)
+        found = [_with_shift(c, weight_shift(c.folder, original)) for c in found]
     # the best of the smallest comes last
     found.sort(key=lambda c: (-c.summary.tensor_bytes, -c.scores[0].perplexity if c.scores else 0.0, c.name))
     return ReportData(tuple(_distinct_names(found)), tuple(others), tuple(table))
 
 
-def _checkpoints(folder: Path) -> list[Checkpoint]:
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
+def _checkpoints(folder: Path, name: str | None) -> list[Checkpoint]:
+    """The checkpoints in a folder, which is the snapshot of the repository ``name`` if that is given."""
     if (folder / "config.json").is_file():
-        return [_checkpoint(folder)]
+        found = _checkpoint(folder)
+        return [found if name is None else replace(found, name=name)]
     inside = sorted(p.parent for p in folder.glob("*/config.json"))
     if not inside:
         raise CheckpointError(f"{folder} is no checkpoint and holds none: neither it nor a subfolder has a config.json")
@@ -143,7 +147,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(str(error)) from None
     try:
         recorded = _recorded(report | {name: run[name] for name in ("seconds",) if name in run})
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{REPORT_FILE} or {RUN_FILE} in {folder} is malformed: {error}") from None
     if costs is not None and set(costs.layers) != set(summary.config.expert_bits):
         raise CheckpointError(f"{folder / COSTS_FILE} is of other layers than config.json")
@@ -153,28 +157,46 @@ def _checkpoint(folder: Path) -> Checkpoint:
 
 def _recorded(report: dict[str, Any]) -> dict[str, Any]:
     """The fields of ``gemq_report.json`` that are drawn; older files hold fewer."""
-    options = report.get("options") or {}
-    error, tokens = _by_layer(report.get("matrices") or {})
-    shift = (report.get("router_shift") or {}).get("layers") or {}
+    options = _field(report, "options", lambda value: _model_names(value or {})) or {}
+    error, tokens = _field(report, "matrices", lambda value: _by_layer(value or {}))
     return {
-        "base": _model_name(options.get("model")),
-        "calibration": _model_name(options.get("calibration")),
-        "parameters": None if report.get("parameters") is None else int(report["parameters"]),
-        "objective": None if report.get("objective") is None else _number(report["objective"]),
-        "seconds": {str(name): _number(value) for name, value in (report.get("seconds") or {}).items()},
+        "base": options.get("model"),
+        "calibration": options.get("calibration"),
+        "parameters": _field(report, "parameters", lambda value: None if value is None else int(_number(value))),
+        "objective": _field(report, "objective", lambda value: None if value is None else _number(value)),
+        "seconds": _field(report, "seconds", lambda value: {n: _number(v) for n, v in (value or {}).items()}),
         "error": error,
         "tokens": tokens,
-        "shift": {
-            int(layer): RouterShift(
-                _number(found["weights"]), None if found.get("selected") is None else _number(found["selected"])
-            )
-            for layer, found in shift.items()
-        },
+        "shift": _field(report, "router_shift", lambda value: _shift((value or {}).get("layers") or {})),
+    }
+
+
+def _field(report: dict[str, Any], name: str, read: Callable[[Any], Any]) -> Any:
+    """What ``read`` makes of a field, which may be absent; ``ValueError`` names the field if it is malformed."""
+    try:
+        return read(report.get(name))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        said = f"nothing named {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{name}: {said:.200}") from None
+
+
+def _model_names(options: dict[str, Any]) -> dict[str, str | None]:
+    return {name: _model_name(options.get(name)) for name in ("model", "calibration")}
+
+
+def _shift(layers: dict[str, Any]) -> dict[int, RouterShift]:
+    return {
+        int(layer): RouterShift(
+            _number(found["weights"]), None if found.get("selected") is None else _number(found["selected"])
+        )
+        for layer, found in layers.items()
     }
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # whole numbers of JSON have no bound
+    if not plain or abs(value) > sys.float_info.max or value != value:
         raise ValueError(f"expected a finite number, got {value!r:.60}")
     return float(value)
 
@@ -195,7 +217,7 @@ def _by_layer(matrices: dict[str, Any]) -> tuple[dict[int, float], dict[int, int
             continue
         layer = int(path.split(".layers.", 1)[1].split(".", 1)[0])
         errors.setdefault(layer, []).append(_number(report["error"]))
-        tokens.setdefault(layer, []).append(int(report["tokens"]))
+        tokens.setdefault(layer, []).append(int(_number(report["tokens"])))
     return {n: sum(v) / len(v) for n, v in sorted(errors.items())}, {n: min(v) for n, v in sorted(tokens.items())}
 
 
@@ -204,10 +226,10 @@ def _table(file: Path) -> list[Compared]:
         rows = json.loads(file.read_text(encoding="utf-8"))
         return [
             Compared(str(r["method"]), None if r["bits"] is None else _number(r["bits"]), _number(r["perplexity"]),
-                     int(r["bytes"]), _number(r["seconds"]))
+                     int(_number(r["bytes"])), _number(r["seconds"]))
             for r in rows
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a table of gemq demo ({type(error).__name__}: {error})") from None
 
 
@@ -221,7 +243,7 @@ def _scores(file: Path) -> list[Score]:
         return [replace(s, data=Path(s.data).name if "/" in s.data else s.data) for s in map(score_of, records)]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{file} does not hold records of gemq eval -o json ({error})") from None
 
 
