@@ -20,7 +20,7 @@ from gemq.generation.options import MAX_BATCH, GenerationOptions, ending
 from gemq.generation.sampling import Sampler
 from gemq.generation.step import LeanStep, ModelStep, Progress
 from gemq.models.families import check_supported
-from gemq.models.forward import switches
+from gemq.models.forward import call
 
 STEPS = ("auto", "native", "lean", "transformers")
 MODES = ("auto", "none", "compile", "graph")
@@ -140,15 +140,15 @@ class Decoding:
         # a head that is known takes the last hidden state alone; others say themselves what they make of it
         whole = known.head_unknown(self.model) is not None
         module = self.model if whole else self.model.get_decoder()
-        options = switches(module, use_cache=True, **({"logits_to_keep": 1} if whole else {}))
+        options = {"logits_to_keep": 1} if whole else {}
         sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
         chunk = length if sliding and not known.sees_windows(self.model.config) else max(_PREFILL_TOKENS // batch, 1)
         with self._memory_errors():
             for start in range(0, length, chunk):
                 end = min(start + chunk, length)
-                out = module(
-                    input_ids=self.prompt[:, start:end], attention_mask=self.mask[:, :end] if padded else None,
-                    position_ids=positions[:, start:end], past_key_values=self.cache, **options,
+                out = call(
+                    module, input_ids=self.prompt[:, start:end], attention_mask=self.mask[:, :end] if padded else None,
+                    position_ids=positions[:, start:end], past_key_values=self.cache, use_cache=True, **options,
                 )
             if whole:
                 return out.logits[:, -1]

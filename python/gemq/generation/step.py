@@ -17,7 +17,7 @@ from gemq.generation.attention import (
     rms_norm,
     rotary_tables,
 )
-from gemq.models.forward import switches
+from gemq.models.forward import call
 
 
 @dataclass
@@ -98,13 +98,12 @@ class ModelStep:
 
     def __init__(self, model: nn.Module, cache, limit: int):
         self.model, self.cache, self.limit = model, cache, limit
-        self.switches = switches(model, use_cache=True)
 
     def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
         """Logits ``[B, V]`` after ``tokens`` int64 ``[B]``."""
         mask = None if progress.seen is None else progress.seen[:, : progress.length].long()
-        out = self.model(
-            input_ids=tokens[:, None], attention_mask=mask, position_ids=progress.positions[:, None],
-            past_key_values=self.cache, **self.switches,
+        out = call(
+            self.model, input_ids=tokens[:, None], attention_mask=mask, position_ids=progress.positions[:, None],
+            past_key_values=self.cache, use_cache=True,
         )
         return out.logits[:, -1]

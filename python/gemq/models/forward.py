@@ -1,12 +1,15 @@
 """Calls of a model's forward that no switch of its config changes.
 
 ``config.json`` may say ``output_router_logits``, ``return_dict: false``, ``output_hidden_states`` and the like. A call
-that leaves them out gets other outputs, tuples or an error. gemq gives every one of them with each call.
+that leaves them out gets other outputs, tuples or an error. gemq gives every one of them with each call: by
+:func:`call`, or by :func:`switches` to a module that calls no other with a config of its own.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -24,3 +27,25 @@ def switches(module: nn.Module, **more: Any) -> dict[str, Any]:
     parameters = inspect.signature(module.forward).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return {name: value for name, value in (SWITCHES | more).items() if takes_all or name in parameters}
+
+
+def call(module: nn.Module, **arguments: Any) -> Any:
+    """The outputs of ``module``, a causal language model or its decoder, for ``arguments`` and the switches."""
+    with _named_outputs(module):
+        return module(**switches(module, **arguments))
+
+
+@contextmanager
+def _named_outputs(module: nn.Module) -> Iterator[None]:
+    """Have transformers' modules give one another outputs with names: a causal language model takes ``return_dict`` for
+    itself, and its decoder then goes by the config."""
+    config = getattr(module, "config", None)
+    before = getattr(config, "return_dict", True)
+    if before:
+        yield
+        return
+    config.return_dict = True
+    try:
+        yield
+    finally:
+        config.return_dict = before
