@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gemq import distributed
-from gemq.algorithms.calibration import calibration_windows, evaluation_windows
+from gemq.algorithms.calibration import calibration_windows, check_windows, evaluation_windows
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.perplexity import perplexity
@@ -36,6 +36,7 @@ from gemq.engine.source import Source
 from gemq.errors import CheckpointError, first_line
 from gemq.integrity import RUN_FILE
 from gemq.loading import check_model, load_any, load_tokenizer, load_unquantized, parse_dtype, pick_device
+from gemq.model_config import model_config
 from gemq.models import MoeModel, describe
 from gemq.outcome import (
     COSTS_FILE,
@@ -189,6 +190,8 @@ def _prepare(config: QuantizeConfig, targets: dict[float, Path], device: torch.d
     router = windows
     if config.router_text is not None:
         router = calibration_windows(tokenizer, config.router_text, config.samples, config.length, config.seed)
+    for text in (windows, router):
+        check_windows(text, architecture, tokenizer)
     return windows, router, architecture
 
 
@@ -335,11 +338,13 @@ def evaluate(
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(str(model))
         windows = evaluation_windows(tokenizer, text, length, limit)
+        check_windows(windows, model_config(str(model)), tokenizer)
         model = load_any(model, dtype, device)
     else:
         if tokenizer is None:
             raise ValueError("tokenizer must be given with a loaded model")
         windows = evaluation_windows(tokenizer, text, length, limit)
+        check_windows(windows, model.config, tokenizer)
     start = time.perf_counter()
     value = perplexity(model, windows, batch_size, progress)
     return Evaluation(value, windows.shape[0] * (windows.shape[1] - 1), time.perf_counter() - start)
