@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gemq.algorithms import conversations
 from gemq.errors import CheckpointError
 
 _NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -24,7 +25,7 @@ class Conversation:
     @property
     def templated(self) -> bool:
         """Whether the tokenizer brings a chat template."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return conversations.has_template(self.tokenizer)
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -66,19 +67,14 @@ def token_ids(tokenizer, text: str, **options) -> list[int]:
     return list(tokenizer(text, return_token_type_ids=False, **options)["input_ids"])
 
 
-def render(tokenizer, messages: list[dict], prompt: bool = True) -> str:
-    """Messages through the tokenizer's chat template, as text that ends where the assistant is to speak, or with
-    ``prompt`` off after the last message.
+def render(tokenizer, messages: list[dict]) -> str:
+    """Messages through the tokenizer's chat template, as text that ends where the assistant is to speak.
 
     Raises :class:`CheckpointError` if there is no template, it fails on these messages, or makes no text of them.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not conversations.has_template(tokenizer):
         raise CheckpointError("the tokenizer has no chat template; leave --chat out, or use gemq chat")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:
-        # a stranger's program in a sandbox: it may fail with anything, an OverflowError for a long loop
-        raise CheckpointError(f"the chat template of the tokenizer failed: {error}") from error
-    if not text:
-        raise CheckpointError("the chat template of the tokenizer makes no text of the messages")
-    return text
+        return conversations.render(tokenizer, messages, prompt=True)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

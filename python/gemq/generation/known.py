@@ -126,6 +126,8 @@ def _cache_unknown(cache, layers: int) -> str | None:
 
     if len(cache.layers) < layers:
         return f"the cache has {len(cache.layers)} layers, the model {layers}"
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return "attention sees a sliding window only"
     other = next((layer for layer in cache.layers if type(layer) is not StaticLayer), None)
     return None if other is None else f"the cache has a {type(other).__name__}"
 
