@@ -74,6 +74,16 @@ def is_hub_name(text: str) -> bool:
     return True
 
 
+def file_or_folder(path: str | os.PathLike) -> Path:
+    """``path``, where a file or a checkpoint is asked for: that of a repository if it is ``owner/name`` and no file.
+
+    Raises :class:`CheckpointError`.
+    """
+    text = os.fspath(path)
+    named = "/" in text and not text.endswith((".json", ".pkl", ".pickle")) and is_hub_name(text)
+    return checkpoint_folder(text) if named else Path(text)
+
+
 def local_folder(
     path: str | os.PathLike, patterns: tuple[str, ...] = ("*.safetensors", "*.json"), **options: Any
 ) -> Path:

@@ -34,6 +34,7 @@ from gemq.engine.run import StreamedResult
 from gemq.engine.session import RunOptions, Session, Work, written_by
 from gemq.engine.source import Source
 from gemq.errors import CheckpointError, first_line
+from gemq.folders import file_or_folder
 from gemq.integrity import RUN_FILE
 from gemq.loading import check_model, load_any, load_tokenizer, load_unquantized, parse_dtype, pick_device
 from gemq.model_config import model_config
@@ -203,8 +204,10 @@ def _checked(moe: MoeModel, config: QuantizeConfig, costs: Costs | None) -> Expe
 
 
 def load_costs(path: str | os.PathLike) -> Costs:
-    """The coefficients in a file, or in the checkpoint folder that holds it. Raises :class:`CheckpointError`."""
-    file = Path(path) / COSTS_FILE if Path(path).is_dir() else Path(path)
+    """The coefficients in a file, or in the checkpoint (folder or hub name) that holds it. Raises
+    :class:`CheckpointError`."""
+    given = file_or_folder(path)
+    file = given / COSTS_FILE if given.is_dir() else given
     try:
         return Costs.load(file)
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ import typer
 from gemq import hub
 from gemq.cli import display
 from gemq.cli.interchange import say_left_out
+from gemq.errors import CheckpointError
 
 
 def upload(
@@ -21,6 +22,8 @@ def upload(
 
     [dim]gemq upload out/2.5 me/mixtral-2.5[/dim]
     """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"there is no folder {str(checkpoint)!r} to upload")
     hub.check_repo(repo)
     hub.check_login()
     url = hub.upload(checkpoint, repo, private=private)

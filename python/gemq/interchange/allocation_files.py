@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemq.algorithms.given_allocation import GivenAllocation
+from gemq.folders import file_or_folder
 from gemq.format import UNQUANTIZED
 from gemq.interchange.plain_pickles import read_plain_pickle
 
@@ -28,12 +28,12 @@ _PICKLES = (".pkl", ".pickle")
 
 
 def read_allocation(path: str | os.PathLike, budget: float | None = None) -> GivenAllocation:
-    """The allocation in a file, or in a checkpoint folder of gemq.
+    """The allocation in a file, or in a checkpoint of gemq, a folder or hub name.
 
     ``budget`` picks one of several that ``gemq allocate --json`` printed. Raises ``ValueError`` that names the file and
     what is wrong with it, ``OSError`` if it cannot be read. Pickles are read without running anything in them.
     """
-    file = Path(path)
+    file = file_or_folder(path)
     if file.is_dir():
         file = file / "config.json"
     if file.suffix in _PICKLES:
