@@ -161,7 +161,7 @@ def check_stored(data: dict[str, Any], file: Path) -> None:
     for name in ("dtype", "torch_dtype"):
         value = data.get(name)
         named = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
-        if isinstance(value, dict) or value in (None, "auto"):
+        if isinstance(value, dict) or value is None:
             continue
         if named not in COMPUTING:
             _refuse(file, name, "float64, float32, float16 or bfloat16", value)
@@ -201,7 +201,7 @@ def check_sizes(config, where: Path | str) -> None:
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):
             _refuse(where, name, "a finite number of at least 0", value)
     dtype = getattr(config, "dtype", None)
-    if dtype not in (None, "auto", *COMPUTING):
+    if dtype not in (None, *COMPUTING):
         _refuse(where, "dtype", "one floating-point type", dtype)
     _check_heads(config, where)
     _check_experts(config, where)

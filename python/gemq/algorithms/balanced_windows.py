@@ -17,6 +17,7 @@ from torch import Tensor
 from gemq.algorithms.layerwise import Routed, watch_experts
 from gemq.algorithms.router_alignment import chosen_experts
 from gemq.models import MoeModel
+from gemq.models.forward import call
 
 
 def expert_loads(moe: MoeModel, windows: Tensor, batch_size: int = 4) -> np.ndarray:
@@ -110,8 +111,8 @@ class _Writer:
                     self.loads[:, row].scatter_add_(1, ids, torch.ones(ids.shape, dtype=torch.float64))
 
                 stack.enter_context(watch_experts(layer, seen))
-            out = self.moe.model(
-                input_ids=self.ids[:, -1:].to(self.device), past_key_values=self.cache, use_cache=True
+            out = call(
+                self.moe.model, input_ids=self.ids[:, -1:].to(self.device), past_key_values=self.cache, use_cache=True
             )
         self.cache = out.past_key_values
         return out.logits[:, -1].double().log_softmax(-1).cpu()

@@ -24,6 +24,7 @@ from gemq.algorithms.layerwise import Routed, expert_hidden, watch_experts
 from gemq.algorithms.originals import Originals
 from gemq.format import default_group_size
 from gemq.models import MoeLayer, MoeModel
+from gemq.models.forward import call
 from gemq.reference.grid import dequantize_codes, round_to_nearest
 
 Progress = Callable[[int, int], None]
@@ -68,7 +69,7 @@ def capture_batch(moe: MoeModel, ids: Tensor) -> list[Capture]:
         stack.callback(handle.remove)
         for layer in moe.moe:
             stack.enter_context(watch_experts(layer, seen))
-        logits = moe.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        logits = call(moe.model, input_ids=ids, use_cache=False).logits[:, :-1].float()
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         (loss / (ids.shape[1] - 1)).backward()
     return captures

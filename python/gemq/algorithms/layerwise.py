@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.models import MoeLayer, MoeModel
+from gemq.models.forward import call
 
 
 @dataclass
@@ -52,7 +53,7 @@ def capture_layer_calls(moe: MoeModel, batches: list[Tensor]) -> LayerCalls:
     device = next(moe.model.parameters()).device
     with _recording(moe, calls):
         for batch in batches:
-            moe.decoder(input_ids=batch.to(device), use_cache=False)
+            call(moe.decoder, input_ids=batch.to(device), use_cache=False)
     return calls
 
 

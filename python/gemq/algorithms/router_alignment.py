@@ -20,6 +20,7 @@ from gemq import distributed
 from gemq.algorithms.layerwise import capture_layer_calls, run_layer, watch_experts
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.models import MoeLayer, MoeModel
+from gemq.models.forward import call
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +50,7 @@ def router_logits(moe: MoeModel, windows: Tensor, batch_size: int = 4) -> list[T
         for layer, seen in zip(moe.moe, inputs, strict=True):
             stack.enter_context(_router_inputs(layer, seen))
         for at in range(0, len(windows), batch_size):
-            moe.decoder(input_ids=windows[at : at + batch_size].to(device), use_cache=False)
+            call(moe.decoder, input_ids=windows[at : at + batch_size].to(device), use_cache=False)
             for layer, seen, logits in zip(moe.moe, inputs, found, strict=True):
                 logits += [nn.functional.linear(x.float(), layer.router.weight.float()) for x in seen]
                 seen.clear()
@@ -156,7 +157,7 @@ def chosen_experts(moe: MoeModel, windows: Tensor, batch_size: int = 4) -> list[
                 .scatter_(1, routed.ids.long(), True)
             )))
         for at in range(0, len(windows), batch_size):
-            moe.decoder(input_ids=windows[at : at + batch_size].to(device), use_cache=False)
+            call(moe.decoder, input_ids=windows[at : at + batch_size].to(device), use_cache=False)
     moe.model.train(was_training)
     return [torch.cat(masks) for masks in found]
 

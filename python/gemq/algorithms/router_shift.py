@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gemq.algorithms.layerwise import Routed, watch_experts
 from gemq.models import MoeModel
+from gemq.models.forward import call
 
 # windows that selections are compared on: 8 x 2048 tokens tell shares apart to a tenth of a percent
 WINDOWS = 8
@@ -66,6 +67,6 @@ def _selected(moe: MoeModel, windows: Tensor) -> list[Tensor]:
 
             stack.enter_context(watch_experts(layer, keep))
         for window in windows:
-            moe.decoder(input_ids=window[None].to(device), use_cache=False)
+            call(moe.decoder, input_ids=window[None].to(device), use_cache=False)
     moe.model.train(was_training)
     return [torch.cat(ids) for ids in seen]

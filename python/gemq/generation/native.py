@@ -21,6 +21,7 @@ from gemq.generation import known
 from gemq.generation.attention import GroupedAttention, LatentAttention, is_latent, rotary_tables
 from gemq.generation.routers import routing_of
 from gemq.generation.step import LeanStep, Progress
+from gemq.models.families import shared_expert
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.base import profiled
 from gemq.ops import checks, cpu, decode
@@ -176,11 +177,11 @@ class NativeStep:
     def _experts(self, block: nn.Module) -> None:
         program, experts, rule = self.program, block.experts, routing_of(block.gate)
         logits = program.buffer(experts.num_experts)
-        layers, shared, gate = {logits: block.gate}, _shared(block), -1
+        layers, shared, gate = {logits: block.gate}, shared_expert(block)[1], -1
         if shared is not None:
             first, second = self._buffers(shared.gate_proj, shared.up_proj)
             layers |= {first: shared.gate_proj, second: shared.up_proj}
-        if hasattr(block, "shared_expert_gate"):
+        if shared is not None and hasattr(block, "shared_expert_gate"):
             gate = program.buffer(1)
             layers[gate] = block.shared_expert_gate
         self._linear(self.y, layers)
@@ -208,10 +209,6 @@ def _matrix(layer: nn.Module, out: int) -> Matrix:
 
 def _in_features(layer: nn.Module) -> int:
     return layer.in_features if isinstance(layer, LowBitLinear) else layer.weight.shape[1]
-
-
-def _shared(block: nn.Module) -> nn.Module | None:
-    return getattr(block, "shared_experts", getattr(block, "shared_expert", None))
 
 
 def _changed(model: nn.Module) -> str | None:
@@ -269,5 +266,5 @@ def _layer_unfit(layer: nn.Module, state) -> str | None:
         return f"the experts are packed as {mlp.experts.layout}"
     if routing_of(mlp.gate) is None:
         return f"{type(mlp.gate).__name__} was not compared"
-    shared, gate = _shared(mlp), getattr(mlp, "shared_expert_gate", None)
+    shared, gate = shared_expert(mlp)[1], getattr(mlp, "shared_expert_gate", None)
     return (None if shared is None else _mlp_unfit(shared)) or (None if gate is None else _linear_unfit(gate))

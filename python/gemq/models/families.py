@@ -89,10 +89,12 @@ def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return prefix, decoder
 
 
-def _shared(block: nn.Module) -> tuple[str | None, nn.Module | None]:
+def shared_expert(block: nn.Module) -> tuple[str | None, nn.Module | None]:
+    """The name and module of a block's shared expert, None without one; one of no width is none."""
     for name in ("shared_experts", "shared_expert"):
         module = getattr(block, name, None)
-        if module is not None:
+        width = getattr(getattr(module, "gate_proj", None), "out_features", None)
+        if module is not None and width != 0:
             return name, module
     return None, None
 
@@ -113,16 +115,16 @@ def _refuse_unknown_structure(path: str, block: nn.Module) -> None:
         raise UnsupportedModelError(f"{path}.experts is not supported yet: its activation is {activation}, not SiLU")
     if tuple(getattr(block.gate, "weight", experts.down_proj).shape) != (count, hidden):
         raise UnsupportedModelError(f"{path}.gate is not supported yet: it has no weight [{count}, {hidden}]")
-    _, shared = _shared(block)
+    _, shared = shared_expert(block)
     if shared is not None and not all(isinstance(getattr(shared, n, None), nn.Linear) for n in _MLP_LINEARS):
         raise UnsupportedModelError(f"{path}: its shared expert is not a gated MLP")
 
 
 def _moe_layer(index: int, path: str, block: nn.Module) -> MoeLayer:
-    name, shared = _shared(block)
+    name, shared = shared_expert(block)
     return MoeLayer(
         index, path, block, block.experts, block.gate, shared, None if name is None else f"{path}.{name}",
-        getattr(block, "shared_expert_gate", None),
+        None if name is None else getattr(block, "shared_expert_gate", None),
     )
 
 
