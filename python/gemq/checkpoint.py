@@ -29,6 +29,7 @@ from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.output_folder import check_output
 from gemq.packed_config import PackedConfig
 from gemq.staging import staged
+from gemq.tensor_files import check_finite
 
 MAX_SHARD = "5GB"
 
@@ -169,7 +170,7 @@ def stored_tensors(
     if dtype is not None:
         as_is = packed | kept_in_float32(model)
         state = {k: v.to(dtype) if v.is_floating_point() and k not in as_is else v for k, v in state.items()}
-    return {k: v.contiguous() for k, v in revert_weight_conversion(model, state).items()}
+    return {k: check_finite(k, v).contiguous() for k, v in revert_weight_conversion(model, state).items()}
 
 
 def kept_in_float32(model) -> set[str]:

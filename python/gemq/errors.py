@@ -24,6 +24,10 @@ class CalibrationError(GemqError, ValueError):
     """Calibration or evaluation text is missing, empty or too short."""
 
 
+class NumberError(GemqError, ArithmeticError):
+    """NaN or infinity came out of a computation, which says where and what to change."""
+
+
 class DeviceError(GemqError, RuntimeError):
     """What was asked for needs a device that this machine does not have."""
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemq.integrity import INDEX_FILE, WEIGHTS_FILE
+from gemq.tensor_files import check_finite
 
 _METADATA = {"format": "pt"}
 
@@ -36,7 +37,7 @@ class ShardWriter:
             self._flush()
         if name in self._waiting or any(name in part for part in self._parts):
             raise ValueError(f"the tensor {name} comes twice")
-        self._waiting[name] = tensor.detach().cpu().contiguous()
+        self._waiting[name] = check_finite(name, tensor.detach().cpu()).contiguous()
         self._waiting_bytes += size
         self.total += size
 

@@ -7,6 +7,8 @@ import json
 import torch
 from torch import Tensor
 
+from gemq.errors import NumberError
+
 # in the order in which the library writes a file's tensors
 DTYPES = {
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32,
@@ -31,6 +33,16 @@ def element_bits(name: str) -> int:
     if name in OTHER_BITS:
         return OTHER_BITS[name]
     raise ValueError(f"the dtype {name!r:.40} is not known")
+
+
+def check_finite(name: str, value: Tensor) -> Tensor:
+    """``value``, which is about to be written. Raises :class:`NumberError` if it holds NaN or infinity."""
+    if not value.is_floating_point() or not value.numel() or value.is_meta:
+        return value
+    # NaN passes through the extremes, which are several times as fast to find as what is not finite
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(value))).all()):
+        raise NumberError(f"{name} is not finite ({str(value.dtype).removeprefix('torch.')}), so it is not written")
+    return value
 
 
 def file_head(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:

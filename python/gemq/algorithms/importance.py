@@ -227,7 +227,10 @@ def _layer_costs(
 
 
 def statistics_of(moe: MoeModel, rows: list[LayerCosts], candidates: tuple[int, ...]) -> ExpertStatistics:
-    """The statistics of a model from its MoE layers' sums, in layer order."""
+    """The statistics of a model from its MoE layers' sums, in layer order. Raises :class:`gemq.errors.NumberError`
+    for sums that are not finite."""
+    for layer, row in zip(moe.moe, rows, strict=True):
+        row.check(layer.index)
     tokens = np.array([[row.tokens] for row in rows], dtype=float)
     costs = Costs(
         candidates=candidates,

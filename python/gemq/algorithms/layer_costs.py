@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemq import distributed
+from gemq.errors import NumberError
 
 # what is perturbed: the expert, its gate and up projections alone, its down projection alone
 WHOLE, GATE_UP, DOWN = range(3)
@@ -35,6 +36,17 @@ class LayerCosts:
             np.zeros((experts, widths)), np.zeros((experts, widths)), np.zeros(widths), np.zeros(experts),
             np.zeros(experts), np.zeros((experts, 2, widths)) if matrices else None,
         )
+
+    def check(self, layer: int) -> None:
+        """Raise :class:`NumberError` naming the decoder ``layer`` if a sum is not finite: the program would choose by
+        it."""
+        for name in ("routed", "error", "shared", "matrices"):
+            values = getattr(self, name)
+            if values is not None and not np.isfinite(values).all():
+                raise NumberError(
+                    f"the coefficients of decoder layer {layer} are not finite ({name}): activations or gradients of "
+                    f"the model overflow; compute in a wider type (--dtype float32 or bfloat16) or on other text"
+                )
 
     @property
     def parts(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from gemq import distributed
 from gemq.algorithms.perplexity import token_losses
+from gemq.errors import NumberError
 from gemq.models import MoeModel
 
 Progress = Callable[[int, int], None]
@@ -120,6 +122,11 @@ def tune_routers(
         with torch.no_grad():
             for p, master in zip(routers, masters, strict=True):
                 p.copy_(master)
+        if not math.isfinite(loss):
+            raise NumberError(
+                f"tuning the routers: the loss of step {step + 1} of {steps} is {loss}; lower router_lr "
+                f"({config.learning_rate:g}), compute in a wider type, or leave the tuning out (--no-tune-routers)"
+            )
         losses.append(loss)
         if keep:
             keep(_state(losses, optimizer, masters))

@@ -19,6 +19,7 @@ what did is made anew. A sealed file that is torn counts as absent.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -172,7 +173,7 @@ def opened(
     with ExitStack() as stack:
 
         def begin() -> None:
-            _check_folder(path)
+            check_directory(path, changed)
             with durable.explained(path):
                 path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(durable.locked(path))
@@ -183,19 +184,26 @@ def opened(
         yield RunDirectory(path, on_disk, log)
 
 
-def _check_folder(path: Path) -> None:
+def check_directory(path: Path, changed: str = "refuse") -> None:
+    """Refuse what cannot be a run directory, or is not one that a run made; ``changed`` as for :func:`opened`.
+
+    Raises :class:`CheckpointError`.
+    """
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"the run directory {path} exists and is not a folder")
+    above = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"the run directory {path} cannot be written: {above} is not a writable folder")
     if path.is_dir():
         foreign = sorted({p.name.removesuffix(".tmp") for p in path.iterdir()} - _OWN)
         if foreign:
             raise CheckpointError(f"the run directory {path} holds other things than a run: {', '.join(foreign[:3])}")
+        if read_manifest(path) is None:
+            _check_unknown(path, changed)
 
 
 def _begin(path: Path, now: dict[str, Any], changed: str) -> None:
     before = read_manifest(path)
-    if before is None:
-        _check_unknown(path, changed)
     if changed == "restart":
         for name in ("stages", "scratch", "log.jsonl", LAYER_LOG):
             durable.remove(path / name)

@@ -24,6 +24,7 @@ from gemq.nn.experts import PROJECTIONS
 from gemq.ops import unpack
 from gemq.packed_config import PackedConfig
 from gemq.reference.grid import dequantize_codes
+from gemq.tensor_files import check_finite
 
 
 @dataclass
@@ -41,6 +42,8 @@ class LayerRecord:
             for leaf, buffer in module.named_buffers()
         }
         reports = {name: list(asdict(report).values()) for name, report in self.reports.items()}
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)
         durable.seal_tensors(path, tensors, reports)
 
 

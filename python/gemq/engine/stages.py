@@ -155,6 +155,7 @@ class _Measuring:
             with Weights(self.weights.source).loaded(index):
                 self.found[index] = self._costs(layer, trace)
         trace.drop()
+        self.found[index].check(index)
         self.sweep.stage.keep_json(f"costs-{index}", self.found[index].to_json())
         self.sweep.log(layer=index, seconds=round(time.perf_counter() - began, 3))
 
