@@ -15,10 +15,10 @@ files. No more of a text is tokenized than its windows need, and no more than a 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +30,8 @@ from gemq.algorithms.documents import DEFAULT, Documents
 from gemq.algorithms.text_files import TextFile, check_characters, failures, pieces, text_file
 from gemq.algorithms.token_stream import tokens, window_at
 from gemq.errors import CalibrationError
+
+_log = logging.getLogger("gemq")
 
 NAMED = ("wikitext2", "c4")
 # bytes of a text of which random windows are drawn by its tokens; of longer ones by their bytes
@@ -178,8 +180,7 @@ def _first(text: Iterable[str], source: Source, most: int) -> Iterator[str]:
         yield part[:most]
         most -= len(part)
         if most < 0:
-            warnings.warn(f"{source.name} is compressed and long: windows are drawn from its first {LONG:,} characters",
-                          stacklevel=2)
+            _log.warning(f"{source.name} is compressed and long: windows are drawn from its first {LONG:,} characters")
             return
 
 
@@ -244,7 +245,8 @@ def calibration_windows(tokenizer, sources: str, count: int, length: int, seed: 
     that torch does not take.
     """
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be in -2**63..2**64-1, got {seed:.3g}")
+        given = seed if seed.bit_length() < 100 else f"one of {seed.bit_length()} bits"
+        raise ValueError(f"seed must be in -2**63..2**64-1, got {given}")
     if count < 1 or length < 2:
         raise CalibrationError(f"need at least 1 window of 2 tokens, got {count} of {length}")
     parsed = parse_sources(sources)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from gemq.algorithms.conversations import FIELDS, has_template, messages_of, render
 from gemq.algorithms.text_files import TextFile, records
 from gemq.errors import CalibrationError
+
+_log = logging.getLogger("gemq")
 
 DEFAULT = "text"
 _JOINERS = {"+": "", "&": " "}
@@ -41,8 +43,8 @@ class Documents:
                 yield text
         if skipped and not self.told:
             self.told = True
-            warnings.warn(f"{self.file.path}: {skipped} of {number} records are null or have no text in "
-                          f"{self.fields!r}, and were left out", stacklevel=2)
+            _log.warning(f"{self.file.path}: {skipped} of {number} records are null or have no text in "
+                         f"{self.fields!r}, and were left out")
 
     def scan(self) -> Documents:
         """Read all once: their number is known then, their ``lengths`` in characters, and if all are ``blank``."""

@@ -1,7 +1,7 @@
 """Files of text: which kinds are read, and how, a piece or a record at a time.
 
 The kind is told by the name, and the content must agree with it; nothing else is ever taken for text. Compressed files
-are unpacked as far as they are read, and never beyond :data:`MOST_UNPACKED` bytes.
+are unpacked as far as they are read, and refused beyond :data:`MOST_UNPACKED` bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import json
 import os
 import stat
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -125,7 +124,7 @@ def _opened(file: TextFile) -> Iterator[BinaryIO]:
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that ends after :data:`MOST_UNPACKED` bytes, with a warning."""
+    """A stream of which no more than :data:`MOST_UNPACKED` bytes are read: a small file can unpack to any size."""
 
     def __init__(self, stream: BinaryIO, path: Path):
         self.stream, self.path, self.left = stream, path, MOST_UNPACKED
@@ -136,8 +135,7 @@ class _Bounded(io.RawIOBase):
     def readinto(self, buffer) -> int:
         data = self.stream.read(min(len(buffer), self.left + 1))
         if len(data) > self.left:
-            warnings.warn(f"only the first {MOST_UNPACKED >> 20} MiB of {self.path}, unpacked, are read", stacklevel=2)
-            data = data[: self.left]
+            raise CalibrationError(f"{self.path} unpacks to more than {MOST_UNPACKED >> 20} MiB; unpack it first")
         self.left -= len(data)
         buffer[: len(data)] = data
         return len(data)
