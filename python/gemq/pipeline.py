@@ -29,7 +29,7 @@ from gemq.algorithms.sequential import OnLayer
 from gemq.algorithms.tensor_bits import resolve
 from gemq.ambient import plain_torch
 from gemq.checkpoint import check_output, pack_model, save_packed
-from gemq.engine.journal import CHANGED, read_manifest
+from gemq.engine.journal import CHANGED, check_directory, read_manifest
 from gemq.engine.run import StreamedResult
 from gemq.engine.session import RunOptions, Session, Work, written_by
 from gemq.engine.source import Source
@@ -133,6 +133,7 @@ def _places(config: QuantizeConfig, targets: list[Path]) -> Iterator[None]:
     output, run = Path(config.output), run_directory(config)
     if config.stream:
         check_run_directory(run, output, targets, config.model)
+        check_directory(run, config.changed)
     if config.log is not None:
         apart = [*targets, run] if config.stream else targets
         check_log("--log", Path(config.log), apart, is_event, "a log of gemq quantize")
