@@ -90,9 +90,9 @@ class Decoding:
         started = time.perf_counter()
         self._prefill()
         pending: deque[_Posted] = deque([self._post()])
-        launched, limit, lag = 1, self.options.max_new_tokens, 0
+        launched, limit, lag, read = 1, self.options.max_new_tokens, 0, self.prompt.shape[1]
         while pending:
-            tokens, ended = pending.popleft().wait(len(self.prompt[0]) + self.timing.steps)
+            tokens, ended = pending.popleft().wait(read)
             now = time.perf_counter()
             if self.timing.steps == 0 and self._advance is None:
                 self.timing.prefill = now - started
@@ -102,6 +102,7 @@ class Decoding:
             yield tokens
             if ended:
                 return
+            read += 1
             started = time.perf_counter()
             if launched < limit and self._advance is None:
                 self._set_up()
