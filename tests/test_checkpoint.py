@@ -373,7 +373,7 @@ def test_config_of_another_model(folder):
     edit_json(folder / "config.json", lambda data: data.update(num_hidden_layers=2, hidden_size=128))
     refused(folder, "has shape")
     edit_json(folder / "config.json", lambda data: data.update(hidden_size="wide"))
-    refused(folder, "could not be loaded", ["gemq"])
+    refused(folder, "hidden_size must be a whole number", ["gemq"])
 
 
 def test_a_full_precision_model_is_not_a_packed_one(tmp_path):

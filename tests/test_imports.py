@@ -14,8 +14,8 @@ KERNELS = ROOT / "triton_kernels"
 
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
-    ("errors", "format", "tensor_files", "_C"),
-    ("ambient", "auto_import", "folders"),
+    ("errors", "format", "_C"),
+    ("ambient", "auto_import", "folders", "tensor_files"),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
     ("shards", "output_folder", "model_config"),
     ("staging",),

@@ -178,7 +178,8 @@ def test_tensors_that_the_model_does_not_have(family, tmp_path, caplog):
 
 def test_at_the_terminal_they_are_a_line(model_folder, quick, tmp_path, capsys):
     folder = shutil.copytree(model_folder, tmp_path / "model")
-    change(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64), "mtp.0.x": torch.ones(3)}))
+    more = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64), "mtp.0.x": torch.ones(3)}
+    change(folder, lambda t: t.update(more))
     assert run(["quantize", str(folder), "-o", str(tmp_path / "out"), "--method", "uniform", "--bits", "2", *quick,
                 "--no-tune-routers", "-q"]) == 0
     err = capsys.readouterr().err

@@ -24,6 +24,7 @@ from gemq.folders import HUB_OPTIONS, checkpoint_folder
 from gemq.format import UNQUANTIZED
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.integrity import verify as verify_files
+from gemq.model_config import generation_config, model_config
 from gemq.models import MoeModel, describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.output_folder import check_output
@@ -221,6 +222,8 @@ def from_pretrained(
     load_packed_config(folder)
     weight_files(folder)
     trusted = kwargs.pop("trust_remote_code", False)
+    model_config(str(folder), trusted)
+    generation_config(folder)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trusted, **kwargs

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gemq.checkpoint import packed_skeleton
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
+from gemq.model_config import check_sizes
 from gemq.models import packed_modules, prepare, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
@@ -58,6 +59,7 @@ class GemqQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config):
         """The hook that sees the model's config before the model is built, layer by layer."""
+        check_sizes(config, getattr(config, "name_or_path", "") or "the config")
         _check_layers(config)
         _refuse_tensor_parallelism(getattr(config, "distributed_config", None))
         return super().update_attn_implementation(config)

@@ -11,8 +11,8 @@ from torch import nn
 from gemq.checkpoint import from_pretrained
 from gemq.errors import CheckpointError, first_line
 from gemq.integrity import read_json
-from gemq.model_config import check_sizes, config_file, model_config
-from gemq.models.families import check_supported
+from gemq.model_config import check_sizes, config_file, generation_config, model_config
+from gemq.models.families import SUPPORTED, check_supported
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
@@ -20,12 +20,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     _check_complete(path)
+    # transformers reads the config on the way, and what is wrong with the model itself says more
+    config = checked_config(path, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # its settings are checked by nobody until they are used
+        tokenizer.decode(tokenizer("a", return_token_type_ids=False)["input_ids"], skip_special_tokens=True)
+        return tokenizer
     except Exception as error:
         # a stranger's files, parsed by libraries that raise what they like
-        # what is wrong with the model itself says more
-        method = getattr(model_config(path, trust_remote_code), "quantization_config", None) or {}
+        method = getattr(config, "quantization_config", None) or {}
         if method and method.get("quant_method") != "gemq":
             raise CheckpointError(f"{path!r} is quantized by {method.get('quant_method')!r}, not by gemq") from error
         found = [name for name in _TOKENIZERS if (Path(path) / name).is_file()]
@@ -34,6 +38,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         else:
             why = "no tokenizer file that transformers reads" if Path(path).is_dir() else first_line(error)
         raise CheckpointError(f"no tokenizer in {path!r}: {why}") from error
+
+
+def checked_config(path: str, trust_remote_code: bool = False):
+    """The transformers config of any model, of a supported family with sizes that can be. Raises
+    :class:`CheckpointError`."""
+    config = model_config(path, trust_remote_code)
+    if getattr(config, "model_type", None) in SUPPORTED:
+        check_sizes(config, config_file(path))
+    return config
 
 
 # any of these is a tokenizer's
@@ -57,7 +70,7 @@ def check_model(path: str, trust_remote_code: bool = False):
         raise CheckpointError(f"{path!r} holds an adapter (adapter_config.json), which transformers would put over "
                               f"the weights: merge it and save the model, or remove the file")
     check_supported(config)
-    check_sizes(config, path)
+    check_sizes(config, config_file(path))
     return config
 
 
@@ -88,6 +101,8 @@ def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = F
     from transformers import AutoModelForCausalLM
 
     config = check_model(path, trust_remote_code)
+    if Path(path).is_dir():
+        generation_config(Path(path))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from gemq.errors import CheckpointError, GemqError, first_line
@@ -125,6 +126,9 @@ def skeleton(config, trust_remote_code: bool = False, **options: Any) -> nn.Modu
 def _refusal(path: str, file: Path, error: Exception) -> CheckpointError:
     """What transformers says of a config, in a line: it may fail with anything on what a stranger wrote."""
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return CheckpointError(f"{path!r} needs code that comes with it, which is run with --trust-remote-code alone "
+                               f"(trust_remote_code=True)")
     strict = re.search(r"Validation error for field '([^']+)': (?:\w+: )?(.*)", text)
     if strict:
         said = strict[2].removeprefix(f"Field '{strict[1]}' ")
@@ -132,6 +136,10 @@ def _refusal(path: str, file: Path, error: Exception) -> CheckpointError:
     checked = re.search(r"Class validation error for validator '[^']+': (?:\w+: )?(.*)", text)
     if checked:
         return CheckpointError(f"{file} is no model config: {checked[1][:300]}")
+    if "model type" in text or "Should have a `model_type`" in text or "Unrecognized" in text:
+        kind = read_json(file, _MOST_BYTES).get("model_type")
+        return CheckpointError(f"no model in {path!r}: transformers {transformers.__version__} does not know the model "
+                               f"type `{kind}`" if kind else f"no model in {path!r}: config.json has no model_type")
     if isinstance(error, (OSError, ValueError)):
         return CheckpointError(f"no model in {path!r}: {first_line(error)[:300]}")
     return CheckpointError(f"{file} is no model config: {type(error).__name__}: {text[:300]}")
@@ -155,6 +163,10 @@ def check_stored(data: dict[str, Any], file: Path) -> None:
             _refuse(file, name, said, data[name])
     if not all(isinstance(name, str) for name in data.get("architectures") or ()):
         _refuse(file, "architectures", "a list of class names", data["architectures"])
+    for name in _RANGES.keys() - _NEGATIVE:
+        value = data.get(name)
+        if value is not None and not (isinstance(value, list) and name in _BY_LAYER):
+            _check_range(file, name, value)
     labels = data.get("num_labels")
     if labels is not None and (type(labels) is not int or not 0 <= labels <= _MOST_LABELS):
         _refuse(file, "num_labels", f"in 0..{_MOST_LABELS}", labels)
@@ -182,6 +194,15 @@ _RANGES = {
     "num_experts_per_tok": (1, 1 << 16), "max_position_embeddings": (1, 1 << 31), "sliding_window": (0, 1 << 31),
     "decoder_sparse_step": (1, 1 << 16), "first_k_dense_replace": (0, MAX_LAYERS),
 }
+# families exist that have a size a layer, and such that say "none" by -1
+_BY_LAYER = {"num_attention_heads", "num_key_value_heads", "intermediate_size"}
+_NEGATIVE = {"sliding_window"}
+
+
+def _check_range(where: Path | str, name: str, value: Any) -> None:
+    least, most = _RANGES[name]
+    if type(value) is not int or not least <= value <= most:
+        _refuse(where, name, f"a whole number in {least}..{most}", value)
 
 
 def check_sizes(config, where: Path | str) -> None:
@@ -189,10 +210,10 @@ def check_sizes(config, where: Path | str) -> None:
 
     Raises :class:`CheckpointError` naming the field, what it is and what is allowed.
     """
-    for name, (least, most) in _RANGES.items():
+    for name in _RANGES:
         value = getattr(config, name, None)
-        if value is not None and (type(value) is not int or not least <= value <= most):
-            _refuse(where, name, f"a whole number in {least}..{most}", value)
+        if value is not None:
+            _check_range(where, name, value)
     if getattr(config, "sliding_window", None) == 0 and not hasattr(config, "use_sliding_window"):
         # where another field switches the window, 0 is none
         _refuse(where, "sliding_window", "null, or a whole number of at least 1", 0)
@@ -201,7 +222,8 @@ def check_sizes(config, where: Path | str) -> None:
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):
             _refuse(where, name, "a finite number of at least 0", value)
     dtype = getattr(config, "dtype", None)
-    if dtype not in (None, *COMPUTING):
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and named not in COMPUTING:
         _refuse(where, "dtype", "one floating-point type", dtype)
     _check_heads(config, where)
     _check_experts(config, where)
