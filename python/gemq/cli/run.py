@@ -38,6 +38,8 @@ def _quiet_libraries() -> None:
     # an unknown hub name is said once, by us, and not at every retry
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # a model without shared experts may have one of no width
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 
 
 class _Notices(logging.Handler):
