@@ -12,6 +12,7 @@ import pytest
 import typer
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
 import gemq
 from gemq import hub
@@ -311,7 +312,8 @@ def test_the_example_is_a_settings_file_with_every_option(gemq_run, command, tmp
     active = "\n".join(line[2:] for line in out.splitlines() if re.match(r"# [a-z-]+:", line))
     found = yaml.safe_load(active)
     parameters = typer.main.get_command(app).commands[command].params
-    names = {p.name for p in parameters} - {"config_file", "help"}
+    # trust is for whoever types the command
+    names = {p.name for p in parameters} - {"config_file", "help", "trust_remote_code"}
     assert len(found) == len(names) and gemq_run("settings", command)[1].split() == list(found)
     if command == "quantize":
         assert found["samples"] == 128 and found["candidates"] == "1,2,3" and found["tune-routers"] is True
@@ -398,10 +400,11 @@ class FakeApi:
         assert exist_ok
         return f"https://hub/{repo}"
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns):
         if self.fail == "upload":
             raise OSError("connection lost\nmore")
-        self.calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir())))
+        names = sorted(p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*") if p.is_file())
+        self.calls.append(("upload", repo_id, list(filter_repo_objects(names, allow_patterns=allow_patterns))))
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ def test_bars_hold_no_codes_and_no_markup():
     assert "[bold]" in harmless(file.getvalue())
 
 
-def test_names_of_folders_are_shown_as_text(made, gemq_run, tmp_path):
+def test_names_of_folders_are_shown_as_text(made, gemq_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(made, tmp_path / "x\x1b[31m[red]\u202e\ny")
     for command in (["verify"], ["inspect"], ["verify", "-o", "md"], ["verify", "-o", "csv"], ["report"], ["eval"]):
         code, out, err = gemq_run(command[0], folder, *command[1:])
@@ -171,6 +172,16 @@ def test_a_pattern_is_given_up(monkeypatch):
     search = tensor_bits._Search(TensorBits(r"^(?:(.|..)+)+(?<!\w)$", 4))
     with pytest.raises(ValueError, match=r"takes more than 0\.2 s to search the model's paths"):
         search.finds("model.layers.0.self_attn.o_proj")
+
+
+@pytest.mark.parametrize("command", [
+    ["--tensor-bits", "x=²"], ["--tensor-bits", "x=" + "1" * 5000], ["--router-lr", "nan"], ["--router-lr", "-1"],
+    ["--router-lr", "inf"], ["--router-epochs", "1" + "0" * 30], ["--router-batch", "1" + "0" * 30],
+], ids=lambda command: f"{command[0]} {command[1][:6]}")
+def test_numbers_that_are_none(gemq_run, model_folder, tmp_path, quick, command):
+    """Before work, with a name."""
+    code, _, err = gemq_run("quantize", model_folder, "-o", tmp_path / "o", *quick, *command, "--dry-run")
+    assert code == 2 and ("must be in" in err or "must be like 'o_proj=8'" in err) and "internal" not in err
 
 
 # what a launcher and files say

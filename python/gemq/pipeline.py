@@ -160,6 +160,8 @@ def _quantize(
         return _quantize_streamed(config, session, tokenizer, targets, progress, on_layer)
     distributed.on_first(lambda: source.watch.read(numbers=source.numbers()))
     model = load_unquantized(config.model, str(dtype).removeprefix("torch."), config.trust_remote_code)
+    # on the CPU its tensors may still be the files' pages
+    source.watch.check()
     stored = source.stored
     model = model.to(device).eval()
     moe = describe(model)
@@ -170,6 +172,7 @@ def _quantize(
         on_layer=on_layer,
     ):
         target = targets[stage.budget]
+        distributed.on_first(source.watch.check)
         outcomes.append(
             distributed.on_first(lambda s=stage, t=target: save_stage(config, model, tokenizer, s, t, stored))
         )

@@ -68,11 +68,15 @@ class ShardWriter:
         return [self.folder / name for name in names]
 
 
+# more bytes than any disk has
+_DIGITS = 18
+
+
 def parse_size(text: str) -> int:
     """``"5GB"``, ``"30KB"`` or a number of bytes, in powers of 1000; ``ValueError`` for another text."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     number = text.strip().upper().rstrip("BGKM")
     unit = text.strip().upper()[len(number) :]
-    if not number.isdecimal() or unit not in units or int(number) < 1:
-        raise ValueError(f"a shard's size must be like 5GB, 500MB or 30KB, got {text!r}")
+    if not number.isdecimal() or len(number) > _DIGITS or unit not in units or int(number) < 1:
+        raise ValueError(f"a shard's size must be like 5GB, 500MB or 30KB, got {text!r:.60}")
     return int(number) * units[unit]

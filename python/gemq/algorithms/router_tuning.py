@@ -20,14 +20,29 @@ Progress = Callable[[int, int], None]
 Gradients = Callable[[list[Tensor]], Iterable[dict[str, Tensor]]]
 
 
+_LARGEST_RATE, _MOST_STEPS = 100.0, 10**9
+
+
 @dataclass(frozen=True)
 class RouterTuningConfig:
-    """AdamW on the routers, everything else frozen; the defaults are the paper's."""
+    """AdamW on the routers, everything else frozen; the defaults are the paper's.
+
+    Raises ``ValueError`` for a rate or decay that is negative or not finite, and for no epochs or windows.
+    """
 
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
     epochs: int = 1
     batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay"):
+            # nan is neither
+            if not 0 <= getattr(self, name) <= _LARGEST_RATE:
+                raise ValueError(f"{name} of the routers must be in 0..{_LARGEST_RATE}, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size"):
+            if not 1 <= getattr(self, name) <= _MOST_STEPS:
+                raise ValueError(f"{name} of the routers must be in 1..{_MOST_STEPS}, got {getattr(self, name)}")
 
 
 @dataclass

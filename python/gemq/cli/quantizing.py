@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def tensor_bits(texts: list[str] | None) -> tuple[TensorBits, ...]:
     found = []
     for text in texts or ():
         pattern, equals, width = text.rpartition("=")
-        if not equals or not width.strip().isdigit():
-            raise typer.BadParameter(f"--tensor-bits must be like 'o_proj=8', got {text!r}")
+        if not equals or not re.fullmatch(r"\s*[0-9]{1,3}\s*", width):
+            raise typer.BadParameter(f"--tensor-bits must be like 'o_proj=8', got {text!r:.80}")
         found.append(TensorBits(pattern, int(width)))
     return tuple(found)
 
