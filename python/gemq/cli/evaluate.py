@@ -42,6 +42,8 @@ def evaluate(
     [dim]gemq eval mixtral-2.5 --data wikitext2 --record[/dim]
     """
     if keep:
+        if not Path(model).is_dir():
+            raise typer.BadParameter(f"--record needs the checkpoint's folder, got {model!r}")
         # only now: an hour later the answer would be lost
         load_packed_config(model)
     with display.stages() as report:
@@ -57,7 +59,7 @@ def evaluate(
         record(model, Score(name, length, result.perplexity, result.tokens, result.seconds, gemq=gemq.__version__))
         write_card(Path(model))
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(found, allow_nan=False))
         return
     rate = result.tokens / result.seconds
     emit(data, _COLUMNS, [found | {"rate": rate}], form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ MODES = ("auto", "none", "compile", "graph")
 # steps in flight on a GPU beyond the one that is waited for, so that the device never waits for the host
 _LAG = 1
 _CACHE_MULTIPLE = 64
-_PREFILL_TOKENS = 8192
+PREFILL_TOKENS = 8192
 
 
 @dataclass
@@ -132,7 +133,7 @@ class Decoding:
         slot = torch.tensor([length], device=self.device)
         self.progress = Progress(slot, positions[:, -1] + 1, seen, length + 1)
         self.ends = torch.tensor(self.eos, dtype=torch.int64, device=self.device)
-        self.tokens, self.broken = self.sampler(logits)
+        self.tokens, self.best = self.sampler(logits)
         self.ended = self._are_ends(self.tokens)
 
     def _prompt_logits(self, positions: Tensor, padded: bool) -> Tensor:
@@ -143,7 +144,7 @@ class Decoding:
         module = self.model if whole else self.model.get_decoder()
         options = {"logits_to_keep": 1} if whole else {}
         sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
-        chunk = length if sliding and not known.sees_windows(self.model.config) else max(_PREFILL_TOKENS // batch, 1)
+        chunk = length if sliding and not known.sees_windows(self.model.config) else max(PREFILL_TOKENS // batch, 1)
         with self._memory_errors():
             for start in range(0, length, chunk):
                 end = min(start + chunk, length)
@@ -200,17 +201,17 @@ class Decoding:
         return ("transformers", lean) if lean else ("lean", native) if native else ("native", None)
 
     def _state(self) -> list[Tensor]:
-        tensors = (self.tokens, self.broken, self.ended, self.progress.slot, self.progress.positions, self.sampler.seen)
+        tensors = (self.tokens, self.best, self.ended, self.progress.slot, self.progress.positions, self.sampler.seen)
         return [t for t in tensors if t is not None]
 
     def _one_step(self) -> None:
         """Feed the newest tokens, choose the next ones in their place."""
-        tokens, broken = self.sampler(self.step(self.tokens, self.progress))
+        tokens, best = self.sampler(self.step(self.tokens, self.progress))
         if self.eos:
-            tokens, broken = tokens.masked_fill(self.ended, self.pad), broken & ~self.ended
+            tokens, best = tokens.masked_fill(self.ended, self.pad), best.masked_fill(self.ended, 0.0)
             self.ended |= self._are_ends(tokens)
         self.tokens.copy_(tokens)
-        self.broken.copy_(broken)
+        self.best.copy_(best)
         self.progress.advance()
 
     def _are_ends(self, tokens: Tensor) -> Tensor:
@@ -223,33 +224,39 @@ class Decoding:
 
     @torch.inference_mode()
     def _post(self) -> _Posted:
-        return _Posted(self.tokens, self.broken, self.ended if self.eos else None)
+        return _Posted(self.tokens, self.best, self.ended if self.eos else None)
 
     def _memory_errors(self):
         return _MemoryErrors(self)
 
 
 class _Posted:
-    """Tokens on their way to the host, with what else is known of their rows."""
+    """Tokens on their way to the host, with their scores and where rows have ended."""
 
-    def __init__(self, tokens: Tensor, broken: Tensor, ended: Tensor | None):
-        rows = torch.stack((tokens, broken) if ended is None else (tokens, broken, ended))
-        self.values, self.event = rows, None
-        if rows.is_cuda:
-            self.values = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            self.values.copy_(rows, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+    def __init__(self, tokens: Tensor, best: Tensor, ended: Tensor | None):
+        self.event = None
+        if not tokens.is_cuda:
+            # the others are read before the next step changes them
+            self.rows = (tokens.clone(), best, ended)
+            return
+        # as one copy: float64 holds every id
+        rows = torch.stack([t.double() for t in (tokens, best, ended) if t is not None])
+        held = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        held.copy_(rows, non_blocking=True)
+        self.rows = (held[0], held[1], None if ended is None else held[2])
+        self.event = torch.cuda.Event()
+        self.event.record()
 
     def wait(self, length: int) -> tuple[Tensor, bool]:
         """``(tokens, all rows have ended)``; :class:`GemqError` if a row of ``length`` tokens has no token to go on."""
         if self.event is not None:
             self.event.synchronize()
-        if bool(self.values[1].any()):
-            row = int(self.values[1].argmax())
+        tokens, best, ended = self.rows
+        row = next((row for row, score in enumerate(best.tolist()) if not math.isfinite(score)), None)
+        if row is not None:
             raise GemqError(f"the model's scores after {length} tokens of row {row} are NaN or infinite: a weight is, "
                             "or a product is beyond the range of its dtype")
-        return self.values[0], len(self.values) > 2 and bool(self.values[2].all())
+        return tokens.long(), ended is not None and all(ended.tolist())
 
 
 def _new_cache(config, limit: int):

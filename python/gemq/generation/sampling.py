@@ -38,25 +38,27 @@ class Sampler:
         self.generator.manual_seed(options.seed)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The next token of every row, int64 ``[B]``, and bool ``[B]`` where there is none: a score is NaN or infinite,
-        or all are minus infinity."""
+        """The next token of every row, int64 ``[B]``, and the best score ``[B]``.
+
+        A score that is NaN or infinite, or none above minus infinity, makes the best one no finite number: then the
+        token means nothing.
+        """
         scores = logits.double() if self.wide else logits.float()
         if self.seen is not None:
             scaled = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
             scores = torch.where(self.seen, scaled, scores)
-        # NaN is the largest of all to argmax
-        best = scores.argmax(-1, keepdim=True)
-        broken = ~scores.gather(-1, best).isfinite()[:, 0]
-        tokens = self._draw(scores, best) if self.options.samples else best[:, 0]
+        # NaN is the largest of all
+        best = scores.amax(-1)
+        tokens = self._draw(scores, best) if self.options.samples else scores.argmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        return tokens, broken
+        return tokens, best
 
     def _draw(self, scores: Tensor, best: Tensor) -> Tensor:
         options = self.options
         if self.wide:
             # the best is 0, so that no quotient is infinite but minus infinity
-            scores = scores - scores.gather(-1, best)
+            scores = scores - best[:, None]
         scores = scores / self.temperature
         scores = keep_top_k(scores, options.top_k)
         scores = keep_top_p(scores, options.top_p)
