@@ -88,7 +88,7 @@ def test_past_a_sliding_window(family, window, monkeypatch):
     assert window > 30 or not torch.equal(plain, expected)
     # chunks shorter than the window, and longer
     for tokens in (3 * 5, 3 * 20):
-        monkeypatch.setattr(decoding, "_PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(decoding, "PREFILL_TOKENS", tokens)
         assert torch.equal(decoded(model, *texts())[0], expected)
 
 
@@ -102,7 +102,7 @@ def test_a_window_that_nothing_leaves_costs_nothing(family):
 def test_a_window_that_the_family_does_not_have(family, monkeypatch):
     model = variant(family, sliding_window=8)
     expected, _ = assert_generates(model, "transformers")
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 15)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 15)
     assert torch.equal(decoded(model, *texts())[0], expected)
 
 

@@ -111,7 +111,7 @@ def test_chunked_prefill_changes_nothing(model, monkeypatch):
     ids, mask = padded(3, 17)
     expected = tokens(model, ids, mask)
     plain = tokens(model, ids)
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 12)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 12)
     assert torch.equal(tokens(model, ids, mask), expected)
     assert torch.equal(tokens(model, ids), plain)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from gemq.checkpoint import save_packed
 from gemq.cli.run import run
 from gemq.errors import ResourceError
 from gemq.models import describe, packed_modules
-from gemq.planning import Machine, PlanConfig, Rates, check, make_plan, other_machine, planned_widths
+from gemq.planning import Machine, Plan, PlanConfig, Rates, check, make_plan, other_machine, planned_widths
 from gemq.planning.machine import free_disk_bytes, measure_rates, this_machine
 from gemq.planning.memory import Work, gptq_bytes, hessian_bytes, in_memory, peak, streaming
 from gemq.planning.output import output_size, resident_bytes
@@ -133,6 +134,49 @@ def test_published_models_by_hand():
     )
     assert not plan.to_dict()["fits"]
     assert plan.shortages()[0].place == "device memory"
+
+
+def of_memory(free: int, **options) -> Plan:
+    """The plan of two layers of Qwen3-30B-A3B on a GPU of ``free`` bytes."""
+    config = PlanConfig(MethodConfig(per_layer="none", budgets=options.pop("budgets", (2.5,))), **options)
+    return make_plan(load_config("qwen3-30b-a3b", 2), config, Machine("gpu", False, free, None, None, None))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_longest_context_is_the_longest(rows):
+    free = of_memory(10**12, rows=rows, context=12_345).inference[2.5].total
+    found = of_memory(free, rows=rows).inference[2.5]
+    # beyond a chunk of the prompt a token takes its keys and values alone
+    assert found.longest == 12_345
+    at, beyond = (of_memory(free, rows=rows, context=found.longest + more).inference[2.5] for more in (0, 1))
+    assert at.fits and at.total <= free < beyond.total and not beyond.fits
+    # with memory enough, the model's positions
+    assert of_memory(10**12).inference[2.5].longest == 40960
+    assert of_memory(10**9).inference[2.5].longest == 0
+
+
+@pytest.mark.parametrize("bits", [None, 1.0, 1.75, 2.75])
+def test_the_bits_that_run_are_the_highest(bits):
+    whole = of_memory(10**12, budgets=(3.0, bits or 1.0)).inference
+    free = whole[bits].total if bits else whole[1.0].total - 1
+    plan = of_memory(free, budgets=(3.0, 2.875))
+    assert not plan.runs and plan.runnable_bits == bits
+    assert of_memory(whole[3.0].total, budgets=(3.0, 2.5)).runnable_bits is None
+
+
+def test_a_result_that_does_not_run_is_said(capsys):
+    """On the device alone: quantizing streams, and fits."""
+    plan = ["plan", "qwen3-30b-a3b", "--constraints", "none", "--bits", "3", "--device", "rtx4090", "--rows", "16"]
+    assert run([*plan, "--context", "8192"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"the result of 3 bits does not run on rtx4090: it needs [\d.]+ GB, 24.00 GB are free; "
+                     r"(no budget|[\d.]+ bits) would run, or [\d,]+ tokens a row at these", out), out
+    assert run([*plan, "--context", "8192", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fits"], found["fits_quantizing"], found["fits_running"]) == (False, True, False)
+    assert run([*plan, "--context", "1024", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["fits_running"] and found["runnable_bits"] is None
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -258,7 +302,7 @@ def test_plan_prints_markdown(printed):
     assert first.splitlines()[0] == "| stage | device | memory | scratch | time |" and err == ""
     assert first.splitlines()[1] == "|---|---:|---:|---:|---:|" and "| most (time: one budget) |" in first
     titles, _, *rows = second.splitlines()
-    assert titles == "| bits | checkpoint | weights | cache | to run | tokens/s at most |"
+    assert titles == "| bits | checkpoint | weights | cache | to run | longest context | tokens/s at most |"
     assert [row.split(" | ")[0] for row in rows] == ["| 3", "| 2.5"]
     assert note.startswith("times and tokens/s: estimated")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,9 +108,22 @@ def _print(model: str, found: Plan, form: Format) -> None:
     if machine.rates:
         _paragraph(f"times and tokens/s: {machine.rates.source}; the disk's rate is assumed to be "
                    f"{machine.rates.disk / 1e9:g} GB/s; memory by the formulas of docs/plan.md", form)
+    for line in _does_not_run(found):
+        _paragraph(line, form, "bold red")
     for shortage in found.shortages():
         _paragraph(f"does not fit: {shortage.stage} needs {display.size(shortage.needed)} of {shortage.place}, "
                    f"{display.size(shortage.free)} are free", form, "bold red")
+
+
+def _does_not_run(found: Plan) -> Iterator[str]:
+    """A line per budget whose result does not run on the machine, with what would."""
+    bits = found.runnable_bits
+    instead = f"{bits:g} bits would run" if bits is not None else "no budget would run"
+    for budget, run in found.inference.items():
+        if not run.fits:
+            longest = f", or {run.longest:,} tokens a row at these" if run.longest else ""
+            yield (f"the result of {budget:g} bits does not run on {found.machine.name}: it needs "
+                   f"{display.size(run.total)}, {display.size(run.free)} are free; {instead}{longest}")
 
 
 def _paragraph(text: str, form: Format, style: str | None = None) -> None:
@@ -129,7 +143,8 @@ _STAGES = (
 _RESULTS = (
     Column("bits", "bits", lambda v: f"{v:g}"), Column("checkpoint", "checkpoint", display.size),
     Column("weights", "weights", display.size), Column("cache", "cache", display.size),
-    Column("to run", "total", display.size), Column("tokens/s at most", "tokens_per_second", lambda v: f"{v:,.0f}"),
+    Column("to run", "total", display.size), Column("longest context", "longest", lambda v: f"{v:,}"),
+    Column("tokens/s at most", "tokens_per_second", lambda v: f"{v:,.0f}"),
 )
 
 
@@ -158,6 +173,7 @@ def _results(found: Plan) -> list[dict[str, Any]]:
     rates = found.machine.rates
     return [
         {"bits": budget, "checkpoint": size.files, "weights": run.weights, "cache": run.cache, "total": run.total,
+         "longest": run.longest, "fits": run.fits,
          "tokens_per_second": rates.bandwidth / run.read if rates else None}
         for budget, size in found.outputs.items() for run in (found.inference[budget],)
     ]

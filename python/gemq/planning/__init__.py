@@ -1,7 +1,8 @@
 """What a run will take, before it starts: sizes, memory, disk and time, from a model's config alone."""
 
 from gemq.planning.machine import Machine, Rates, other_machine, this_machine
-from gemq.planning.plan import Inference, Plan, PlanConfig, Shortage, check, make_plan
+from gemq.planning.plan import Plan, PlanConfig, Shortage, check, make_plan
+from gemq.planning.running import Inference
 from gemq.planning.widths import budget_range, check_budgets, planned_widths
 
 __all__ = [

@@ -9,14 +9,14 @@ import torch
 
 from gemq.algorithms.progressive import MethodConfig
 from gemq.errors import ResourceError
-from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
 from gemq.planning import memory
 from gemq.planning.machine import Machine
 from gemq.planning.memory import ENGINES, Need, Work
-from gemq.planning.output import OutputSize, output_size, resident_bytes
+from gemq.planning.output import OutputSize, output_size
 from gemq.planning.parts import ModelParts, count_parts, located
+from gemq.planning.running import Inference, bits_that_run, inference_of
 from gemq.planning.seconds import stage_operations
-from gemq.planning.widths import planned_widths
+from gemq.planning.widths import budget_range, planned_widths
 
 # what gemq quantize runs
 ENGINE = "stream"
@@ -49,22 +49,6 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class Inference:
-    """Bytes of a packed model that runs: its ``weights`` in the layout of the device's kernels, the ``cache``, and
-    the logits and hidden states of a prompt; ``read`` is what one decoded token of one row reads of them."""
-
-    weights: int
-    cache: int
-    working: int
-    read: int
-
-    @property
-    def total(self) -> int:
-        """Everything together."""
-        return self.weights + self.cache + self.working
-
-
-@dataclass(frozen=True)
 class Shortage:
     """What is missing: ``place`` (device memory, memory, disk), the stage that needs most of it, bytes needed by
     part, and bytes free."""
@@ -83,7 +67,8 @@ class Shortage:
 @dataclass(frozen=True)
 class Plan:
     """The predictions. ``outputs`` and ``inference`` are by budget; ``stages`` and ``seconds`` by stage, seconds of
-    one budget; None where the machine's rates are not known."""
+    one budget; None where the machine's rates are not known. ``runnable_bits`` is the highest budget whose result
+    would run on the machine; None where all of ``outputs`` do, or no budget would."""
 
     config: PlanConfig
     machine: Machine
@@ -94,6 +79,13 @@ class Plan:
     stages: dict[str, Need]
     seconds: dict[str, float] | None
     dtype: str
+    runnable_bits: float | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Tell that every budget's result runs on the machine with the context that was asked for, as far as free
+        bytes are known."""
+        return all(run.fits for run in self.inference.values())
 
     @property
     def disk(self) -> dict[str, int]:
@@ -106,7 +98,7 @@ class Plan:
         return {name: size for name, size in found.items() if size}
 
     def shortages(self) -> list[Shortage]:
-        """Everything that does not fit, as far as the machine's free bytes are known."""
+        """Everything of quantizing that does not fit, as far as the machine's free bytes are known."""
         free = {"device": self.machine.device_free, "host": self.machine.host_free}
         found = []
         for place, label in (("device", "device memory"), ("host", "memory")):
@@ -127,11 +119,14 @@ class Plan:
             "options": asdict(replace(self.config, dtype=None)) | {"dtype": self.dtype},
             "machine": asdict(self.machine),
             "outputs": {f"{b:g}": asdict(o) for b, o in self.outputs.items()},
-            "inference": {f"{b:g}": asdict(i) | {"total": i.total} for b, i in self.inference.items()},
+            "inference": {f"{b:g}": asdict(i) | {"total": i.total, "fits": i.fits} for b, i in self.inference.items()},
             "stages": {name: asdict(need) for name, need in self.stages.items()},
             "peak": memory.peak(self.stages) | {"disk": sum(self.disk.values())},
             "seconds": self.seconds,
-            "fits": not self.shortages(),
+            "fits": self.runs and not self.shortages(),
+            "fits_quantizing": not self.shortages(),
+            "fits_running": self.runs,
+            "runnable_bits": self.runnable_bits,
         }
 
 
@@ -167,8 +162,14 @@ def make_plan(config, options: PlanConfig, machine: Machine) -> Plan:
     if machine.rates is not None:
         operations = stage_operations(parts, work, options.engine, largest, stored.itemsize)
         seconds = {name: found.seconds(machine.rates) for name, found in operations.items()}
+    runnable = None
+    if not all(run.fits for run in inference.values()):
+        low, high = budget_range(moe, options.method)
+        runnable = bits_that_run(
+            low, min(high, max(outputs)), lambda budget: _packed(config, options, machine, budget, stored)[1].fits
+        )
     name = str(dtype).removeprefix("torch.")
-    return Plan(options, machine, config.model_type, parts, outputs, inference, stages, seconds, name)
+    return Plan(options, machine, config.model_type, parts, outputs, inference, stages, seconds, name, runnable)
 
 
 def _needs(options: PlanConfig, parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
@@ -185,16 +186,7 @@ def _packed(config, options: PlanConfig, machine: Machine, budget: float, stored
     widths = planned_widths(moe, options.method, budget)
     size = output_size(moe, widths, stored)
     model = moe.model.to(stored)
-    weights = resident_bytes(model, "cpu_tile" if machine.on_cpu else "gpu_tile", stored)
-    cache = options.rows * (options.context * cache_bytes_per_token(model) + state_bytes_per_row(model))
-    # of the prompt: hidden states and the widest inner activation of every token, and the last token's logits
-    inner = max(parts.top_k * 3 * parts.intermediate, max(3 * layer.mlp for layer in parts.layers))
-    working = options.rows * (options.context * (4 * parts.hidden + inner) * stored.itemsize + parts.vocabulary * 8)
-    third = parts.expert // 3
-    experts = sum(third * b // 8 + (b > 0) * third * 4 // 128 for b in widths.weight_bits)
-    embeddings = parts.vocabulary * parts.hidden * stored.itemsize
-    read = size.tensors - experts * (parts.experts - parts.top_k) // parts.experts - embeddings
-    return size, Inference(weights, cache, working, read)
+    return size, inference_of(model, parts, widths, size, machine, options.rows, options.context, stored)
 
 
 def check(plan: Plan, config) -> None:

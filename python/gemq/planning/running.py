@@ -1,0 +1,97 @@
+"""Running the result: what it takes of a device, how long a context that leaves, and the bits at which it would run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gemq.generation.decoding import PREFILL_TOKENS
+from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
+from gemq.packed_config import PackedConfig
+from gemq.planning.machine import Machine
+from gemq.planning.memory import CONTEXT, PROCESS
+from gemq.planning.output import OutputSize, resident_bytes
+from gemq.planning.parts import ModelParts
+
+# budgets that are tried lie this far apart
+_STEP = 0.25
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Bytes of a packed model that runs: its ``weights`` in the layout of the device's kernels, the ``cache``, and
+    the logits and hidden states of a prompt; ``process`` is what the device or the host holds besides. ``read`` is
+    what one decoded token of one row reads of them.
+
+    ``free`` are the device's free bytes (on a CPU the host's), None where they are not known. ``longest`` is the
+    longest context of as many rows that would fit, at most the model's positions; 0 where no token would.
+    """
+
+    weights: int
+    cache: int
+    working: int
+    read: int
+    process: int = 0
+    free: int | None = None
+    longest: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        return self.weights + self.cache + self.working + self.process
+
+    @property
+    def fits(self) -> bool:
+        """Tell that it runs in what is free, or that this is not known."""
+        return self.free is None or self.total <= self.free
+
+
+def inference_of(
+    model: nn.Module, parts: ModelParts, widths: PackedConfig, size: OutputSize, machine: Machine, rows: int,
+    context: int, stored: torch.dtype,
+) -> Inference:
+    """What ``rows`` sequences of ``context`` tokens take of a packed ``model`` without storage."""
+    weights = resident_bytes(model, "cpu_tile" if machine.on_cpu else "gpu_tile", stored)
+    state = rows * state_bytes_per_row(model)
+    # of a prompt, a chunk at a time: hidden states and the widest inner activation of every token; and the last
+    # token's logits
+    inner = max(parts.top_k * 3 * parts.intermediate, max(3 * layer.mlp for layer in parts.layers))
+    token, per_token = rows * cache_bytes_per_token(model), (4 * parts.hidden + inner) * stored.itemsize
+    logits = rows * parts.vocabulary * 8
+
+    def working(length: int) -> int:
+        return min(rows * length, PREFILL_TOKENS) * per_token + logits
+
+    third = parts.expert // 3
+    experts = sum(third * b // 8 + (b > 0) * third * 4 // 128 for b in widths.weight_bits)
+    embeddings = parts.vocabulary * parts.hidden * stored.itemsize
+    read = size.tensors - experts * (parts.experts - parts.top_k) // parts.experts - embeddings
+    free = machine.host_free if machine.on_cpu else machine.device_free
+    process = PROCESS if machine.on_cpu else CONTEXT
+    longest = None
+    if free is not None:
+        left = free - weights - state - process
+        longest = _most(lambda length: length * token + working(length) <= left, model.config.max_position_embeddings)
+    return Inference(weights, state + context * token, working(context), read, process, free, longest)
+
+
+def _most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to ``limit`` that fits, where smaller ones do; 0 if 1 does not."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def bits_that_run(lowest: float, highest: float, runs: Callable[[float], bool]) -> float | None:
+    """The highest multiple of a quarter bit in ``lowest .. highest`` at which the result ``runs``; None if at
+    none."""
+    first, last = math.ceil(lowest / _STEP - 1e-9), math.floor(highest / _STEP + 1e-9)
+    budgets = [_STEP * count for count in range(first, last + 1)]
+    found = _most(lambda count: runs(budgets[count - 1]), len(budgets))
+    return budgets[found - 1] if found else None
