@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import resource
 import shutil
 import struct
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import gemq
 from gemq import ops
+from gemq.algorithms import conversations
 from gemq.checkpoint import check_output, save_packed
 from gemq.cli.run import run
 from gemq.errors import CheckpointError, GemqError
@@ -27,6 +30,7 @@ from gemq.generation.chat import render
 from gemq.integrity import INDEX_FILE, WEIGHTS_FILE, weight_files
 from gemq.models import packed_modules
 from gemq.reference.grid import round_to_nearest
+from gemq.time_limit import TimeLimitError, time_limit
 
 LOADERS = (gemq.from_pretrained, AutoModelForCausalLM.from_pretrained)
 META = "model.layers.0.block_sparse_moe.experts.down_meta"
@@ -238,12 +242,57 @@ def test_an_unknown_model_type_with_code(folder, tmp_path):
     ],
 )
 def test_a_chat_template_cannot_reach_python(tokenizer, template):
-    import copy
-
     mine = copy.deepcopy(tokenizer)
     mine.chat_template = template
     with pytest.raises(CheckpointError, match="chat template of the tokenizer failed"):
         render(mine, [{"role": "user", "content": "it"}])
+
+
+LOOP = "{% for i in range(90000) %}"
+
+
+@pytest.mark.parametrize("template", [
+    LOOP * 3 + "{% endfor %}" * 3, LOOP * 2 + "x{% endfor %}{% endfor %}", LOOP + "{{ messages | tojson }}" * 9
+    + "{% endfor %}" + LOOP + LOOP + "{% endfor %}{% endfor %}",
+    "{% macro f(n) %}" + LOOP + "{{ f(n) }}{% endfor %}{% endmacro %}{{ f(1) }}",
+    "{{ 9 ** 9 ** 9 }}", "{% set x = 7 %}{{ x **x**x**x }}", "{{ (10**9)**(10 ** 9) }}",
+])  # fmt: skip
+@pytest.mark.timeout(60)
+def test_a_chat_template_that_never_ends(tokenizer, template, monkeypatch):
+    mine = copy.deepcopy(tokenizer)
+    mine.chat_template = template
+    monkeypatch.setattr(conversations, "SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"took more than 0\.3 seconds|raises to a power"):
+        render(mine, [{"role": "user", "content": "it"}])
+    assert time.monotonic() - started < 10
+    # the next one is not interrupted
+    mine.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ dict(**{'a': 1}).a }}"
+    time.sleep(0.4)
+    assert render(mine, [{"role": "user", "content": "it"}] * 3) == "ititit1"
+
+
+def test_time_limits_in_threads():
+    """In a thread of its own, and where the block ends in time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def spin(seconds, limit):
+        end = time.monotonic() + seconds
+        try:
+            with time_limit(limit):
+                while time.monotonic() < end:
+                    pass
+        except TimeLimitError:
+            return "interrupted"
+        return "ended"
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(spin, [0.02, 5.0, 0.02, 5.0], [5.0, 0.1, 5.0, 0.1]))
+    assert found == ["ended", "interrupted"] * 2
+    for _ in range(200):
+        # limit and end fall together: either, and never later
+        assert spin(0.002, 0.002) in ("ended", "interrupted")
+    time.sleep(0.05)
 
 
 # sizes nobody has

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
 _AUTOCASTING = ("cpu", "cuda")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @contextmanager
@@ -31,3 +34,20 @@ def plain_torch(inference: bool = False) -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
         yield
+
+
+def _is_plain() -> bool:
+    autocast = any(torch.is_autocast_enabled(kind) for kind in _AUTOCASTING)
+    return not autocast and torch.get_default_dtype() == torch.float32 and torch.get_default_device().type == "cpu"
+
+
+def plain_inference(function: F) -> F:
+    """Run ``function`` in inference mode and otherwise plain torch, at the cost of inference mode alone where nothing
+    else is switched on: for what runs once a token."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode() if _is_plain() else plain_torch(inference=True):
+            return function(*args, **kwargs)
+
+    return call

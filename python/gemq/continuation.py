@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gemq.ambient import plain_torch
 from gemq.generation import Generation, GenerationOptions, generate_rows, render, stream_row
 from gemq.generation.chat import token_ids
 from gemq.generation.decoding import check_room
@@ -19,6 +20,7 @@ from gemq.pipeline import load_any, load_tokenizer
 Prompt = str | Sequence[str] | Tensor
 
 
+@plain_torch()
 def generate(
     model: str | os.PathLike | nn.Module, prompt: Prompt, *, tokenizer=None, attention_mask: Tensor | None = None,
     chat: bool = False, streamer: Callable | object | None = None, compile: str = "auto", dtype: str = "auto",
@@ -51,6 +53,7 @@ def generate(
     return results[0] if single else results
 
 
+@plain_torch()
 def stream(
     model: str | os.PathLike | nn.Module, prompt: str | Tensor, *, tokenizer=None, chat: bool = False,
     compile: str = "auto", dtype: str = "auto", device: str | None = None, **options: Any,

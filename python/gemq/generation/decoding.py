@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gemq.ambient import plain_inference, plain_torch
 from gemq.errors import GemqError
 from gemq.generation import known
 from gemq.generation.graph import GraphedStep
@@ -63,6 +64,7 @@ class Decoding:
     :class:`gemq.errors.GemqError` where a row's best score is NaN or infinite.
     """
 
+    @plain_torch()
     def __init__(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None,
         options: GenerationOptions | None = None, *, compile: str = "auto", step: str = "auto",
@@ -115,7 +117,7 @@ class Decoding:
                 pending.append(self._post())
                 launched += 1
 
-    @torch.inference_mode()
+    @plain_inference
     def _prefill(self) -> None:
         batch, length = self.prompt.shape
         # two slots more than needed: warming up a graph runs two steps
@@ -157,7 +159,7 @@ class Decoding:
             # as a matrix: on [B, 1, H], sliced out of [B, T, H], torch copies the whole head for a batched product
             return self.model.lm_head(out.last_hidden_state[:, -1].contiguous())
 
-    @torch.inference_mode()
+    @plain_inference
     def _set_up(self) -> None:
         self.step_kind, self.step_reason = self._kind()
         if self.step_kind == "transformers" and self.mode != "none":
@@ -217,12 +219,12 @@ class Decoding:
     def _are_ends(self, tokens: Tensor) -> Tensor:
         return (tokens[:, None] == self.ends).any(-1)
 
-    @torch.inference_mode()
+    @plain_inference
     def _step(self) -> None:
         with self._memory_errors():
             self._advance()
 
-    @torch.inference_mode()
+    @plain_inference
     def _post(self) -> _Posted:
         return _Posted(self.tokens, self.best, self.ended if self.eos else None)
 
