@@ -15,7 +15,7 @@ KERNELS = ROOT / "triton_kernels"
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
     ("errors", "format", "_C"),
-    ("ambient", "auto_import", "folders", "tensor_files", "time_limit"),
+    ("ambient", "auto_import", "folders", "plain_json", "tensor_files", "time_limit"),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
     ("shards", "output_folder", "model_config"),
     ("staging",),

@@ -254,7 +254,6 @@ LOOP = "{% for i in range(90000) %}"
 @pytest.mark.parametrize("template", [
     LOOP * 3 + "{% endfor %}" * 3, LOOP * 2 + "x{% endfor %}{% endfor %}", LOOP + "{{ messages | tojson }}" * 9
     + "{% endfor %}" + LOOP + LOOP + "{% endfor %}{% endfor %}",
-    "{% macro f(n) %}" + LOOP + "{{ f(n) }}{% endfor %}{% endmacro %}{{ f(1) }}",
     "{{ 9 ** 9 ** 9 }}", "{% set x = 7 %}{{ x **x**x**x }}", "{{ (10**9)**(10 ** 9) }}",
 ])  # fmt: skip
 @pytest.mark.timeout(60)

@@ -6,7 +6,6 @@ reports by module path, ``config`` is the :class:`gemq.QuantizeConfig`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from gemq.card import write_card
 from gemq.generation.memory import peak_bytes
 from gemq.integrity import RUN_FILE
 from gemq.models import MoeModel
+from gemq.plain_json import dumps
 
 COSTS_FILE = "gemq_costs.json"
 REPORT_FILE = "gemq_report.json"
@@ -60,7 +60,7 @@ def write_run(target: Path, seconds: dict[str, float]) -> None:
     """
     write_card(target)
     content = {"seconds": seconds, "peak_bytes": peak_bytes()}
-    durable.write_atomic(target / RUN_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    durable.write_atomic(target / RUN_FILE, (dumps(content, indent=1) + "\n").encode())
 
 
 def outcome_of(stage: Any, target: Path, matrices: dict, moe: MoeModel) -> QuantizeOutcome:
@@ -91,7 +91,7 @@ def _write_report(
         "matrices": {name: asdict(r) for name, r in matrices.items()},
         "run": run,
     }
-    path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+    path.write_text(dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _finite(value: float) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from gemq.format import UNQUANTIZED
 from gemq.generation import MAX_BATCH, MODES
 from gemq.packed_config import PackedConfig
 from gemq.pipeline import parse_dtype, pick_device
+from gemq.plain_json import dumps
 
 Report = Callable[[str], None]
 SHARED_BITS = {"deepseek_v2": 3}
@@ -205,4 +205,4 @@ def _baselines(
 
 def write_json(result: BenchResult, path: Path) -> None:
     """Write the result to ``path``, whole or not at all."""
-    durable.replace(path, (json.dumps(result.to_dict(), indent=1) + "\n").encode())
+    durable.replace(path, (dumps(result.to_dict(), indent=1) + "\n").encode())

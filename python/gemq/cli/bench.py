@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ from gemq.cli.formats import Column, Format, FormatOption, emit
 from gemq.cli.generation import Compile, Device, Dtype
 from gemq.cli.settings import ConfigFile
 from gemq.generation.memory import GIB
+from gemq.plain_json import dumps
 
 _SHOWN_KERNELS = 12
 
@@ -74,7 +74,7 @@ def bench(
 def _emit(result: BenchResult, form: Format) -> None:
     """Rows to paste or to parse; JSON holds the whole result."""
     if form in (Format.json, Format.jsonl):
-        print(json.dumps(result.to_dict(), indent=1 if form is Format.json else None))
+        print(dumps(result.to_dict(), indent=1 if form is Format.json else None))
         return
     config = result.config
     records = [{

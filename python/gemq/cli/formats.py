@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import sys
@@ -16,6 +15,7 @@ import typer
 
 from gemq.cli import display
 from gemq.cli.plain import printable
+from gemq.plain_json import dumps, plain
 
 # what begins a formula in a spreadsheet (OWASP, CSV injection); a number does not
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -64,10 +64,10 @@ def emit(title: str, columns: Sequence[Column], records: Sequence[dict[str, Any]
     elif form is Format.md:
         print(markdown([c.title for c in columns], [[c.cell(r) for c in columns] for r in records]))
     elif form is Format.json:
-        print(json.dumps([_plain(r) for r in records], indent=1))
+        print(dumps(records, indent=1))
     elif form is Format.jsonl:
         for record in records:
-            print(json.dumps(_plain(record)))
+            print(dumps(record))
     else:
         flat = [_flat(record) for record in records]
         names = list(dict.fromkeys(name for record in flat for name in record))
@@ -98,17 +98,6 @@ def markdown_cell(text: str) -> str:
     return _MARKUP.sub(r"\\\g<0>", plain)
 
 
-def _plain(value: Any) -> Any:
-    """``value`` with what is not JSON made so."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     """Nested fields as ``outer.inner``, lists as JSON."""
     found: dict[str, Any] = {}
@@ -116,7 +105,7 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             found |= {f"{key}.{inner}": item for inner, item in _flat(value).items()}
         elif isinstance(value, (list, tuple)):
-            found[key] = json.dumps(_plain(value))
+            found[key] = dumps(value)
         else:
-            found[key] = "" if _plain(value) is None else _plain(value)
+            found[key] = "" if plain(value) is None else plain(value)
     return found

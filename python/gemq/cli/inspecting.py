@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 import gemq
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, FormatOption, emit
+from gemq.plain_json import dumps
 from gemq.summary import summarize
 
 _BYTES = (
@@ -33,7 +33,7 @@ def inspect(
     if form in (Format.json, Format.jsonl):
         whole = config.to_dict() | {"bits_per_expert": summary.expert_bits, "bytes": summary.bytes_by_kind,
                                     "tensor_bytes": total, "file_bytes": summary.file_bytes}
-        print(json.dumps(whole, indent=1 if form is Format.json else None))
+        print(dumps(whole, indent=1 if form is Format.json else None))
         return
     if form is Format.table:
         out = display.output()

@@ -15,6 +15,7 @@ from gemq.engine.journal import LAYER_LOG, read_manifest
 from gemq.errors import CheckpointError
 from gemq.output_folder import check_log
 from gemq.pipeline import QuantizeConfig, run_directory, target_of
+from gemq.plain_json import dumps
 
 SUFFIXES = (".csv", ".jsonl")
 _NAMES = [field.name for field in fields(LayerReport)]
@@ -64,7 +65,7 @@ class LayerLog:
             csv.DictWriter(line, _NAMES, lineterminator="\n").writerow(asdict(layer))
             text += line.getvalue()
         else:
-            text += json.dumps(asdict(layer)) + "\n"
+            text += dumps(asdict(layer)) + "\n"
         with durable.explained(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(text)
 

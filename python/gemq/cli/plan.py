@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from gemq.bench.architectures import PUBLISHED, load_config
 from gemq.cli import display, options
 from gemq.cli.formats import Column, Format, LongFormatOption, emit
 from gemq.pipeline import check_model, parse_dtype, pick_device
+from gemq.plain_json import dumps
 from gemq.planning import Machine, Plan, PlanConfig, make_plan, other_machine, this_machine
 from gemq.planning.memory import peak
 from gemq.planning.plan import ENGINE
@@ -93,7 +93,7 @@ def _print(model: str, found: Plan, form: Format) -> None:
     """Both tables and what they rest on; JSON holds all of it, CSV the rows of both tables."""
     options, machine = found.config, found.machine
     if form in (Format.json, Format.jsonl):
-        print(json.dumps({"model": model, **found.to_dict()}, indent=1 if form is Format.json else None))
+        print(dumps({"model": model, **found.to_dict()}, indent=1 if form is Format.json else None))
         return
     if form is Format.csv:
         rows = [{"model": model, "row": "stage"} | row for row in _stages(found)]

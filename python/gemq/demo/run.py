@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,7 @@ from gemq.pipeline import (
     load_unquantized,
     save_stage,
 )
+from gemq.plain_json import dumps
 from gemq.planning.output import packed_bytes
 
 ASSETS = Path(__file__).parent
@@ -169,5 +169,5 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
         demo.rows, maps, {s.budget: demo.checkpoint(s.budget) for s in stages}, again, picture, generation,
         time.perf_counter() - started,
     )
-    (config.output / "table.json").write_text(json.dumps([asdict(r) for r in demo.rows], indent=1) + "\n")
+    (config.output / "table.json").write_text(dumps([asdict(r) for r in demo.rows], indent=1) + "\n")
     return result

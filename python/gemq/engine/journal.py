@@ -31,6 +31,7 @@ from torch import Tensor
 from gemq import distributed, durable
 from gemq.engine.fingerprint import differences, digest
 from gemq.errors import CheckpointError
+from gemq.plain_json import dumps
 from gemq.staging import discard, recover
 
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
@@ -124,7 +125,7 @@ class RunDirectory:
         """Append a line to the log."""
         if not distributed.world().first:
             return
-        line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
+        line = dumps({"time": round(time.time(), 3), **event}) + "\n"
         for path in self._logs:
             with durable.explained(path), path.open("a", encoding="utf-8") as handle:
                 handle.write(line)

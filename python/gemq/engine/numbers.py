@@ -73,6 +73,6 @@ class Numbers:
             f"{value:g}, beyond {torch.finfo(kind).max:g}, the largest number of {str(kind).removeprefix('torch.')}"
         )
         raise CheckpointError(
-            f"{file}: the tensor {name} of shape {entry.shape} holds {what} (number {at:,} of it): the model cannot be "
+            f"{file}: the tensor {name} of shape {entry.shape} holds {what} at index {at:,}: the model cannot be "
             f"quantized"
         )
