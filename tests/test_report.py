@@ -57,7 +57,8 @@ class Page(HTMLParser):
 def made(tmp_path_factory, model_folder, text_file):
     """Two budgets of the tiny model, as `gemq quantize` leaves them, by costs that tell gate and up from down."""
     folder = tmp_path_factory.mktemp("report") / "tiny"
-    options = ["--calibration", str(text_file), "--samples", "6", "--length", "24"]
+    # without constraints per layer many widths of down differ, whatever the last bits of this machine's sums are
+    options = ["--constraints", "none", "--calibration", str(text_file), "--samples", "6", "--length", "24"]
     assert run(["quantize", str(model_folder), "-o", str(folder), "--bits", "2.5,2", *options, "-q"]) == 0
     for name in ("2.5", "2"):
         arguments = ["eval", str(folder / name), "--data", str(text_file), "--length", "32", "--limit", "4", "--record"]
