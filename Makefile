@@ -49,8 +49,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
+# a file's tests share what they make; two processes are what two cores take
+WORKERS ?= 2
 test: lint
-	$(BIN)/pytest tests -q -m "not slow"
+	$(BIN)/pytest tests -q -m "not slow" -n $(WORKERS) --dist loadfile --benchmark-disable
 
 slow: $(VENV)/.installed
 	$(BIN)/pytest tests -q -m slow

@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # tiny tensors gain nothing from a second thread, and on a busy machine wait for it; threads are asked for where they
 # are what is tested. Before torch is imported, which reads it once; tests hand it to the processes they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a pytest that a test starts is no worker of this one
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 import hypothesis
 import pytest

@@ -159,7 +159,7 @@ MUTANTS = (
            "as_is = packed | kept_in_float32(model)", "as_is = packed",
            ("tests/test_families.py::test_correction_biases_stay_in_float32",)),
     Mutant("verify: sums are not compared", "python/gemq/integrity.py",
-           'return None if _sha256(file) == entry.get("sha256") else "differs from its SHA-256"', "return None",
+           'return None if _sha256(file) == entry["sha256"] else "differs from its SHA-256"', "return None",
            CHECKPOINT),
     Mutant("scratch: rows of the first batch for all", "python/gemq/engine/scratch.py",
            'np.uint8, "c", offset, (count,))', 'np.uint8, "c", 0, (count,))', ("tests/test_engine_files.py",)),
