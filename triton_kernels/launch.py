@@ -1,4 +1,4 @@
-"""What :mod:`gemq.ops` calls: few tokens take the decode kernels, many the prefill kernels."""
+"""Entry points for :mod:`gemq.ops`: few tokens take the decode kernels, many the prefill kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .decode import Stack, check, dense_decode, device_name, ffn_decode, moe_dec
 
 
 def _fast(x: Tensor, fast: bool | None) -> bool:
-    """Whether to use inline assembly, which the interpreter has not."""
+    """Return True if inline assembly may be used. The interpreter does not support it."""
     return not triton.knobs.runtime.interpret and (x.is_cuda if fast is None else fast)
 
 

@@ -27,7 +27,7 @@ SCRATCH_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """What all products of a call share; ``order`` is that of sorting.sort_pairs."""
+    """Values that all products of a call share; ``order`` is that of sorting.sort_pairs."""
 
     order: tuple[Tensor, Tensor, Tensor]
     launch: tuning.Prefill

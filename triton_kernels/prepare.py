@@ -155,7 +155,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Which pairs each program multiplies (:mod:`.routing`), and the counters of what has arrived for the sums."""
+    """Pairs that each program multiplies (:mod:`.routing`), and the counters of what has arrived for the sums."""
 
     expert: Tensor
     pairs: Tensor

@@ -1,4 +1,4 @@
-"""Which (token, slot) pairs each program multiplies: blocks of pairs that share an expert, sizes static.
+"""Assign (token, slot) pairs to programs: blocks of pairs that share an expert, of static sizes.
 
 ``block_expert [B]`` is the expert of a block, ``E`` for pairs without one (their output is zero), -1 for a block that
 is not used; ``block_pairs [B, columns]`` the flat indices ``token * top_k + slot``, -1 where there is none.

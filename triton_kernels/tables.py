@@ -41,7 +41,7 @@ def table_name(device_name: str) -> str:
 
 
 def user_table(device_name: str) -> Path | None:
-    """Where the user's own table of a device lies: below ``$XDG_CACHE_HOME`` or ``~/.cache``; None without a home."""
+    """Path of the user's own table for a device: below ``$XDG_CACHE_HOME`` or ``~/.cache``; None without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(base) if base else Path.home() / ".cache"

@@ -21,7 +21,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Launch:
-    """How one product is launched: token columns of a program, warps, splits of K, how many spans ahead weights are
+    """Launch options of one product: token columns of a program, warps, splits of K, how many spans ahead weights are
     fetched into the L2, the most registers a thread may have (None: no limit), whether the launch may overlap the end
     of the one before it."""
 
@@ -46,7 +46,7 @@ def _up_to(entries: list, amount: float) -> int:
 
 
 def is_decode(device_name: str, tokens: int) -> bool:
-    """Whether so few tokens take the decode path."""
+    """Return True if ``tokens`` are few enough for the decode path."""
     return tokens <= table(device_name)["decode_tokens"]
 
 
@@ -74,7 +74,7 @@ def decode_launch(
 
 @dataclass(frozen=True)
 class Prefill:
-    """How many tokens are multiplied: ``packed`` unpacks in registers; ``dense`` unpacks to memory first.
+    """Launch options for many tokens: ``packed`` unpacks in registers; ``dense`` unpacks to memory first.
 
     A program has ``rows`` rows and ``columns`` tokens; ``stages`` trips of ``steps`` (packed) or one (dense) times 64
     columns of K are on their way.

@@ -77,12 +77,12 @@ if not any(type(finder).__name__ == _Finder.__name__ and type(finder).__module__
 
 
 def folder() -> Path:
-    """Where the running Python looks for packages and ``.pth`` files."""
+    """Return the folder in which the running Python looks for packages and ``.pth`` files."""
     return Path(sysconfig.get_path("purelib"))
 
 
 def is_on(where: Path | None = None) -> bool:
-    """Whether both files are there, as this version writes them."""
+    """Return True if both files exist with the contents that this version writes."""
     where = where or folder()
     contents = ((PTH_FILE, PTH_LINE), (MODULE_FILE, MODULE))
     return all((where / name).is_file() and (where / name).read_text() == text for name, text in contents)

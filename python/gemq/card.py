@@ -97,7 +97,7 @@ def _cell(text: str) -> str:
 
 
 def _use(place: str) -> str:
-    """How to load the checkpoint at ``place``, a repository or folder, in Python and at the terminal."""
+    """Instructions for loading the checkpoint at ``place``, a repository or folder, in Python and at the terminal."""
     shown = place.replace("`", "").replace("\n", " ")
     return _USE.format(python=json.dumps(shown), shell=shlex.quote(shown))
 

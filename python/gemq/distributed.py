@@ -37,7 +37,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that saves and prints."""
+        """True for the process that saves and prints: rank 0."""
         return self.rank == 0
 
 
@@ -91,7 +91,7 @@ def _environment(name: str, default: int, least: int) -> int:
 
 
 def processes_here() -> int:
-    """How many processes of the job share this machine."""
+    """Number of the job's processes on this machine."""
     return _environment("LOCAL_WORLD_SIZE", 1, 1) if launched().size > 1 else 1
 
 
@@ -157,7 +157,7 @@ def batches(windows: Tensor, size: int) -> list[Tensor]:
 
 
 def rounds(windows: Tensor, size: int) -> int:
-    """How many batches the busiest process has: how often all of them exchange."""
+    """Number of batches of the process that has the most. All processes exchange that many times."""
     return -(-len(windows) // (size * world().size))
 
 
@@ -213,7 +213,8 @@ def gather(value: T) -> list[T]:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """What ``work()`` gives on rank 0, which alone runs it, as a job of one; its error is raised on all."""
+    """Run ``work()`` on rank 0 alone and return its result on every rank. During the call rank 0 acts as a job of one
+    process. An error of ``work()`` is raised on all ranks."""
     global _alone
     here = world()
     if here.size == 1:

@@ -123,7 +123,7 @@ def seal_json(path: Path, value: Any) -> None:
 
 
 def unseal_json(path: Path) -> Any | None:
-    """What :func:`seal_json` wrote, or None."""
+    """Read a value that :func:`seal_json` wrote; None if the file is absent or not whole."""
     payload = unseal(path)
     return None if payload is None else json.loads(payload)
 
@@ -134,8 +134,9 @@ def seal_tensors(path: Path, tensors: dict[str, Tensor], notes: Any) -> None:
 
 
 def unseal_tensors(path: Path, trusted: bool = False) -> tuple[dict[str, Tensor], Any] | None:
-    """What :func:`seal_tensors` wrote, on the CPU, or None. The tensors are the file's pages, private to this process
-    and resident as they are used. ``trusted``: known to be whole, so the file is not read through for it."""
+    """Read the tensors and notes that :func:`seal_tensors` wrote; None if the file is absent or not whole. The tensors
+    are on the CPU: they are the file's pages, private to this process, and loaded as they are used. ``trusted`` skips
+    the check of the whole file."""
     try:
         with path.open("rb") as handle:
             data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; its type if it says nothing."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -29,7 +29,7 @@ class NumberError(GemqError, ArithmeticError):
 
 
 class DeviceError(GemqError, RuntimeError):
-    """What was asked for needs a device that this machine does not have."""
+    """The request needs a device that this machine does not have."""
 
 
 class OutOfMemoryError(GemqError, MemoryError):

@@ -39,7 +39,7 @@ class Score:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What makes two scores comparable: text, window and extent."""
+        """Key under which scores are comparable: text, window length in tokens, and number of tokens scored."""
         return self.data, self.length, self.tokens
 
 
@@ -70,7 +70,8 @@ def score_of(record: Any) -> Score:
 
 
 def read_evaluations(folder: str | os.PathLike) -> list[Score]:
-    """What was recorded of a checkpoint; nothing if there is no such file. Raises :class:`CheckpointError`."""
+    """Read the scores that were recorded for a checkpoint; none if there is no such file. Raises
+    :class:`CheckpointError`."""
     file = Path(folder) / EVALUATIONS_FILE
     if not file.is_file():
         return []

@@ -155,7 +155,7 @@ def meta_elements(n: int, k: int, bits: int, group_size: int, layout: str = "can
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Where each expert of a stack lies in the flat buffers.
+    """Location of each expert of a stack in the flat buffers.
 
     ``code_offsets`` are bytes into the codes, ``meta_offsets`` float16 elements into the metadata; both are
     the running sums of the experts' sizes, in expert order, with no gaps.

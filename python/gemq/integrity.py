@@ -191,7 +191,7 @@ def _check_name(where: str, name: str) -> None:
 
 
 def _no_weights(folder: Path, named: str | None) -> str:
-    """What is there instead of the weights that are read."""
+    """Message for a folder without the weights that are read: it names what is there instead."""
     missing = f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}" if named is None else (
         f"{folder} lacks {named}, which config.json names")
     pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
@@ -242,7 +242,7 @@ def write_manifest(folder: Path, later: dict[str, bytes]) -> None:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` read: the number of files and their bytes."""
+    """Result of :func:`verify`: the number of files it read, and their bytes."""
 
     files: int
     bytes: int
@@ -293,7 +293,8 @@ def _difference(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
 
 
 def _added(folder: Path, recorded: dict[str, Any]) -> Iterator[str]:
-    """What lies in the folder, is not recorded, and would be read or run by a program that loads it."""
+    """Yield a message for each file of the folder that is not recorded but that a program that loads it would read or
+    run."""
     for place, folders, files in os.walk(folder):
         here = Path(place).relative_to(folder)
         for name in sorted(folders):

@@ -1,4 +1,4 @@
-"""The configuration of whatever model a name or folder stands for, validated where it enters.
+"""Load the transformers config of a folder or hub name, and validate it.
 
 transformers' configuration classes check the types of their fields; :func:`model_config` reports the field. Sizes and
 what fields say of one another are checked by :func:`check_sizes`, so that no later step meets a size that cannot be.
@@ -124,7 +124,8 @@ def skeleton(config, trust_remote_code: bool = False, **options: Any) -> nn.Modu
 
 
 def _refusal(path: str, file: Path, error: Exception) -> CheckpointError:
-    """What transformers says of a config, in a line: it may fail with anything on what a stranger wrote."""
+    """Return an error with transformers' message about a config in one line. Transformers may fail with any exception
+    on a malformed config."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return CheckpointError(f"{path!r} needs code that comes with it, which is run with --trust-remote-code alone "

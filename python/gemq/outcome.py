@@ -1,4 +1,4 @@
-"""What a finished budget leaves beside its weights, and what is said of it.
+"""Write the files that a finished budget leaves beside its weights, and build its outcome.
 
 A *stage* is a budget's result, of :mod:`gemq.algorithms.progressive` or :mod:`gemq.engine.run`; ``matrices`` are its
 reports by module path, ``config`` is the :class:`gemq.QuantizeConfig`.
@@ -45,7 +45,7 @@ class QuantizeOutcome:
 def extra_files(
     config: Any, stage: Any, matrices: dict, run: str | None, moe: MoeModel
 ) -> dict[str, Callable[[Path], Any]]:
-    """What is written beside the weights of ``stage``: the report, and the costs if they were measured."""
+    """Writers of the files beside the weights of ``stage``: the report, and the costs if they were measured."""
     parameters = sum(p.numel() for p in moe.model.parameters())
     extra = {REPORT_FILE: lambda path: _write_report(path, config, stage, matrices, run, parameters)}
     if stage.statistics is not None:
@@ -54,9 +54,11 @@ def extra_files(
 
 
 def write_run(target: Path, seconds: dict[str, float]) -> None:
-    """What no checksum covers: the model card, then seconds by stage and peak memory, which differ from run to run.
+    """Write the files that the manifest leaves out: the model card, then the seconds by stage and the peak memory in
+    bytes. These differ from run to run.
 
-    The second is there only if the first is, so a run that was ended in between writes both when it goes on.
+    The second file is written after the first. A run that was interrupted between the two therefore writes both when it
+    continues.
     """
     write_card(target)
     content = {"seconds": seconds, "peak_bytes": peak_bytes()}
@@ -76,8 +78,8 @@ def outcome_of(stage: Any, target: Path, matrices: dict, moe: MoeModel) -> Quant
 def _write_report(
     path: Path, config: Any, stage: Any, matrices: dict, run: str | None, parameters: int
 ) -> None:
-    """What was done, readable by people and scripts: options, allocation, per-matrix GPTQ reports. Nothing in it
-    differs between a run that was interrupted and one that was not: times are in the log and in ``gemq_run.json``."""
+    """Write the report, readable by people and scripts: options, allocation, per-matrix GPTQ reports. It is the same
+    for an interrupted run and an uninterrupted one: times are in the log and in ``gemq_run.json``."""
     report = {
         "options": {k: v for k, v in asdict(config).items() if k not in RUN_OPTIONS},
         "budget": stage.allocation.budget,

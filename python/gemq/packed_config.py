@@ -1,4 +1,4 @@
-"""What ``quantization_config`` in ``config.json`` says of a packed checkpoint: the width of everything.
+"""The ``quantization_config`` in the ``config.json`` of a packed checkpoint: the width of everything.
 
 ``digest`` is the SHA-256 of the other fields: widths that were edited or exchanged do not fit it, even where the sizes
 still do.
@@ -25,7 +25,7 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class PackedConfig:
-    """What ``quantization_config`` says. Keys of ``expert_bits`` and ``shared_bits`` are decoder layer indices.
+    """Fields of ``quantization_config``. Keys of ``expert_bits`` and ``shared_bits`` are decoder layer indices.
 
     ``group_size`` is the preferred one: a matrix whose columns it does not divide uses the next smaller.
     ``router_bits`` says on which grid the routers lie; they are stored as plain weights all the same. ``linear_bits``

@@ -1,4 +1,4 @@
-"""What a packed checkpoint holds, read from its config and file headers alone."""
+"""Summary of a packed checkpoint, read from its config and file headers alone."""
 
 from __future__ import annotations
 

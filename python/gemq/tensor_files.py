@@ -1,4 +1,4 @@
-"""How safetensors files name dtypes and lay tensors out, for what is read and written piece by piece."""
+"""Dtype names and tensor layout of safetensors files, for reading and writing piece by piece."""
 
 from __future__ import annotations
 

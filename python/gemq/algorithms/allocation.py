@@ -242,8 +242,8 @@ def solve(
 
 
 def wants_matrices(granularity: str, candidates: Sequence[int]) -> bool:
-    """Whether gate and up, and down, are to get widths of their own: ``auto`` wants it if no candidate is 0 bits. An
-    expert of no bits is one decision.
+    """Return True if gate and up together, and down, get widths of their own. ``auto`` does so unless a candidate is 0
+    bits: an expert of 0 bits has no separate widths.
 
     Raises ``ValueError`` for an unknown name, and for ``matrix`` with a candidate of 0.
     """

@@ -16,7 +16,7 @@ from gemq.reference.grid import CLIPS, dequantize_codes, round_to_nearest
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """How matrices are quantized.
+    """Options of GPTQ for all matrices of a model.
 
     ``group_size`` columns share a grid; ``clip`` is the range search of :func:`gemq.reference.grid.find_grid`;
     ``damping`` is added to the Hessian's diagonal in units of its mean. ``propagate_from`` is the smallest width

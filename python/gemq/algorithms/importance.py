@@ -1,4 +1,4 @@
-"""How much the task loss rises if one expert is quantized: the coefficients of the paper's Eq. 6.
+"""Measure how much the task loss rises if one expert is quantized: the coefficients of the paper's Eq. 6.
 
 ``c[l, i, b] = sum over tokens, d of (g_d * dz_d)^2`` with ``g = dL/dz`` at the output ``z`` of MoE layer ``l`` and
 ``dz = w_i * (E_i(x) - E_i^b(x))``, the change of that output when expert ``i`` is quantized to ``b`` bits. Only
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """What allocations are computed from, per MoE layer and expert.
+    """Measurements from which allocations are computed, per MoE layer and expert.
 
     ``costs`` are Eq. 6; ``frequency`` the share of tokens routed to an expert ``[L, E]``, ``weight`` its mean
     routing weight over all tokens ``[L, E]``, ``error`` the Frobenius norm of ``dz`` summed over windows
@@ -80,9 +80,12 @@ PERTURBATIONS = ("gptq", "rtn")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How an expert is quantized to see what it costs: ``gptq`` as it will be (with ``config``, on the inputs at
-    hand, but as the column loop leaves it: what follows would cost more, at every width, than it tells), or ``rtn``,
-    rounded to nearest with no clipping, as the paper's scripts do."""
+    """Method by which an expert is quantized when its cost is measured.
+
+    ``gptq`` is GPTQ with ``config`` on the expert's own inputs, without the steps that follow the column loop.
+    Refinement, compensation and rescaling are skipped: they are too slow for their effect on costs. ``rtn`` rounds to
+    nearest with no clipping, as the paper's scripts do.
+    """
 
     kind: str = "gptq"
     config: GptqConfig = field(default_factory=GptqConfig)

@@ -50,7 +50,7 @@ class LayerCosts:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """What has to be perturbed for these sums."""
+        """Parts of an expert to perturb for these sums: the whole, and with ``matrices`` gate and up, and down."""
         return (WHOLE,) if self.matrices is None else (WHOLE, GATE_UP, DOWN)
 
     def seen(self, expert: int, scale: Tensor) -> None:

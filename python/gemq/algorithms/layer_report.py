@@ -1,4 +1,4 @@
-"""What quantizing one decoder layer did, in a line."""
+"""Summary of the quantization of one decoder layer, in a line."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Hessian:
 
 @dataclass
 class Routed:
-    """What a layer's experts were called with: ``x [T, H]``, ``ids [T, k]``, ``weights [T, k]``."""
+    """Arguments of a call of a layer's experts: ``x [T, H]``, ``ids [T, k]``, ``weights [T, k]``."""
 
     x: Tensor
     ids: Tensor

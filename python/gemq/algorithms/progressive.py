@@ -118,17 +118,18 @@ class MethodConfig:
 
     @property
     def measures(self) -> bool:
-        """Whether the widths come from coefficients."""
+        """True if the widths are computed from measured coefficients."""
         return self.method != "uniform" and self.given is None
 
     @property
     def per_matrix(self) -> bool:
-        """Whether costs are measured for gate and up, and down, apart, to give them widths of their own."""
+        """True if the costs of gate and up, and those of down, are measured separately, to give them widths of their
+        own."""
         return self.method == "gemq" and wants_matrices(self.granularity, self.candidates)
 
     @property
     def name(self) -> str:
-        """What decided the widths, as a checkpoint records it."""
+        """Name of the method that decided the widths, as a checkpoint records it; ``given`` for a given allocation."""
         return self.method if self.given is None else "given"
 
 
@@ -224,7 +225,7 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
 def _measure(
     moe: MoeModel, windows: Tensor, config: MethodConfig, originals: Originals, report: Callable[[int, int], None]
 ) -> ExpertStatistics:
-    """What the method's allocation is computed from, on the model as it is."""
+    """Measure the statistics that the method's allocation needs, on the model in its current state."""
     perturbation = Perturbation(config.perturbation, config.gptq)
     if config.method == "fisher":
         costs = weight_fisher(moe, windows, config.candidates, originals, perturbation=perturbation, progress=report)
@@ -247,7 +248,7 @@ def _tune(
 
 
 def must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:
-    """Whether budget number ``step`` needs coefficients that are not there."""
+    """Return True if budget number ``step`` (from 0) needs coefficients that have not been measured yet."""
     if not config.measures:
         return False
     return statistics is None or (step > 0 and config.estimate != "fp")

@@ -1,4 +1,4 @@
-"""Which widths can be in an optimum of Eq. 7 at all, by a bound: most cannot, and the solver is spared them.
+"""Drop the widths that no optimum of Eq. 7 can contain, before the solver runs. A bound proves it for most of them.
 
 With a price on every bit in place of the budget, layers fall apart and each takes its least priced widths; the sum,
 less the budget's price, is a lower bound on the optimum (the Lagrangian dual). At the best price the widths that were

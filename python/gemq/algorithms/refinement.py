@@ -1,4 +1,4 @@
-"""What GPTQ leaves on the table: its codes were chosen column by column, for a grid that was chosen before them.
+"""Improve GPTQ's result. GPTQ chooses codes column by column, for a grid that was chosen before them.
 
 With codes ``q`` and weights ``w`` of a row, the output error is ``(w - A p) H (w - A p)'``, where ``A p`` is the
 dequantized row, linear in its scales and offsets ``p`` when the codes are fixed. A round improves either given the
@@ -31,8 +31,9 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def damping_of(hessian: Tensor, damping: float) -> Tensor:
-    """What GPTQ adds to the diagonal of ``hessian [..., k, k]``: ``damping`` times its mean; to a column that no token
-    excites, which must neither take part in nor disturb the propagation, the mean as well. ``[..., k]``."""
+    """Return what GPTQ adds to the diagonal of ``hessian [..., k, k]``: ``[..., k]``, ``damping`` times the diagonal's
+    mean. A column that no token excites (diagonal 0) gets the mean as well, so that it takes no part in the
+    propagation."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True).clamp(min=1e-30)
     return torch.where(diagonal == 0, mean, 0.0) + damping * mean

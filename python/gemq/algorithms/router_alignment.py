@@ -41,7 +41,7 @@ def _router_inputs(layer: MoeLayer, seen: list[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def router_logits(moe: MoeModel, windows: Tensor, batch_size: int = 4) -> list[Tensor]:
-    """What every router's linear gives for ``windows`` int64 ``[N, T]``: float32 ``[N * T, E]`` per MoE layer."""
+    """Logits of every router's linear for ``windows`` int64 ``[N, T]``: float32 ``[N * T, E]`` per MoE layer."""
     was_training, device = moe.model.training, next(moe.model.parameters()).device
     moe.model.eval()
     inputs: list[list[Tensor]] = [[] for _ in moe.moe]

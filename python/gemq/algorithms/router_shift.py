@@ -1,4 +1,4 @@
-"""How far the routers of a quantized model are from the original's: their weights, and the experts they select."""
+"""Compare the routers of a quantized model with the original's: their weights, and the experts they select."""
 
 from __future__ import annotations
 

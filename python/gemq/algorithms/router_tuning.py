@@ -47,7 +47,7 @@ class RouterTuningConfig:
 
 @dataclass
 class TuningState:
-    """Where tuning is after ``len(losses)`` steps: master weights and AdamW's moments, per router."""
+    """State of tuning after ``len(losses)`` steps: master weights and AdamW's moments, per router."""
 
     losses: list[float]
     masters: list[Tensor]

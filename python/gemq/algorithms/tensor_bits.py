@@ -103,7 +103,7 @@ def quantizable(moe: MoeModel) -> Iterator[tuple[str, tuple[int, int] | None]]:
 
 
 def resolve(moe: MoeModel, wanted: tuple[TensorBits, ...]) -> Overrides:
-    """What ``wanted`` sets in a model.
+    """Return the widths that ``wanted`` sets in a model.
 
     Raises ``ValueError`` for a pattern that finds nothing, two that give one matrix different widths, a linear of 0
     bits or an expert of 16.

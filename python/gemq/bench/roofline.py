@@ -1,4 +1,4 @@
-"""How many bytes of weights a step reads, and how fast the device copies: the least a step could take."""
+"""Lower bound of a step's time: the bytes of weights that it reads, divided by the device's copy bandwidth."""
 
 from __future__ import annotations
 

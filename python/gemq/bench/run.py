@@ -29,7 +29,7 @@ SHARED_BITS = {"deepseek_v2": 3}
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure.
+    """Options of a benchmark.
 
     ``bits`` is the mean of the routed experts (16: unquantized), ``mix`` shares of widths instead of it.
     ``shared_bits`` None takes 3 for DeepSeek-V2, as in the published allocations, else 4. ``baseline`` is for 16 bits:
@@ -74,14 +74,14 @@ class BenchConfig:
 
     @property
     def unquantized(self) -> bool:
-        """Whether the 16-bit model is measured."""
+        """True if the 16-bit model is measured."""
         return self.bits == UNQUANTIZED
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured: ``runs`` by name ("gemq", or the experts implementation of a baseline), ``failures`` the
-    baselines that could not run and why, ``strongest`` the fastest run."""
+    """Results of a benchmark: ``runs`` by name ("gemq", or the experts implementation of a baseline), ``failures`` with
+    the reason for each baseline that could not run, ``strongest`` the fastest run."""
 
     config: BenchConfig
     model_type: str

@@ -39,7 +39,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Where to write, the budgets in bits per expert, and how much held-out text (None: all of it)."""
+    """Options of the demo: the output folder, the budgets in bits per expert, and how much held-out text (None: all of
+    it)."""
 
     output: Path
     budgets: tuple[float, ...] = (3.0, 2.5, 2.0, 1.5)

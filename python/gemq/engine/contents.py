@@ -29,7 +29,7 @@ _SHOWN = 5
 
 @dataclass
 class Contents:
-    """Where the tensors of a model are.
+    """Location of every tensor of a model in the checkpoint's files.
 
     ``file`` is by tensor of the checkpoint, and ``pattern`` the conversion's pattern that it fits, None for one that
     is stored as it is. ``made_of`` are the tensors of each parameter, ``unused`` those of none.
@@ -48,7 +48,8 @@ class Contents:
         return self.headers[self.file[original]][original]
 
     def kinds(self, originals: list[str]) -> list[list[str]] | None:
-        """How a parameter is put together: its tensors by kind and expert; None if by something else."""
+        """Names of a parameter's tensors by kind and expert; None if the conversion does more than stack and join them.
+        """
         pattern = self.pattern[originals[0]]
         if pattern is None:
             return [originals] if len(originals) == 1 else None
@@ -92,7 +93,8 @@ def contents(folder: Path, headers: dict[Path, dict[str, TensorEntry]], model: n
 
 
 def _swap_tied(found: Contents, model: nn.Module, state: dict) -> None:
-    """Where weights are tied and the files hold the other one of the two, that is the one, as in transformers."""
+    """Assign the stored weight of a tied pair to the parameter that the model keeps, as transformers does, where the
+    files hold it under the other name."""
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if source not in found.made_of and target in found.made_of and source in state:
             found.made_of[source] = found.made_of.pop(target)

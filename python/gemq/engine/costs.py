@@ -160,7 +160,8 @@ def layer_costs(
 
 
 def experts_at_once(base: Pair, budget: int, widths: int = 1) -> int:
-    """How many experts are quantized together, by sizes alone: the grouping must not depend on the machine."""
+    """Number of experts that are quantized together, from the sizes alone: the grouping must not depend on the machine.
+    ``budget`` is in bytes."""
     _, double, hidden = base[0].shape
     intermediate = double // 2
     weights = 3 * hidden * intermediate

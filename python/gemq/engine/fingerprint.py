@@ -1,4 +1,4 @@
-"""What a run was made of, by content: the model's files, the tokens, the options, the code."""
+"""Fingerprints of a run by content: the model's files, the tokens, the options, the code."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def of_code() -> dict[str, str]:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What changed between two JSON values, a line each: ``options.budgets was [2.5], is [2.0]``."""
+    """List the changes between two JSON values, a line each: ``options.budgets was [2.5], is [2.0]``."""
     if isinstance(before, dict) and isinstance(now, dict):
         lines = []
         for key in sorted({*before, *now}):

@@ -53,7 +53,7 @@ class Stage:
         return self.folder / name
 
     def json(self, name: str) -> Any | None:
-        """What :meth:`keep_json` kept, or None."""
+        """Read the value that :meth:`keep_json` kept, or None."""
         return distributed.on_first(lambda: durable.unseal_json(self.file(name)))
 
     def keep_json(self, name: str, value: Any) -> None:

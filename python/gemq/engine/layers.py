@@ -1,4 +1,4 @@
-"""What a sweep does to one decoder layer: run it, run it backwards, watch its experts; and how the layers are called.
+"""Run one decoder layer forwards or backwards, and record the inputs of its experts.
 
 The weights are the full-precision ones of a :class:`gemq.engine.source.Source`, or quantized ones and tuned routers
 in their place (:class:`Weights`). Of several processes each runs its own batches; what the experts saw is everyone's.
@@ -56,9 +56,9 @@ def put_routers(source: Source, routers: dict[int, Tensor], index: int) -> None:
 
 @dataclass
 class Calls:
-    """How the model calls its decoder layers: this process's ``batches`` of windows ``[B, T]``, how many the busiest
-    one has (``rounds``), and per batch size every layer's keyword arguments, which depend on nothing else (windows are
-    of one length, without padding)."""
+    """Arguments with which the model calls its decoder layers. ``batches`` are this process's windows ``[B, T]``,
+    ``rounds`` is the number of batches of the process that has the most. ``kwargs`` holds every layer's keyword
+    arguments per batch size; they depend on nothing else, because windows have one length and no padding."""
 
     batches: list[Tensor]
     rounds: int
@@ -115,8 +115,9 @@ class StoredRows:
 
 
 class Trace:
-    """What the experts of a layer were called with, batch by batch of all processes, in scratch arrays; ``gradient``
-    if it was asked for, ``d loss / d output [T, H]`` of the experts. Inputs and gradients are :class:`StoredRows`."""
+    """Recorded arguments of the experts of a layer, batch by batch of all processes, in scratch arrays. With
+    ``gradients`` it also holds ``gradient``, ``d loss / d output [T, H]`` of the experts. Inputs and gradients are
+    :class:`StoredRows`."""
 
     def __init__(self, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool):
         self.scratch, self.device, self.batches = scratch, device, len(calls)
@@ -160,7 +161,7 @@ class Trace:
         self._prefix, self.batches = "everyones", count
 
     def drop(self) -> None:
-        """Forget it."""
+        """Delete the trace's arrays."""
         for array in self.arrays().values():
             self.scratch.drop(array)
 

@@ -47,7 +47,7 @@ def same_tensor(first: tuple[Path, TensorEntry], second: tuple[Path, TensorEntry
 
 
 def stacked(converter: WeightConverter) -> bool:
-    """Whether a conversion stacks experts' matrices and joins the kinds of them along their rows, and no more."""
+    """Return True if a conversion only stacks experts' matrices and joins their kinds along the rows."""
     kinds = [(type(op), op.dim) for op in converter.operations if isinstance(op, (MergeModulelist, Concatenate))]
     return (
         len(kinds) == len(converter.operations) and len(converter.target_patterns) == 1

@@ -61,8 +61,8 @@ def empty_modules(moe: MoeModel, index: int, plan: BitPlan, group_size: int) -> 
 def read_record(
     path: Path, moe: MoeModel, index: int, plan: BitPlan, group_size: int, trusted: bool = False
 ) -> LayerRecord | None:
-    """What :meth:`LayerRecord.save` wrote, mapped; None if it is absent, torn or of other widths. ``trusted``: this
-    process has found it whole before."""
+    """Read the record that :meth:`LayerRecord.save` wrote, memory-mapped. None if it is absent, torn or of other
+    widths. ``trusted``: this process has already checked the whole file."""
     found = durable.unseal_tensors(path, trusted)
     if found is None:
         return None

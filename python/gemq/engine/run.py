@@ -55,8 +55,8 @@ class StreamedResult:
 
 
 def spent(began: float) -> dict[str, float]:
-    """What a log says of a stage that ends: seconds since ``began``, this process's peak memory so far, and the most
-    that its tensors took of a GPU."""
+    """Entries of the log for a stage that ends: seconds since ``began``, this process's peak memory in bytes so far,
+    and, if a GPU is in use, the most bytes that tensors took of it."""
     # kilobytes on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {"seconds": round(time.perf_counter() - began, 3), "peak_bytes": peak}
@@ -178,7 +178,7 @@ class Engine:
         )
 
     def _router_shift(self, quantized: Quantized, routers: dict[int, Tensor], key: str) -> dict[int, LayerShift]:
-        """Where routers and selections are, against the original model."""
+        """Compare routers and selected experts with the original model's, per decoder layer."""
         with self._stage("compare routers", "router-shift", of_windows(self.windows), key) as (stage, sweep):
             data = stage.made("shift", lambda: self._shifted(quantized, routers, sweep.progress))
         return {int(index): LayerShift(**shift) for index, shift in data.items()}

@@ -120,7 +120,7 @@ class Scratch:
         return out
 
     def sound(self, name: str) -> bool:
-        """Whether the array is there, every byte of it."""
+        """Return True if the array is complete: every byte of it is there and passes its check."""
         if self.folder is None:
             return name in self._memory
         index = durable.unseal_json(self._file(name, ".index"))

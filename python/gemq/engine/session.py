@@ -29,7 +29,7 @@ from gemq.packed_config import PackedConfig
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how a run works; none of it changes what comes out.
+    """Options of a run that do not change its result, such as its directory.
 
     ``log`` is a second place for the JSON lines; ``keep`` leaves the directory behind.
     """
@@ -108,7 +108,8 @@ class Work:
         return self.engine.results()
 
     def assembly(self, result: StreamedResult, dtype: torch.dtype) -> tuple[Assembly, PackedConfig, str]:
-        """What writes the checkpoint of a result, its config, and the run's name for it."""
+        """Return the writer of a result's checkpoint, the checkpoint's config, and the fingerprint that names the run.
+        """
         method, source = self.engine.method, self.engine.source
         config = PackedConfig.of_plan(result.plan, method.gptq.group_size, result.allocation.budget, method.name)
         name = fingerprint.digest(self.identity, result.key, result.budget, str(dtype))

@@ -1,4 +1,4 @@
-"""How far the routers moved, on a model of which one layer at a time is in memory."""
+"""Measure how far the routers moved, with one layer of the model at a time in memory."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class Source:
         return stored_dtype(self.declared)
 
     def numbers(self) -> Numbers:
-        """What finds NaN, infinity and numbers out of range as the files are read."""
+        """Return the checker that finds NaN, infinity and numbers out of range as the files are read."""
         owners = {original: target for target, names in self._contents.made_of.items() for original in names}
         packed = {f"{path}.weight" for path in (*self.moe.attention, *self.moe.dense)}
         packed |= {f"{layer.path}.experts.{name}" for layer in self.moe.moe for name in PROJECTIONS}
@@ -163,7 +163,7 @@ class Source:
         return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else OUTSIDE
 
     def _index_files(self, quiet: bool) -> None:
-        """Which checkpoint tensors make which parameter, by the headers alone; all must be there."""
+        """Find the checkpoint tensors of every parameter, from the headers alone. All must be there."""
         self._contents = contents(self.folder, self._headers, self.model)
         if not quiet:
             tell_unused(self._contents, f"{self.moe.decoder_path}.layers", len(self.moe.layers))
@@ -294,7 +294,7 @@ class Source:
         finally:
             if shown:
                 transformers_logging.enable_progress_bar()
-            # noted for saving, which is a twin's affair
+            # transformers keeps this for save_pretrained; gemq saves from another skeleton, so clear it
             self.model._weight_conversions = None
         self._refuse(sorted(name for name, *_ in found.mismatched_keys) + sorted(found.conversion_errors))
 

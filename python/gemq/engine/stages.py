@@ -35,9 +35,9 @@ Log = Callable[..., None]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a walk over the layers needs: token windows ``[N, T]``, windows per batch, the stage's files, where to
-    report, and the bytes that a group of experts may take beside its layer; ``on_layer`` hears of each quantized
-    one."""
+    """Inputs of a walk over the layers: token windows ``[N, T]``, windows per batch, the stage's files, callbacks for
+    progress and log, and the bytes that a group of experts may take beside its layer. ``on_layer`` is called after each
+    quantized layer."""
 
     windows: Tensor
     batch_size: int
@@ -72,7 +72,7 @@ class _Walk:
         return self.everywhere(self.name(index))
 
     def everywhere(self, array: str) -> bool:
-        """Whether every process has its part of an array."""
+        """Return True if every process has its part of an array."""
         return all(distributed.gather(self.scratch.sound(array)))
 
     def forward(self, index: int) -> None:

@@ -17,7 +17,7 @@ from gemq.nn import LowBitLinear
 
 
 class Place(NamedTuple):
-    """Where the new token goes and what it sees.
+    """Position of the new token in the cache, and the mask of what it attends to.
 
     ``slot`` int64 ``[1]`` is its index in the cache. ``end`` is a Python number, the length of the cache that is read,
     or None for all of it. ``mask`` ``[B or 1, 1, 1, end]`` is added to the scores, 0 or minus infinity, in the dtype of
@@ -44,7 +44,8 @@ def _store(buffer: Tensor, place: Place, new: Tensor) -> Tensor:
 
 
 def attention_unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | None:
-    """Why attention of a compared class (:mod:`gemq.generation.known`) does not run on a cache of these tensors."""
+    """Reason for which attention of a compared class (:mod:`gemq.generation.known`) does not run on a cache of these
+    tensors; None if it does."""
     return (LatentAttention if is_latent(module) else GroupedAttention).unfit(module, keys, values)
 
 

@@ -24,7 +24,7 @@ class Conversation:
 
     @property
     def templated(self) -> bool:
-        """Whether the tokenizer brings a chat template."""
+        """True if the tokenizer brings a chat template."""
         return conversations.has_template(self.tokenizer)
 
     @property

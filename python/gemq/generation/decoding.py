@@ -185,7 +185,8 @@ class Decoding:
                 self.step(self.tokens, self.progress)
 
     def _kind(self) -> tuple[str, str | None]:
-        """Which step runs, and why not a better one; ``ValueError`` if what was asked for does not serve this."""
+        """Choose the step that runs, and give the reason for not taking a better one (None for the best). Raises
+        ``ValueError`` if the step that the caller asked for does not support this model or cache."""
         lean = LeanStep.unfit(self.model, self.cache)
         if self.mode != "none":
             native = f"compile={self.mode!r} replaces it"

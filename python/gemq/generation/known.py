@@ -1,4 +1,4 @@
-"""Which of transformers' modules gemq's own decoding steps were compared with, by their exact class.
+"""List of transformers' modules that gemq's own decoding steps were compared with, by their exact class.
 
 A step that computes what a module's ``forward`` would must know that forward. Attributes do not tell: a window, a
 clip or a user's subclass looks the same. What is not listed here, was edited, or is listened to by a hook runs in its

@@ -1,4 +1,4 @@
-"""What a cache takes, what is free, and what would fit."""
+"""Compute the bytes that a cache takes, the bytes that are free, and the sizes that would fit."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def _narrow(weight: Tensor) -> Tensor | None:
 
 
 def _holds(narrow: Tensor, weight: Tensor) -> bool:
-    """Whether every element is the same, compared in parts: the float32 form of the whole would be another copy."""
+    """Return True if all elements are equal. Parts are compared in turn: the float32 form of the whole would be another
+    copy."""
     rows = max(_COMPARED // weight.shape[1], 1)
     pairs = zip(narrow.split(rows), weight.split(rows), strict=True)
     return all(torch.equal(part.float(), rows) for part, rows in pairs)

@@ -1,4 +1,4 @@
-"""What a generation is asked for, checked before any work."""
+"""Options of a generation, checked before any work."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class GenerationOptions:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn at random."""
+        """True if tokens are drawn at random."""
         return bool(self.temperature) if self.do_sample is None else self.do_sample
 
     @property

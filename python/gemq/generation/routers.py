@@ -1,4 +1,4 @@
-"""What the routers of transformers' models compute after their logits, by class: their attributes do not tell."""
+"""Computation of the routers of transformers' models after their logits, by class: their attributes do not tell."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from gemq.models.forward import call
 
 @dataclass
 class Progress:
-    """Where a batch stands, in tensors of fixed address that a step moves on.
+    """Position of a batch, in tensors of fixed address that a step moves on.
 
     ``slot`` int64 ``[1]`` is the cache index of the newest token, ``positions`` int64 ``[B]`` its position in each
     row's own text, ``seen`` bool ``[B, L]`` the cached tokens that are no padding (None without padding).

@@ -91,7 +91,7 @@ class Pieces(ContinuationStreamer):
             self.pieces.append(text)
 
     def take(self) -> str:
-        """What has become final since the last call."""
+        """Return the text that has become final since the last call."""
         text = "".join(self.pieces)
         self.pieces.clear()
         return text

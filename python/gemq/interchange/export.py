@@ -28,7 +28,7 @@ from gemq.staging import new_folder
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export` wrote: the folder, the number of tensors and their bytes, and the dtype. ``left_out`` are
+    """Result of :func:`export`: the folder, the number of tensors and their bytes, and the dtype. ``left_out`` are
     files of the source that were not copied: code, links, names that are not known."""
 
     path: Path

@@ -35,7 +35,7 @@ _COMPUTED = ("rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class Imported:
-    """What :func:`import_gptq` wrote. ``wrapped`` counts zero points stored as -1, which AutoGPTQ reads as 0;
+    """Result of :func:`import_gptq`. ``wrapped`` counts zero points stored as -1, which AutoGPTQ reads as 0;
     ``left_out`` are files of the source that were not copied."""
 
     path: Path
@@ -76,7 +76,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where everything quantized is: stems of the experts' linears by layer, expert and role, and of plain linears."""
+    """Names of all quantized linears: stems of the experts' linears by layer, expert and role, and of plain linears."""
 
     experts: dict[int, list[dict[str, str]]]
     expert_shapes: dict[int, list[dict[str, GptqShape]]]
@@ -237,7 +237,8 @@ def _write_linears(
 
 
 def _write_rest(model: nn.Module, layout: _Layout, read: _Source, writer: ShardWriter) -> None:
-    """What is stored in 16 bits, as it is; then every tensor of the source must have been used."""
+    """Write the tensors that are stored in 16 bits unchanged. Raises :class:`CheckpointError` if one is missing, or if
+    a tensor of the source was not used."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name in model.state_dict():
         if name in tied or name.endswith(("_codes", "_meta")):

@@ -71,7 +71,7 @@ def _scalar(dtype: Any, raw: Any) -> int | float:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """How protocols below 3 write bytes."""
+    """Encode bytes as pickle protocols below 3 store them: as latin-1 text."""
     if not isinstance(text, str) or encoding != "latin1":
         raise PickleError("bytes are malformed")
     return text.encode("latin1")

@@ -1,4 +1,4 @@
-"""What a supported MoE model is made of, found by structure."""
+"""Find the parts of a supported MoE model by its structure."""
 
 from gemq.models.families import SUPPORTED, MoeLayer, MoeModel, describe
 from gemq.models.packed import packed_modules, prepare, replace_with_packed

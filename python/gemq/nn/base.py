@@ -1,4 +1,4 @@
-"""What packed modules share: their buffers follow the device, never a change of dtype."""
+"""Base of packed modules: their buffers follow the device, never a change of dtype."""
 
 from __future__ import annotations
 

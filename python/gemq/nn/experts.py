@@ -69,7 +69,7 @@ class LowBitExperts(PackedModule):
             self.register_buffer(stored_name(name, "meta"), meta)
 
     def stored(self, name: str) -> tuple[Tensor, Tensor]:
-        """The flat ``(codes, meta)`` of a projection, in the layout of the moment."""
+        """The flat ``(codes, meta)`` of a projection, in the current layout."""
         return getattr(self, stored_name(name, "codes")), getattr(self, stored_name(name, "meta"))
 
     def shape(self, name: str) -> tuple[int, int]:
@@ -160,7 +160,7 @@ class LowBitExperts(PackedModule):
         )
 
     def _direct(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
-        """The kernel without the dispatcher for arguments that are plainly right; None leaves them to the op."""
+        """Direct kernel call without the dispatcher; None if the op must validate the arguments."""
         routed = x.shape[:1] + ids.shape[-1:]
         if not (
             x.dim() == 2 and x.shape[1] == self.hidden and x.dtype in checks.FLOATS

@@ -85,7 +85,7 @@ class LowBitLinear(PackedModule):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _direct(self, x: Tensor) -> Tensor:
-        """The kernel without the dispatcher, for an ``x`` that is plainly right."""
+        """Direct kernel call without the dispatcher, for an ``x`` that needs no validation."""
         out = backends.dense_gemm(
             x.reshape(-1, self.in_features), self.weight_codes, self.weight_meta, self.bits, self.out_features,
             self.group_size, self.layout,

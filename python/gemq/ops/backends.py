@@ -1,4 +1,4 @@
-"""Which kernels run: the layout of the weights decides, and a wrong pairing is an error.
+"""Choose the kernels that run: the layout of the weights decides, and a wrong pairing is an error.
 
 Every backend multiplies exact ``q * s + m`` into float32 sums and rounds once, at the end, to the dtype of ``x``.
 Triton's takes the activations at float16's 11 significant bits, the CPU's as :func:`gemq.ops.set_cpu_activations` says.

@@ -153,7 +153,7 @@ class SeenStacks:
         return [(t.data_ptr(), t.numel()) for t in stack]
 
     def knows(self, stack: tuple[Tensor, ...], shape: tuple) -> bool:
-        """Whether :meth:`add` was called with these tensors and this shape, and they are as they were."""
+        """Return True if :meth:`add` was called with these tensors and this shape, and their memory is unchanged."""
         entry = self._entries.get(id(stack[0])) if len(stack) == 5 else None
         if entry is None or entry[1] != shape:
             return False
@@ -186,10 +186,11 @@ def no_tangent(*values: Tensor | None) -> None:
 
 
 def unwatched(x: Tensor, *others: Tensor | None) -> bool:
-    """Tell that torch's dispatcher has nothing to do for an op on these: no gradient, tracing, mode or transform.
+    """Return True if torch's dispatcher may be bypassed for an op on these tensors: no gradient, tracing, mode or
+    transform is active.
 
-    Then an op or a module may call its kernel at once, which saves 10 to 50 microseconds, more than a small kernel
-    takes. This is the one condition for it.
+    An op or a module may then call its kernel directly, which saves 10 to 50 microseconds, more than a small kernel
+    takes. All such calls are decided by this function.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False

@@ -49,7 +49,7 @@ class Shape:
         return f"{self.hidden}x{self.ffn}x{self.experts}x{self.top_k}"
 
     def product(self, kind: str) -> dict[str, int]:
-        """What a launch of ``kind`` is looked up by."""
+        """Key by which the launch of ``kind`` is looked up in a table."""
         n, k = (self.hidden, self.ffn) if kind.endswith(".gemm") else (self.ffn, self.hidden)
         return {"n": n, "k": k, "experts": self.experts, "top_k": self.top_k}
 

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: sizes, memory, disk and time, from a model's config alone."""
+"""Predict what a run needs before it starts: sizes, memory, disk and time, from a model's config alone."""
 
 from gemq.planning.machine import Machine, Rates, other_machine, this_machine
 from gemq.planning.plan import Plan, PlanConfig, Shortage, check, make_plan

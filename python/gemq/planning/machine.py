@@ -145,7 +145,8 @@ def free_disk_bytes(path: str | os.PathLike) -> int | None:
 def this_machine(
     device: torch.device, output: str | os.PathLike, dtype: torch.dtype, rates: bool, processes: int = 1
 ) -> Machine:
-    """What is free here for each of several ``processes``, and with ``rates`` how fast it is."""
+    """Measure this machine: the free memory for each of several ``processes`` and the free disk, in bytes, and with
+    ``rates`` how fast it computes."""
     on_cpu, host = device.type == "cpu", free_host_bytes()
     return Machine(
         str(device), on_cpu, None if on_cpu else free_bytes(device), None if host is None else host // processes,

@@ -1,4 +1,4 @@
-"""What quantizing and running a model takes in memory and on disk: every formula, in bytes, by part.
+"""Formulas for the memory and disk, in bytes by part, that quantizing and running a model take.
 
 The letters are those of docs/plan.md: ``P`` parameters, ``Q`` those that are quantized or tuned, ``L`` decoder
 layers, ``M`` MoE layers, ``H`` hidden size, ``I`` width of an expert, ``E`` experts, ``K`` experts a token, ``V``
@@ -29,9 +29,9 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done: calibration ``samples`` of ``length`` tokens, the method, bytes an element computed in
-    (``element``), whether it runs on the CPU, where memory of the device is memory of the host, and among how many
-    processes (``ranks``) windows and experts are shared."""
+    """Size of a task: calibration ``samples`` of ``length`` tokens, the method, the bytes of an element of the dtype
+    that is computed in (``element``). It also says whether the task runs on the CPU, where device memory is host
+    memory, and how many processes (``ranks``) share windows and experts."""
 
     samples: int
     length: int
@@ -60,7 +60,7 @@ class Need:
 
 
 def graph_bytes(parts: ModelParts, layer: LayerParts, tokens: int, element: int) -> int:
-    """What autograd keeps of one decoder layer whose weights are frozen.
+    """Bytes that autograd keeps of one decoder layer whose weights are frozen.
 
     Two norms keep their input in float32, attention its queries, keys, values and result, a gated MLP gate, up and
     SiLU(gate), experts also their results, which the routing weights multiply.

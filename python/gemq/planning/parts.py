@@ -1,4 +1,4 @@
-"""What a model consists of, counted without any storage: the numbers that every prediction is made from."""
+"""Count the parts of a model without any storage: the numbers that every prediction is made from."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ ENGINE = "stream"
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What is planned: calibration ``samples`` of ``length`` tokens, the method, the engine; ``dtype`` that is
-    computed in (None: float32 on a CPU, the model's on a GPU), and for running the result ``rows`` sequences of
+    """Options of a plan: calibration ``samples`` of ``length`` tokens, the method, the engine, and the ``dtype`` that
+    is computed in (None: float32 on a CPU, the model's on a GPU). The result runs with ``rows`` sequences of
     ``context`` tokens. ``scratch`` files are on the disk or in memory. Memory is that of one of ``ranks`` processes."""
 
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -50,8 +50,8 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Shortage:
-    """What is missing: ``place`` (device memory, memory, disk), the stage that needs most of it, bytes needed by
-    part, and bytes free."""
+    """Description of a lack of space: ``place`` (device memory, memory, disk), the stage that needs most of it, bytes
+    needed by part, and bytes free."""
 
     place: str
     stage: str
@@ -89,8 +89,8 @@ class Plan:
 
     @property
     def disk(self) -> dict[str, int]:
-        """What is on the output's disk at most: all checkpoints, the scratch files, and for an engine that streams the
-        quantized layers once more."""
+        """Peak bytes on the output's disk by part: all checkpoints, the scratch files, and for an engine that streams
+        the quantized layers once more."""
         written = sum(o.files for o in self.outputs.values())
         scratch = memory.peak(self.stages)["scratch"]
         found = {"checkpoints": written, "quantized layers": written if self.config.engine == "stream" else 0,

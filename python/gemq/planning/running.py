@@ -54,7 +54,7 @@ def inference_of(
     model: nn.Module, parts: ModelParts, widths: PackedConfig, size: OutputSize, machine: Machine, rows: int,
     context: int, stored: torch.dtype,
 ) -> Inference:
-    """What ``rows`` sequences of ``context`` tokens take of a packed ``model`` without storage."""
+    """Memory that ``rows`` sequences of ``context`` tokens take with a packed ``model`` without storage."""
     weights = resident_bytes(model, "cpu_tile" if machine.on_cpu else "gpu_tile", stored)
     state = rows * state_bytes_per_row(model)
     # of a prompt, a chunk at a time: hidden states and the widest inner activation of every token; and the last

@@ -1,4 +1,4 @@
-"""How long quantizing takes: operations counted by stage, divided by the rates of a machine."""
+"""Predict how long quantizing takes: operations counted by stage, divided by the rates of a machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report is drawn from: the JSON files that lie beside checkpoints, checked and made plain.
+"""Load the data of a report: the JSON files that lie beside checkpoints, checked and converted to plain types.
 
 ``gemq_report.json``, ``gemq_run.json``, ``gemq_costs.json``, ``gemq_evaluations.json`` and ``config.json`` of quantized
 checkpoints, and the ``table.json`` of ``gemq demo``. No weights are read but the routers, and only if the original
@@ -29,8 +29,8 @@ TABLE_FILE = "table.json"
 
 @dataclass(frozen=True)
 class RouterShift:
-    """How far one layer's router moved: relative change of its ``weights`` (Frobenius norm), and the share of
-    ``selected`` experts that the original model would not have selected (None where it was not measured)."""
+    """Change of one layer's router: relative change of its ``weights`` (Frobenius norm), and the share of ``selected``
+    experts that the original model would not have selected (None where it was not measured)."""
 
     weights: float
     selected: float | None = None
@@ -172,7 +172,7 @@ def _recorded(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _field(report: dict[str, Any], name: str, read: Callable[[Any], Any]) -> Any:
-    """What ``read`` makes of a field, which may be absent; ``ValueError`` names the field if it is malformed."""
+    """Apply ``read`` to a field, which may be absent. Raises ``ValueError`` naming the field if it is malformed."""
     try:
         return read(report.get(name))
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:

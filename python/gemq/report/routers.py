@@ -1,4 +1,4 @@
-"""How far a checkpoint's routers are from the original model's, read from the files."""
+"""Compare a checkpoint's routers with the original model's, read from the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What gemq's classes answer alike in both runtimes; they stand before the runtime's own base classes."""
+"""Methods that gemq's classes have in both runtimes; they stand before the runtime's own base classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plug-ins share: which layer has which width, parameters that load a checkpoint's buffers, layers that run.
+"""Code shared by the plug-ins: the width of each layer, parameters that load a checkpoint's buffers, layers that run.
 
 A serving runtime makes its own model and asks a plug-in for the weights of each layer. Here the parameters are flat
 canonical buffers, filled by name; after loading they become gemq's own modules on the device's kernels.
@@ -40,7 +40,7 @@ class ServingError(GemqError, ValueError):
 
 
 def read_dense(prefix: str) -> bool:
-    """Whether a runtime reads the numbers of the linear ``prefix`` itself.
+    """Return True if a runtime reads the numbers of the linear ``prefix`` itself.
 
     Both absorb latent attention's ``kv_b_proj`` into queries and outputs when they decode, from a dense ``weight``.
     """
@@ -67,7 +67,8 @@ def width_of(config: PackedConfig, prefix: str) -> int:
 
 
 def _width_by_kind(config: PackedConfig, prefix: str, layer: int, path: list[str]) -> int:
-    """What the configuration says of the linear's kind: attention, shared expert, dense MLP."""
+    """Width that the configuration gives to the linear's kind: attention, shared expert, dense MLP. Raises
+    :class:`ServingError` for a kind of attention that is not served from packed weights."""
     known = path[0] == "self_attn" and (path[-1] in _ATTENTION or not path[-1].endswith(_PACKED_ENDINGS))
     if path[0] in ("self_attn", "linear_attn") and not known:
         own = any(name.startswith(f"model.layers.{layer}.{path[0]}.") for name in config.linear_bits)
