@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def started() -> float:
-    """When the first case began."""
+    """Time at which the first case began, in seconds of the monotonic clock."""
     return time.monotonic()
 
 

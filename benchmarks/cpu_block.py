@@ -230,7 +230,7 @@ def gptq(options: argparse.Namespace) -> list[dict]:
 
 
 def overhead(options: argparse.Namespace) -> list[dict]:
-    """What a call costs around the kernels: a block of one group."""
+    """Measure the cost of a call around the kernels, in microseconds: a block of one group."""
     stack = random_stack([2] * 8, 256, 128), random_stack([2] * 8, 128, 128)
     x, ids, weights = torch.randn(1, 128), torch.tensor([[0, 1]]), torch.ones(1, 2)
 
@@ -253,7 +253,7 @@ def show(row: dict) -> None:
 
 
 def met_by(row: dict) -> bool:
-    """Whether a row reaches its target."""
+    """Return True if a row reaches its target, or has none."""
     return row["target"] is None or row["value"] >= row["target"]
 
 

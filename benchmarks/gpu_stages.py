@@ -63,7 +63,7 @@ def _bench(model: str, seconds: int, baseline: str | None = None) -> Stage:
 
 
 def _quantize(model: str, seconds: int) -> Stage:
-    """How long quantizing a published architecture takes, from a few layers of it."""
+    """Stage that measures how long quantizing a published architecture takes, from a few layers of it."""
     command = f"{{python}} benchmarks/quantize_time.py {model} --device cuda --json {{json}}"
     return Stage(f"quantize_{model}", seconds, command, f"quantize_{model}")
 
@@ -264,7 +264,7 @@ class Run:
                 "tail": [self.scrubbed(line)[:300] for line in tail]}  # fmt: skip
 
     def gather(self, stage: Stage) -> None:
-        """What the stage measured, also if it was stopped, goes into the result."""
+        """Add the stage's measurements to the result, also if it was stopped."""
         part = self.parts / f"{stage.part}.json"
         if stage.part is not None and part.exists():
             with contextlib.suppress(ValueError):
@@ -300,7 +300,7 @@ def chosen(text: str | None) -> list[Stage]:
 
 
 def show(stages: list[Stage], budget: float) -> None:
-    """What would run, and until when if every stage took all it may."""
+    """Print the stages that would run, and when each would end if every stage took its limit."""
     elapsed = 0.0
     print(f"budget {budget:g} s")
     for stage in stages:

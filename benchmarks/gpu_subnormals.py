@@ -1,4 +1,4 @@
-"""What the kernels assume of a GPU: tensor cores keep fp16 subnormals. And what it can do: measured copy bandwidth.
+"""Check an assumption of the kernels: tensor cores keep fp16 subnormals. Also measure the GPU's copy bandwidth.
 
     python benchmarks/gpu_subnormals.py [--json FILE]
 """

@@ -33,7 +33,7 @@ def expert_block(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 class Plans:
-    """Which tokens go to which expert, kept on the host by routing tensor: nothing waits for the device when timed.
+    """Experts of each token, kept on the host by routing tensor: nothing waits for the device when timed.
 
     That knowledge is a gift to the providers that loop over experts; a running model has to fetch it.
     """

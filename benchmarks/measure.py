@@ -1,4 +1,4 @@
-"""How a case is timed, what the machine could do at best, and the file of rows."""
+"""Time a case, estimate the machine's limits, and write the file of rows."""
 
 from __future__ import annotations
 
@@ -193,6 +193,6 @@ class Rows:
         return row
 
     def content(self) -> dict:
-        """What the file holds."""
+        """Contents of the file of rows."""
         return {"kind": "moe", "conditions": self.conditions, "limits": self.limits,
                 "seconds": round(time.monotonic() - self.begin, 1), "rows": self.rows}  # fmt: skip

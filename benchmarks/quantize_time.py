@@ -1,5 +1,5 @@
-"""How long a published architecture takes to quantize: a few of its layers with random weights, measured stage by
-stage, and the whole extrapolated from them.
+"""Measure how long a published architecture takes to quantize: a few of its layers with random weights, stage by stage,
+and the whole extrapolated from them.
 
     python benchmarks/quantize_time.py deepseek-v2-lite --layers 3 --device cuda --json times.json
 

@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 
 
 def conditions(command: str) -> dict:
-    """What a figure needs beside it."""
+    """Conditions under which a figure was measured: machine, commit, date, command, versions, threads, load."""
     import torch
 
     return {

@@ -28,7 +28,7 @@ FLAGS = ("-std=c++17", "-O3", "-arch=sm_90", "--extended-lambda", "--expt-relaxe
 
 @dataclass
 class Kernel:
-    """What one kernel compiled to; ``loads`` and ``stores`` count instructions on global memory by width in bits."""
+    """Machine code of one kernel; ``loads`` and ``stores`` count instructions on global memory by width in bits."""
 
     name: str
     registers: int

@@ -1,4 +1,4 @@
-"""What the prefill kernels compile to for sm_90: the part of sass_report.py for many tokens.
+"""Report the machine code of the prefill kernels for sm_90: the part of sass_report.py for many tokens.
 
     python benchmarks/sass_prefill.py [--json report.json]
 

@@ -29,7 +29,7 @@ FIELDS = {1: 16, 2: 8, 3: 16, 4: 4, 8: 4}
 
 @dataclass
 class Row:
-    """What one variant compiled to; ``global_loads`` counts LDG by width within the loop."""
+    """Machine code of one variant; ``global_loads`` counts LDG by width within the loop."""
 
     name: str
     registers: int

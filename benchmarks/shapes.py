@@ -1,4 +1,4 @@
-"""What the MoE benchmark measures: expert blocks of known models, mixes of widths, and the cases in order of value."""
+"""Shapes of the MoE benchmark: expert blocks of known models, mixes of widths, and the cases in order of value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How close is close: one table of tolerances, one comparer against float64 references."""
+"""Compare results with float64 references: one table of tolerances, one comparer."""
 
 from __future__ import annotations
 

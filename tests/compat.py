@@ -129,7 +129,7 @@ def run(versions: Versions, python: Path, extra: list[str]) -> dict:
 
 
 def conditions(command: list[str]) -> dict[str, str]:
-    """Where and when, for the result file."""
+    """Command, commit, date and Python version, for the result file."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
     return {
         "command": " ".join(["python tests/compat.py", *command]), "commit": commit.stdout.strip(),

@@ -66,7 +66,7 @@ def model_folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_folder(model_folder, text_file):
-    """What QuantizeConfig needs to know of the tiny model and its text."""
+    """Values of QuantizeConfig for the tiny model and its text."""
     return {"model": str(model_folder), "calibration": str(text_file), "samples": 6, "length": 16}
 
 

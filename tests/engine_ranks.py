@@ -77,7 +77,7 @@ def fresh(base: Path) -> Path:
 
 
 def whole(base: Path, size: int) -> tuple[dict[str, str], list[int]]:
-    """What an uninterrupted job leaves, and how many events each of its processes passed."""
+    """Digests of the files that an uninterrupted job leaves, and how many events each of its processes passed."""
     folder = fresh(base)
     codes, logs = job(base, folder, size)
     assert codes == [0] * size, (codes, logs)

@@ -291,7 +291,7 @@ def absorbed(layer: LinearBase, nope: int, value: int):
 
 
 def model_looks_at_weights(model: nn.Module) -> None:
-    """What SGLang's DeepSeek and GLM-4 models ask of some layers' ``weight`` when made and when they run."""
+    """Read some layers' ``weight`` as SGLang's DeepSeek and GLM-4 models do when made and when they run."""
     for name, layer in model.named_modules():
         if name.endswith("shared_experts.gate_up_proj"):
             weight = getattr(layer, "weight", None)

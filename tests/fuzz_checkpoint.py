@@ -221,7 +221,7 @@ def mutate_config(pick: random.Random, folder: Path) -> None:
 
 
 def mutate_quantization(pick: random.Random, folder: Path) -> None:
-    """What is gemq's own in config.json."""
+    """Mutate gemq's own part of config.json."""
     file = folder / "config.json"
     data = json.loads(file.read_text())
     data["quantization_config"] = mutated(pick, data["quantization_config"])

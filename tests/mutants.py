@@ -36,12 +36,12 @@ class Mutant(NamedTuple):
 
     @property
     def compiled(self) -> bool:
-        """Whether the extension must be built again."""
+        """True if the extension must be built again."""
         return self.file.startswith("csrc/")
 
     @property
     def interpreted(self) -> bool:
-        """Whether its tests run in Triton's interpreter."""
+        """True if its tests run in Triton's interpreter."""
         return self.file.startswith("triton_kernels/")
 
 

@@ -54,7 +54,7 @@ class Guarded:
 
 @dataclass(frozen=True)
 class Case:
-    """What a seed draws."""
+    """Case that a seed draws."""
 
     seed: int
     op: str

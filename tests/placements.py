@@ -1,4 +1,4 @@
-"""Where the packed layouts are tested: each on the devices whose kernels read it, so far as this machine has them.
+"""List the layouts to test: each on the devices whose kernels read it, so far as this machine has them.
 
 ``TRITON_INTERPRET=1`` adds Triton's interpreter, slow but good for any op test.
 """
@@ -22,7 +22,7 @@ class Placement(NamedTuple):
     device: str
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
-        """What products of activations of ``dtype`` are computed in: Triton's kernels take 11 bits at most."""
+        """Dtype in which products of activations of ``dtype`` are computed: Triton's kernels take 11 bits at most."""
         return torch.float16 if self.layout == "gpu_tile" and dtype == torch.float32 else dtype
 
 

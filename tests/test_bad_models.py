@@ -1,4 +1,4 @@
-"""What is wrong with a model's folder, in one line that names it: the commands that run a model, on bad ones."""
+"""Bad model folders: the commands that run a model name the fault and the folder in one line."""
 
 from __future__ import annotations
 

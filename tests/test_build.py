@@ -1,4 +1,4 @@
-"""What was built: the extension's own account of itself, what it links to, and what the archives hold."""
+"""Check the built extension: its own account of itself, the libraries it links to, and the contents of the archives."""
 
 from __future__ import annotations
 

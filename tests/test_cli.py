@@ -31,7 +31,7 @@ GEMQ = [sys.executable, "-m", "gemq"]
 
 @pytest.fixture(scope="session")
 def checkpoint(model_folder, quick, tmp_path_factory):
-    """What ``gemq quantize --bits 2`` makes of the tiny model."""
+    """Checkpoint that ``gemq quantize --bits 2`` makes of the tiny model."""
     path = tmp_path_factory.mktemp("checkpoint") / "tiny-2"
     assert run(["quantize", str(model_folder), "-o", str(path), "--bits", "2", *quick]) == 0
     return path

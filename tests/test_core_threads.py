@@ -82,7 +82,7 @@ def test_several_threads_at_once(two_threads: None, inner: int) -> None:
 
 
 def in_a_child(check: Callable[[], bool], seconds: float) -> str:
-    """How a forked child ends: "same", "different", a signal's number, or "hangs"."""
+    """Run ``check`` in a forked child and return its outcome: "same", "different", a signal's number, or "hangs"."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on: forking beside threads
         child = os.fork()

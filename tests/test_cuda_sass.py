@@ -1,4 +1,4 @@
-"""What nvcc makes of the pack and GPTQ kernels for sm_90, read from the machine code; nothing runs."""
+"""Read the machine code that nvcc makes of the pack and GPTQ kernels for sm_90; nothing runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_other_widths_serve_ends_only(kernels: dict[str, sass_cuda.Kernel]) -> N
 
 
 def test_threads_keep_several_loads_in_flight(kernels: dict[str, sass_cuda.Kernel]) -> None:
-    """Where codes are bytes a thread has four vectors of its own; text with and without a tail counts twice."""
+    """A thread has four vectors of its own where codes are bytes; text with and without a tail counts twice."""
     for bits in WIDTHS:
         assert kernels[f"PackTile<{bits}>"].loads[128] == 2 * 4
         assert kernels[f"UnpackTile<{bits}>"].stores[128] == 2 * 4

@@ -43,7 +43,7 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 
 def dense_weights(packed):
-    """What the packed modules hold, as float32, by module path and name."""
+    """Weights of the packed modules as float32, by module path and name."""
     found = {}
     for path, module in packed_modules(packed):
         if isinstance(module, LowBitExperts):

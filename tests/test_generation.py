@@ -337,7 +337,7 @@ def test_cache_bytes_are_those_of_the_cache(family_name):
 
 
 def test_structures_without_a_lean_step():
-    """What would be computed wrongly is left to transformers, or refused where the lean step was asked for."""
+    """Structures that the lean step would compute wrongly are left to transformers, or refused if it was asked for."""
     ids, mask = padded(3, 9)
     hybrid = tiny_model("qwen3_next")
     with pytest.raises(ValueError, match="step='lean' needs a model of known structure"):

@@ -171,7 +171,7 @@ def test_outcomes(run) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process ends within seconds; one that nobody waits for stays behind as Z."""
+    """Return True if a process ends within seconds; one that nobody waits for stays behind as Z."""
     for _ in range(50):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -1,4 +1,4 @@
-"""What follows GPTQ's column loop: descent over codes, the fit of grids, and fitted down projections."""
+"""Test the steps after GPTQ's column loop: descent over codes, the fit of grids, and fitted down projections."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_offsets_may_be_zero_but_not_nan(folder):
 
 
 def test_zero_weights_give_scales_above_zero():
-    """What the check relies on: a group of zeros gets the smallest scale, not none."""
+    """A group of zeros gets the smallest scale above zero; the check of stored scales relies on it."""
     for bits in range(1, 9):
         _, meta = round_to_nearest(torch.zeros(2, 64), bits, 32)
         assert (meta[..., 0] > 0).all()

@@ -1,4 +1,4 @@
-"""What docs/runtimes.md promises to a program that calls the ops with tensors of its own."""
+"""Test the promises of docs/runtimes.md to a program that calls the ops with tensors of its own."""
 
 from __future__ import annotations
 

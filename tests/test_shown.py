@@ -1,4 +1,4 @@
-"""What reaches a terminal, a spreadsheet or a page of Markdown is text and nothing that is obeyed; settings files."""
+"""Output to a terminal, a spreadsheet or a page of Markdown is text that nothing executes; also settings files."""
 
 from __future__ import annotations
 

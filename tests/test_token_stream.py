@@ -95,7 +95,7 @@ def test_pieces_are_the_whole(monkeypatch, name, piece):
 
 
 def test_no_piece_is_the_whole(monkeypatch):
-    """What a call of the tokenizer gets is bounded, and so is what it is given in all."""
+    """The text that a call of the tokenizer gets is bounded, and so is the total."""
     monkeypatch.setattr(token_stream, "PIECE", 1 << 14)
     tokenizer, seen = made("bytes"), []
     plain = type(tokenizer).__call__

@@ -183,7 +183,7 @@ def test_a_manifest_that_is_none(gemq_run, tmp_path, text):
 
 
 def clutter(folder: Path, outside: Path) -> None:
-    """What may lie in a stranger's folder."""
+    """Write files that a stranger's folder may hold."""
     outside.mkdir()
     for name in ("secret.txt", "LICENSE", "merges.txt"):
         (outside / name).write_text("secret")

@@ -52,7 +52,7 @@ QUANTIZERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a study share. ``calibration`` and ``texts`` are ``(name, source)`` pairs; the first
+    """Settings that all cells of a study share. ``calibration`` and ``texts`` are ``(name, source)`` pairs; the first
     calibration text is the default. ``samples`` windows of ``length`` tokens calibrate, ``limit`` windows a text
     evaluate (None: all)."""
 
@@ -66,11 +66,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """What a cell does. ``kind``: ``quantize`` by the method, ``spqr`` (uniform with outliers), ``fp`` (nothing),
+    """Options of a cell. ``kind``: ``quantize`` by the method, ``spqr`` (uniform with outliers), ``fp`` (nothing),
     ``statistics`` (Eq. 6 of the full-precision model) or ``eq6`` (predicted against true loss). Options as in
-    :class:`gemq.algorithms.progressive.MethodConfig`; ``routers`` is none, loss or alignment, and ``replay``
-    evaluates with the full-precision routers' decisions as well. ``balanced`` calibrates on balanced windows of the
-    text, ``self_sampled`` on such as the model writes. ``quantizer`` is one of :data:`QUANTIZERS`."""
+    :class:`gemq.algorithms.progressive.MethodConfig`; ``routers`` is none, loss or alignment, and ``replay`` evaluates
+    with the full-precision routers' decisions as well. ``balanced`` calibrates on balanced windows of the text,
+    ``self_sampled`` on text that the model itself generates. ``quantizer`` is one of :data:`QUANTIZERS`."""
 
     kind: str = "quantize"
     method: str = "gemq"
@@ -98,7 +98,7 @@ class Run:
 
     @property
     def per_matrix(self) -> bool:
-        """Whether costs of single matrices are needed."""
+        """True if costs of single matrices are needed."""
         method = MethodConfig(method=self.method, candidates=self.candidates, granularity=self.granularity)
         return method.per_matrix
 
@@ -119,7 +119,7 @@ def fingerprint(model: str) -> str:
 
 
 def label(model: str) -> str:
-    """What a model is called: its folder's name, or of a folder called "model" that of the one above."""
+    """Name of a model in tables: its folder's name, or for a folder called "model" the name of its parent."""
     path = Path(model)
     return path.resolve().parent.name if path.name == "model" else path.name
 

@@ -244,7 +244,7 @@ VIEWS = {"estimates": _estimates, "subsets": _subsets, "maps": _maps, "importanc
 
 
 def _standing(study: Study, model: str) -> str:
-    """What may be claimed from this model."""
+    """Sentence on the claims that this model's results support."""
     texts = study.texts(model)
     values = {t: study.full(model, t, False) for t in texts}
     known = {t: v[0] for t, v in values.items() if v}

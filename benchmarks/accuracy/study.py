@@ -48,7 +48,7 @@ class Cell:
     path: Path
 
     def result(self) -> dict | None:
-        """What was computed, or None."""
+        """Read the cell's result, or None if it was not computed."""
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else None
 
 

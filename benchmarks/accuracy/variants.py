@@ -1,4 +1,4 @@
-"""What of the quantizer pays: variants of it, every one at the same widths, by perplexity.
+"""Compare variants of the quantizer, every one at the same widths, by perplexity.
 
     python benchmarks/accuracy/variants.py [MODEL] --text held-out=heldout.txt --text unseen=other.txt --seeds 0,1,2
 
