@@ -64,7 +64,7 @@ class Allocation:
 
     @property
     def widths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of gate and up, and of down, ``[L, E]`` each."""
+        """Widths of gate and up, and of down, ``[L, E]`` each."""
         return self.bits, self.bits if self.down_bits is None else self.down_bits
 
     @property
@@ -78,8 +78,8 @@ class Allocation:
 
 
 class _Units(NamedTuple):
-    """Of a layer: how many experts the budget is averaged over, what a bit of its shared expert counts, and the bits
-    that are set aside before the program."""
+    """Units of a layer's budget: how many experts it is averaged over, how much a bit of the shared expert counts, and
+    the bits that are set aside before the program is solved."""
 
     experts: float
     shared: float
@@ -87,7 +87,7 @@ class _Units(NamedTuple):
 
     @classmethod
     def of(cls, costs: Costs, count_shared: bool, accounting: str) -> _Units:
-        """As ``accounting`` has them. Raises ``ValueError`` for another name."""
+        """Return the units for an ``accounting``. Raises ``ValueError`` for an unknown name."""
         if accounting not in ACCOUNTINGS:
             raise ValueError(f"accounting must be one of {', '.join(ACCOUNTINGS)}, got {accounting!r}")
         num_experts, multiple = float(costs.routed.shape[1]), costs.shared_multiple
@@ -99,7 +99,7 @@ class _Units(NamedTuple):
 
 
 def joined(parts: Sequence[Allocation], budget: float, seconds: float) -> Allocation:
-    """Allocations of single layers as one of all of them, for ``budget`` bits per expert."""
+    """Join the allocations of single layers into one of all layers, for ``budget`` bits per expert."""
     objective = sum(part.objective for part in parts)
     slack = sum(part.gap * part.objective for part in parts)
     return Allocation(
@@ -167,7 +167,7 @@ def feasible_range(
 
 
 def _pick_solver(solver: str) -> str:
-    """The name of a solver that loads: the one asked for, or of HiGHS and CBC the first."""
+    """Return the name of a solver that loads: the requested one, or for ``auto`` the first of HiGHS and CBC."""
     names = SOLVERS[1:] if solver == "auto" else (solver,)
     for name in names:
         if getattr(importlib.import_module(f"mip.{name}"), f"has_{name}"):
@@ -256,9 +256,10 @@ def wants_matrices(granularity: str, candidates: Sequence[int]) -> bool:
 
 
 def is_per_matrix(granularity: str, costs: Costs) -> bool:
-    """:func:`wants_matrices`, where ``costs`` say what they cost.
+    """Return :func:`wants_matrices` for the candidates of ``costs``; False if the costs of single matrices were not
+    measured.
 
-    Raises ``ValueError`` as that does, and for ``matrix`` where they do not.
+    Raises ``ValueError`` as :func:`wants_matrices` does, and for ``matrix`` if they were not measured.
     """
     wanted = wants_matrices(granularity, list(costs.candidates))
     if granularity == "matrix" and costs.matrices is None:

@@ -122,7 +122,7 @@ class _Writer:
         return nll / self.ids.shape[1] + spread[beam] / self.temperature
 
     def grow(self) -> None:
-        """By one token: candidates are drawn, the best kept."""
+        """Extend the window by one token: draw candidates and keep the best."""
         logs = self._step()
         beams = len(self.ids)
         drawn = torch.multinomial(logs.exp(), beams, generator=self.generator)
@@ -137,6 +137,6 @@ class _Writer:
         self.cache.reorder_cache(beam.to(self.device))
 
     def best(self) -> tuple[Tensor, Tensor]:
-        """The best window and the loads with it."""
+        """Return the best window, and the loads that include it."""
         chosen = int(self._scores(self.nll, torch.arange(len(self.ids))).argmin())
         return self.ids[chosen].clone(), self.before + self.loads[chosen]

@@ -168,7 +168,7 @@ def _windows(tokenizer, source: Source, count: int, length: int, generator: torc
 def _of_one(
     tokenizer, source: Source, text: Iterable[str], count: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """Random windows of one long text, by its tokens."""
+    """Draw random windows of one long text that is tokenized whole."""
     stream = _tokens(tokenizer, source, text, length)
     starts = torch.randint(0, stream.numel() - length + 1, (count,), generator=generator)
     return torch.stack([stream[s : s + length] for s in starts.tolist()])
@@ -187,7 +187,7 @@ def _first(text: Iterable[str], source: Source, most: int) -> Iterator[str]:
 def _of_long_file(
     tokenizer, source: Source, file: TextFile, count: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """Random windows of a text too long to tokenize for their sake: of places among its bytes."""
+    """Draw random windows of a text that is too long to tokenize whole, at random places among its bytes."""
     if not any(part.strip() for part in pieces(file)):
         raise _empty(source)
     with failures(file.path), open(file.path, "rb") as stream:
@@ -215,7 +215,7 @@ def _placed(
 def _of_many(
     tokenizer, source: Source, documents, count: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """Shuffled documents one after another, the first windows of that."""
+    """Concatenate the documents in random order and return the first windows of the result."""
     need = count * length
     order = torch.randperm(len(documents), generator=generator).tolist()
     # a token has rarely more characters, and if so, more are read

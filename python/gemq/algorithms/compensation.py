@@ -1,4 +1,4 @@
-"""Down projections fitted to what the quantized gate and up projections hand them.
+"""Fit down projections to the outputs of the quantized gate and up projections.
 
 An expert computes ``W h`` with ``h = SiLU(gate(x)) * up(x)``. Once gate and up are quantized it is given ``g`` instead
 of ``h``, and the ``V`` that minimises the sum over its tokens of ``|W h - V g|^2`` is no longer ``W``. With ``H`` the
@@ -29,7 +29,7 @@ class InnerStatistics:
         self.cross = torch.zeros(size, size, device=device)
 
     def add(self, gate_up: Tensor, quantized: Tensor, x: Tensor, scale: Tensor | float = 1.0) -> None:
-        """Tokens ``x [t, H]``, each counted ``scale ** 2`` times; ``gate_up`` and ``quantized`` ``[2I, H]``."""
+        """Add tokens ``x [t, H]``, each counted ``scale ** 2`` times; ``gate_up`` and ``quantized`` are ``[2I, H]``."""
         if len(x):
             given = expert_hidden(quantized, x) * scale
             self.hessian.add(given)
@@ -54,7 +54,8 @@ def fit_down(
     down: Tensor, bits: list[int], original: Tensor, quantized: Tensor,
     rows: Iterable[list[tuple[Tensor, Tensor | float]]], damping: float,
 ) -> list[Hessian]:
-    """Replace ``down [G, H, I]`` of some experts by what fits their quantized gate and up projections, in place.
+    """Replace ``down [G, H, I]`` of some experts, in place, by the projections that fit their quantized gate and up
+    projections best.
 
     ``original`` and ``quantized`` are those projections ``[G, 2I, H]``; ``rows`` gives per batch, and for each of the
     experts, its inputs and their scales. An expert of 0 ``bits`` stays as it is. Returns the Hessians to quantize on.

@@ -34,7 +34,7 @@ def _weights(layer: MoeLayer) -> list[nn.Parameter]:
 
 @contextmanager
 def _only_trainable(moe: MoeModel, weights: list[nn.Parameter]):
-    """Evaluation mode with gradients for ``weights`` alone; all is put back."""
+    """Enable gradients for ``weights`` alone, in evaluation mode. The previous state is restored on exit."""
     was_training, required = moe.model.training, {p: p.requires_grad for p in moe.model.parameters()}
     chosen = {id(p) for p in weights}
     for p in required:

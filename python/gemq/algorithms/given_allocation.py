@@ -1,4 +1,4 @@
-"""Widths that were decided elsewhere: the authors' allocations, ``gemq allocate --json``, another checkpoint."""
+"""Widths that another program decided: the authors' allocations, ``gemq allocate --json``, another checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GivenAllocation:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GivenAllocation:
-        """From the fields as JSON gives them back: lists for tuples."""
+        """Build an allocation from its fields as JSON returns them: lists for tuples."""
         rows, down = (
             None if data[n] is None else tuple(tuple(row) for row in data[n]) for n in ("rows", "down")
         )
@@ -41,7 +41,7 @@ class GivenAllocation:
         return cls(data["source"], rows, layers, shared, data["budget"], down)
 
     def fit(self, moe: MoeModel, budget: float | None = None, shared_bits: int | None = None) -> Allocation:
-        """This allocation for ``moe``, its shape and its mean checked; ``shared_bits`` overrides the file's.
+        """Return this allocation for ``moe`` after checking its shape and mean; ``shared_bits`` overrides the file's.
 
         ``budget`` is the largest mean in bits per expert that is accepted. Raises ``ValueError`` naming the source,
         what it holds and what the model needs.
@@ -108,7 +108,7 @@ def _check_widths(source: str, widths: np.ndarray, low: int) -> None:
 
 
 def _span(values: tuple[int, ...]) -> str:
-    """``0..31``, or the values where they are not in a row."""
+    """Write consecutive values as ``0..31``, others as a list."""
     if len(values) > 2 and values == tuple(range(values[0], values[-1] + 1)):
         return f"{values[0]}..{values[-1]}"
     return ", ".join(map(str, values[:12])) + (" and more" if len(values) > 12 else "")

@@ -160,7 +160,8 @@ def measure(
     perturbation: Perturbation | None = None, batch_size: int = 4, progress: Progress | None = None,
     matrices: bool = False,
 ) -> ExpertStatistics:
-    """Eq. 6 for every expert and candidate width, with the routing, inputs and gradients of ``moe`` as it is.
+    """Measure Eq. 6 for every expert and candidate width, with the routing, inputs and gradients of ``moe`` in its
+    current state.
 
     ``windows`` is int64 ``[N, T]``; ``originals`` are the weights that are perturbed and measured against, so in a
     progression the statistics come from the quantized model but the change is that of the original expert.
@@ -202,7 +203,7 @@ def measure(
 
 
 def _of_all(captures: list[Capture], rounds: int, device: torch.device) -> list[Capture]:
-    """One layer's captures of all processes, in the order of the batches."""
+    """Collect one layer's captures from all processes, in the order of the batches."""
     found = []
     for turn in range(rounds):
         one = captures[turn] if turn < len(captures) else None

@@ -31,15 +31,15 @@ class LayerCosts:
 
     @classmethod
     def zeros(cls, experts: int, widths: int, matrices: bool = False) -> LayerCosts:
-        """Nothing seen yet."""
+        """Return sums of zero, before any token."""
         return cls(
             np.zeros((experts, widths)), np.zeros((experts, widths)), np.zeros(widths), np.zeros(experts),
             np.zeros(experts), np.zeros((experts, 2, widths)) if matrices else None,
         )
 
     def check(self, layer: int) -> None:
-        """Raise :class:`NumberError` naming the decoder ``layer`` if a sum is not finite: the program would choose by
-        it."""
+        """Raise :class:`NumberError` naming the decoder ``layer`` if a sum is not finite: the program would choose
+        widths by it."""
         for name in ("routed", "error", "shared", "matrices"):
             values = getattr(self, name)
             if values is not None and not np.isfinite(values).all():
@@ -61,8 +61,9 @@ class LayerCosts:
     def add(
         self, expert: int, column: int, part: int, change: Tensor, gradient: Tensor, scale: Tensor, window: Tensor
     ) -> None:
-        """Sum up one expert's change ``[t, H]`` before its routing weights ``scale [t, 1]``, at one width; with them
-        ``gradient [t, H]`` was multiplied, once instead of for every width. ``window [t]`` are the tokens' windows."""
+        """Add one expert's change ``[t, H]`` at one width. The change is given before the routing weights ``scale [t,
+        1]`` are applied; ``gradient [t, H]`` includes them, once for all widths. ``window [t]`` are the tokens'
+        windows."""
         cost = cost_of(change, gradient)
         if part == WHOLE:
             self.routed[expert, column] += cost
@@ -76,12 +77,13 @@ class LayerCosts:
             self.shared[column] += cost_of(change, gradient)
 
     def complete(self) -> None:
-        """Every process has measured its own experts: all get the rest (zero here, so the sums are exact)."""
+        """Add the sums of all processes. Each has measured its own experts and holds zeros for the others, so the
+        result is exact."""
         for name in [f.name for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)]:
             setattr(self, name, sum(distributed.gather(getattr(self, name))))
 
     def to_json(self) -> dict:
-        """As a journal keeps it; doubles come back exactly."""
+        """Convert to JSON values for the journal; doubles are restored exactly."""
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
 
     @classmethod

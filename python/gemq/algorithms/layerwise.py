@@ -1,4 +1,4 @@
-"""Run a model decoder layer by decoder layer, and watch what its linears and experts see."""
+"""Run a model decoder layer by decoder layer, and record the inputs of its linears and experts."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Routed:
     weights: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, as they travel between processes."""
+        """Return the tensors by name, for the exchange between processes."""
         return {"x": self.x, "ids": self.ids, "weights": self.weights}
 
     def rows(self, expert: int) -> tuple[Tensor, Tensor]:

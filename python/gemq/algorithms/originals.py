@@ -1,4 +1,4 @@
-"""The weights of the model as it was before quantization: what is perturbed, quantized and restored."""
+"""Copies of a model's weights before quantization, from which it is perturbed, quantized and restored."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Originals:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put all of them back into the model."""
+        """Copy all original weights back into the model."""
         for layer in self._moe.moe:
             gate_up, down = self._experts[layer.index]
             layer.experts.gate_up_proj.copy_(gate_up)

@@ -41,15 +41,16 @@ def split_budget(budget: float) -> tuple[int, float]:
 
 
 def _group_error(w: Tensor, keep: Tensor, inverse: Tensor, max_code: Tensor) -> tuple[Tensor, Tensor]:
-    """Error of the kept weights of groups ``[..., g]`` on the grid that they find, in all ``[...]`` and by weight."""
+    """Error of the kept weights of groups ``[..., g]`` on the grid fitted to them: summed over the group ``[...]``, and
+    per weight."""
     s, m = find_grid(_without(w, keep, max_code), max_code, "none")
     lost = (round_to_grid(w, s, m, max_code) * s + m - w).square() / (2 * inverse) * keep
     return lost.sum(-1), lost
 
 
 def _without(w: Tensor, keep: Tensor, max_code: Tensor) -> Tensor:
-    """``w [..., g]`` with what is not kept replaced so that the grid is the others': by 0, which every range holds, and
-    at one bit, whose scale is the mean size, by that mean."""
+    """Replace the weights of ``w [..., g]`` that are not kept, so that they do not change the grid of the others. They
+    become 0, which every range holds; at one bit, whose scale is the mean size, they become that mean."""
     mean = (w.abs() * keep).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(keep, w, torch.where(max_code == 1, mean.copysign(w), 0.0))
 

@@ -41,8 +41,9 @@ class Program:
         return self.units[:, None] * np.asarray(self.widths, dtype=float)
 
     def build(self, solver: str, scale: float, keep: np.ndarray) -> tuple[Any, np.ndarray]:
-        """The python-mip model over the widths ``keep`` ``[rows, B]``, and the variable of each, -1 where there is
-        none: rows with one width left are no variables, their bits are taken off the budget."""
+        """Build the python-mip model over the widths ``keep`` ``[rows, B]``. Returns it with the variable of each
+        width, -1 where there is none. A row with one width left has no variable: its bits are subtracted from the
+        budget."""
         from mip import BINARY, EQUAL, GREATER_OR_EQUAL, LESS_OR_EQUAL, LinExpr, Model
 
         model = Model(solver_name=solver.upper())

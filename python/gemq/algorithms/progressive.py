@@ -1,4 +1,4 @@
-"""The whole method: measure, allocate, quantize, tune the routers, and again at the next lower budget (Alg. 1)."""
+"""Run the whole method: measure, allocate, quantize, tune the routers, and repeat at the next lower budget (Alg. 1)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ StageProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Everything that decides the result besides model and text.
+    """Options of the method: everything that decides the result besides the model and the text.
 
     ``budgets`` are bits per expert, visited from the highest to the lowest. ``estimate`` is the model on which the
     coefficients of the second and later budgets are measured: the full-precision one, the one quantized for the
@@ -134,7 +134,8 @@ class MethodConfig:
 
 
 def in_memory_only(config: MethodConfig) -> list[str]:
-    """The options of ``config`` that need the whole model in one process: not streamed, not shared out."""
+    """List the options of ``config`` that need the whole model in the memory of one process: they support neither
+    streaming nor several processes."""
     return [
         *(["method 'fisher'"] if config.method == "fisher" else []),
         *(["router_method 'alignment'"] if config.tune and config.router_method == "alignment" else []),
@@ -157,7 +158,7 @@ class StageResult:
 
 
 def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitPlan:
-    """The widths of everything, once those of the experts are chosen."""
+    """Build the plan of all widths from the allocation of the experts."""
     indices = [layer.index for layer in moe.moe]
     shared = {}
     if moe.moe[0].shared is not None:
@@ -181,7 +182,7 @@ def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitP
 def overridden(
     moe: MoeModel, allocation: Allocation, plan: BitPlan, config: MethodConfig
 ) -> tuple[Allocation, BitPlan]:
-    """Put ``config.tensor_bits`` over an allocation and its plan."""
+    """Apply ``config.tensor_bits`` to an allocation and its plan."""
     wanted = resolve(moe, config.tensor_bits)
     experts, down = (wanted.over(rows) for rows in (plan.experts, plan.down))
     if wanted.experts:
@@ -240,7 +241,8 @@ def _tune(
     moe: MoeModel, windows: Tensor, targets: list[Tensor] | None, config: MethodConfig,
     report: Callable[[int, int], None],
 ) -> list[float]:
-    """Routers by the configured method; the losses of the steps, or the divergences that alignment left."""
+    """Tune the routers by the configured method; returns the losses of the steps, or the divergences after alignment.
+    """
     if targets is None:
         return tune_routers(moe, windows, config.router, report)
     found = align_routers(moe, windows, targets, config.router, batch_size=config.batch_size, progress=report)
@@ -310,7 +312,7 @@ def quantize_progressively(
 
 
 def at_budget(budget: float, on_layer: OnLayer | None) -> OnLayer | None:
-    """``on_layer`` with the budget in each report."""
+    """Wrap ``on_layer`` so that each report names the budget."""
     def call(report: LayerReport) -> None:
         on_layer(replace(report, budget=budget))
 

@@ -1,9 +1,10 @@
-"""Drop the widths that no optimum of Eq. 7 can contain, before the solver runs. A bound proves it for most of them.
+"""Drop the widths that no optimum of Eq. 7 can contain, before the solver runs.
 
-With a price on every bit in place of the budget, layers fall apart and each takes its least priced widths; the sum,
-less the budget's price, is a lower bound on the optimum (the Lagrangian dual). At the best price the widths that were
-taken, filled up within the budget, are an allocation, hence an upper bound. A width whose being taken would lift the
-lower bound above the upper one is in no optimum, and is dropped. What is left has the same optimum.
+Replace the budget by a price on every bit. Layers are then independent, and each takes its widths of least cost plus
+price. The sum of these, less the price of the budget, is a lower bound on the optimum (the Lagrangian dual). At the
+best price, these widths are an allocation within the budget once the bits that are left are spent; its cost is an upper
+bound. If choosing a width would raise the lower bound above the upper bound, no optimum contains that width, and it is
+dropped. The reduced program has the same optimum.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Reduction:
 
 @dataclass(frozen=True)
 class _Priced:
-    """The least priced widths that meet the per-layer constraints. ``penalty`` ``[rows]`` is what the constraints cost
-    the layer of a row, ``locked`` ``[rows]`` where they decide."""
+    """Widths of least cost plus price that meet the per-layer constraints. ``penalty`` ``[rows]`` is the cost of the
+    constraints in the layer of each row, ``locked`` ``[rows]`` is True where they decide the width."""
 
     chosen: np.ndarray
     locked: np.ndarray
@@ -42,7 +43,8 @@ class _Priced:
 
 
 def _forced(excess: np.ndarray, kept: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The cheapest experts of each layer to hold the widths that it must: ``excess`` ``[L, E, B]`` above the least.
+    """Choose in each layer the cheapest experts for the widths that it must hold. ``excess`` ``[L, E, B]`` is the cost
+    above each expert's least.
 
     Returns their indices ``[L, len(kept)]`` and what they cost ``[L]``.
     """
@@ -85,7 +87,7 @@ def _bits(sizes: np.ndarray, chosen: np.ndarray) -> float:
 
 
 def _filled(costs: np.ndarray, sizes: np.ndarray, found: _Priced, total: float) -> np.ndarray:
-    """``found`` with the bits that are left spent where a bit saves most, each expert widened once at most."""
+    """Spend the bits that ``found`` leaves where a bit saves most. Each expert is widened at most once."""
     chosen = found.chosen.copy()
     left = total - _bits(sizes, chosen) + _MARGIN
     rows = np.arange(len(costs))

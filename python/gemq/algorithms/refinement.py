@@ -24,7 +24,7 @@ RIDGE = 1e-6
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """``hessian [..., k, k]`` as GPTQ takes it, with :func:`damping_of` on its diagonal."""
+    """Return ``hessian [..., k, k]`` with :func:`damping_of` added to its diagonal."""
     found = hessian.float().clone()
     found.diagonal(dim1=-2, dim2=-1).add_(damping_of(hessian, damping))
     return found
@@ -79,8 +79,8 @@ def descend(weight: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor, bits: 
 
 
 def rescaled(weight: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor) -> Tensor:
-    """Scales and offsets float16 ``[n, groups, 2]``, each row's multiplied by one number, so that its outputs on the
-    calibration text have the sum of squares ``w H w'`` that they had; arguments as of :func:`refine`.
+    """Multiply each row's scales and offsets by one number, so that its outputs on the calibration text regain their
+    original sum of squares ``w H w'``. Returns float16 ``[n, groups, 2]``; arguments as of :func:`refine`.
 
     A row without outputs, or whose numbers would leave float16's range, keeps ``meta``.
     """
@@ -93,7 +93,7 @@ def rescaled(weight: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor) -> Te
 
 
 def fit_grids(weight: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor) -> Tensor:
-    """The scales and offsets float16 ``[n, groups, 2]`` of least output error for the codes that are there.
+    """Fit scales and offsets float16 ``[n, groups, 2]`` to the given codes by least output error.
 
     A row whose solution is not better after rounding to float16, or has a scale that is not positive, keeps ``meta``.
     """

@@ -1,4 +1,5 @@
-"""Other ways to handle routers than tuning them on the task loss: align each to its full-precision twin, or replay it.
+"""Alternatives to tuning routers on the task loss: align each with its full-precision original, or replay its
+decisions.
 
 Alignment is layer by layer, as in EAQuant (arXiv 2506.13329): the router of a layer is trained on what it is given in
 the quantized model until its distribution over experts is again the one that the full-precision model had for the

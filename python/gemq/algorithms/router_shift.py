@@ -26,14 +26,14 @@ class LayerShift:
 
 
 def shift_of(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> LayerShift:
-    """From a router's ``(weight [E, H], selected experts [tokens, k])`` before and after."""
+    """Compute the shift from a router's ``(weight [E, H], selected experts [tokens, k])`` before and after."""
     moved = float((after[0] - before[0]).norm() / before[0].norm().clamp(min=1e-30))
     same = (after[1][:, :, None] == before[1][:, None, :]).any(-1)
     return LayerShift(moved, 1.0 - float(same.float().mean()))
 
 
 class RouterShift:
-    """Remembers routers and selections of a model as it is, to compare the quantized one with.
+    """Routers and selected experts of a model in its current state, to compare with the quantized model's.
 
     ``windows`` is int64 ``[N, T]``; the first 8 are run once here and once per comparison.
     """

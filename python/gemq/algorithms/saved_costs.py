@@ -1,4 +1,4 @@
-"""Coefficients that an earlier run measured, in place of measuring them again."""
+"""Load coefficients that an earlier run measured, so that they need not be measured again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemq.models import MoeModel
 
 
 def saved_statistics(costs: Costs, moe: MoeModel, method: MethodConfig) -> ExpertStatistics:
-    """``costs`` as the first statistics of a progression over ``method.candidates``.
+    """Convert ``costs`` to the first statistics of a progression over ``method.candidates``.
 
     Raises ``ValueError`` if they are of another shape of model, lack a candidate width, or ``method`` is not gemq:
     PMQ needs what the file does not hold, and uniform needs nothing.

@@ -111,7 +111,7 @@ class _Calibration:
         self._batch |= routed.tensors()
 
     def end_batch(self, ran: bool) -> None:
-        """Sum what the layer saw in a batch, here (if it ``ran`` one) and in the other processes."""
+        """Sum the Hessians of a batch over this process (if it ``ran`` one) and the others."""
         batch, self._batch = self._batch, {}
         for tensors in distributed.exchange(batch if ran else None, self._device):
             for path, hessian in self.linears.items():

@@ -1,4 +1,4 @@
-"""Quantized parts that several processes made, brought together: afterwards all hold the whole layer.
+"""Collect the parts that several processes quantized: afterwards every process holds the whole layer.
 
 A process quantizes the matrices whose Hessians it has. With one process these functions change nothing.
 """
@@ -22,8 +22,8 @@ def share_linears(
     linears: dict[str, tuple[nn.Linear, int]], made: dict[str, tuple[Tensor, Tensor, int]],
     reports: dict[str, GptqReport],
 ) -> tuple[dict[str, tuple[Tensor, Tensor, int]], dict[str, GptqReport]]:
-    """Codes, scales and reports of all of a layer's ``linears`` from those ``made`` in each process; the weights of
-    those that others made are written into the modules."""
+    """Gather codes, scales and reports of all of a layer's ``linears`` from those ``made`` in each process. The weights
+    that other processes made are written into the modules."""
     if distributed.world().size == 1 or not linears:
         return made, reports
     device = next(iter(linears.values()))[0].weight.device
@@ -40,8 +40,8 @@ def share_linears(
 def gathered_stack(
     bits: list[int], part: range, made: QuantizedStack, reports: dict[int, GptqReport], device: torch.device
 ) -> tuple[QuantizedStack, dict[int, GptqReport]]:
-    """The stack of all experts of ``bits`` from those ``made`` of each process, the experts ``part`` of this one.
-    Reports are counted within the part and come back by expert."""
+    """Gather the stack of all experts of ``bits`` from those ``made`` in each process; ``part`` are the experts of this
+    one. Reports are counted within the part and returned by expert."""
     reports = {part.start + e: report for e, report in reports.items()}
     if distributed.world().size == 1:
         return made, reports
@@ -55,7 +55,7 @@ def gathered_stack(
 def share_stack(
     weights: Tensor, bits: list[int], part: range, made: QuantizedStack, reports: dict[int, GptqReport]
 ) -> tuple[QuantizedStack, dict[int, GptqReport]]:
-    """As :func:`gathered_stack`; ``weights [E, n, k]`` gets the experts that others made."""
+    """Gather as :func:`gathered_stack`, and write the experts that other processes made into ``weights [E, n, k]``."""
     stack, found = gathered_stack(bits, part, made, reports, weights.device)
     for e in set(range(len(bits))) - set(part):
         if bits[e]:

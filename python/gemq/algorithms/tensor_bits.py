@@ -55,7 +55,7 @@ class TensorBits:
 
 
 class _Search:
-    """A pattern, and the seconds that are left to search with it."""
+    """Pattern, and the seconds that remain to search with it."""
 
     def __init__(self, item: TensorBits):
         self.item, self._left = item, _PATIENCE
@@ -63,7 +63,7 @@ class _Search:
         self._expression = regex.compile(item.pattern)
 
     def finds(self, path: str) -> bool:
-        """Search; ``ValueError`` when the time is over."""
+        """Return True if the pattern matches. Raises ``ValueError`` if the time is over."""
         began = time.monotonic()
         try:
             found = self._expression.search(path, timeout=max(self._left, 1e-3))
@@ -84,7 +84,7 @@ class Overrides:
     linears: dict[str, int] = field(default_factory=dict)
 
     def over(self, rows: dict[int, list[int]]) -> dict[int, list[int]]:
-        """Widths of routed experts by decoder layer, with these put over them."""
+        """Apply these overrides to the widths of routed experts by decoder layer."""
         return {
             index: [self.experts.get((index, e), bits) for e, bits in enumerate(row)] for index, row in rows.items()
         }

@@ -25,7 +25,7 @@ from gemq.tensor_files import file_head
 
 
 class Assembly:
-    """A packed twin of ``source`` without weights, and how to fill and write it."""
+    """Writer of a packed checkpoint of ``source``, from a skeleton without weights that it fills layer by layer."""
 
     def __init__(
         self, source: Source, quantized: Quantized, routers: dict[int, Tensor], config: PackedConfig,
@@ -105,5 +105,5 @@ class _Shard:
             data = data[self._handle.write(data) :]
 
     def close(self) -> None:
-        """Close the file, whatever is in it."""
+        """Close the file, even if it is incomplete."""
         self._handle.close()

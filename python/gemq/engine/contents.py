@@ -150,7 +150,8 @@ def _check_dtype(found: Contents, original: str, dtype) -> None:
 
 
 def _check_numbers(found: Contents, target: str, names: list[str], experts: int) -> None:
-    """Each expert once: what is stacked is put in the order of the numbers in the names."""
+    """Raise :class:`CheckpointError` unless each expert's number occurs once: experts are stacked in the order of the
+    numbers in their names."""
     numbers = [tuple(int(n) for n in re.findall(r"\d+", name)) for name in names]
     if len(names) != experts or len(set(numbers)) != experts:
         twice = [name for name, own in zip(names, numbers, strict=True) if numbers.count(own) > 1]
@@ -167,7 +168,7 @@ def _check_numbers(found: Contents, target: str, names: list[str], experts: int)
 
 
 def tell_unused(found: Contents, layers: str, count: int) -> None:
-    """Say which tensors are left out, as transformers leaves them out, by the logger ``gemq``.
+    """Warn, by the logger ``gemq``, of the tensors that are left out. transformers leaves them out as well.
 
     ``layers`` is the path of the decoder layers, of which there are ``count``.
     """

@@ -28,8 +28,9 @@ Pair = tuple[Tensor, Tensor]
 def hessians_of(
     weights: Tensor, rows: Iterable[list[Tensor]], hidden: int, intermediate: int, second: bool = True
 ) -> list[tuple[Hessian, Hessian]]:
-    """Hessians of both projections of some experts ``weights [G, 2I, H]``, or of the first alone; ``rows`` gives per
-    batch the inputs of each. In batches, one after another: the sums are those of a hook that sees batch by batch."""
+    """Compute the Hessians of both projections of some experts ``weights [G, 2I, H]``, or of the first alone. ``rows``
+    gives the inputs of each per batch. Batches are summed in order, so the sums equal those of a hook that sees batch
+    by batch."""
     device = weights.device
     found = [(Hessian(hidden, device), Hessian(intermediate if second else 0, device)) for _ in weights]
     for batch in rows:

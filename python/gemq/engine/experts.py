@@ -1,4 +1,4 @@
-"""Experts of a decoder layer that are in the dtype of computing one at a time.
+"""Keep the experts of a decoder layer as stored, and convert one at a time to the dtype of computing.
 
 A CPU computes in float32 what is stored in 16 bits or packed: a layer converted whole would be the largest thing in
 memory. Here a stack stays as it is stored, and an expert is converted when it is used, in the backward pass again.
@@ -79,7 +79,8 @@ def _each(x: Tensor, stack: Stack, ends: list[int], columns: int, transposed: bo
 def run_experts(
     stacks: tuple[Stack, Stack], act: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """``[T, H] -> [T, H]``: the sums that transformers' grouped experts take, in their order, to the bit."""
+    """Run the experts, ``[T, H] -> [T, H]``. The result equals that of transformers' grouped experts bit for bit: sums
+    are taken in the same order."""
     tokens, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1))
     ends = torch.bincount(ids, minlength=len(stacks[0])).cumsum(0).tolist()

@@ -32,7 +32,7 @@ def digest(*values: Any) -> str:
 
 
 class SourceWatch:
-    """Files of a model as they were when a run began, so that a change under the run is noticed.
+    """State of a model's files when a run began, to detect files that change during the run.
 
     ``sums`` are SHA-256 sums by file name, None until :meth:`read`.
     """
@@ -106,7 +106,7 @@ def of_costs(costs: Costs) -> str:
 
 @cache
 def of_code() -> dict[str, str]:
-    """Versions, and a digest of the sources and the extension that decide the result."""
+    """Versions, and a digest of the sources and of the extension that decide the result."""
     root = Path(__file__).parent.parent
     sums = hashlib.sha256()
     for name in _DECIDING:

@@ -1,4 +1,4 @@
-"""The run directory: what it was started with, what is finished, and who works in it.
+"""Manage the run directory: the settings of a run, its finished work, and the lock of the process that works in it.
 
 ::
 
@@ -61,7 +61,7 @@ class Stage:
         distributed.on_first(lambda: durable.seal_json(self.file(name), value))
 
     def made(self, name: str, make: Callable[[], T]) -> T:
-        """The JSON value that was kept; else what ``make`` gives on rank 0, kept."""
+        """Return the JSON value that was kept; otherwise call ``make`` on rank 0 and keep its result."""
 
         def find() -> T:
             value = durable.unseal_json(self.file(name))
@@ -113,7 +113,7 @@ class RunDirectory:
                     durable.remove(other)
 
     def finished(self, stage: Stage) -> None:
-        """The stage needs its scratch files no longer."""
+        """Delete the scratch files, which the stage no longer needs."""
         distributed.gather(None)
         distributed.on_first(lambda: self._clear(stage.folder.name))
 
@@ -131,7 +131,7 @@ class RunDirectory:
                 handle.write(line)
 
     def delete(self) -> None:
-        """Remove all of it: the run is over."""
+        """Delete the run directory after the run has ended."""
         distributed.gather(None)
         distributed.on_first(lambda: discard(self.path))
 
@@ -162,7 +162,8 @@ def opened(
     path: Path, settings: dict[str, Any], command: dict[str, Any] | None = None, *, changed: str = "refuse",
     on_disk: bool = True, log: Path | None = None,
 ) -> Iterator[RunDirectory]:
-    """Lock a run directory, new or begun with the same settings; ``command`` is kept for whoever resumes.
+    """Lock a run directory that is new or was begun with the same settings; ``command`` is stored for a later call that
+    continues the run.
 
     Other settings are refused with the differences (``changed="refuse"``), accepted, so that the stages they touch are
     done again (``"redo"``), or everything begun is thrown away (``"restart"``). ``on_disk``: activations are kept in

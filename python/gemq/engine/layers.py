@@ -25,7 +25,7 @@ from gemq.models import MoeLayer, MoeModel
 
 @dataclass
 class Weights:
-    """A model of which one unit at a time is in memory: ``source``, or the layers that ``quantized`` finds, with
+    """Model with one unit at a time in memory: the weights of ``source``, or the layers that ``quantized`` finds, with
     ``routers [E, H]`` by layer."""
 
     source: Source
@@ -34,7 +34,7 @@ class Weights:
 
     @contextmanager
     def loaded(self, unit: int) -> Iterator[None]:
-        """The unit's weights are there inside the block."""
+        """Load the unit's weights for the duration of the block."""
         record = self.quantized(unit) if self.quantized is not None and unit != OUTSIDE else None
         self.source.load(unit, record.modules if record else ())
         if record:
@@ -48,7 +48,7 @@ class Weights:
 
 @torch.no_grad()
 def put_routers(source: Source, routers: dict[int, Tensor], index: int) -> None:
-    """Put the router of a loaded layer in, where ``routers`` has one."""
+    """Replace the router of a loaded layer by that of ``routers``, if there is one."""
     for layer in source.moe.moe:
         if layer.index == index and index in routers:
             layer.router.weight.copy_(routers[index])
@@ -68,7 +68,7 @@ class Calls:
         return len(self.batches)
 
     def run(self, source: Source, index: int, hidden: Tensor) -> Tensor:
-        """Decoder layer ``index``, which is loaded, on ``hidden [B, T, H]``."""
+        """Run decoder layer ``index``, which is loaded, on ``hidden [B, T, H]``."""
         return run_layer(source.moe.layers[index], hidden, self.kwargs[len(hidden)][index])
 
 
@@ -144,7 +144,7 @@ class Trace:
         return {name: self.scratch.batch(array, batch).to(self.device) for name, array in self.arrays().items()}
 
     def complete(self, rounds: int) -> None:
-        """Of several processes, bring the batches of all together, in their order."""
+        """Collect the batches of all processes, in their order; with one process it does nothing."""
         if distributed.world().size == 1:
             return
         everyones = {name: f"everyones-{name}" for name in self._names}

@@ -1,4 +1,4 @@
-"""Find numbers that no quantizer can use, NaN, infinity and what is out of range, while a model's files are read."""
+"""Find NaN, infinity and numbers out of range, which no quantizer can use, while a model's files are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantize one decoder layer from disk, calibrated on what the quantized layers before it give."""
+"""Quantize one decoder layer from disk, calibrated on the outputs of the quantized layers before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read tensors of safetensors files straight into where they belong: none exists twice, no page of a file is mapped.
+"""Read tensors of safetensors files straight into their destination: none exists twice, no page of a file is mapped.
 
 A hub checkpoint has a matrix per expert and projection; the model has stacks of them, gate and up joined. What
 transformers' conversion mapping does by stacking and joining is done here by reading each matrix into its place.

@@ -35,7 +35,7 @@ class LayerRecord:
     reports: dict[str, GptqReport] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write it, sealed. Raises :class:`gemq.errors.CheckpointError`."""
+        """Write the record as a sealed file. Raises :class:`gemq.errors.CheckpointError`."""
         tensors = {
             f"{name}.{leaf}": buffer.cpu()
             for name, module in self.modules.items()
@@ -79,7 +79,8 @@ def read_record(
 
 @torch.no_grad()
 def lay_over(record: LayerRecord, source: Source, index: int) -> None:
-    """Give decoder layer ``index`` of ``source``, loaded without them, the dequantized weights of a record."""
+    """Load the dequantized weights of a record into decoder layer ``index`` of ``source``, which was loaded without
+    them."""
     for path, module in record.modules.items():
         if isinstance(module, LowBitLinear):
             source.put(f"{path}.weight", _linear(module, source.dtype).to(source.device))

@@ -1,4 +1,4 @@
-"""The whole method on a model that stays on disk, resumably: what :mod:`gemq.algorithms.progressive` does in memory."""
+"""Run the whole method on a model that stays on disk, resumably: as :mod:`gemq.algorithms.progressive` in memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def spent(began: float) -> dict[str, float]:
 
 
 class Engine:
-    """One run: ``open_source`` makes a fresh skeleton of the model, ``identity`` says what it and the code are."""
+    """One run: ``open_source`` makes a fresh skeleton of the model, ``identity`` is the fingerprint of model and code.
+    """
 
     def __init__(
         self, open_source: Callable[[], Source], run: RunDirectory, identity: Any, windows: Tensor,

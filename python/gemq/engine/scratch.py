@@ -21,7 +21,7 @@ from gemq.errors import CheckpointError
 
 
 class Writer:
-    """Takes the batches of one array."""
+    """Writer of the batches of one array, in order."""
 
     def __init__(self, handle=None):
         self.handle, self.batches, self.index = handle, [], []
@@ -135,7 +135,7 @@ class Scratch:
         return True
 
     def drop(self, name: str) -> None:
-        """Forget an array."""
+        """Delete an array."""
         self._memory.pop(name, None)
         self._indices.pop(name, None)
         self._sound = {known for known in self._sound if known[0] != name}

@@ -1,4 +1,4 @@
-"""From a model's folder and options to an engine at work in its run directory."""
+"""Open a run: from a model's folder and options to an engine in its run directory."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Session:
-    """All that decides the result: a source, its text, the method; ``options`` and ``command`` are what a user gave,
-    to be compared and to be resumed with; ``first`` is used instead of measuring the full-precision model."""
+    """Inputs that decide the result: a source, its text, the method. ``options`` and ``command`` are the caller's:
+    options are compared when a run continues, and the command is stored to continue it. ``first`` is used instead of
+    measuring the full-precision model."""
 
     source: Source
     windows: Tensor
@@ -55,7 +56,7 @@ class Session:
     first: ExpertStatistics | None = None
 
     def identity(self, progress: StageProgress | None = None) -> dict[str, Any]:
-        """Model, code and arithmetic by content, as rank 0 finds them."""
+        """Fingerprints of model, code and arithmetic, computed by rank 0."""
         return distributed.on_first(lambda: self._identity(progress))
 
     def _identity(self, progress: StageProgress | None) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Session:
     def working(
         self, run: RunOptions, progress: StageProgress | None = None, on_layer: OnLayer | None = None
     ) -> Iterator[Work]:
-        """Lock the run directory and give the engine; the directory is deleted when the block ends well.
+        """Lock the run directory and yield the engine. The directory is deleted if the block ends without an error.
 
         Raises :class:`gemq.errors.CheckpointError` for another process there, or a run of other settings.
         """
@@ -120,7 +121,8 @@ class Work:
         return Assembly(source, result.quantized, result.routers, config, dtype, progress), config, name
 
     def confirming(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
-        """``write``, and then the model's files read once more: it raises :class:`CheckpointError` if one changed."""
+        """Wrap ``write`` so that it reads the model's files once more afterwards. Raises :class:`CheckpointError` if
+        one changed."""
 
         def writing(folder: Path) -> None:
             write(folder)
@@ -132,7 +134,7 @@ class Work:
 
     @contextmanager
     def saving(self, budget: float) -> Iterator[None]:
-        """Log that the checkpoint of a budget is written inside the block."""
+        """Log that the checkpoint of a budget is written during the block."""
         began = time.perf_counter()
         self.directory.log(stage="save", event="start", budget=budget)
         yield
@@ -140,7 +142,7 @@ class Work:
 
 
 def written_by(target: Path, report: str) -> str | None:
-    """The run's name of a finished, whole checkpoint of this engine, from its report; None for anything else."""
+    """Name of the run that wrote a finished, whole checkpoint, read from its report; None for anything else."""
     try:
         name = json.loads((target / report).read_text(encoding="utf-8")).get("run")
         if name is not None:

@@ -20,9 +20,10 @@ from gemq.engine.stages import Quantized
 def walk_routers(
     weights: Weights, windows: Tensor, done: Callable[[int], None] = lambda layers: None
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """By decoder layer: the router's weight ``[E, H]`` and the experts ``[tokens, k]`` it selects, on the CPU.
+    """Collect by decoder layer the router's weight ``[E, H]`` and the experts ``[tokens, k]`` it selects, on the CPU.
 
-    One sweep over the first windows of int64 ``[N, T]``, one window at a time; ``done`` hears how many layers are.
+    One sweep over the first windows of int64 ``[N, T]``, one window at a time. ``done`` is called with the number of
+    finished layers.
     """
     moe = weights.source.moe
     by_index = {layer.index: layer for layer in moe.moe}

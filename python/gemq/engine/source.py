@@ -55,7 +55,7 @@ def stored_dtype(declared: torch.dtype) -> torch.dtype:
 
 
 def return_memory() -> None:
-    """Give what was freed back to the system: glibc keeps blocks of up to 32 MiB, as large as experts are."""
+    """Return freed memory to the system: glibc keeps blocks of up to 32 MiB, as large as experts are."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:
@@ -116,7 +116,8 @@ class Source:
         self._index_files(quiet)
 
     def _check_layers(self, config) -> None:
-        """A skeleton of many layers takes long; files of a header each do not hold so many."""
+        """Refuse a config with more decoder layers than the files can hold: building a skeleton of many layers takes
+        long."""
         tensors, layers = sum(map(len, self._headers.values())), config.num_hidden_layers
         if layers > tensors:
             raise CheckpointError(
@@ -177,8 +178,8 @@ class Source:
                 self.put(target, torch.empty_like(parameter, dtype=dtype))
 
     def _untie(self, quiet: bool) -> bool:
-        """Tell weights that the config ties and the files hold both of, with other values: transformers does not tie
-        them then."""
+        """Return True, and warn, if the files hold different values for weights that the config ties: transformers does
+        not tie them then."""
         found = self._contents
         for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
             both = [found.made_of.get(target), found.made_of.get(source)]
@@ -190,14 +191,14 @@ class Source:
         return False
 
     def put(self, name: str, value: Tensor) -> None:
-        """Give the skeleton a parameter or buffer."""
+        """Set a parameter or buffer of the skeleton."""
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
         is_buffer = leaf in module._buffers
         setattr(module, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
 
     def _fill_computed_buffers(self) -> None:
-        """Buffers that no checkpoint holds (rotary frequencies) from the family's own initialisation."""
+        """Fill the buffers that no checkpoint holds (rotary frequencies) by the family's own initialisation."""
         for module in self.model.modules():
             names = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
             for name in names:
@@ -231,7 +232,7 @@ class Source:
         return owner in without and leaf != "bias"
 
     def hold(self, names: list[str]) -> None:
-        """Read these parameters for good: no :meth:`load` reads them again, no :meth:`drop` forgets them."""
+        """Read these parameters and keep them: no :meth:`load` reads them again, and no :meth:`drop` frees them."""
         for name in names:
             self._read([name], self._units[self.unit_of(name)].parameters)
         self._held |= set(names)
@@ -299,7 +300,7 @@ class Source:
         self._refuse(sorted(name for name, *_ in found.mismatched_keys) + sorted(found.conversion_errors))
 
     def drop(self, unit: int) -> None:
-        """Forget the weights of a unit."""
+        """Free the weights of a unit."""
         self.experts.pop(unit, None)
         for name in [*self._units[unit].parameters, *(self._tied if unit == OUTSIDE else ())]:
             if name in self._held:

@@ -94,7 +94,8 @@ class _Walk:
 def measure(
     weights: Weights, sweep: Sweep, candidates: tuple[int, ...], perturbation: Perturbation, matrices: bool = False
 ) -> ExpertStatistics:
-    """Eq. 6 by one forward and one reverse sweep: what :func:`gemq.algorithms.importance.measure` gives.
+    """Measure Eq. 6 by one forward and one reverse sweep; the result is that of
+    :func:`gemq.algorithms.importance.measure`.
 
     The forward sweep keeps each layer's inputs; the reverse sweep recomputes a layer from them, carries the gradient
     through it, and evaluates its experts' perturbations, against the full-precision experts, at that gradient.
@@ -180,7 +181,7 @@ class Quantized:
         self._whole: set[int] = set()
 
     def find(self, index: int) -> LayerRecord | None:
-        """Layer ``index``, or None if it is not finished; only the first time its file is read through."""
+        """Return layer ``index``, or None if it is not finished. Its file is checked in full the first time only."""
         file = self.stage.file(f"layer-{index}")
         found = read_record(file, self.source.moe, index, self.plan, self.group_size, index in self._whole)
         if found is not None:
@@ -246,7 +247,7 @@ def _quantize_layer(
 def round_routers(
     quantized: Quantized, routers: dict[int, Tensor], sweep: Sweep, bits: int, config: GptqConfig
 ) -> tuple[dict[int, Tensor], dict[str, GptqReport]]:
-    """Routers rounded to ``bits`` by GPTQ, layer by layer on the quantized model with ``routers`` in it."""
+    """Round the routers to ``bits`` by GPTQ, layer by layer on the quantized model with ``routers`` in it."""
     source = quantized.source
     found, reports = {}, {}
     for layer in source.moe.moe:

@@ -45,7 +45,7 @@ class _PackedLayers:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Layer ``index`` is there inside the block."""
+        """Load layer ``index`` for the duration of the block."""
         source, modules = self.source, self.quantized.record(index).modules
         source.load(index, modules)
         dense = {path: source.model.get_submodule(path) for path in modules}
@@ -62,7 +62,7 @@ class _PackedLayers:
             source.drop(index)
 
     def gradients(self, windows: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Of each window ``[1, T]``, its mean loss and the gradients by the routers."""
+        """Compute the mean loss of each window ``[1, T]`` and its gradients with respect to the routers."""
         if not windows:
             return []
         calls = capture_layer_calls(self.moe, windows)
