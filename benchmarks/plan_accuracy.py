@@ -78,7 +78,7 @@ def one(name: str, engine: str, folder: Path) -> dict:
     threading.Thread(target=watch, daemon=True).start()
     config = QuantizeConfig(str(folder / "model"), str(folder / "out"), str(DEMO / "text" / "calibration.txt"),
                             samples, length, method=method, check=False, stream=engine == "stream")
-    (found,) = gemq.quantize(config, lambda name, done, total: stage.__setitem__(0, name))
+    (found,) = gemq.quantize(config, progress=lambda name, done, total: stage.__setitem__(0, name))
     return {
         "case": name, "engine": engine, "parameters": plan.parts.parameters, "tokens": samples * length,
         "predicted": {

@@ -373,7 +373,7 @@ def test_ctrl_c(gemq_run, monkeypatch, tmp_path, when):
             report("measure", 1, 4)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gemq, "quantize", interrupted)
+    monkeypatch.setattr("gemq.pipeline.quantize", interrupted)
     code, out, err = gemq_run("quantize", "model", "-o", tmp_path / "out")
     assert (code, out) == (130, "")
     assert err.rstrip().splitlines()[-1] == "error: interrupted"

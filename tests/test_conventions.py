@@ -19,11 +19,11 @@ from gemq import hub
 from gemq.card import hub_name, write_card
 from gemq.checkpoint import load_packed_config
 from gemq.cli.app import app
-from gemq.cli.recipes import RECIPES, Recipe
 from gemq.cli.run import run
 from gemq.evaluations import Score, record
 from gemq.nn.experts import PROJECTIONS
 from gemq.pipeline import load_unquantized
+from gemq.recipes import RECIPES, Recipe
 from gemq.summary import summarize
 
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from gemq.algorithms.gptq import GptqConfig
-from gemq.cli.recipes import RECIPES, Recipe
 from gemq.cli.run import run
+from gemq.recipes import RECIPES, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

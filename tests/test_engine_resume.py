@@ -45,7 +45,7 @@ def stopping(config: QuantizeConfig, stage: str, done: int):
             raise Stopped
 
     with pytest.raises(Stopped):
-        gemq.quantize(config, progress)
+        gemq.quantize(config, progress=progress)
     yield Path(config.output + ".run")
 
 
@@ -115,7 +115,8 @@ def test_changed_options_are_refused_or_redone(config) -> None:
     with pytest.raises(CheckpointError, match=r"options.method.attention_bits was 4, is 3\. Give the same, or --redo"):
         gemq.quantize(other)
     stages = []
-    gemq.quantize(replace(other, changed="redo", log="log.jsonl"), lambda name, done, total: stages.append(name))
+    redone = replace(other, changed="redo", log="log.jsonl")
+    gemq.quantize(redone, progress=lambda name, done, total: stages.append(name))
     events = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
     layers = {(e["stage"], e["layer"]) for e in events if "layer" in e}
     # the coefficients are those of before
@@ -234,7 +235,7 @@ def test_long_steps_show_how_far_they_are(config) -> None:
     seen: dict[str, set[int]] = {}
     gemq.quantize(
         replace(config, method=replace(FAST, tune=True, router_bits=8)),
-        lambda stage, done, total: seen.setdefault(stage, set()).add(done / total),
+        progress=lambda stage, done, total: seen.setdefault(stage, set()).add(done / total),
     )
     named = ("read the model", "measure", "quantize", "tune routers", "quantize routers", "compare routers", "save")
     for stage in named:

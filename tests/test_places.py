@@ -172,7 +172,7 @@ def test_a_source_that_changes_under_a_run_is_noticed(here, tiny_folder, tmp_pat
             os.utime(model / WEIGHTS_FILE, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS_FILE} of the model changed while it was being quantized"):
-        gemq.quantize(config, progress)
+        gemq.quantize(config, progress=progress)
     assert os.listdir(here) == ["out.run"]
     (model / WEIGHTS_FILE).write_bytes(original)
     gemq.quantize(config)
@@ -255,7 +255,7 @@ def stop_after(stage: str, done: int):
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 @pytest.mark.parametrize("how", ["again", "resume", "restart"])
 def test_a_layer_log_has_each_layer_once(here, options, gemq_run, monkeypatch, ending, how):
-    log, real = here / f"layers.{ending}", gemq.quantize
+    log, real = here / f"layers.{ending}", gemq.pipeline.quantize
     many = [*options[:1], "--bits", "2.5,2", *options[3:], "-o", "o", "--layer-log", log]
 
     def killed(config, report, on_layer):
@@ -266,11 +266,11 @@ def test_a_layer_log_has_each_layer_once(here, options, gemq_run, monkeypatch, e
 
         return real(config, report, layer)
 
-    monkeypatch.setattr(gemq, "quantize", killed)
+    monkeypatch.setattr("gemq.pipeline.quantize", killed)
     assert gemq_run("quantize", *many)[0] == 2
     whole = log.read_bytes()
     log.write_bytes(whole + whole[-9:-1])
-    monkeypatch.setattr(gemq, "quantize", real)
+    monkeypatch.setattr("gemq.pipeline.quantize", real)
     again = {"again": many, "resume": ["--resume", "o.run", "--layer-log", log], "restart": [*many, "--restart"]}[how]
     code, _, err = gemq_run("quantize", *again)
     assert code == 0, err

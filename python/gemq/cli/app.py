@@ -13,9 +13,6 @@ import typer
 import gemq
 from gemq import distributed
 from gemq.algorithms.allocation import curve, pareto
-from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.progressive import MethodConfig
-from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.cli import display, options, quantizing
 from gemq.cli.auto_import import auto_import
 from gemq.cli.bench import bench
@@ -25,13 +22,13 @@ from gemq.cli.generation import chat, generate
 from gemq.cli.inspecting import inspect, verify
 from gemq.cli.interchange import export, import_gptq
 from gemq.cli.plan import plan
-from gemq.cli.recipes import Recipe, choose
 from gemq.cli.report import report
 from gemq.cli.resume import resumed
-from gemq.cli.settings import ConfigFile, settings
+from gemq.cli.settings import ConfigFile, given, settings
 from gemq.cli.tune import tune
 from gemq.cli.upload import upload
-from gemq.pipeline import COSTS_FILE, QuantizeConfig, load_costs
+from gemq.pipeline import COSTS_FILE, load_costs
+from gemq.recipes import Recipe, quantize_config
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -185,28 +182,22 @@ def quantize(
         raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
     own = distributed.own_device()
     device = device or own
-    budgets, given = options.allocation(allocation, bits)
-    chosen = choose(context, recipe, {"constraints": constraints, "samples": samples, "perturbation": perturbation,
-                                      "estimate": estimate, "tune_routers": tune_routers, "accounting": accounting,
-                                      "granularity": granularity})
-    config = QuantizeConfig(
-        model or "", output or "", calibration, chosen["samples"], length, seed, router_text, device, dtype, overwrite,
-        trust_remote_code,
-        MethodConfig(
-            budgets=budgets, given=given, method=method.value, candidates=options.widths(candidates),
-            granularity=chosen["granularity"], per_layer=chosen["constraints"], attention_bits=attention_bits,
-            dense_bits=dense_bits, shared_bits=options.shared(shared_bits), accounting=chosen["accounting"],
-            router_bits=router_bits, tune=chosen["tune_routers"], router_method=router_method.value, affinity=affinity,
-            estimate=chosen["estimate"], perturbation=chosen["perturbation"], batch_size=batch_size,
-            gptq=GptqConfig.for_recipe("paper" if recipe is Recipe.paper else "default", group_size, damping,
-                                       clip.value if clip else None, refine, compensate, rescale),
-            router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
-            tensor_bits=quantizing.tensor_bits(tensor_bits),
-        ),
-        stream, scratch, run_dir,
-        "redo" if redo else "restart" if restart else "refuse", keep_run, log, check,
-        None if costs is None else str(costs),
-    )
+    told = {"constraints": constraints, "samples": samples, "perturbation": perturbation, "estimate": estimate,
+            "tune_routers": tune_routers, "accounting": accounting, "granularity": granularity}
+    with options.named("bits", "candidates", "shared_bits", "tensor_bits", "allocation"):
+        config = quantize_config(
+            model or "", output or "", bits=bits, recipe=recipe, method=method.value, candidates=candidates,
+            calibration=calibration, length=length, seed=seed, attention_bits=attention_bits, dense_bits=dense_bits,
+            shared_bits=shared_bits, router_bits=router_bits, group_size=group_size, clip=clip.value if clip else None,
+            refine=refine, compensate=compensate, rescale=rescale, damping=damping, router_text=router_text,
+            router_method=router_method.value, router_lr=router_lr, router_epochs=router_epochs,
+            router_batch=router_batch, affinity=affinity, batch_size=batch_size, device=device, dtype=dtype,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, check=check, stream=stream, scratch=scratch,
+            run_dir=run_dir, redo=redo, restart=restart, keep_run=keep_run, log=log, allocation=allocation,
+            tensor_bits=tensor_bits, costs=costs,
+            # a recipe sets what is not given
+            **{name: value if given(context, name) else None for name, value in told.items()},
+        )
     if resume is not None:
         # each process of a job has a GPU of its own
         config = replace(resumed(resume, config, context), **({"device": own} if own else {}))

@@ -1,57 +1,40 @@
-"""Parsing of option values that are lists."""
+"""Values of options, whose errors name them as the command line does."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
-from gemq.algorithms.given_allocation import GivenAllocation
-from gemq.format import MAX_BITS
-from gemq.interchange import read_allocation
+from gemq import recipes
 
-DEFAULT_BITS = "2.5"
+
+@contextmanager
+def named(*options: str) -> Iterator[None]:
+    """Turn a ``ValueError`` that begins with one of ``options`` (``bits must be ...``) into typer's of ``--bits``."""
+    try:
+        yield
+    except ValueError as error:
+        first, _, rest = str(error).partition(" ")
+        if type(error) is not ValueError or first.rstrip(":") not in options:
+            raise
+        raise typer.BadParameter(f"--{first.replace('_', '-')} {rest}") from None
 
 
 def budgets(text: str) -> tuple[float, ...]:
     """``"3,2.5,2"`` as numbers; a typer error if one is not."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"--bits must be numbers separated by commas, got {text!r}") from None
-    if len(set(values)) != len(values):
-        raise typer.BadParameter(f"--bits names a budget twice: {text!r}")
-    return values
+    with named("bits"):
+        return recipes.budgets_of(text)
 
 
 def widths(text: str) -> tuple[int, ...]:
     """``"1,2,3"`` as ascending widths; a typer error if one is not in 0..8."""
-    try:
-        values = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise typer.BadParameter(f"--candidates must be whole numbers separated by commas, got {text!r}") from None
-    if any(not 0 <= v <= 8 for v in values):
-        raise typer.BadParameter(f"--candidates must be in 0..8, got {text!r}")
-    return values
+    with named("candidates"):
+        return recipes.widths_of(text)
 
 
 def shared(text: str) -> int | None:
     """``"auto"`` as None, else a width."""
-    if text == "auto":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"--shared-bits must be auto or a width, got {text!r}") from None
-
-
-def allocation(path: Path | None, bits: str | None) -> tuple[tuple[float, ...], GivenAllocation | None]:
-    """The budgets, and the allocation of ``--allocation``, whose mean ``--bits`` then bounds (if it is given)."""
-    limits = budgets(DEFAULT_BITS if bits is None else bits)
-    if path is None:
-        return limits, None
-    if bits is None:
-        limits = (float(MAX_BITS),)
-    if len(limits) != 1:
-        raise typer.BadParameter(f"--allocation is for one budget, got --bits {bits}")
-    return limits, read_allocation(path, None if bits is None else limits[0])
+    with named("shared_bits"):
+        return recipes.shared_of(text)

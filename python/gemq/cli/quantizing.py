@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
-import gemq
-from gemq import distributed
+from gemq import distributed, pipeline
 from gemq.algorithms.layer_report import LayerReport
-from gemq.algorithms.tensor_bits import TensorBits
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, emit
 from gemq.cli.layer_log import LayerLog
+from gemq.dry_run import Preview, preview
 from gemq.generation.memory import peak_bytes
 from gemq.hub import check_login, check_repo, upload
 from gemq.pipeline import QuantizeConfig, QuantizeOutcome, pick_device
-from gemq.preview import Preview, preview
 
 _SHOWN_EXPERTS = 8
-
-
-def tensor_bits(texts: list[str] | None) -> tuple[TensorBits, ...]:
-    """``["o_proj=8"]`` as overrides; a typer error for what is malformed."""
-    found = []
-    for text in texts or ():
-        pattern, equals, width = text.rpartition("=")
-        if not equals or not re.fullmatch(r"\s*[0-9]{1,3}\s*", width):
-            raise typer.BadParameter(f"--tensor-bits must be like 'o_proj=8', got {text!r:.80}")
-        found.append(TensorBits(pattern, int(width)))
-    return tuple(found)
 
 
 def repo_of(repo: str, config: QuantizeConfig, budget: float) -> str:
@@ -104,7 +90,7 @@ def run(config: QuantizeConfig, log: Path | None, form: Format, repo: str | None
     with distributed.job(pick_device(config.device)) as place:
         lines = LayerLog(log, config) if log is not None and place.first else None
         with display.stages() as report:
-            outcomes = gemq.quantize(config, report, layer_lines(lines, report))
+            outcomes = pipeline.quantize(config, report, layer_lines(lines, report))
     if not place.first:
         return
     emit("quantized", _OUTCOME, [_outcome(o) for o in outcomes], form)
