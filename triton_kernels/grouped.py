@@ -1,4 +1,5 @@
-"""Very many tokens an expert: experts are unpacked to float16 once, a few at a time, then multiplied as dense ones."""
+"""Multiply very many tokens an expert: experts are unpacked to float16 once, a few at a time, then multiplied as dense
+ones."""
 
 from __future__ import annotations
 

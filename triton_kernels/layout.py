@@ -1,4 +1,4 @@
-"""The little of the ``gpu_tile`` format that the launchers need; mirrors ``gemq.format``, which documents it."""
+"""Sizes of the ``gpu_tile`` format that the launchers need; mirrors ``gemq.format``, which documents it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many tokens times packed experts, weights unpacked in registers on their way to the tensor cores.
+"""Multiply many tokens by packed experts; weights are unpacked in registers on their way to the tensor cores.
 
 One program multiplies ``ROWS`` rows of an expert with ``COLUMNS`` of its tokens. The weights are the left operand,
 from registers (wgmma on sm_90); the activations, in the column order of :func:`gemq.triton_kernels.token_rows.column`,

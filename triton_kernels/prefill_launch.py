@@ -94,7 +94,7 @@ def _multiply_dense(
 
 
 def _rows(x: Tensor, top_k: int, launch: tuning.Prefill) -> Rows:
-    """Of ``[T, k]``, shared by a token's pairs, or ``[T, top_k, k]``."""
+    """Normalise rows ``[T, k]``, which a token's pairs share, or ``[T, top_k, k]``."""
     k = x.shape[-1]
     sharing = top_k if x.dim() == 2 else 1
     return Rows(*normalize(x.contiguous().view(-1, k), launch.method == "packed"), k, sharing)
@@ -104,7 +104,7 @@ def gemm(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, out: Tensor,
     fast: bool, launch: tuning.Prefill,
 ) -> Tensor:
-    """Into ``out``: ``[T, top_k, n]``, or the weighted sum ``[T, n]``; ``x [T, k]`` or ``[T, top_k, k]``."""
+    """Write ``[T, top_k, n]``, or the weighted sum ``[T, n]``, to ``out``; ``x`` is ``[T, k]`` or ``[T, top_k, k]``."""
     experts, top_k = stack[2].numel(), topk_ids.shape[1]
     ids = topk_ids.contiguous().view(-1)
     job = Job(sort_pairs(ids, experts, launch.columns), launch, fast)
@@ -128,7 +128,7 @@ def ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int, group_size: int,
     down_group_size: int, out: Tensor, fast: bool, launch: tuning.Prefill,
 ) -> Tensor:
-    """The whole expert block of ``x [T, hidden]`` into ``out``."""
+    """Write the output of the whole expert block for ``x [T, hidden]`` to ``out``."""
     experts, top_k = gate_up[2].numel(), topk_ids.shape[1]
     ids = topk_ids.contiguous().view(-1)
     job = Job(sort_pairs(ids, experts, launch.columns), launch, fast)

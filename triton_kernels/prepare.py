@@ -1,4 +1,5 @@
-"""The launch before the two of a block: routing tables, normalised activations, and what the others expect zeroed.
+"""Prepare a block with one launch before its two products: routing tables, normalised activations, zeroed counters and
+tails.
 
 Each (row, group of columns) is multiplied by the power of two that brings its largest magnitude into
 ``[2**14, 2**15)``: exact, so that scaling by ``2**-pos`` next loses nothing that matters, and so that bfloat16 of any

@@ -32,7 +32,8 @@ def _expert_of(ids_ptr, i, pairs, experts):
 def route_pairs(
     ids_ptr, expert_ptr, pairs_ptr, used_ptr, pairs, experts, blocks, P: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """All pairs in one program, blocks in the order of experts, places by counting; ``used`` blocks have pairs."""
+    """Assign all pairs in one program: blocks in the order of experts, places by counting; ``used`` blocks have pairs.
+    """
     CHUNK: tl.constexpr = 32 if P > 32 else P
     i = tl.arange(0, P)
     ids = _expert_of(ids_ptr, i, pairs, experts)

@@ -1,4 +1,5 @@
-"""Measured launch parameters: where the tables lie, what an entry may hold, and which entry serves a product.
+"""Read measured launch parameters: the places of the tables, the contents of an entry, and the entry that serves a
+product.
 
 A table is JSON, one file a device. ``gemq tune`` writes it to :func:`user_table`; tables that ship lie in ``tuned/``::
 
@@ -88,7 +89,7 @@ def check_entry(entry: dict) -> None:
 
 
 def read_entries(path: Path) -> list[dict]:
-    """The entries of a table; a file that cannot be used is said to be so and left out."""
+    """Read the entries of a table; a file that cannot be used is reported and ignored."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or content.get("version", VERSION) != VERSION:
@@ -104,7 +105,7 @@ def read_entries(path: Path) -> list[dict]:
 
 @lru_cache
 def _entries(device_name: str) -> list[dict]:
-    """Of the user's table, then of the shipped one."""
+    """Yield the entries of the user's table, then of the shipped one."""
     paths = [user_table(device_name), TABLES / f"{table_name(device_name)}.json"]
     return [entry for path in paths if path is not None and path.exists() for entry in read_entries(path)]
 
@@ -130,7 +131,7 @@ def _nearest(device_name: str, kind: str, shape: tuple[int, int, int, int]) -> t
 
 
 def tune_command(kind: str, shape: tuple[int, int, int, int]) -> str:
-    """The command that measures a product: a layer is named ``hidden x ffn x experts x top_k``."""
+    """Command that measures a product; a layer is named ``hidden x ffn x experts x top_k``."""
     n, k, experts, top_k = shape
     hidden, ffn = (n, k) if kind.endswith(".gemm") else (k, n)
     return f"gemq tune --shape {hidden}x{ffn}x{experts}x{top_k}"
@@ -165,7 +166,8 @@ def parameters(device_name: str, kind: str, shape: tuple[int, int, int, int], am
 
 @contextmanager
 def forced(by_kind: dict[str, dict]) -> Iterator[None]:
-    """Launch with these parameters in this block, whatever the tables say; for searching, so no miss is said."""
+    """Launch with these parameters in this block, whatever the tables hold. For searching, so a missing entry is not
+    reported."""
     before = dict(_forced)
     _forced.update(by_kind)
     _searching.append(None)
@@ -178,6 +180,6 @@ def forced(by_kind: dict[str, dict]) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Read the tables again at the next launch."""
+    """Discard the cached tables, so that the next launch reads them again."""
     for function in (sections, _entries, _nearest, _say_once):
         function.cache_clear()

@@ -119,7 +119,8 @@ def normalize(x: Tensor, ordered: bool) -> tuple[Tensor, Tensor]:
 
 
 def rescale(x: Tensor, exponents: Tensor, part: int, ordered: bool) -> tuple[Tensor, Tensor]:
-    """:func:`normalize` of float16 ``x [rows, k]`` that is scaled by ``2**(14 - exponents[row, column // part])``."""
+    """Apply :func:`normalize` to float16 ``x [rows, k]`` that is scaled by ``2**(14 - exponents[row, column //
+    part])``."""
     rows, k = x.shape
     padded, parts = padded_columns(k), exponents.shape[1]
     out = torch.empty(rows, padded, dtype=torch.float16, device=x.device)

@@ -1,4 +1,4 @@
-"""Launch parameters: what was measured for the device and shape (:mod:`.tables`) over ``tuned/default.json``.
+"""Choose launch parameters: those measured for the device and shape (:mod:`.tables`) over ``tuned/default.json``.
 
 ``decode.columns`` are ``[up to so many tokens, token columns]``, ``warps`` are ``[up to so many programs, warps of
 each]``; ``programs`` is how many programs a decode launch should have at least: K is split until it does. ``prefill``
@@ -34,7 +34,7 @@ class Launch:
 
 
 def table(device_name: str) -> dict:
-    """Parameters of no particular shape, of a device or the default ones."""
+    """Parameters that depend on no shape, of a device or the default ones."""
     return tables.sections(device_name)
 
 
@@ -53,8 +53,8 @@ def is_decode(device_name: str, tokens: int) -> bool:
 def decode_launch(
     device_name: str, kind: str, tokens: int, experts: int, top_k: int, n: int, k: int, tiles: int = 1
 ) -> Launch:
-    """Of ``kind`` ``gemm`` or ``ffn`` (``tiles`` of gate and of up in one program, never split); ``n`` rows a
-    program's grid covers."""
+    """Choose the launch of ``kind`` ``gemm`` or ``ffn``. An ``ffn`` program has ``tiles`` tiles of gate and of up, and
+    K is never split for it. ``n`` is the number of rows that the grid covers."""
     entry = table(device_name)["decode"]
     programs = -(-n // (64 * tiles)) * min(tokens * top_k, experts)
     default = entry[kind] | {
@@ -89,7 +89,8 @@ class Prefill:
 
 
 def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int, n: int, k: int) -> Prefill:
-    """By the tokens that an expert gets on average; ``n`` rows and ``k`` columns (of a block: of gate and up)."""
+    """Choose the launch by the tokens that an expert gets on average; ``n`` rows and ``k`` columns (of a block: of gate
+    and up)."""
     average = tokens * top_k / max(experts, 1)
     entries = table(device_name)["prefill"]
     last = len(entries) - 1

@@ -1,4 +1,4 @@
-"""64 columns of packed rows as float16 weights ``q * s + m``, in registers: what both prefill methods are built on.
+"""Unpack 64 columns of packed rows to float16 weights ``q * s + m`` in registers; both prefill methods use it.
 
 A *step* is 64 columns, two halves of 32; a *trip* of the loop loads words once for as many steps of their span as
 shared memory leaves room for. Lane ``4 * g + c`` of a warp owns columns ``8 * c .. 8 * c + 7`` of a half,

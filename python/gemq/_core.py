@@ -8,7 +8,7 @@ from types import ModuleType
 
 @cache
 def core() -> ModuleType:
-    """The compiled extension ``gemq._C``; ``ImportError`` with the way out when it cannot be loaded."""
+    """Return the compiled extension ``gemq._C``. Raises ``ImportError`` with instructions if it cannot be loaded."""
     import torch  # noqa: F401  (first, so that the extension shares torch's OpenMP runtime)
 
     try:

@@ -1,4 +1,4 @@
-"""Modes of torch that a caller may have switched on around a call, and work that must not depend on them."""
+"""Isolate work from the modes of torch that a caller may have switched on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @contextmanager
 def plain_torch(inference: bool = False) -> Iterator[None]:
-    """Torch as it starts, inside the block: gradients on, no inference mode, no autocast, float32 by default, CPU
-    tensors by default. ``inference`` asks for inference mode instead of gradients.
-
-    Weights are computed to the same bytes whatever is around the call. A function mode of the caller's stays.
-    """
+    """Set torch's default modes inside the block: gradients on, no inference mode, no autocast, float32 and CPU tensors
+    by default. ``inference`` selects inference mode instead of gradients."""
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(inference))
@@ -42,8 +39,8 @@ def _is_plain() -> bool:
 
 
 def plain_inference(function: F) -> F:
-    """Run ``function`` in inference mode and otherwise plain torch, at the cost of inference mode alone where nothing
-    else is switched on: for what runs once a token."""
+    """Run ``function`` in inference mode with torch's default modes otherwise. If no other mode is switched on, it
+    costs no more than inference mode alone, so it suits functions that run once a token."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -54,7 +54,7 @@ def write_card(folder: Path, name: str | None = None) -> Path:
 
 
 def _name(folder: Path, between: str) -> str:
-    """The folder's name, behind its parent's where that is only a budget: ``mixtral-2.5`` for ``mixtral/2.5``."""
+    """Name of the folder, after its parent's if it is only a budget: ``mixtral-2.5`` for ``mixtral/2.5``."""
     budget = folder.name.replace(".", "", 1).isdigit() and folder.parent.name
     return f"{folder.parent.name}{between}{folder.name}" if budget else folder.name
 
@@ -91,7 +91,7 @@ def _scores(folder: Path) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that is read as it is: nothing of it is markup, HTML or a link."""
+    """Escape text so that none of it is read as markup, HTML or a link."""
     plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"[\\|\[\]`]", r"\\\g<0>", plain)
 

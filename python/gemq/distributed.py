@@ -1,4 +1,4 @@
-"""Several processes that share one run: which part is whose, and how results travel.
+"""Share one run among several processes: assign the parts, and exchange the results.
 
 Started by ``torchrun``, over gloo on CPUs and NCCL on GPUs. Without it there is one process, rank 0 of 1, and every
 function here gives back what it was given.
@@ -70,7 +70,8 @@ def launched() -> World:
 
 
 def place_to_report() -> World:
-    """As :func:`launched`, for whoever reports an error: a place that cannot be read is that of a single process."""
+    """Return the place as :func:`launched` for an error report; a place that cannot be read counts as that of a single
+    process."""
     try:
         return launched()
     except DistributedError:
@@ -121,8 +122,8 @@ def job(device: torch.device, patience: datetime.timedelta = PATIENCE) -> Iterat
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with an exit status. One of a job that failed ends at once: threads of the connections that it
-    lost may abort it on the way out of an orderly end."""
+    """End this process with an exit status. A process of a job that failed ends at once: threads of connections that it
+    lost may abort an orderly end."""
     if status and place_to_report().size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -197,7 +198,7 @@ def exchange(tensors: dict[str, Tensor] | None, device: torch.device) -> list[di
 
 
 def merged(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of all processes, whose names differ, together."""
+    """Merge the tensors of all processes, whose names differ."""
     return {name: tensor for part in exchange(tensors, device) for name, tensor in part.items()}
 
 

@@ -39,7 +39,7 @@ def watch(watcher: Callable[[str], None] | None) -> None:
 
 
 def passing(event: str) -> None:
-    """Say that a write, sync or rename is about to happen."""
+    """Announce that a write, sync or rename is about to happen."""
     if _watcher is not None:
         _watcher(event)
 

@@ -37,11 +37,11 @@ class OutOfMemoryError(GemqError, MemoryError):
 
 
 class DistributedError(GemqError, RuntimeError):
-    """A process of a job of several ended or does not answer; the others end with this."""
+    """A process of a job of several processes ended or does not answer; the others end with this error."""
 
 
 class FailedElsewhereError(DistributedError):
-    """Rank 0 failed, said why, and the others end with it."""
+    """Rank 0 failed and reported the reason; the other processes end with this error."""
 
 
 class ResourceError(GemqError, RuntimeError):

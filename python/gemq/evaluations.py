@@ -86,7 +86,7 @@ def read_evaluations(folder: str | os.PathLike) -> list[Score]:
 
 
 def record(folder: str | os.PathLike, score: Score) -> Path:
-    """Add a score to a checkpoint's file, in place of an earlier one of the same text, window and extent."""
+    """Add a score to a checkpoint's file; it replaces an earlier one of the same text, window and number of tokens."""
     file = Path(folder) / EVALUATIONS_FILE
     kept = [s for s in read_evaluations(folder) if s.key != score.key]
     rows = [{k: v for k, v in asdict(s).items() if v is not None and k != "model"} for s in [*kept, score]]

@@ -1,4 +1,4 @@
-"""The folder that a path or the name of a hub repository stands for, and which of a model's files are known."""
+"""Resolve a path or the name of a hub repository to a folder, and recognise the files of a model."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def lies_inside(file: Path, folder: Path) -> bool:
-    """Tell a path whose content lies in ``folder``, or among the blobs that the hub's cache links to from there."""
+    """Tell if a path's content lies in ``folder``, or among the blobs that the hub's cache links to from there."""
     real, root = file.resolve(), folder.resolve()
     blobs = root.parent.parent / "blobs"
     return real.is_relative_to(root) or (root.parent.name == "snapshots" and real.parent == blobs)
 
 
 def is_hub_name(text: str) -> bool:
-    """Tell what can be the name of a hub repository (``owner/name`` or ``name``) and is nothing on this disk."""
+    """Tell if a text can be the name of a hub repository (``owner/name`` or ``name``) and is no path on this disk."""
     from huggingface_hub.utils import validate_repo_id
 
     if not text or os.path.lexists(text) or Path(text).is_absolute() or text.startswith((".", "~")):
@@ -75,7 +75,8 @@ def is_hub_name(text: str) -> bool:
 
 
 def file_or_folder(path: str | os.PathLike) -> Path:
-    """``path``, where a file or a checkpoint is asked for: that of a repository if it is ``owner/name`` and no file.
+    """Resolve ``path`` where a file or a checkpoint is expected. ``owner/name`` that is no file here is a hub
+    repository.
 
     Raises :class:`CheckpointError`.
     """

@@ -85,7 +85,7 @@ def default_group_size(k: int, preferred: int = 128) -> int:
 
 
 def by_weight(gate_up: Sequence[int], down: Sequence[int]) -> list[int]:
-    """The widths of experts' projections, each as often as its third of the expert's weights: gate, up and down."""
+    """Widths of experts' projections (gate, up and down), each repeated by its third of the expert's weights."""
     return [*gate_up, *gate_up, *down]
 
 

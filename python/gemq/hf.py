@@ -112,14 +112,15 @@ class GemqQuantizer(HfQuantizer):
 
 
 def attach(model: nn.Module, packed: PackedConfig) -> None:
-    """Make a model that was packed in memory save like one that was loaded."""
+    """Prepare a model that was packed in memory so that it saves like one that was loaded."""
     config = GemqConfig.of(packed)
     model.config.quantization_config = config
     model.hf_quantizer = GemqQuantizer(config)
 
 
 def _refuse_tensor_parallelism(distributed: Any) -> None:
-    """Rows of packed weights are not split, while transformers' plans would treat each part as if they were."""
+    """Refuse tensor parallelism: rows of packed weights are not split, but transformers' plans would treat each part as
+    if they were."""
     if distributed is not None and (getattr(distributed, "tp_size", None) not in (None, 1) or distributed.tp_plan):
         raise CheckpointError("gemq checkpoints are not split by tensor parallelism; use device_map, or one device")
 
@@ -158,7 +159,8 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
 
 
 def _mixed_halves(unquantized: dict[str, TensorEntry]) -> list[str]:
-    """Both types of 16 bits take the same bytes: one taken for the other would be read as other numbers."""
+    """List the tensors of the rarer 16-bit dtype, if both occur. Both dtypes take the same bytes, so a wrong one would
+    be read as other numbers."""
     kinds = [[name for name in sorted(unquantized) if unquantized[name].dtype == dtype] for dtype in ("F16", "BF16")]
     few, most = sorted(kinds, key=len)
     return [f"{name} is {unquantized[name].dtype} among tensors in {unquantized[most[0]].dtype}" for name in few]
@@ -173,7 +175,7 @@ def _misfit(name: str, expected: torch.Tensor, found: TensorEntry) -> list[str]:
 
 
 def _check_metadata(model: nn.Module) -> None:
-    """Before the modules leave the canonical layout, where scales and offsets take turns."""
+    """Check scales and offsets in the canonical layout, where they alternate. Raises :class:`CheckpointError`."""
     for path, module in packed_modules(model):
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.dtype != torch.float16:

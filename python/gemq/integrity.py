@@ -45,7 +45,7 @@ _READ_SUFFIXES = (
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, none of whose keys comes twice: readers differ in which of the two they take."""
+    """Build a JSON object, and refuse a key that occurs twice: readers differ in which of the two they take."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -264,7 +264,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_name(name: str) -> bool:
-    """Tell the path of a file inside the folder, spelled in the one way that a manifest has."""
+    """Tell if a text is the path of a file inside the folder, spelled in the one way that a manifest uses."""
     path = PurePosixPath(name)
     plain = name == str(path) and not path.is_absolute() and ".." not in path.parts
     return plain and name not in ("", ".") and "\0" not in name and name != MANIFEST_FILE

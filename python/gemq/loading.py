@@ -1,4 +1,4 @@
-"""Load what a path or hub name stands for: a tokenizer, a full-precision model, a packed checkpoint."""
+"""Load a tokenizer, a full-precision model or a packed checkpoint by its path or hub name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
 
 
 def checked_config(path: str, trust_remote_code: bool = False):
-    """The transformers config of any model, of a supported family with sizes that can be. Raises
+    """Return the transformers config of any model. The sizes of a supported family are checked. Raises
     :class:`CheckpointError`."""
     config = model_config(path, trust_remote_code)
     if getattr(config, "model_type", None) in SUPPORTED:
@@ -83,7 +83,7 @@ _INSTEAD = {
 
 
 def check_unquantized(path: str, config) -> None:
-    """Raise :class:`CheckpointError` for a config that says how its weights are quantized, with what to do."""
+    """Raise :class:`CheckpointError`, with a remedy, for a config of quantized weights."""
     found = getattr(config, "quantization_config", None)
     if not found:
         # an empty one says nothing

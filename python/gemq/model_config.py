@@ -151,8 +151,8 @@ def _refuse(file: Path | str, name: str, allowed: str, value: Any) -> None:
 
 
 def check_stored(data: dict[str, Any], file: Path) -> None:
-    """Refuse what transformers' classes take on trust: types that they use before they check, and counts that they
-    make lists of. Raises :class:`CheckpointError` naming the field."""
+    """Refuse values that transformers' classes do not check: types that they use before they check them, and counts
+    that they make lists of. Raises :class:`CheckpointError` naming the field."""
     if not isinstance(data.get("model_type", ""), str):
         _refuse(file, "model_type", "a text", data["model_type"])
     for name, kind, said in (
@@ -207,7 +207,7 @@ def _check_range(where: Path | str, name: str, value: Any) -> None:
 
 
 def check_sizes(config, where: Path | str) -> None:
-    """Refuse sizes that cannot be in a transformers config of a supported family; ``where`` is named in the error.
+    """Refuse impossible sizes in a transformers config of a supported family; the error names ``where``.
 
     Raises :class:`CheckpointError` naming the field, what it is and what is allowed.
     """

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: what is not finite is null, what JSON has no type for is text."""
+"""Write JSON that every reader accepts: numbers that are not finite become null, values of other types become text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Folders that appear when whole: written in a folder of gemq's own beside the output, and renamed at the end.
+"""Create folders that appear only when complete: they are written in a folder of gemq's own beside the output, and
+renamed.
 
 Beside ``NAME`` there are, while it is worked on::
 
@@ -41,7 +42,7 @@ def _beside(final: Path, ending: str) -> str:
 
 @contextmanager
 def claimed(*targets: Path) -> Iterator[None]:
-    """Hold the outputs ``targets`` against other processes, and put right what killed ones left beside them.
+    """Lock the outputs ``targets`` against other processes, and clean up what killed ones left beside them.
 
     Folders above them are made, and removed again where they stay empty. What this thread holds already it may hold
     again. Raises :class:`CheckpointError` naming the process that has one.
@@ -82,7 +83,7 @@ def _claim(final: Path, shown: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(shown: Path) -> Iterator[None]:
-    """Name the output in the error of a full disk, which may also come as one of safetensors."""
+    """Add the output's name to the error of a full disk, which safetensors may also raise."""
     try:
         yield
     except OSError as error:
@@ -94,7 +95,7 @@ def _writing(shown: Path) -> Iterator[None]:
 
 
 def recover(final: Path) -> None:
-    """Delete what killed processes left beside ``final``, after giving back what they had moved aside."""
+    """Delete what killed processes left beside ``final``, after restoring what they had moved aside."""
     for left in sorted(final.parent.glob(f"{glob.escape(_beside(final, 'partial-'))}*")):
         if left.is_symlink() or not left.is_dir():
             continue
@@ -141,8 +142,8 @@ def _stage(final: Path) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder: it is gone at once as a whole, also where this process is killed; :func:`recover` does the rest.
-    """
+    """Delete a folder. It disappears at once as a whole, even if this process is killed; :func:`recover` deletes the
+    rest."""
     try:
         stage = _stage(folder.resolve())
         durable.rename(folder.resolve(), stage / "gone")

@@ -1,4 +1,4 @@
-"""A limit to the time of Python code that a stranger wrote, in any thread."""
+"""Limit the time of Python code that a stranger wrote, in any thread."""
 
 from __future__ import annotations
 

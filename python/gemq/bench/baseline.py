@@ -1,4 +1,4 @@
-"""16-bit experts as others run them: what packed experts are compared with."""
+"""Run 16-bit experts as other programs do, as the baseline for packed experts."""
 
 from __future__ import annotations
 

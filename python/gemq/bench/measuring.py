@@ -69,7 +69,7 @@ class Measurement:
 
 
 def reset_peaks(device: torch.device) -> None:
-    """Forget the peaks of before: call before the model is built."""
+    """Reset the recorded peaks of memory. Call it before the model is built."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -184,7 +184,7 @@ def _profile(stream, decoding: Decoding, steps: int, device: torch.device) -> li
 def _with_operations(
     found: list[tuple[str, float, int]], seconds: list[tuple[str, float]], steps: int
 ) -> list[tuple[str, float, int]]:
-    """The compiled step's time split by kind of operation; what is left of it is entry and exit."""
+    """Split the compiled step's time by kind of operation; the rest is the cost of entry and exit."""
     kinds: dict[str, list[float]] = {}
     for name, spent in seconds:
         kinds.setdefault(f"gemq::decode_step {name}", []).append(1e6 * spent)

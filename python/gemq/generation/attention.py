@@ -30,12 +30,12 @@ class Place(NamedTuple):
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """transformers' RMSNorm in one call."""
+    """Apply transformers' RMSNorm in one call."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _store(buffer: Tensor, place: Place, new: Tensor) -> Tensor:
-    """Write ``new [B, heads, D]`` at the slot and return what is read."""
+    """Write ``new [B, heads, D]`` at the slot and return the cache entries to read."""
     if place.end is None:
         buffer.index_copy_(2, place.slot, new[:, :, None].to(buffer.dtype))
         return buffer

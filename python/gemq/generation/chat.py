@@ -1,4 +1,4 @@
-"""A conversation as token ids: through the tokenizer's chat template, or in plain words where it has none."""
+"""Convert a conversation to token ids, by the tokenizer's chat template or in plain words where it has none."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Conversation:
         return () if self.templated else ("\nUser:",)
 
     def clear(self) -> None:
-        """Forget everything but the system message."""
+        """Remove all messages but the system message."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def add(self, role: str, content: str) -> None:
@@ -41,12 +41,12 @@ class Conversation:
         self.messages.append({"role": role, "content": content})
 
     def drop_last(self) -> None:
-        """Take back the last message."""
+        """Remove the last message."""
         self.messages.pop()
 
     def tokens(self) -> list[int]:
-        """The conversation up to where the assistant is to speak. Raises :class:`CheckpointError` if the template
-        refuses it."""
+        """Token ids of the conversation, up to the place where the assistant answers. Raises :class:`CheckpointError`
+        if the template refuses it."""
         if not self.templated:
             lines = [f"{_NAMES[m['role']]}: {m['content']}" for m in self.messages]
             return token_ids(self.tokenizer, "\n".join([*lines, "Assistant:"]))
@@ -59,7 +59,7 @@ class Conversation:
 
 
 def token_ids(tokenizer, text: str, **options) -> list[int]:
-    """The ids of a text. ``ValueError`` for halves of surrogate pairs, which are of no text."""
+    """Token ids of a text. Raises ``ValueError`` for halves of surrogate pairs, which belong to no text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -208,7 +208,7 @@ class Decoding:
         return [t for t in tensors if t is not None]
 
     def _one_step(self) -> None:
-        """Feed the newest tokens, choose the next ones in their place."""
+        """Feed the newest tokens, and write the next ones in their place."""
         tokens, best = self.sampler(self.step(self.tokens, self.progress))
         if self.eos:
             tokens, best = tokens.masked_fill(self.ended, self.pad), best.masked_fill(self.ended, 0.0)
@@ -234,7 +234,7 @@ class Decoding:
 
 
 class _Posted:
-    """Tokens on their way to the host, with their scores and where rows have ended."""
+    """Tokens that are being copied to the host, with their scores and the rows that have ended."""
 
     def __init__(self, tokens: Tensor, best: Tensor, ended: Tensor | None):
         self.event = None
@@ -251,7 +251,8 @@ class _Posted:
         self.event.record()
 
     def wait(self, length: int) -> tuple[Tensor, bool]:
-        """``(tokens, all rows have ended)``; :class:`GemqError` if a row of ``length`` tokens has no token to go on."""
+        """Wait for the tokens; returns ``(tokens, all rows have ended)``. Raises :class:`GemqError` if the best score
+        of a row after ``length`` tokens is NaN or infinite."""
         if self.event is not None:
             self.event.synchronize()
         tokens, best, ended = self.rows
@@ -263,8 +264,8 @@ class _Posted:
 
 
 def _new_cache(config, limit: int):
-    """A cache of fixed buffers that hold ``limit`` tokens; where a layer sees fewer, the cache that transformers' own
-    generation takes, whose masks are right for windows and padding."""
+    """Make a cache of fixed buffers that hold ``limit`` tokens. If a layer attends to fewer, return transformers'
+    dynamic cache instead, whose masks support windows and padding."""
     from transformers import DynamicCache, StaticCache
     from transformers.cache_utils import StaticLayer
 
@@ -279,7 +280,7 @@ def _new_cache(config, limit: int):
 
 
 class _MemoryErrors:
-    """Turns torch's out-of-memory errors into one that says what would fit."""
+    """Convert torch's out-of-memory errors to one that states what would fit."""
 
     def __init__(self, decoding: Decoding):
         self.decoding = decoding
@@ -307,7 +308,7 @@ def _mode(name: str, device: torch.device) -> str:
 def check_prompt(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions
 ) -> tuple[Tensor, Tensor]:
-    """``(input_ids, attention_mask)`` as int64 ``[B, T]``, or an error that names what is wrong."""
+    """Return ``(input_ids, attention_mask)`` as int64 ``[B, T]``. Raises an error naming the fault."""
     check_supported(model.config)
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
@@ -324,8 +325,8 @@ def check_prompt(
 
 
 def check_room(config, length: int, new: int, low: int, high: int) -> None:
-    """Raise ``ValueError`` if a prompt of ``length`` tokens with ids ``low`` to ``high`` is none for a model of this
-    transformers config, or leaves no room for ``new`` more."""
+    """Raise ``ValueError`` if a prompt of ``length`` tokens with ids ``low`` to ``high`` does not fit a model of this
+    transformers config, or leaves no room for ``new`` more tokens."""
     config = config.get_text_config()
     rows, positions = config.vocab_size, config.max_position_embeddings
     if low < 0 or high >= rows:

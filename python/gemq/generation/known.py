@@ -45,7 +45,8 @@ def unknown(module: nn.Module | None, kind: str) -> str | None:
 
 
 def edited(module: nn.Module) -> str | None:
-    """Tell what would be left out if the forward of ``module`` were not called."""
+    """Return the reason for which the forward of ``module`` must be called: it was replaced, or it has a hook. Else
+    None."""
     name = type(module).__name__
     if "forward" in vars(module) or not _defined_with(type(module)):
         return f"the forward of {name} was replaced"
@@ -53,13 +54,13 @@ def edited(module: nn.Module) -> str | None:
 
 
 def _defined_with(kind: type) -> bool:
-    """Tell if a class's forward is of the library that the class is of."""
+    """Tell if a class's forward comes from the library that the class comes from."""
     return kind.forward.__module__.partition(".")[0] == kind.__module__.partition(".")[0]
 
 
 def hooked(module: nn.Module) -> bool:
-    """Tell if somebody listens to a module's call. transformers' own listeners, which stay once installed, are
-    silent unless outputs are asked for."""
+    """Tell if a hook listens to a module's call. transformers' own hooks, which stay once installed, are ignored unless
+    outputs are requested."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     return bool(before) or any(_listens(hook) for hook in after.values())
 
@@ -104,7 +105,7 @@ def _own_norms(attention: nn.Module) -> list[nn.Module]:
 
 
 def _switch(config, limit: int) -> str | None:
-    """Tell which field of a config makes attention over ``limit`` tokens see or compute something else."""
+    """Tell which field of a config changes what attention over ``limit`` tokens attends to or computes."""
     types, window = getattr(config, "layer_types", None) or (), getattr(config, "sliding_window", None)
     narrow = window is not None and window < limit
     windowed = ("sliding_attention",) if window and not narrow else ()
@@ -133,7 +134,7 @@ def _cache_unknown(cache, layers: int) -> str | None:
 
 
 def sees_windows(config) -> bool:
-    """Tell if the family's forward masks what is beyond a window, and so a prompt can be given in chunks."""
+    """Tell if the family's forward masks tokens outside a window. A prompt can then be given in chunks."""
     config = config.get_text_config()
     # transformers' cache keeps everything for a window of 1
     return config.model_type in _WINDOWED and (getattr(config, "sliding_window", None) or 2) > 1

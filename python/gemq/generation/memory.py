@@ -26,7 +26,7 @@ def cache_bytes_per_token(model: nn.Module) -> int:
 
 
 def state_bytes_per_row(model: nn.Module) -> int:
-    """Bytes that one row takes however long it is: the states of linear attention, 0 without it.
+    """Bytes that one row takes regardless of its length: the states of linear attention; 0 without it.
 
     The convolution's last inputs in the model's dtype, and ``key x value`` numbers a head in float32.
     """
@@ -45,7 +45,7 @@ def _linear_layers(config) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that could still be taken on a device; None where it cannot be told."""
+    """Bytes of memory that are still available on a device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # what torch holds and does not use
@@ -58,7 +58,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory this process has held, or None where the unit is unknown."""
+    """Peak resident memory of this process in bytes; None if the unit is unknown."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"linux": peak * 1024, "darwin": peak}.get(sys.platform)
 
@@ -77,7 +77,8 @@ def check_cache_fits(model: nn.Module, batch: int, length: int, device: torch.de
 
 
 def cache_error(model: nn.Module, batch: int, length: int, free: int | None) -> OutOfMemoryError:
-    """The error for a generation that does not fit: what it takes, what there is, and what would fit."""
+    """Error for a generation that does not fit: the bytes it takes, the bytes that are free, and a size that would fit.
+    """
     token = cache_bytes_per_token(model)
     needed = f"a cache of {batch} x {length} tokens takes {batch * length * token / GIB:.2f} GiB"
     if free is None:

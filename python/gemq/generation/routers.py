@@ -10,7 +10,7 @@ from gemq.ops.decode import Routing
 
 
 def routing_of(router: nn.Module) -> Routing | None:
-    """The rule of a router whose class is known, else None."""
+    """Routing rule of a router whose class is known, else None."""
     kind = type(router)
     rule = _RULES.get(kind.__name__) if kind.__module__.startswith("transformers.models.") else None
     return None if rule is None else rule(router)
@@ -32,7 +32,7 @@ def _corrected(router: nn.Module) -> Routing:
 
 
 def _scaled(router: nn.Module) -> Routing | None:
-    """DeepSeek-V2's."""
+    """Routing rule of DeepSeek-V2."""
     plain = Routing(router.top_k, normalize=False, scale=router.routed_scaling_factor)
     if router.topk_method == "greedy":
         return plain

@@ -1,4 +1,4 @@
-"""Choosing the next tokens on the device: static shapes and no host synchronisation, so a CUDA graph can hold it."""
+"""Choose the next tokens on the device: static shapes and no host synchronisation, so a CUDA graph can hold it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _within(factor: float) -> float:
 
 
 def keep_top_k(scores: Tensor, top_k: int) -> Tensor:
-    """Minus infinity where a score is below the ``top_k``-th of its row; 0 keeps all."""
+    """Set scores below the ``top_k``-th of their row to minus infinity; 0 keeps all."""
     if not 0 < top_k < scores.shape[-1]:
         return scores
     return scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], -torch.inf)

@@ -35,16 +35,16 @@ class Progress:
     length: int
 
     def advance(self) -> None:
-        """On to the next token."""
+        """Advance to the next token."""
         self.slot.add_(1)
         self.positions.add_(1)
         self.length += 1
 
 
 class LeanStep:
-    """The decoder's layers without what one token does not need: no mask building, no argument capture, rotary tables
-    made once, attention of :mod:`gemq.generation.attention`. MoE blocks, projections and weights are the model's own.
-    """
+    """Decoding step that runs the decoder's layers without what one token does not need: no mask building and no
+    argument capture. Rotary tables are made once, and attention is that of :mod:`gemq.generation.attention`. MoE
+    blocks, projections and weights are the model's own."""
 
     def __init__(self, model: nn.Module, cache, limit: int, dynamic: bool):
         decoder = model.get_decoder()
@@ -85,7 +85,7 @@ class LeanStep:
         return Place(progress.slot, None, self._added(visible if seen is None else visible & seen))
 
     def _added(self, visible: Tensor) -> Tensor:
-        """A mask of numbers, once a step: attention would make one from a bool in every layer."""
+        """Convert the mask to numbers once a step: attention would convert a bool mask in every layer."""
         return torch.where(visible, 0.0, -torch.inf).to(self.embed.weight.dtype)[:, None, None]
 
 

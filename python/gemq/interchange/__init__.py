@@ -1,4 +1,5 @@
-"""In and out: bit allocations and GPTQ checkpoints of others, 16-bit checkpoints for programs without gemq."""
+"""Import bit allocations and GPTQ checkpoints of other programs, and export 16-bit checkpoints for programs without
+gemq."""
 
 from gemq.interchange.allocation_files import read_allocation
 from gemq.interchange.export import Exported, export

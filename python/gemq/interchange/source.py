@@ -1,4 +1,5 @@
-"""A checkpoint on disk that is converted: its model's structure, its tensors one by one, and the files beside them."""
+"""Read a checkpoint on disk that is to be converted: its model's structure, its tensors one by one, and the files
+beside them."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ class TensorReader:
 
 
 def disk_name(model: nn.Module, name: str) -> str:
-    """The name under which a tensor that no conversion splits is stored."""
+    """Name under which a tensor is stored that no conversion splits."""
     (stored,) = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
     return stored
 

@@ -20,7 +20,7 @@ def _refuse_mapped(names: str, dims: tuple[int | None, ...]) -> None:
 
 
 def dense(op):
-    """The rule of a product of one packed matrix, whose first argument is ``x [..., k]``."""
+    """Return the vmap rule of a product of one packed matrix, whose first argument is ``x [..., k]``."""
     def rule(info, in_dims, x, *rest):
         _refuse_mapped("the buffers", in_dims[1:3])
         return op(x.movedim(in_dims[0], 0).contiguous(), *rest), 0
@@ -29,8 +29,8 @@ def dense(op):
 
 
 def routed(op, ids: int):
-    """The rule of a product over experts: argument 0 is ``x``, ``ids`` and the one after it the routing, each with
-    tokens first."""
+    """Return the vmap rule of a product over experts. Argument 0 is ``x``; argument ``ids`` and the one after it are
+    the routing. All have tokens first."""
     def rule(info, in_dims, *arguments):
         _refuse_mapped("the buffers", in_dims[1:ids])
         size = info.batch_size

@@ -28,7 +28,7 @@ def set_debug(on: bool) -> None:
 
 
 def expert_ids(topk_ids: Tensor, experts: int) -> None:
-    """In debug mode (:func:`set_debug`), raise ``ValueError`` naming the first id that is no expert's."""
+    """Raise ``ValueError`` naming the first id that is not an expert's. Only in debug mode (:func:`set_debug`)."""
     if not _debug:
         return
     outside = (topk_ids < 0) | (topk_ids >= experts)
@@ -77,7 +77,7 @@ def size(name: str, value: int) -> int:
 
 
 def device_code(name: str, value: Tensor) -> int:
-    """0 for a CPU tensor, 1 for CUDA; other devices raise ``ValueError``."""
+    """Return 0 for a CPU tensor and 1 for CUDA. Raises ``ValueError`` for other devices."""
     if value.device.type == "cpu":
         return 0
     if value.device.type == "cuda":
@@ -106,7 +106,8 @@ def metadata(name: str, value: Tensor, n: int, k: int, group_size: int) -> None:
 
 @lru_cache(maxsize=256)
 def _limits(n: int, k: int, group_size: int, layout: str, code_bytes: int, meta_elements: int) -> np.ndarray:
-    """``[2, 9]``: by width, the first offset into the codes (metadata) from which one expert is no longer inside."""
+    """First offsets ``[2, 9]`` into the codes and metadata, by width, from which one expert is no longer inside the
+    buffers."""
     sizes = [
         (fmt.codes_bytes(n, k, bits, layout), fmt.meta_elements(n, k, bits, group_size, layout))
         for bits in range(fmt.MAX_BITS + 1)
@@ -140,9 +141,9 @@ def expert_bounds(name: str, stack: tuple[Tensor, ...], n: int, k: int, group_si
 
 
 class SeenStacks:
-    """Stacks that passed their checks, recognised by being the very same tensors over the very same memory.
+    """Stacks that passed their checks, recognised by identity: the same tensor objects over the same memory.
 
-    What the tables hold is not remembered: it is checked wherever they are read.
+    The contents of the tables are not remembered: they are checked wherever they are read.
     """
 
     def __init__(self) -> None:

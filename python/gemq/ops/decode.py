@@ -123,7 +123,7 @@ class DecodeProgram:
         return tensor.data_ptr()
 
     def _floats(self, name: str, tensor: Tensor | None, count: int) -> int:
-        """The address of a small vector as float32, 0 for none."""
+        """Address of a small vector as float32, 0 for none."""
         return 0 if tensor is None else self._address(name, tensor.detach().float().contiguous(), shape=(count,))
 
     def buffer(self, width: int, tensor: Tensor | None = None) -> int:
@@ -145,8 +145,8 @@ class DecodeProgram:
         self._program.silu_mul(gate, up, out)
 
     def linear(self, x: int, width: int, matrices: Sequence[Matrix], onto: bool = False, gate: int = -1) -> None:
-        """Every matrix times ``x [batch, width]``. ``onto`` adds the results to what the buffers hold, times the
-        sigmoid of the buffer ``gate [batch, 1]`` where one is given."""
+        """Multiply every matrix by ``x [batch, width]``. ``onto`` adds the results to the contents of the buffers,
+        multiplied by the sigmoid of the buffer ``gate [batch, 1]`` if it is given."""
         self._program.linear(x, [self._matrix(m, width) for m in matrices], onto, gate)
 
     def _matrix(self, m: Matrix, k: int):
@@ -164,7 +164,7 @@ class DecodeProgram:
         return core().MatrixAddress(*addresses, m.bits, m.group_size, 0, m.n, bias, m.out)
 
     def attend(self, a: Attention) -> None:
-        """Norms, rotation, the cache's new entries, and attention."""
+        """Apply norms and rotation, write the new entries to the cache, and run attention."""
         shape = tuple(a.keys.shape)
         if len(shape) != 4 or shape[0] != self.batch:
             raise ValueError(f"keys must be [{self.batch}, groups, slots, dim], got {list(shape)}")
@@ -180,7 +180,7 @@ class DecodeProgram:
         ))
 
     def attend_latent(self, a: LatentAttention) -> None:
-        """Queries folded, the cache's new entries, attention, and the values expanded."""
+        """Fold the queries, write the new entries to the cache, run attention, and expand the values."""
         heads, rank, nope = a.into.shape
         slots, rope = a.ropes.shape[2:]
         v_dim, positions = a.from_.shape[1], a.cosines.shape[0]
@@ -200,7 +200,7 @@ class DecodeProgram:
         self, logits: int, x: int, out: int, routing: Routing, gate_up: Stack, down: Stack, intermediate: int,
         group_size: int, down_group_size: int,
     ) -> None:
-        """``out`` += what the experts chosen by ``logits [batch, E]`` make of ``x``; the stacks as in
+        """Add to ``out`` the outputs for ``x`` of the experts chosen by ``logits [batch, E]``. The stacks are as in
         :func:`gemq.ops.moe_lowbit_ffn`, in the layout ``cpu_tile``."""
         count = gate_up[2].numel()
         self._held += [*gate_up, *down]
@@ -214,8 +214,8 @@ class DecodeProgram:
         ))
 
     def run(self, tokens: Tensor, positions: Tensor, starts: Tensor, slot: int) -> None:
-        """One step: ``tokens``, ``positions`` in each row's own text, and ``starts``, the first cache slot that is no
-        padding, int64 ``[batch]``; ``slot`` is the new tokens' place in the cache.
+        """Run one step. ``tokens``, ``positions`` in each row's own text, and ``starts``, the first cache slot that is
+        not padding, are int64 ``[batch]``. ``slot`` is the index of the new tokens in the cache.
 
         Raises ``ValueError`` for a number outside the vocabulary, the rotary tables or the cache.
         """

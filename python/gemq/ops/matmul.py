@@ -146,7 +146,7 @@ _lowbit_gemm.register_vmap(batching.dense(_lowbit_gemm))
 
 
 def _check_stack(name: str, stack: Stack, n: int, k: int, group_size: int, layout: str, device: torch.device) -> None:
-    """Checks once what a stack that comes again, call after call, cannot change unseen."""
+    """Check a stack's shapes, dtypes and layout. A stack that passed before is recognised and not checked again."""
     shape = (n, k, group_size, layout, device)
     tracing = torch.compiler.is_compiling()
     if not tracing and checks.SEEN.knows(stack, shape):

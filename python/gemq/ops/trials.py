@@ -1,4 +1,4 @@
-"""Random packed layers, routings and times: what measuring the kernels needs, for ``gemq tune`` and benchmarks."""
+"""Random packed layers, routings and timers to measure the kernels, for ``gemq tune`` and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find launch parameters of the Triton kernels on the present GPU and write the table they are looked up in.
+"""Find launch parameters of the Triton kernels on the present GPU, and write the table of launches.
 
 ``gemq tune`` is this from the command line. What may be varied is data (``triton_kernels/tuned/search_space.json``);
 the search times whole expert blocks, one parameter at a time, and writes after every amount of tokens, so a run that
@@ -79,7 +79,8 @@ def parse_shape(text: str) -> Shape:
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome at one amount of tokens: ``us`` with ``parameters``, ``default_us`` before the search."""
+    """Result for one amount of tokens: ``us`` with ``parameters``, and ``default_us`` before the search, in
+    microseconds."""
 
     shape: Shape
     tokens: int
@@ -115,7 +116,8 @@ def descend(space: dict[str, dict[str, list]], measure: Callable[[Parameters], f
 
 
 def amounts(shape: Shape, decode_tokens: int) -> list[tuple[str, float, int]]:
-    """``(phase, up_to, tokens)``: what is measured for a shape; prefill only with more tokens than decode takes."""
+    """List the measurements ``(phase, up_to, tokens)`` of a shape. Prefill is measured only with more tokens than
+    decode takes."""
     found: list[tuple[str, float, int]] = [("decode", t, t) for t in DECODE_TOKENS if t <= decode_tokens]
     for per_expert in PREFILL_TOKENS_PER_EXPERT:
         tokens = math.ceil(per_expert * shape.experts / shape.top_k)
@@ -186,7 +188,7 @@ def _measured(timer: Timer, shape: Shape, tokens: int, parameters: Parameters) -
 
 
 def merged(entries: list[dict], new: list[dict]) -> list[dict]:
-    """``entries`` with ``new`` in place of those of the same kind, shape and amount."""
+    """Replace the entries of the same kind, shape and amount by those of ``new``."""
 
     def key(entry: dict) -> tuple:
         return entry["kind"], *(entry[name] for name in tables.SHAPE), entry["up_to"]

@@ -1,4 +1,5 @@
-"""The machine that work is planned for: what is free, and its speeds, measured here or a data sheet's."""
+"""Describe the machine that work is planned for: free memory and disk, and speeds measured here or from a data sheet.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +133,7 @@ def free_host_bytes() -> int | None:
 
 
 def free_disk_bytes(path: str | os.PathLike) -> int | None:
-    """Free bytes of the file system that ``path`` will be on; None if that cannot be told."""
+    """Free bytes of the file system that ``path`` will be on; None if unknown."""
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -156,6 +157,6 @@ def this_machine(
 
 
 def other_machine(name: str, dtype: torch.dtype) -> Machine:
-    """A GPU that is not here, by its data sheet; nothing is known of its host and disk."""
+    """Describe a GPU of another machine by its data sheet; its host and disk are unknown."""
     memory, rates = data_sheet(name, dtype)
     return Machine(name, False, memory, None, None, rates)

@@ -41,7 +41,7 @@ class Work:
     ranks: int = 1
 
     def shared(self, size: int) -> int:
-        """One process's part."""
+        """Share of one process."""
         return -(-size // self.ranks)
 
     @property
@@ -87,8 +87,8 @@ def _largest_expert_gptq(parts: ModelParts, count: int) -> int:
 
 
 def hessian_bytes(parts: ModelParts, compensate: bool = False) -> int:
-    """Hessians of one decoder layer at most: of every expert's two projections, to ``compensate`` with another matrix
-    of the size of the second, and of every linear."""
+    """Most bytes that the Hessians of one decoder layer take: of both projections of every expert, and of every linear.
+    ``compensate`` needs another matrix of the size of the second projection's."""
     experts = parts.experts * (parts.hidden**2 + (2 if compensate else 1) * parts.intermediate**2)
     return _FLOAT * max(
         sum(k * k for _, k in layer.linears) + (experts if layer.routed else 0) for layer in parts.layers
@@ -96,7 +96,8 @@ def hessian_bytes(parts: ModelParts, compensate: bool = False) -> int:
 
 
 def _perturbed_bytes(parts: ModelParts, work: Work) -> int:
-    """One expert, or the shared one, at every candidate width: its inputs, the copies, GPTQ for all widths at once."""
+    """Bytes of one routed or shared expert at every candidate width: its inputs, the copies, and GPTQ for all widths at
+    once."""
     widths, d = len(work.method.candidates), work.element
     busy = min(work.tokens, BUSIEST * work.tokens * parts.top_k // parts.experts)
     shared = max((layer.mlp for layer in parts.layers if layer.routed), default=0)
@@ -117,7 +118,7 @@ def codes_bytes(parts: ModelParts) -> int:
 
 
 def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
-    """The engine that holds the whole model and a copy of what it quantizes, by stage."""
+    """Bytes by stage of the engine that holds the whole model and a copy of what it quantizes."""
     d, tokens, batch = work.element, work.tokens, work.method.batch_size * work.length
     held = {"weights": parts.parameters * d, "originals": parts.quantizable * d}
     # inputs, gradient and routing (int64 and a weight) at every MoE layer
@@ -155,7 +156,7 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
 
 
 def _group_bytes(parts: ModelParts, widths: int, inner: int) -> int:
-    """Quantized copies of one expert at ``widths`` widths, what GPTQ works with, and its Hessians."""
+    """Bytes of quantized copies of one expert at ``widths`` widths, of GPTQ's working memory, and of its Hessians."""
     weights = parts.hidden * inner
     hessians = parts.hidden**2 + 2 * inner**2 + 4 * max(parts.hidden, inner) ** 2
     # 3 of them the expert itself, converted
@@ -163,7 +164,8 @@ def _group_bytes(parts: ModelParts, widths: int, inner: int) -> int:
 
 
 def held_layer(parts: ModelParts, element: int) -> int:
-    """The largest decoder layer as the streaming engine holds it: experts as they are stored, taken to be 16 bits."""
+    """Bytes of the largest decoder layer as the streaming engine holds it: experts as they are stored, assumed to be 16
+    bits."""
     experts = parts.experts * parts.expert
     return experts * min(element, 2) + (parts.largest_layer - experts) * element
 
@@ -209,7 +211,7 @@ def _streamed_quantizing(parts: ModelParts, work: Work) -> Need:
 
 
 def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
-    """The engine that has one decoder layer on the device at a time, or embeddings and head.
+    """Bytes by stage of the engine that has one decoder layer on the device at a time, or embeddings and head.
 
     Activations wait in scratch files: the input of every layer, because the reverse sweep needs it again, gradients,
     and what one layer's experts were called with. Routers are tuned on packed layers, one at a time, recomputed.
@@ -247,7 +249,8 @@ def _placed(device: dict[str, int], work: Work, loading: bool) -> Need:
 
 
 def _merged(need: Need, work: Work, shared: bool = False) -> Need:
-    """With the process and slack, on a CPU with the device's memory in the host's (``shared``: it is there)."""
+    """Add the process and the allocators' slack to a stage. On a CPU the device's bytes count as the host's, unless
+    ``shared`` says that the host's include them already."""
     host = dict(need.host)
     if work.on_cpu and not shared:
         for name, size in need.device.items():
@@ -260,7 +263,7 @@ def _merged(need: Need, work: Work, shared: bool = False) -> Need:
 
 
 def peak(stages: dict[str, Need]) -> dict[str, int]:
-    """The most that any stage takes of ``device``, ``host`` and ``scratch``."""
+    """Most bytes that any stage takes of ``device``, ``host`` and ``scratch``."""
     return {
         place: max((sum(getattr(need, place).values()) for need in stages.values()), default=0)
         for place in ("device", "host", "scratch")

@@ -1,4 +1,4 @@
-"""The files of a packed checkpoint, to the byte, before anything is quantized.
+"""Predict the files of a packed checkpoint, to the byte, before anything is quantized.
 
 Codes of a matrix are as many bits as its width, so the sum of widths that the budget sets gives their bytes whatever
 the allocation; scales take 32 bits a row and group at every width above 0; everything else stays in 16 bits. The

@@ -1,4 +1,4 @@
-"""All predictions together: sizes, memory, disk and time of quantizing and of running a model, and whether they fit."""
+"""Predict sizes, memory, disk and time of quantizing and of running a model, and whether they fit."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class Plan:
 
     @property
     def runs(self) -> bool:
-        """Tell that every budget's result runs on the machine with the context that was asked for, as far as free
-        bytes are known."""
+        """Tell if every budget's result runs on the machine with the requested context, as far as free bytes are known.
+        """
         return all(run.fits for run in self.inference.values())
 
     @property
@@ -98,7 +98,7 @@ class Plan:
         return {name: size for name, size in found.items() if size}
 
     def shortages(self) -> list[Shortage]:
-        """Everything of quantizing that does not fit, as far as the machine's free bytes are known."""
+        """List every shortage of quantizing, as far as the machine's free bytes are known."""
         free = {"device": self.machine.device_free, "host": self.machine.host_free}
         found = []
         for place, label in (("device", "device memory"), ("host", "memory")):
@@ -111,7 +111,7 @@ class Plan:
         return found
 
     def to_dict(self) -> dict:
-        """As JSON; budgets are strings there, sizes bytes."""
+        """Convert to JSON values; budgets are strings there, sizes bytes."""
         return {
             "schema": 1,
             "model_type": self.model_type,
@@ -190,7 +190,8 @@ def _packed(config, options: PlanConfig, machine: Machine, budget: float, stored
 
 
 def check(plan: Plan, config) -> None:
-    """Raise :class:`gemq.errors.ResourceError` if something does not fit: what takes how much, and what would fit."""
+    """Raise :class:`gemq.errors.ResourceError` if something does not fit. The message lists what takes how much, and a
+    change that would fit."""
     found = plan.shortages()
     if not found:
         return
@@ -207,7 +208,7 @@ def _sentence(shortage: Shortage) -> str:
 
 
 def _what_would_fit(plan: Plan, config) -> Iterator[str]:
-    """Smaller calibrations that fit, each by one change."""
+    """List smaller calibrations that fit, each by one change."""
     options = plan.config
 
     def fits(**changes) -> bool:

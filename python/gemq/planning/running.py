@@ -1,4 +1,5 @@
-"""Running the result: what it takes of a device, how long a context that leaves, and the bits at which it would run."""
+"""Predict running the result: its memory on a device, the longest context that fits, and the bits at which it would
+run."""
 
 from __future__ import annotations
 
@@ -41,12 +42,12 @@ class Inference:
 
     @property
     def total(self) -> int:
-        """Everything together."""
+        """Sum of all bytes."""
         return self.weights + self.cache + self.working + self.process
 
     @property
     def fits(self) -> bool:
-        """Tell that it runs in what is free, or that this is not known."""
+        """Tell if it runs in the free memory, or if that is unknown."""
         return self.free is None or self.total <= self.free
 
 
@@ -80,7 +81,7 @@ def inference_of(
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to ``limit`` that fits, where smaller ones do; 0 if 1 does not."""
+    """Largest number up to ``limit`` that fits, given that all smaller ones do; 0 if 1 does not."""
     low, high = 0, limit + 1
     while high - low > 1:
         middle = (low + high) // 2

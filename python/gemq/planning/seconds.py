@@ -31,8 +31,8 @@ class Operations:
 
 
 def layer_forward(parts: ModelParts, layer: LayerParts, tokens: int, length: int) -> float:
-    """A decoder layer on ``tokens`` tokens in windows of ``length``: 2 for each weight a token meets, and scores and
-    values of attention over the whole window."""
+    """Operations of a decoder layer on ``tokens`` tokens in windows of ``length``: 2 for each weight that a token is
+    multiplied by, and the scores and values of attention over the whole window."""
     return tokens * (2 * parts.active(layer) + 4 * length * layer.attention)
 
 
@@ -50,8 +50,8 @@ def _gptq(n: int, k: int, count: float = 1.0, factors: float | None = None, prod
 
 
 def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
-    """Eq. 6: forward and backward (again forward where a layer is recomputed), every expert at every width on its
-    tokens and the GPTQ that makes it so. What recomputes also factorises a Hessian once for all widths."""
+    """Operations of Eq. 6: forward and backward, GPTQ of every expert at every width, and each of these experts on its
+    tokens. With ``recompute`` every layer runs forward again, and a Hessian is factorised once for all widths."""
     widths, tokens = sum(b > 0 for b in work.method.candidates), work.tokens
     total = Operations((3 if recompute else 2) * forward(parts, tokens, work.length))
     for layer in parts.layers:
@@ -76,7 +76,7 @@ def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
 
 
 def quantizing(parts: ModelParts, work: Work) -> Operations:
-    """Two runs of every layer, Hessians, and GPTQ of every matrix."""
+    """Operations of quantizing: two runs of every layer, Hessians, and GPTQ of every matrix."""
     tokens, total, config = work.tokens, Operations(), work.method.gptq
     # five a round of refinement, two to rescale
     products = 5 * config.refine + 2 * config.rescale
@@ -98,7 +98,7 @@ def quantizing(parts: ModelParts, work: Work) -> Operations:
 
 
 def tuning(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
-    """Forward and backward of every window, ``epochs`` times."""
+    """Operations of router tuning: forward and backward of every window, ``epochs`` times."""
     passes = (3 if recompute else 2) * work.method.router.epochs
     return Operations(passes * forward(parts, work.tokens, work.length))
 

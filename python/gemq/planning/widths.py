@@ -1,4 +1,4 @@
-"""The widths that a budget comes to, before it is known which expert gets which."""
+"""Widths that a budget yields, before it is known which expert gets which."""
 
 from __future__ import annotations
 

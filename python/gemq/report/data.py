@@ -156,7 +156,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
 
 
 def _recorded(report: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``gemq_report.json`` that are drawn; older files hold fewer."""
+    """Read the fields of ``gemq_report.json`` that the report shows; older files hold fewer."""
     options = _field(report, "options", lambda value: _model_names(value or {})) or {}
     error, tokens = _field(report, "matrices", lambda value: _by_layer(value or {}))
     return {
@@ -202,7 +202,7 @@ def _number(value: Any) -> float:
 
 
 def _model_name(value: Any) -> str | None:
-    """A hub name as it is, a path without its folders: where a model lay is no part of a report."""
+    """Return a hub name unchanged, and a path without its folders: a report does not show where a model was stored."""
     if not isinstance(value, str) or not value:
         return None
     return value if value.count("/") == 1 and not value.startswith((".", "/")) else value.rstrip("/").rsplit("/", 1)[-1]
@@ -248,7 +248,7 @@ def _scores(file: Path) -> list[Score]:
 
 
 def _share_out(found: list[Checkpoint], extra: list[Score]) -> tuple[list[Checkpoint], list[Score]]:
-    """Scores whose model is one of the checkpoints go to it, the others stay."""
+    """Assign scores to the checkpoint whose model they measure; the others are kept apart."""
     others = []
     for score in extra:
         path = Path(score.model or "").resolve()
@@ -269,7 +269,7 @@ def _with_shift(checkpoint: Checkpoint, weights: dict[int, float]) -> Checkpoint
 
 
 def _distinct_names(found: list[Checkpoint]) -> list[Checkpoint]:
-    """Two checkpoints of one name are told apart by their folder's parent."""
+    """Distinguish checkpoints of the same name by their folder's parent."""
     names = [c.name for c in found]
     return [
         c if names.count(c.name) == 1

@@ -35,7 +35,7 @@ class Figure:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{number(count)} {unit}"
@@ -44,7 +44,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Format a number of seconds for people."""
     if seconds < 90:
         return f"{number(seconds, 2)} s"
     return f"{number(seconds / 60)} min" if seconds < 5400 else f"{number(seconds / 3600)} h"
@@ -56,8 +56,8 @@ def _layer_ticks(layers: Sequence[int], most: int = 12) -> list[int]:
 
 
 def bit_map(bits: dict[int, list[int]], of: str = "experts") -> Figure:
-    """Layer down, expert across, one coloured cell each; digits where cells have room for them. ``of`` is what of the
-    experts they are the widths of."""
+    """Draw a map of widths: layers down, experts across, one coloured cell each, with digits where cells have room for
+    them. ``of`` names the part of the experts that has these widths."""
     experts = max(len(row) for row in bits.values())
     cell = 24 if experts <= 16 else 15 if experts <= 64 else 8
     left, top = 40, 20
@@ -97,7 +97,7 @@ def bit_map(bits: dict[int, list[int]], of: str = "experts") -> Figure:
 
 
 def bits_by_layer(means: dict[int, float]) -> Figure:
-    """Stacked shares would hide the mean: one bar a layer, as high as its experts' mean width."""
+    """Draw one bar a layer, as high as its experts' mean width. Stacked shares of widths would hide the mean."""
     layers = list(means)
     plot = Plot.over((-0.5, len(layers) - 0.5), (0, max(means.values()) * 1.12 or 1), left=34)
     plot.axes("decoder layer", "mean bits", _layer_ticks(layers), lambda i: str(layers[int(i)]))

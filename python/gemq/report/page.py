@@ -30,7 +30,7 @@ def render(data: ReportData, title: str = "gemq report") -> str:
 
 
 def _tiles(data: ReportData) -> str:
-    """The figures that are asked for first."""
+    """Render, as HTML, the figures that readers look for first."""
     if not data.checkpoints:
         return ""
     last = data.checkpoints[-1]

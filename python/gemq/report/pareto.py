@@ -24,12 +24,12 @@ class Point:
 
 
 def score(perplexity: float) -> str:
-    """A perplexity with two decimals, which are all that seeds leave meaning to."""
+    """Format a perplexity with two decimals; further ones are within the variation between seeds."""
     return f"{perplexity:,.2f}" if perplexity < 1e6 else number(perplexity)
 
 
 def frontier(points: list[Point]) -> set[Point]:
-    """Those that no other one beats in both bytes and perplexity."""
+    """Points that no other point beats in both bytes and perplexity."""
     return {
         p for p in points
         if not any(q.bytes <= p.bytes and q.perplexity <= p.perplexity and
@@ -61,7 +61,7 @@ def label(key: tuple[str, int, int]) -> str:
 
 
 def figure(where: str, points: list[Point], lines: list[tuple[str, float]]) -> Figure | None:
-    """The curve; None for fewer than two points, which make none."""
+    """Draw the curve; None for fewer than two points."""
     if len(points) < 2:
         return None
     values = [p.perplexity for p in points] + [v for _, v in lines]
