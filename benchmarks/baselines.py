@@ -118,6 +118,6 @@ def compiled_way(way):
 
 
 def forget_compiled() -> None:
-    """Start anew: torch falls back to eager, without a word, after a few recompilations of one function."""
+    """Reset torch's compiler: it falls back to eager, without a warning, after a few recompilations of one function."""
     _compiled.clear()
     torch._dynamo.reset()

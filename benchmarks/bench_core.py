@@ -47,7 +47,7 @@ def seconds(device: str, call: Callable[[], object], rounds: int = ROUNDS) -> li
 
 
 def copy_of(moved: int, device: str) -> Callable[[], object]:
-    """A copy that reads and writes ``moved`` bytes in all, into memory that is there."""
+    """Return a copy that reads and writes ``moved`` bytes in all, into memory that is allocated already."""
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)

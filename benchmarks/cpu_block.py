@@ -1,4 +1,4 @@
-"""The CPU kernels beside what the machine and torch can do, side by side in one run, against the targets.
+"""Compare the CPU kernels with the limits of the machine and with torch in one run, and check the targets.
 
 ``python benchmarks/cpu_block.py`` prints a table and writes ``benchmarks/results/cpu-<date>.json``. Every figure is the
 median over pairs: the two things compared alternate, so that other load on the machine meets both, and pairs in which
@@ -72,7 +72,7 @@ def pairs(first: Callable[[], object], second: Callable[[], object], count: int,
 
 
 def filled(size: int) -> Tensor:
-    """Random bytes, one chunk over and over: only speed is measured."""
+    """Fill a tensor with random bytes, one chunk over and over: only speed is measured."""
     chunk = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8)
     out = cpu.empty(size, torch.uint8)
     for part in out.split(chunk.numel()):
@@ -246,7 +246,7 @@ def overhead(options: argparse.Namespace) -> list[dict]:
 
 
 def show(row: dict) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     rest = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k not in ("value", "target"))
     met = "" if row["target"] is None else f"(target {row['target']}: {'met' if met_by(row) else 'MISSED'})"
     print(f"{row['what']:45} {row['value']:7.2f} {row['unit']} {met} {rest}", flush=True)

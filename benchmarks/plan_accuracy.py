@@ -1,4 +1,4 @@
-"""What `gemq plan` predicts beside what `gemq quantize` takes: memory by stage, seconds, and bytes of the checkpoint.
+"""Compare the predictions of `gemq plan` with `gemq quantize`: memory by stage, seconds, and bytes of the checkpoint.
 
     python benchmarks/plan_accuracy.py --json benchmarks/results/plan-<date>.json
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import triton
 from sass_report import FIELDS, _instructions, _tool, compile_kernel
 
-# what one program may have on sm_90
+# limits of one program on sm_90
 SHARED_BYTES = 232448
 
 POINTERS = {

@@ -1,4 +1,5 @@
-"""What users expect of a command line: settings files, recipes, overrides, previews, formats, uploads, quiet."""
+"""Conventions that users expect of a command line: settings files, recipes, overrides, previews, formats, uploads,
+quiet."""
 
 from __future__ import annotations
 
@@ -328,7 +329,7 @@ def test_settings_serve_other_commands(gemq_run, made, text_file, tmp_path):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What `gemq quantize` would hand to the library."""
+    """Record the arguments that `gemq quantize` would hand to the library."""
     seen = []
     monkeypatch.setattr("gemq.cli.quantizing.show_preview", lambda config, form: seen.append(config))
     return seen

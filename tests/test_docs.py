@@ -1,4 +1,4 @@
-"""What the documentation shows works: every block that is not marked as an illustration runs, page by page."""
+"""Run the documentation: every block that is not marked as an illustration works, page by page."""
 
 from __future__ import annotations
 

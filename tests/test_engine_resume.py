@@ -59,7 +59,7 @@ def config(tiny_folder, tmp_path, monkeypatch) -> QuantizeConfig:
 
 @pytest.fixture(scope="module")
 def expected(tiny_folder, tmp_path_factory) -> dict[str, str]:
-    """What an uninterrupted run leaves."""
+    """Digests of the files that an uninterrupted run leaves."""
     folder = tmp_path_factory.mktemp("expected")
     before = os.getcwd()
     os.chdir(folder)

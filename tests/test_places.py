@@ -1,4 +1,4 @@
-"""Where a run writes: judged before work, held against others, and never over what somebody else wrote."""
+"""Output folders of a run: checked before work, locked against others, and never written over somebody else's files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def options(model_folder, quick):
-    """What ``gemq quantize`` needs besides places."""
+    """Options that ``gemq quantize`` needs besides output folders."""
     return [model_folder, "--bits", "2", "--method", "uniform", "--no-tune-routers", *quick]
 
 

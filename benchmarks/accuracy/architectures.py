@@ -16,8 +16,8 @@ ARCHITECTURES = ("mixtral", "deepseek_v2", "qwen2_moe", "qwen3_moe")
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model; ``intermediate`` is an expert's, None: what makes the experts used by a token as wide as 4 x
-    ``hidden`` together, in steps of 64."""
+    """Size of a model. ``intermediate`` is the width of an expert; None chooses it so that the experts used by a token
+    are together as wide as 4 x ``hidden``, in steps of 64."""
 
     hidden: int = 256
     layers: int = 6

@@ -42,7 +42,7 @@ VERSION = 3
 POOL = 8  # balanced windows are chosen out of this many times as many
 
 
-# how matrices are quantized, costs included: as gemq does, by GPTQ alone, or as the paper's scripts do
+# ways to quantize matrices, costs included: as gemq does, by GPTQ alone, or as the paper's scripts do
 QUANTIZERS = {
     "default": GptqConfig.for_recipe("default"),
     "gptq": GptqConfig.for_recipe("default", refine=0, compensate=False, rescale=False),
@@ -208,17 +208,17 @@ class Session:
         return self.windows(run.calibration, count, run.balanced, run.self_sampled)
 
     def router_windows(self, run: Run) -> Tensor:
-        """Those that tune its routers."""
+        """Windows that tune the run's routers."""
         if run.router_samples is None:
             return self.calibrating(run)
         return self.windows(run.calibration, run.router_samples, run.balanced, run.self_sampled)
 
     def scores(self) -> dict[str, float]:
-        """Perplexity by text of the model as it is."""
+        """Perplexity by text of the model in its current state."""
         return {name: perplexity(self.model, w, self.settings.batch_size) for name, w in self.texts.items()}
 
     def statistics(self, run: Run) -> ExpertStatistics:
-        """Of the full-precision model, from the cache if they were measured before."""
+        """Statistics of the full-precision model, from the cache if they were measured before."""
         what = asdict(run)
         names = ("candidates", "perturbation", "balanced", "self_sampled", "quantizer")
         key = [VERSION, self.print, self.seed, run.method == "fisher", *(what[n] for n in names),

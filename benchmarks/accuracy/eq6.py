@@ -1,4 +1,5 @@
-"""Is Eq. 6 right? The loss increase that it predicts for one expert, against that of quantizing just this expert.
+"""Compare the loss increase that Eq. 6 predicts for one expert with the increase measured by quantizing just this
+expert.
 
 Eq. 6 sums squares of ``g * dz`` with ``g`` the gradient of a window's mean loss. With the Fisher information in place
 of the Hessian the expected rise of that mean loss is ``(T - 1) / 2`` times as much: the mean of ``T - 1`` token
@@ -42,7 +43,7 @@ def true_increases(
     moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, perturbation: Perturbation,
     batch_size: int = 8,
 ) -> np.ndarray:
-    """By how much the loss on ``windows`` (as Eq. 6: summed over windows) rises if one expert alone has a width.
+    """Measure the rise of the loss on ``windows`` (as in Eq. 6: summed over windows) if one expert alone has a width.
 
     Float64 ``[L, E, B]``; negative where quantizing helps. ``moe`` holds its original weights, and does so after.
     """
@@ -94,14 +95,15 @@ def first_order(
 def with_first_order(
     predicted: np.ndarray, first: np.ndarray, true: np.ndarray, length: int
 ) -> tuple[np.ndarray, float]:
-    """``first + a * calibrated(predicted)``, and ``a``, fitted to ``true``: the median of what it would have to be."""
+    """Return ``first + a * calibrated(predicted)`` and ``a``. ``a`` is fitted to ``true``: it is the median of the
+    values that would make each prediction exact."""
     second = calibrated(predicted, length)
     multiple = float(np.median((true - first)[second > 0] / second[second > 0]))
     return first + multiple * second, multiple
 
 
 def calibrated(predicted: np.ndarray, length: int) -> np.ndarray:
-    """The expected rise of the summed mean losses that costs of Eq. 6 stand for, windows of ``length`` tokens."""
+    """Convert costs of Eq. 6 to the expected rise of the summed mean losses; ``length`` is the tokens of a window."""
     return predicted * (length - 1) / 2
 
 

@@ -134,7 +134,7 @@ DRAWN = {"1": ("Checkpoint size against perplexity", pareto, "pareto"),
 
 
 def draw(study: Study, model: str, chosen: dict[str, tables.Table], folder: Path) -> dict[str, str]:
-    """Write what there are results for; file names by title."""
+    """Draw every figure that has results; returns file names by title."""
     found = {}
     for key, (title, function, stem) in DRAWN.items():
         if key in chosen:

@@ -1,4 +1,4 @@
-"""Markdown tables and figures of a study, with where the paper's order is found and where it is not."""
+"""Render a study's Markdown tables and figures, and mark the cells that reproduce the paper's order."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _eq6(study: Study, model: str, table: tables.Table) -> list[str]:
             found = eq6.summary(predicted, true, stage["candidates"], stage["length"])
             lines += [f"| {label} | {r['bits']} | {r['spearman']:.3f} | {r['within_layers']:.3f} | "
                       f"{' / '.join(f'{v:.2f}' for v in r['ratio'])} | {r['total']:.2f} |" for r in found]
-            # what an allocation compares: every expert at every width, and at those above 1 bit
+            # values that an allocation compares: every expert at every width, and at those above 1 bit
             for name, first in (("all", 0), ("2 and up", sum(b < 2 for b in stage["candidates"]))):
                 rank = eq6.spearman(predicted[..., first:], true[..., first:])
                 lines.append(f"| {label} | {name}, together | {rank:.3f} | | | |")

@@ -71,7 +71,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def planned(options: argparse.Namespace, settings: Settings) -> tuple[dict[str, tables.Table], list[Cell]]:
-    """The tables asked for, and their cells: each once, models and seeds outermost, the most useful table first."""
+    """List the requested tables, and their cells: each once, models and seeds outermost, the most useful table first.
+    """
     names = [name for name, _ in settings.calibration if "+" not in name]
     budgets = tuple(float(b) for b in options.bits.split(","))
     found = tables.build(names, budgets, tuple(b for b in budgets if b <= 2) or budgets)
@@ -103,7 +104,8 @@ def _runs(table: tables.Table, first_seed: bool) -> Iterator[Run]:
 
 
 def seconds_left(todo: list[Cell], done: list[dict]) -> float | None:
-    """From the mean time of measured cells of the same kind and router handling; None without any."""
+    """Estimate the remaining seconds from the mean time of measured cells of the same kind and router handling; None
+    without any."""
     if not done:
         return None
     groups: dict[tuple, list[float]] = {}
@@ -119,7 +121,7 @@ def seconds_left(todo: list[Cell], done: list[dict]) -> float | None:
 
 
 def compute(todo: list[Cell], settings: Settings, options: argparse.Namespace) -> None:
-    """Run the cells that are left, a line each."""
+    """Run the remaining cells, and print a line for each."""
     folder = options.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     session, count = None, len(todo)
@@ -186,7 +188,7 @@ def put_into(page: Path, out: Path, conditions: dict, command: str, block: str =
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options that :func:`settings_of` reads."""
+    """Add the options that :func:`settings_of` reads."""
     parser.add_argument("--calibration", action="append", help="NAME=SOURCE, repeatable; the first is the default")
     parser.add_argument("--text", action="append", help="NAME=SOURCE to evaluate on, repeatable")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
@@ -196,7 +198,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="folders of full-precision models (default: the demo's)")
     parser.add_argument("--table", default="all", help=f"all, or of {', '.join(tables.PRIORITY)}")
@@ -217,7 +219,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Plan, run what is left, write."""
+    """Plan the cells, run those that are left, and write the results."""
     options = parse(arguments)
     try:
         settings = settings_of(options)

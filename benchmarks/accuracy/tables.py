@@ -32,7 +32,7 @@ class Table:
 
 
 def control(run: Run) -> Run:
-    """Full precision as ``run`` has to be compared with: its routers tuned alike, on the same windows."""
+    """Run in full precision that ``run`` is compared with: its routers are tuned alike, on the same windows."""
     if run.routers != "loss":
         return FP
     return replace(

@@ -1,4 +1,4 @@
-"""Is a perplexity better because the model knows more, or because it is less sure of itself?
+"""Test if a lower perplexity comes from better predictions or only from less confident ones.
 
     python benchmarks/accuracy/temperature.py [MODEL] --text held-out=heldout.txt --text unseen=other.txt
 
@@ -41,7 +41,7 @@ def by_temperature(model: nn.Module, windows: Tensor, batch_size: int) -> dict[f
 
 
 def show(name: str, session: Session) -> None:
-    """A line for the model as it is."""
+    """Print a line for the model in its current state."""
     columns = []
     for text, windows in session.texts.items():
         found = by_temperature(session.model, windows, session.settings.batch_size)

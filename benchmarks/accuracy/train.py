@@ -206,7 +206,7 @@ def save(model: nn.Module, tokenizer, target: Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("text", nargs="+", help="files as gemq takes them: .txt, .jsonl#field")
@@ -234,7 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _refuse_other_options(path: Path, options: argparse.Namespace) -> None:
-    """A run goes on only with the options it was begun with."""
+    """Refuse to continue a run with options other than those it was begun with."""
     given = {k: str(v) for k, v in vars(options).items() if k not in ("out", "log_every", "save_every", "device")}
     if path.is_file():
         before = json.loads(path.read_text())
@@ -271,7 +271,7 @@ def run(options: argparse.Namespace) -> float:
     for name, text in texts.items():
         (options.out / "text" / f"{name}.txt").write_text(text, encoding="utf-8")
     save(model, tokenizer, options.out / "model")
-    # what was saved, in bf16
+    # the saved weights, in bf16
     perplexity, load = evaluate(describe(model.float()), heldout, options.window)
     even = 1 / moe.num_experts
     print(f"held-out perplexity {perplexity:.2f}; share of an even load by expert, lowest to highest: "
@@ -284,7 +284,7 @@ def run(options: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Run; errors are one line."""
+    """Run, and print an error in one line."""
     try:
         run(parse())
     except (ValueError, OSError) as error:

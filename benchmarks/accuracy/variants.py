@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def compare(session: Session, run: Run, names: list[str]) -> None:
-    """A line a budget and variant."""
+    """Print a line for each budget and variant."""
     statistics, windows = session.statistics(run), session.calibrating(run)
     method = MethodConfig(budgets=run.budgets, per_layer="none", tune=False)
     for budget in run.budgets:

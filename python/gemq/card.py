@@ -18,7 +18,7 @@ from gemq.integrity import CARD_FILE, read_json
 from gemq.packed_config import PackedConfig
 from gemq.summary import summarize
 
-# how many bytes the hub's pages call a megabyte
+# bytes of a megabyte on the hub's pages
 _MB = 1e6
 
 

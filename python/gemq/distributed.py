@@ -41,7 +41,7 @@ class World:
         return self.rank == 0
 
 
-# whether rank 0 is at work inside on_first
+# True while rank 0 works inside on_first
 _alone = False
 
 

@@ -1,4 +1,4 @@
-"""What a quantization would make of a model, from its configuration alone: widths and sizes, nothing written."""
+"""Preview a quantization from a model's configuration alone: widths and sizes, nothing written."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class Preview:
 
 @plain_torch()
 def preview(config: QuantizeConfig) -> list[Preview]:
-    """What :func:`gemq.quantize` would do with ``config``, per budget from the highest; reads no weights or text.
+    """Predict the result of :func:`gemq.quantize` with ``config``, per budget from the highest; reads no weights or
+    text.
 
     Checks what can be checked so: output folder, family, budgets, patterns, costs. With costs (``config.costs``) or
     uniform widths the result is exact, up to what later budgets of a progression would measure anew. Raises what

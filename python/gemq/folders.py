@@ -11,7 +11,7 @@ from gemq.errors import CheckpointError, first_line
 
 TEMPLATES = "additional_chat_templates"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-# what a tokenizer, a processor or a reader needs of a model's folder; none of it is code or a pickle
+# files of a model's folder that a tokenizer, a processor or a reader needs; none is code or a pickle
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
@@ -21,7 +21,7 @@ COMPANIONS = (
 )
 # what may be passed on only together with this
 LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-# what gemq itself writes beside the weights
+# files that gemq itself writes beside the weights
 OWN = ("config.json", "gemq_*.json", "README.md")
 # how a repository is fetched, as transformers spells it
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")

@@ -49,7 +49,7 @@ def checked_config(path: str, trust_remote_code: bool = False):
     return config
 
 
-# any of these is a tokenizer's
+# a folder with any of these has a tokenizer
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 

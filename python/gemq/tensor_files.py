@@ -15,7 +15,7 @@ DTYPES = {
     "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
     "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
-# what else the library reads, in bits an element: stored by other quantizers, never by gemq
+# other dtypes that the library reads, in bits an element: stored by other quantizers, never by gemq
 OTHER_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "C64": 64,

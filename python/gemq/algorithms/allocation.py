@@ -29,13 +29,13 @@ from gemq.algorithms.costs import Costs
 from gemq.algorithms.program import Program
 from gemq.format import UNQUANTIZED, by_weight, check_bits
 
-# which widths, counted from the highest down, a routed expert of each layer must take (the paper's Table 17)
+# widths, counted from the highest down, that a routed expert of each layer must take (the paper's Table 17)
 PER_LAYER, SOLVERS = {"c2c3": (1, 2), "c2": (1,), "c3": (2,), "none": ()}, ("auto", "highs", "cbc")
-# what a shared expert as wide as several counts of the budget: what it takes, or as in the paper's experiments
+# share of the budget that a shared expert counts: the bits it takes, or as in the paper's experiments
 ACCOUNTINGS = ("exact", "paper")
-# what has a width of its own: an expert, or its gate and up projections and its down projection
+# units that have a width of their own: an expert, or its gate and up projections and its down projection
 GRANULARITIES = ("auto", "expert", "matrix")
-# of an expert's weights gate and up are two thirds, down is one
+# shares of an expert's weights: gate and up two thirds, down one third
 _THIRDS = (2.0, 1.0)
 # A real budget times an expert count may miss a whole number of bits by rounding.
 BUDGET_SLACK = 1e-6

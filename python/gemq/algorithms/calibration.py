@@ -85,7 +85,7 @@ def _hub_documents(name: str, split: str) -> list[str]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise CalibrationError(f"could not load {name} ({reason}); give a local .txt or .jsonl file instead") from error
-    # of long corpora only those are read that are asked for
+    # of long corpora, only the requested documents are read
     return data["text"]
 
 

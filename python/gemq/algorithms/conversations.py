@@ -9,12 +9,12 @@ import jinja2
 
 from gemq.time_limit import TimeLimitError, time_limit
 
-# where records keep their messages, in the order of preference
+# fields in which records keep their messages, in order of preference
 FIELDS = ("messages", "conversations")
 # ShareGPT's names of who speaks, as templates know them
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 
-# of rendering a conversation, which takes milliseconds
+# time limit in seconds for rendering a conversation, which takes milliseconds
 SECONDS = 5.0
 LONGEST = 50_000_000
 

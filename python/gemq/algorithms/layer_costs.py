@@ -12,7 +12,7 @@ from torch import Tensor
 from gemq import distributed
 from gemq.errors import NumberError
 
-# what is perturbed: the expert, its gate and up projections alone, its down projection alone
+# parts that are perturbed: the expert, its gate and up projections alone, its down projection alone
 WHOLE, GATE_UP, DOWN = range(3)
 
 

@@ -16,7 +16,7 @@ from gemq.errors import NumberError
 from gemq.models import MoeModel
 
 Progress = Callable[[int, int], None]
-# of windows ``[1, T]``, for each the ``loss`` and its gradients by the routers, numbered in their order
+# function of windows ``[1, T]``: for each the ``loss`` and its gradients by the routers, numbered in order
 Gradients = Callable[[list[Tensor]], Iterable[dict[str, Tensor]]]
 
 

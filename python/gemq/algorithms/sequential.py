@@ -140,7 +140,7 @@ class _Calibration:
         return ([self._rows(routed, e) for e in self.experts] for routed in self.kept)
 
 
-# what a batch of matrices may take on a CPU: memory that is used again and again is neither mapped nor fetched anew
+# bytes of a batch of matrices on a CPU: memory that is reused is neither mapped nor fetched again
 _BATCH_BYTES = 64 << 20
 
 

@@ -20,7 +20,7 @@ from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
 
 Mix = tuple[tuple[int, float], ...]
-# of weights, as in transformers' initialisation
+# standard deviation of weights, as in transformers' initialisation
 _STD = 0.02
 _CHUNK = 1 << 26
 

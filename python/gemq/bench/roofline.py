@@ -69,7 +69,7 @@ def other_bytes(model: nn.Module, batch: int) -> int:
     for path, module in model.named_modules():
         if path.endswith(".experts"):
             continue
-        # what a checkpoint holds: parameters, packed weights, correction biases of routers
+        # tensors of a checkpoint: parameters, packed weights, correction biases of routers
         buffers = module.named_buffers(recurse=False)
         tensors = [b for name, b in buffers if name not in module._non_persistent_buffers_set]
         tensors += module.parameters(recurse=False)

@@ -184,7 +184,7 @@ def recording(
 
         stack.enter_context(watch_experts(layer, seen))
         yield trace
-    # what the passes left free
+    # return the memory that the passes freed
     return_memory()
     trace.complete(calls.rounds)
 

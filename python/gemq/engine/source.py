@@ -36,7 +36,7 @@ from gemq.nn.experts import PROJECTIONS
 from gemq.tensor_files import DTYPES, WEIGHTS
 
 _log = logging.getLogger("gemq")
-# all that is not in a decoder layer: embeddings, the last norm, the head
+# unit of the parameters outside decoder layers: embeddings, the last norm, the head
 OUTSIDE = -1
 # tensors that stay unquantized are stored in 16 bits
 _STORED = {torch.float64: torch.bfloat16, torch.float32: torch.bfloat16}
@@ -78,12 +78,12 @@ class Source:
     ):
         self.folder, self.device = local_folder(path), device
         self.files = weight_files(self.folder, getattr(config, "transformers_weights", None))
-        # as the files are before anything of them is read
+        # state of the files before any of them is read
         self.watch = watch or SourceWatch([self.folder / "config.json", *self.files])
         self._headers = {file: read_header(file) for file in self.files}
         check_sizes(config, self.folder)
         self._check_layers(config)
-        # what a config leaves open, the weights say
+        # the weights decide a dtype that the config leaves open
         declared = getattr(config, "dtype", None)
         self.declared: torch.dtype = declared if isinstance(declared, torch.dtype) else self._first_float()
         self.dtype = self.declared if dtype == "auto" else dtype

@@ -31,7 +31,7 @@ _NAMES = {
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 # the same function of queries, keys and values; others may be anything, also what a user registered
 _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-# where each layer's type says what it sees, whatever the window is
+# models whose layer types, not the window, decide which tokens a layer attends to
 _BY_LAYER = ("qwen2_moe", "dots1")
 _WINDOWED = (*_BY_LAYER, "mixtral", "qwen3_moe")
 

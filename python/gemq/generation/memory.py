@@ -48,7 +48,7 @@ def free_bytes(device: torch.device) -> int | None:
     """Bytes of memory that are still available on a device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # what torch holds and does not use
+        # memory that torch has reserved but does not use
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.is_file():

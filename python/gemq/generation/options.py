@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gemq.errors import CheckpointError
 
 MAX_BATCH = 64
-# what torch.Generator.manual_seed takes, from 0
+# torch.Generator.manual_seed takes values from 0 up to this
 _MAX_SEED = 2**64 - 1
 
 

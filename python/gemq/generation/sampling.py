@@ -9,7 +9,7 @@ from gemq.generation.options import GenerationOptions
 
 # temperatures and penalties beyond 1e-4 .. 1e4 are computed in float64, where scores of either size stay apart
 _PLAIN = 1e4
-# what a score of float64 may be divided or multiplied by without leaving the numbers
+# largest factor by which a float64 score may be divided or multiplied without overflow
 _FARTHEST = 1e250
 _SMALLEST_NOISE = torch.finfo(torch.float32).tiny
 

@@ -23,7 +23,7 @@ class ContinuationStreamer(TextStreamer):
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_special_tokens=True)
-        # what is decoded and not handed on yet, in parts
+        # decoded text that was not returned yet, in parts
         self.held: list[str] = []
 
     def put(self, value: Tensor) -> None:

@@ -26,7 +26,7 @@ from gemq.packed_config import PackedConfig
 from gemq.shards import ShardWriter
 from gemq.staging import new_folder
 
-# what the three linears of an expert are called on disk
+# names on disk of the three linears of an expert
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
 # buffers that old checkpoints hold and models compute

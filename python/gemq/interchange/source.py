@@ -18,7 +18,7 @@ from gemq.folders import TEMPLATES, is_companion, is_known, lies_inside
 from gemq.integrity import read_bytes, read_header
 from gemq.models.families import check_supported
 
-# what belongs to the quantized model alone
+# files that belong to the quantized model alone
 _ITS_OWN = ("quantize_config.json", TEMPLATES)
 
 

@@ -15,9 +15,9 @@ import torch
 from gemq.algorithms.gptq import GptqConfig, factorise, quantize_columns
 from gemq.generation.memory import free_bytes
 
-# Of reading and writing weights; nothing is read to find it out.
+# Bytes per second of reading and writing weights: assumed, not measured.
 DISK_RATE = 1e9
-# What large products reach of a data sheet's peak, and copies of its bandwidth.
+# Shares of a data sheet's peak and bandwidth that large products and copies reach.
 _SHARE, _BANDWIDTH_SHARE = 0.5, 0.8
 # of the vendors' data sheets: memory (bytes), dense 16-bit and float32 rates (operations/s), bandwidth (bytes/s)
 _SHEETS = {
@@ -123,7 +123,7 @@ def free_host_bytes() -> int | None:
     limit, used = _limit("/sys/fs/cgroup/memory.max"), _limit("/sys/fs/cgroup/memory.current")
     if limit is None or used is None:
         return available
-    # what the group holds of files is given back when it is needed
+    # the group's page cache is freed when memory is needed
     stat = Path("/sys/fs/cgroup/memory.stat")
     files = 0
     if stat.is_file():

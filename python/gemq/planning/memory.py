@@ -20,9 +20,9 @@ PROCESS, CONTEXT = 750 * 10**6, 500 * 10**6
 # float32 copies of a k x k Hessian that are alive while its factor is computed (gemq.algorithms.gptq), and bytes a
 # weight while its columns are rounded: its float32 copy, clone, dequantized twin and error, and the codes
 FACTOR_COPIES, ROUNDING = 5, 17
-# What allocators hold beyond what is in use, of everything but the process itself: measured, 0 to 18%.
+# Memory that allocators hold beyond what is in use, as a share of all but the process itself: measured, 0 to 18%.
 SLACK = 0.1
-# how much busier than the mean the busiest expert is taken to be
+# assumed ratio of the busiest expert's tokens to the mean
 BUSIEST = 4
 _FLOAT = 4
 
@@ -131,7 +131,7 @@ def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     # a step's windows run one by one
     tuning = sum(graph_bytes(parts, layer, work.length, d) for layer in parts.layers)
     tuning += logits_bytes(parts, work.length, d)
-    # what stays unquantized is converted to 16 bits in memory
+    # unquantized tensors are converted to 16 bits in memory
     writing = output + ((parts.parameters - parts.quantizable) * 2 if d == _FLOAT else 0)
     stages = {"load": {"weights": held["weights"]}}
     if work.method.measures:

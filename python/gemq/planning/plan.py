@@ -18,7 +18,7 @@ from gemq.planning.running import Inference, bits_that_run, inference_of
 from gemq.planning.seconds import stage_operations
 from gemq.planning.widths import budget_range, planned_widths
 
-# what gemq quantize runs
+# the default engine of gemq quantize
 ENGINE = "stream"
 
 
