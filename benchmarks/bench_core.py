@@ -29,7 +29,7 @@ OPS += [f"repack_{way}_{tile}" for tile in ("cpu_tile", "gpu_tile") for way in (
 
 
 def seconds(device: str, call: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
-    """Of every round after two to warm up; events on CUDA, so without the launch's way through Python."""
+    """Seconds of every round after two to warm up; on CUDA by events, which leave out the launch's time in Python."""
     found = []
     for _ in range(rounds + 2):
         if device == "cuda":

@@ -57,7 +57,7 @@ def seconds(call: Callable[[], object], least: float = 0.02) -> float:
 
 
 def pairs(first: Callable[[], object], second: Callable[[], object], count: int, least: float = 0.02) -> dict:
-    """Both in turns: medians of each, and the median of first / second pair by pair, over the quiet pairs.
+    """Run both in turns: medians of each, and the median of first / second pair by pair, over the quiet pairs.
 
     Quiet are those whose ``first``, the yardstick, took at most a quarter longer than the fastest: in the others
     somebody else had the machine.

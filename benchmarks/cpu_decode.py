@@ -89,7 +89,7 @@ def decode(model: nn.Module, step: str, options: argparse.Namespace) -> Run:
 
 
 def expert_bytes(model: nn.Module) -> float:
-    """Of a token: two experts of the mean size in every layer."""
+    """Bytes of experts that a token reads: two of the mean size in every layer."""
     layers = model.model.layers
     return sum(2 * statistics.mean(expert_sizes(layer.mlp.experts)) for layer in layers)
 
@@ -118,7 +118,7 @@ def measure(bits: float, options: argparse.Namespace) -> dict:
 
 
 def compare(row: dict, llama: dict[float, float]) -> dict:
-    """With llama.cpp's tokens a second at this width, the ratio of medians and whether it reaches the target."""
+    """Add llama.cpp's tokens a second at this width, the ratio of medians, and whether it reaches the target."""
     if row["bits"] in llama:
         ratio = row["native"]["p50"] / llama[row["bits"]]
         target = TARGETS.get(row["bits"])

@@ -207,8 +207,9 @@ def eager_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, config: G
 
 
 def gptq_stage(experts: int = 64) -> dict:
-    """Both projections of a layer of 64 experts of mixed widths, propagation on: expert by expert, batched, and batched
-    with the refinement that follows by default. Seconds of processor time, and by the wall."""
+    """Time GPTQ of both projections of a layer of 64 experts of mixed widths, with propagation: expert by expert,
+    batched, and batched with the refinement that follows by default. Seconds are of processor time and of the wall
+    clock."""
     config, generator = Qwen3MoeConfig(), torch.Generator().manual_seed(0)
     hidden, intermediate = config.hidden_size // 2, config.moe_intermediate_size // 2
     bits = [1 + e % 3 for e in range(experts)]

@@ -113,7 +113,8 @@ def limit_of(stage: Stage, budget: float, elapsed: float) -> int | None:
 
 
 def speedups(result: dict) -> dict[str, dict[str, float]]:
-    """By model, median tokens a second of gemq and of the 16-bit baselines of the same call, and the quotients."""
+    """Collect by model the median tokens a second of gemq and of the 16-bit baselines of the same call, and the
+    quotients."""
     rates: dict[str, dict[str, float]] = {}
     for key, part in result.items():
         if key.startswith("bench_"):

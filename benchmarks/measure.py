@@ -46,7 +46,7 @@ def limits(device: str) -> dict:
 
 
 def cache_bytes(device: str) -> int:
-    """Of the last level of cache, at most 64 MiB on a CPU: a virtual machine shows its host's."""
+    """Bytes of the last level of cache, at most 64 MiB on a CPU: a virtual machine shows its host's."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     try:

@@ -51,7 +51,7 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter, as far as they are installed, and of CUDA and its driver where there is one."""
+    """Versions of the installed packages that matter, and of CUDA and its driver if there is one."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -45,7 +45,7 @@ def evaluate(model: str, texts: dict[str, str], options: argparse.Namespace) -> 
 
 
 def run(options: argparse.Namespace) -> list[dict]:
-    """All rows: one per method, budget and seed, and one for the full-precision model."""
+    """Measure all rows: one per method, budget and seed, and one for the full-precision model."""
     texts = dict(item.split("=", 1) for item in options.eval)
     rows = [{"method": "FP", "bits": None, "seed": None, **evaluate(options.model, texts, options)}]
     print(rows[-1], flush=True)

@@ -62,7 +62,7 @@ def cuobjdump() -> str | None:
 
 
 def _digest(compiler: str) -> str:
-    """Of everything the cubins depend on."""
+    """Digest of everything that the cubins depend on."""
     digest = hashlib.sha256(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
     for path in sorted([*ROOT.glob("csrc/pack/*"), *ROOT.glob("csrc/gptq/*"), *ROOT.glob("csrc/include/gemq/*")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -155,7 +155,7 @@ def kernels(cubin: Path) -> list[Kernel]:
 
 
 def report() -> list[Kernel]:
-    """All kernels of all sources."""
+    """Report all kernels of all sources."""
     return [kernel for cubin in compile_all() for kernel in kernels(cubin)]
 
 

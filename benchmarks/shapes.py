@@ -22,7 +22,7 @@ class Block:
     shared: int = 0
 
     def flops(self, tokens: int) -> int:
-        """Of the products, for all tokens."""
+        """Floating-point operations of the products, for all tokens."""
         return 2 * 3 * tokens * self.hidden * (self.top_k * self.ffn + self.shared)
 
 

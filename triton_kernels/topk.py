@@ -1,4 +1,4 @@
-"""From router logits to routing in one launch: scores, the ``top_k`` largest, their weights."""
+"""Compute routing from router logits in one launch: scores, the ``top_k`` largest, their weights."""
 
 from __future__ import annotations
 

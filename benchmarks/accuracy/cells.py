@@ -311,7 +311,8 @@ def _outliers(session: Session, run: Run) -> list[dict]:
 
 
 def _full_precision(session: Session, run: Run) -> list[dict]:
-    """With ``routers`` "loss": the control, its routers tuned as a quantized model's are."""
+    """Evaluate in full precision. With ``routers`` "loss" it is the control: its routers are tuned as a quantized
+    model's are."""
     before, size = session.fp_routes, 2 * sum(p.numel() for p in session.model.parameters())
     session.originals.restore()
     start = time.perf_counter()

@@ -124,7 +124,8 @@ def spearman(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def summary(predicted: np.ndarray, true: np.ndarray, candidates: list[int], length: int) -> list[dict]:
-    """By width: Spearman's rank correlation, and the quartiles of true over predicted rise where that is positive."""
+    """Summarise by width: Spearman's rank correlation, and the quartiles of true over predicted rise where that is
+    positive."""
     rows = []
     for b, bits in enumerate(candidates):
         ratio = true[..., b] / np.maximum(calibrated(predicted[..., b], length), 1e-300)

@@ -49,7 +49,8 @@ def _rows(base: Run, budgets: tuple[float, ...], **options: tuple) -> tuple[tupl
 
 
 def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float, ...]) -> dict[str, Table]:
-    """All tables, for the names of the calibration texts and the budgets; ``low`` are those of the ablations."""
+    """Build all tables for the names of the calibration texts and the budgets; ``low`` are the budgets of the
+    ablations."""
 
     def at(run: Run, chosen: tuple[float, ...] = budgets, **options: object) -> Run:
         return replace(run, budgets=chosen, **options)

@@ -92,8 +92,8 @@ def replace(path: Path, *parts: bytes, partial: Path | None = None) -> None:
 
 
 def write_atomic(path: Path, *parts: bytes) -> None:
-    """As :func:`replace`, for a run directory: the temporary name is always the same, so that a run that goes on
-    writes over what a killed one left. Raises :class:`CheckpointError`."""
+    """Write a file of a run directory as :func:`replace` does. The temporary name is always the same, so a run that
+    continues overwrites what a killed one left. Raises :class:`CheckpointError`."""
     with explained(path):
         replace(path, *parts, partial=path.with_name(path.name + ".tmp"))
 

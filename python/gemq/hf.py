@@ -43,11 +43,11 @@ class GemqConfig(QuantizationConfigMixin):
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it goes into ``config.json``."""
+        """Convert to the values stored in ``config.json``."""
         return self.packed.to_dict()
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All of it: nothing is a default that could be left out."""
+        """Convert all fields: none is a default that could be left out."""
         return self.to_dict()
 
 
@@ -83,7 +83,8 @@ class GemqQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """For ``model.dequantize()``: the family's own modules, weights ``q * s + m`` rounded once to ``dtype``."""
+        """Return the family's own modules for ``model.dequantize()``, with weights ``q * s + m`` rounded once to
+        ``dtype``."""
         with torch.device("meta"):
             twin = type(model)(copy.deepcopy(model.config))
         for path, packed in list(packed_modules(model)):
@@ -107,7 +108,7 @@ class GemqQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """All ops have fake implementations."""
+        """True: all ops have fake implementations."""
         return True
 
 

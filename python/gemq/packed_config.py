@@ -62,7 +62,7 @@ class PackedConfig:
         return sum(found) / len(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is stored, with string keys and the digest."""
+        """Convert to the stored form, with string keys and the digest."""
         data = asdict(self)
         for name in ("expert_bits", "shared_bits", "down_bits"):
             data[name] = {str(k): v for k, v in data[name].items()}

@@ -167,7 +167,8 @@ def _put_in_place(stage: Path, final: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """As :func:`staged` for a ``target`` that must not exist or be empty; all files are synced at the end."""
+    """Create a folder as :func:`staged` for a ``target`` that must not exist or be empty; all files are synced at the
+    end."""
     with staged(target) as folder:
         yield folder
         for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:

@@ -46,7 +46,8 @@ def check_finite(name: str, value: Tensor) -> Tensor:
 
 
 def file_head(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """All that comes before the data of a file with these tensors, and where in the file each tensor begins."""
+    """Return the bytes before the data of a file with these tensors, and the offset in the file at which each tensor
+    begins."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for name in sorted(tensors, key=lambda n: (_RANK[tensors[n].dtype], n)):

@@ -113,7 +113,8 @@ class Perturbation:
     def ffn(
         self, gate_up: Tensor, down: Tensor, widths: tuple[int, ...], x: Callable[[], Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Both projections of an expert at every width, calibrated on its inputs ``x() [t, hidden]``."""
+        """Quantize both projections of an expert at every width and back, calibrated on its inputs ``x() [t, hidden]``.
+        """
         first = self.quantized(gate_up, widths, x)
         second = self.quantized(down, widths, lambda: expert_hidden(gate_up, x()))
         return list(zip(first, second, strict=True))

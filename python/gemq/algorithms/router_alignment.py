@@ -122,7 +122,7 @@ def align_routers(
 
 @contextmanager
 def replayed_routing(moe: MoeModel, reference: MoeModel) -> Iterator[None]:
-    """Within, ``moe.model`` routes every token as ``reference.model`` does, with its weights.
+    """Route every token in ``moe.model`` as ``reference.model`` does, with its weights, for the duration of the block.
 
     Each call of ``moe.model`` first runs ``reference.model``, of the same architecture and in evaluation mode, on the
     same arguments. Use it without a cache of keys and values.

@@ -56,7 +56,7 @@ class BitPlan:
 
 @dataclass
 class QuantizedWeights:
-    """Everything that was quantized: per layer index the two expert stacks, per module path ``(codes, meta, bits)``;
+    """Quantized weights of a model: per layer index the two expert stacks, per module path ``(codes, meta, bits)``;
     ``reports`` by module path (experts: ``path.expert.projection``)."""
 
     plan: BitPlan

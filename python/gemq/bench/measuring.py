@@ -64,7 +64,7 @@ class Measurement:
     first_token: dict[str, float]
 
     def to_dict(self) -> dict:
-        """As JSON."""
+        """Convert to JSON values."""
         return asdict(self)
 
 

@@ -100,7 +100,7 @@ class BenchResult:
         return max(self.runs, key=lambda name: self.runs[name].tokens_per_second["p50"])
 
     def to_dict(self) -> dict:
-        """As JSON, with the versions it was made with."""
+        """Convert to JSON values, with the versions of the packages."""
         import transformers
 
         return {

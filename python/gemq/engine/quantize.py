@@ -80,7 +80,8 @@ def _quantize_experts(
     source: Source, layer: MoeLayer, trace: Trace, widths: tuple[list[int], list[int]], config: GptqConfig,
     budget: int, result: QuantizedWeights,
 ) -> None:
-    """All experts of a layer, a group at a time; ``widths`` are of gate and up, and of down, expert after expert."""
+    """Quantize all experts of a layer, a group at a time; ``widths`` are of gate and up, and of down, expert after
+    expert."""
     weights = source.experts[layer.index]
     part = distributed.share(len(weights[0]))
     per_group = experts_at_once(weights, budget)

@@ -199,7 +199,7 @@ class Quantized:
         return found
 
     def reports(self) -> dict[str, GptqReport]:
-        """All reports, in layer order."""
+        """Collect all reports, in layer order."""
         found: dict[str, GptqReport] = {}
         for index in range(self.layers):
             found |= self.record(index).reports

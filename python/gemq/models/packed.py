@@ -10,14 +10,15 @@ from gemq.nn import LowBitExperts, LowBitLinear
 
 
 def replace_with_packed(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Put each module in at its path (``model.layers.0.mlp.experts``), in the model's own training mode."""
+    """Replace the module at each path (``model.layers.0.mlp.experts``) by the packed one, in the model's own training
+    mode."""
     for path, module in modules.items():
         module.train(model.training)
         model.set_submodule(path, module)
 
 
 def packed_modules(model: nn.Module) -> Iterable[tuple[str, LowBitExperts | LowBitLinear]]:
-    """All packed modules of a model with their paths."""
+    """Yield all packed modules of a model with their paths."""
     for path, module in model.named_modules():
         if isinstance(module, (LowBitExperts, LowBitLinear)):
             yield path, module

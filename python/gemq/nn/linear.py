@@ -37,7 +37,7 @@ class LowBitLinear(PackedModule):
 
     @classmethod
     def from_codes(cls, codes: Tensor, meta: Tensor, bits: int, group_size: int, bias: Tensor | None = None):
-        """From uint8 codes ``[out, in]`` and float16 metadata ``[out, in // group_size, 2]``.
+        """Build a linear from uint8 codes ``[out, in]`` and float16 metadata ``[out, in // group_size, 2]``.
 
         Raises ``TypeError`` or ``ValueError`` for metadata of another dtype or shape.
         """

@@ -86,9 +86,9 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class Routing:
-    """From a router's logits to experts and weights, as :func:`gemq.ops.topk_routing` with what DeepSeek and GLM4 add:
-    only the best ``kept_groups`` of ``groups`` runs of experts take part (``group_score`` "largest" or "two_largest" of
-    a run), and ``epsilon`` is added to the sum that weights are divided by."""
+    """Rule from a router's logits to experts and weights. It is :func:`gemq.ops.topk_routing` with the additions of
+    DeepSeek and GLM4. Only the best ``kept_groups`` of ``groups`` runs of experts take part (``group_score`` "largest"
+    or "two_largest" of a run), and ``epsilon`` is added to the sum that weights are divided by."""
 
     top_k: int
     scoring: str = "softmax"

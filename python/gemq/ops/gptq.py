@@ -18,7 +18,7 @@ FP16_MAX = 65504.0
 def gptq_group(
     block: Tensor, factor: Tensor, bits: Tensor, clip: str = "none", propagate_from: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`gemq.reference.gptq_group`, for float32 ``block`` and ``factor`` and int32 ``bits``.
+    """Run :func:`gemq.reference.gptq_group` for float32 ``block`` and ``factor`` and int32 ``bits``.
 
     Raises ``ValueError`` for an unknown ``clip``, tensors on different devices, or weights that are not finite or
     beyond float16's range.
@@ -46,7 +46,7 @@ def gptq_group(
 
 
 def descend_codes(products: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor, bits: Tensor) -> Tensor:
-    """As :func:`gemq.reference.descend_codes`, for float32 ``products`` and ``hessian``.
+    """Run :func:`gemq.reference.descend_codes` for float32 ``products`` and ``hessian``.
 
     Raises ``ValueError`` for shapes that do not fit, tensors on different devices, or a hessian whose diagonal is not
     positive.

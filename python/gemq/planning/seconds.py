@@ -37,7 +37,7 @@ def layer_forward(parts: ModelParts, layer: LayerParts, tokens: int, length: int
 
 
 def forward(parts: ModelParts, tokens: int, length: int) -> float:
-    """All decoder layers and the head."""
+    """Operations of all decoder layers and the head."""
     body = sum(layer_forward(parts, layer, tokens, length) for layer in parts.layers)
     return body + 2 * tokens * parts.hidden * parts.vocabulary
 

@@ -45,7 +45,7 @@ def _cpu_codes_inverse(tile: Tensor, bits: int, n: int, k: int, group_size: int)
 
 
 def _gpu_fields(bits: int) -> list[list[tuple[int, int, int]]]:
-    """For each field, its pieces ``(word, bit in the half, bit of the code, ...)`` one bit at a time."""
+    """List the pieces of each field, ``(word, bit in the half, bit of the code, ...)``, one bit at a time."""
     if bits == 3:
         whole = [[(f // 5, 3 * (f % 5) + b, b) for b in range(3)] for f in range(15)]
         return [*whole, [(b, 15, b) for b in range(3)]]

@@ -87,7 +87,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All checkpoints, by falling size; scores of other models; the demo's table."""
+    """Data of a report: all checkpoints, by falling size; scores of other models; the demo's table."""
 
     checkpoints: tuple[Checkpoint, ...]
     others: tuple[Score, ...] = ()

@@ -88,7 +88,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """From data to pixels, linear or logarithmic."""
+    """Map from data to pixels, linear or logarithmic."""
 
     low: float
     high: float

@@ -34,7 +34,7 @@ class PackedQuantization:
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Everything is in ``config.json``."""
+        """Return no file names: everything is in ``config.json``."""
         return []
 
     @classmethod
