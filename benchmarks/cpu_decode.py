@@ -65,7 +65,7 @@ class Run:
 
 
 def decode(model: nn.Module, step: str, options: argparse.Namespace) -> Run:
-    """One run of one step; the program measures itself."""
+    """Run one step once; the program measures itself."""
     prompt = torch.randint(
         0, options.vocabulary, (1, options.prompt_length), generator=torch.Generator().manual_seed(0)
     )
@@ -95,7 +95,7 @@ def expert_bytes(model: nn.Module) -> float:
 
 
 def measure(bits: float, options: argparse.Namespace) -> dict:
-    """One width: both steps in turns."""
+    """Measure one width, with both steps in turns."""
     model = build(options, bits)
     runs: dict[str, list[Run]] = {step: [] for step in STEPS}
     for _ in range(options.repeats):

@@ -55,7 +55,7 @@ def resident(key: str = "VmRSS") -> int:
 
 
 def forget_peak() -> None:
-    """Start the peak anew."""
+    """Reset the peak of resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -105,7 +105,7 @@ def streamed(folder: Path, text: torch.Tensor, work: Path, report: Stages) -> in
 
 
 def in_memory(folder: Path, text: torch.Tensor, work: Path, report: Stages) -> int:
-    """The same with the whole model in memory."""
+    """Quantize as :func:`streamed`, with the whole model in memory."""
     report("load", 0, 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     report("load", 1, 1)

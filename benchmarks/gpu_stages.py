@@ -132,7 +132,7 @@ def speedups(result: dict) -> dict[str, dict[str, float]]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """The whole file or the old one."""
+    """Write a JSON file atomically: a reader finds the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
@@ -196,14 +196,14 @@ class Run:
             | stage.environment
 
     def scrubbed(self, text: str) -> str:
-        """No folder of this machine in the result."""
+        """Remove the folders of this machine from a text of the result."""
         for folder, name in ((self.out, "out"), (self.built, "built"), (self.site, "site"), (self.plain, "plain"),
                              (ROOT, "."), (Path.home(), "~")):
             text = text.replace(str(folder), name)
         return text
 
     def conditions(self) -> bool:
-        """Machine, commit and versions into the result; whether there is a CUDA device."""
+        """Record machine, commit and versions in the result; returns True if there is a CUDA device."""
         program = (
             "import sys, json; sys.path.insert(0, 'benchmarks'); import record, torch; "
             "print(json.dumps([record.conditions('bash benchmarks/gpu_run.sh'), torch.cuda.is_available()]))"
@@ -220,7 +220,7 @@ class Run:
         return cuda
 
     def run(self, stage: Stage, cuda: bool) -> dict:
-        """Run a stage, or say why not."""
+        """Run a stage, or record the reason for skipping it."""
         limit = limit_of(stage, self.budget, self.elapsed())
         if not cuda:
             return {"outcome": "skipped: no CUDA device"}

@@ -20,9 +20,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def limits(device: str) -> dict:
-    """Measured now: ``copy_gb_s``, bytes read and written by a 1 GiB device copy (on the CPU: bytes read by a sum over
-    1 GiB with all threads), and ``matmul_tflop_s`` of torch's large dense product in ``matmul_dtype``: float16, on the
-    CPU the faster of float32 and bfloat16."""
+    """Measure the limits of the machine: ``copy_gb_s``, bytes read and written by a 1 GiB device copy (on the CPU:
+    bytes read by a sum over 1 GiB with all threads), and ``matmul_tflop_s`` of torch's large dense product in
+    ``matmul_dtype``: float16, on the CPU the faster of float32 and bfloat16."""
     cuda = device == "cuda"
     timer, repeats = (trials.event_time, 20) if cuda else (trials.clock_time, 5)
 
@@ -141,7 +141,7 @@ class Stopwatch:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """The whole file or the old one."""
+    """Write a JSON file atomically: a reader finds the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")

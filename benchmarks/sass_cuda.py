@@ -1,4 +1,4 @@
-"""Compile the CUDA C++ kernels for sm_90 without a GPU and say what ptxas made of them.
+"""Compile the CUDA C++ kernels for sm_90 without a GPU and report their registers, spills and memory instructions.
 
     python benchmarks/sass_cuda.py [--json report.json]
 

@@ -1,4 +1,4 @@
-"""Files of text: which kinds are read, and how, a piece or a record at a time.
+"""Read files of text of known kinds, a piece or a record at a time.
 
 The kind is told by the name, and the content must agree with it; nothing else is ever taken for text. Compressed files
 are unpacked as far as they are read, and refused beyond :data:`MOST_UNPACKED` bytes.
@@ -56,7 +56,7 @@ class TextFile:
 
 
 def text_file(name: str, known: Iterable[str] = ()) -> TextFile:
-    """The file of a name, told by it and by how it begins.
+    """Find the file of a name; its kind is told by the name and by its first bytes.
 
     Raises :class:`CalibrationError` if there is none (``known`` names what else there is), it is no regular file, or
     of a kind that is not read.
@@ -149,7 +149,7 @@ def _text(file: TextFile) -> Iterator[TextIO]:
 
 
 def pieces(file: TextFile) -> Iterator[str]:
-    """A plain text from its beginning, up to a quarter of a million characters at a time."""
+    """Yield a plain text from its beginning, up to a quarter of a million characters at a time."""
     with _text(file) as stream:
         while piece := stream.read(_CHARACTERS):
             check_characters(file.path, piece)
@@ -157,7 +157,7 @@ def pieces(file: TextFile) -> Iterator[str]:
 
 
 def records(file: TextFile, columns: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """``(where it is, record)`` of a file of records; of a Parquet file, with those of ``columns`` that it has."""
+    """Yield ``(location, record)`` of a file of records; of a Parquet file, with those of ``columns`` that it has."""
     if file.kind == "parquet":
         yield from _rows(file, frozenset(columns))
         return
@@ -196,7 +196,7 @@ def _why(error: Exception) -> str:
 
 
 def _values(path: Path, stream: TextIO) -> Iterator[tuple[str, Any]]:
-    """The elements of a JSON list, or values one after another, without holding the whole."""
+    """Yield the elements of a JSON list, or values one after another, without holding the whole."""
     reader = _Reader(path, stream)
     listed = reader.next_character() == "["
     if listed:
@@ -214,7 +214,7 @@ def _values(path: Path, stream: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 class _Reader:
-    """JSON values out of a stream."""
+    """Reader of JSON values from a stream."""
 
     def __init__(self, path: Path, stream: TextIO):
         self.path, self.stream, self.buffer, self.at, self.count, self.ended = path, stream, "", 0, 1, False
@@ -223,14 +223,14 @@ class _Reader:
         raise CalibrationError(f"{self.path}, record {self.count}: no JSON record ({why})")
 
     def more(self, least: int) -> bool:
-        """Read on, at least as much as ``least``; False at the end."""
+        """Read at least ``least`` more characters; returns False at the end."""
         new = self.stream.read(max(_CHARACTERS, least))
         self.buffer, self.at = self.buffer[self.at :] + new, 0
         self.ended = not new
         return bool(new)
 
     def next_character(self) -> str:
-        """The next one that is no blank, which stays; empty at the end."""
+        """Return the next character that is not blank, without consuming it; empty at the end."""
         while True:
             while self.at < len(self.buffer) and self.buffer[self.at] in " \t\n\r":
                 self.at += 1
@@ -240,7 +240,7 @@ class _Reader:
                 return ""
 
     def value(self) -> Any:
-        """The value that begins here."""
+        """Read the value that begins here."""
         while True:
             try:
                 found, self.at = _DECODER.raw_decode(self.buffer, self.at)
@@ -254,7 +254,7 @@ class _Reader:
                     self.fail(_why(error))
 
     def _unfinished(self, error: Exception) -> bool:
-        """Tell if the value may only be cut off."""
+        """Tell if the value may be incomplete because the text read so far ends in it."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16

@@ -1,4 +1,4 @@
-"""Token ids of long texts, a piece at a time, equal to those of the whole.
+"""Tokenize long texts a piece at a time; the ids equal those of the whole text.
 
 A tokenizer's own result of a long text takes some hundred times its bytes. Here a text is tokenized in pieces that
 overlap, of which only the ids are kept. Two neighbours are joined where they agree on the tokens to both sides. For
@@ -85,7 +85,7 @@ def _slices(text: Iterable[str]) -> Iterator[str]:
 
 
 def _fill(buffer: str, text: Iterator[str], least: int) -> tuple[str, bool]:
-    """The buffer with ``least`` characters or more, unless the text has ended, which is told beside it."""
+    """Extend the buffer to ``least`` characters or more. Returns it, and True if the text has ended."""
     parts, count = [buffer], len(buffer)
     while count < least:
         part = next(text, None)
@@ -99,8 +99,11 @@ def _fill(buffer: str, text: Iterator[str], least: int) -> tuple[str, bool]:
 def _next(
     tokenizer, buffer: str, size: int, left: _Encoded, first: int
 ) -> tuple[int, _Encoded, int, int] | None:
-    """The piece after the first ``size`` characters, which goes on where the two agree: where it begins, what it gives
-    (with places from there), and the token in each that is the first of the rest. None if they agree nowhere."""
+    """Encode the piece that follows the first ``size`` characters. It overlaps ``left`` and continues where both agree.
+
+    Returns the character at which the piece begins, its encoding (with places counted from there), and the index in
+    each encoding of the first token of the rest. None if they agree nowhere.
+    """
     shared = _SHARED
     while shared <= size // 4:
         cut = size - 2 * shared
@@ -113,7 +116,8 @@ def _next(
 
 
 def _joint(left: _Encoded, right: _Encoded, first: int, cut: int, shared: int) -> tuple[int, int] | None:
-    """The tokens, one of each piece, before and from which both hold the same ones, away from the pieces' ends."""
+    """Find a token in each piece around which both pieces hold the same tokens, away from the pieces' ends. None if
+    there is none."""
     low, high = np.searchsorted(right.starts, (shared // 2, 2 * shared - shared // 2))
     for start in right.starts[low:high]:
         i, j = int(np.searchsorted(left.starts, start + cut)), int(np.searchsorted(right.starts, start))
@@ -132,8 +136,8 @@ def _joint(left: _Encoded, right: _Encoded, first: int, cut: int, shared: int) -
 
 
 def window_at(tokenizer, read: Callable[[int, int], bytes], size: int, place: int, length: int) -> Tensor | None:
-    """``length`` tokens int32 of a UTF-8 text of ``size`` bytes, from the first that begins at or after byte ``place``;
-    towards its end the last that there are. None if the text has fewer.
+    """Tokenize ``length`` tokens, int32, of a UTF-8 text of ``size`` bytes, from the first token that begins at or
+    after byte ``place``. Near the end of the text they are its last tokens. None if the text has fewer.
 
     ``read(offset, count)`` gives bytes of it. Only what surrounds the place is tokenized.
     """
@@ -161,7 +165,7 @@ def window_at(tokenizer, read: Callable[[int, int], bytes], size: int, place: in
 
 
 def _characters(data: bytes, final: bool) -> str:
-    """The whole characters of a part of a UTF-8 text, with line ends as Python reads them."""
+    """Decode the whole characters of a part of a UTF-8 text, with line ends as Python reads them."""
     start = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
     text = codecs.getincrementaldecoder("utf-8")().decode(data[start:], final)
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""A model of a real architecture with random packed weights; its 16-bit experts never exist."""
+"""Build a model of a real architecture with random packed weights; its 16-bit experts never exist."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def mix_for(bits: float) -> Mix:
 
 
 def check_mix(mix: Mix) -> Mix:
-    """``mix`` if its widths are in 0..8 and its shares are positive and sum to 1, else ``ValueError``."""
+    """Return ``mix`` if its widths are in 0..8 and its shares are positive and sum to 1. Raises ``ValueError``
+    otherwise."""
     for width, share in mix:
         check_bits(width, allow_zero=True, name="mix: the width")
         if not share > 0:
@@ -122,7 +123,8 @@ def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _fill_packed(module: nn.Module, generator: torch.Generator) -> None:
-    """Random codes; scales so that weights have mean 0 and the standard deviation of a fresh model."""
+    """Fill packed buffers with random codes, and scales that give weights mean 0 and the standard deviation of a fresh
+    model."""
     for buffer in module.buffers(recurse=False):
         if buffer.dtype == torch.uint8:
             _random_bytes(buffer, generator)

@@ -98,7 +98,7 @@ class _Routing:
         return hook
 
     def remove(self) -> float:
-        """Take the hooks off; mean bytes of one step over all layers."""
+        """Remove the hooks; returns the mean bytes of one step over all layers."""
         for hook in self.hooks:
             hook.remove()
         return self.total / max(self.calls, 1) * len(self.hooks)

@@ -1,4 +1,4 @@
-"""Text of tokens as they come, a few decoded at a time: a long text takes no longer a token than a short one."""
+"""Decode tokens to text as they come, a few at a time: the time a token takes does not grow with the text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _UNKNOWN = "\ufffd"
 
 
 class ContinuationStreamer(TextStreamer):
-    """transformers' text streamer without the prompt, whose last tokens it decodes along for the sake of spaces.
+    """Text streamer as transformers', without the prompt. The prompt's last tokens are decoded along, to place spaces
+    correctly.
 
     It hands on what transformers' streamer does, in pieces that end with a word, a line or a CJK character. Only the
     last tokens are decoded again with each new one.
@@ -47,7 +48,7 @@ class ContinuationStreamer(TextStreamer):
             self._let_go(text)
 
     def end(self) -> None:
-        """Hand on the rest, and a newline where this prints."""
+        """Emit the rest of the text, and a newline if this streamer prints."""
         rest = self._text(self.token_cache)[self.print_len :] if self.token_cache else ""
         text = "".join([*self.held, rest])
         self.token_cache, self.print_len, self.held = [], 0, []
@@ -70,7 +71,7 @@ class ContinuationStreamer(TextStreamer):
             self.held.append(new[upto:])
 
     def _let_go(self, text: str) -> None:
-        """Forget the earlier tokens, at a place where the later ones alone decode to the end of ``text``."""
+        """Drop the earlier tokens, at a place where the later ones alone decode to the end of ``text``."""
         ahead = len(text) - self.print_len
         for keep in range(CONTEXT, CONTEXT + 8):
             tail = self._text(self.token_cache[-keep:])

@@ -1,4 +1,4 @@
-"""Text in, text out: encoding, padding, streaming and the figures of a generation."""
+"""Generate text from text: encoding, padding, streaming and the figures of a generation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Generation:
 
 
 def encode(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt. Raises ``ValueError`` for an empty one, ``TypeError`` for what is no text."""
+    """Encode each prompt to token ids. Raises ``ValueError`` for an empty prompt and ``TypeError`` for one that is not
+    text."""
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a text or texts, got {type(prompt).__name__}")
@@ -128,7 +129,8 @@ def _until_end(tokens: list[int], eos: tuple[int, ...]) -> list[int]:
 
 
 def continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text of ``new`` as it follows the prompt: tokenizers of words drop a leading space when decoding alone."""
+    """Decode ``new`` as it follows the prompt: tokenizers of words drop a leading space when they decode ``new`` alone.
+    """
     before = tokenizer.decode(prompt[-CONTEXT:], skip_special_tokens=True)
     whole = tokenizer.decode([*prompt[-CONTEXT:], *new], skip_special_tokens=True)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
@@ -138,7 +140,7 @@ def stream_row(
     model: nn.Module, tokenizer, row: list[int], options: GenerationOptions, *, compile: str = "auto",
     at_end: Callable[[Decoding], None] = lambda decoding: None,
 ) -> Iterator[str]:
-    """The continuation of one row of token ids, in pieces of whole words as they are made.
+    """Continue one row of token ids; yields the text in pieces of whole words as they are made.
 
     Closing the iterator stops the generation; Ctrl-C comes after the text so far. Errors of the arguments come at the
     call, not at the first piece. ``at_end`` gets the decoding once all tokens were made, or Ctrl-C was pressed.
