@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/performance.md from the JSON of measured results.
+"""Write the tables of the README, docs/measured.md and docs/performance.md from the JSON of measured results.
 
 ``python docs/update_tables.py`` after ``benchmarks/record.py``; the newest file of each kind in ``benchmarks/results``
 is used. Nothing in those tables is typed by hand. A document shows a table where it has its markers, ``<!-- begin NAME
@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("measured.md", "performance.md"))]
 
 
 def newest(prefix: str) -> dict | None:
@@ -157,5 +158,5 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for document in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+    for document in DOCUMENTS:
         document.write_text(updated(document.read_text()))
