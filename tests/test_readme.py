@@ -1,4 +1,4 @@
-"""What the README shows works: its commands and its code run as they stand."""
+"""Tests that the README's commands and code run as they stand."""
 
 from __future__ import annotations
 

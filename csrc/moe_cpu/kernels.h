@@ -24,8 +24,7 @@ struct RowsView {
   int count;
 };
 
-// Blocks that kernels take at a time: many for few tokens, and some for more, as many as share a group of the
-// tokens' activations while that is in the nearest cache.
+// Blocks a call: 8 for up to 3 tokens, else 4, so that a group of the tokens' activations stays in the nearest cache.
 constexpr int kFewTokens = 3;
 constexpr int kManyBlocks = 8;
 constexpr int kSomeBlocks = 4;

@@ -59,7 +59,7 @@ _PLACES = ("model", "output", "calibration", "router_text", "overwrite", "device
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """What ``gemq quantize`` is told: the model, where to, the text, and the method.
+    """Settings of ``gemq quantize``: the model, the output, the text, and the method.
 
     ``model`` is a folder or hub name. With one budget the checkpoint is ``output`` itself, with several
     ``output/<budget>``. ``calibration`` and ``router_text`` are sources of
@@ -233,7 +233,7 @@ def check_resources(config: QuantizeConfig, architecture, device: torch.device) 
 
 
 def run_directory(config: QuantizeConfig) -> Path:
-    """Where a streamed run keeps what it has done."""
+    """The folder of a streamed run's unfinished work."""
     if config.run_dir is not None:
         return Path(config.run_dir)
     output = Path(config.output)

@@ -45,7 +45,7 @@ public:
     if (count > 0) done_.value.fetch_add(count, std::memory_order_release);
   }
 
-  // Until all items are done, by whomever.
+  // Wait until all items are done, by any thread.
   void wait() const {
     constexpr int kSpins = 4096;
     for (int spins = 0; done_.value.load(std::memory_order_acquire) != items_; ++spins) {

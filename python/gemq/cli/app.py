@@ -48,7 +48,7 @@ class Method(StrEnum):
 
 
 class RouterMethod(StrEnum):
-    """How routers are tuned."""
+    """Targets of router tuning."""
 
     loss = "loss"
     alignment = "alignment"
@@ -110,7 +110,7 @@ def quantize(
     = "wikitext2",
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Length = 2048,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for choosing calibration windows.")] = 0,
     attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is (paper: Table 19).")] = 4,
     dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",

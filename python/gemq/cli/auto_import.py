@@ -12,7 +12,7 @@ from gemq.cli import display
 
 
 class Switch(StrEnum):
-    """What to do."""
+    """Actions of ``gemq auto-import``."""
 
     on = "on"
     off = "off"

@@ -1,4 +1,4 @@
-"""How the demo's result is shown."""
+"""Print the demo's result."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _MARKUP = re.compile(r"[\\|\[\]`]")
 
 
 class Format(StrEnum):
-    """How a table is printed."""
+    """Formats of printed tables."""
 
     table = "table"
     md = "md"

@@ -18,7 +18,7 @@ from gemq.pipeline import load_any, load_tokenizer
 
 
 class Compile(StrEnum):
-    """How a decoding step runs."""
+    """Ways to run a decoding step."""
 
     auto = "auto"
     none = "none"

@@ -51,7 +51,7 @@ def plan(
     form: LongFormatOption = Format.table,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
-    """What quantizing a model will take, from its config alone: memory, disk, time, and the size of the result.
+    """Predict from the config alone what quantizing takes (memory, disk, time), and running the result.
 
     [dim]gemq plan mixtral-8x7b --bits 2.5 --device rtx4090[/dim]
     """

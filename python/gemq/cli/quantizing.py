@@ -1,4 +1,4 @@
-"""What ``gemq quantize`` shows: a preview, a line per layer, results, warnings."""
+"""Output of ``gemq quantize``: a preview, a line per layer, results, warnings."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _record(found: Preview, tensor) -> dict:
 
 
 def layer_lines(log: LayerLog | None, report: display.Stages) -> Callable[[LayerReport], None]:
-    """What shows a line per quantized layer on standard error, and adds it to ``log`` if there is one."""
+    """Return the callback that prints a line per quantized layer on standard error, and adds it to ``log``."""
 
     def seen(layer: LayerReport) -> None:
         bits = "dense" if layer.bits is None else f"{layer.bits:.2f} bits, at least {layer.tokens:,} tokens"

@@ -140,7 +140,7 @@ ConfigFile = Annotated[
 
 
 def given(context: typer.Context, name: str) -> bool:
-    """Whether a parameter came from the command line or a settings file, rather than being the default."""
+    """Return True if a parameter came from the command line or a settings file, False for its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
