@@ -101,3 +101,11 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert "gemq report" in commands and "--tensor-bits" in commands
     api = (tmp_path / "reference" / "gemq.html").read_text()
     assert "gemq.QuantizeConfig" in api and ":class:" not in api
+
+
+def test_tests_that_the_documents_name_exist() -> None:
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    every = "\n".join(sources.values())
+    for page in PAGES:
+        for name in re.findall(r"`(?:\w+/)?(?:\w+(?:\.py)?::)?(test_\w+)", page.read_text(encoding="utf-8")):
+            assert name in sources or f"def {name}(" in every, f"{page.name} names {name}"
