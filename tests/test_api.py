@@ -16,7 +16,9 @@ from gemq.integrity import WEIGHTS_FILE
 from gemq.recipes import DEFAULTS, RECIPES, Recipe, quantize_config
 
 # what the command line has for itself: how it shows things, and where it takes settings from
-SHOWN = {"config", "form", "dry_run", "layer_log", "upload_repo", "private", "resume", "config_file", "help"}
+SHOWN = {
+    "form", "dry_run", "layer_log", "upload_repo", "private", "resume", "config_file", "help", "help_all",
+}
 
 
 def parameters():

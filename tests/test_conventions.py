@@ -20,6 +20,7 @@ from gemq import hub
 from gemq.card import hub_name, write_card
 from gemq.checkpoint import load_packed_config
 from gemq.cli.app import app
+from gemq.cli.panels import PANELS
 from gemq.cli.run import run
 from gemq.evaluations import Score, record
 from gemq.nn.experts import PROJECTIONS
@@ -314,7 +315,7 @@ def test_the_example_is_a_settings_file_with_every_option(gemq_run, command, tmp
     found = yaml.safe_load(active)
     parameters = typer.main.get_command(app).commands[command].params
     # trust is for whoever types the command
-    names = {p.name for p in parameters} - {"config_file", "help", "trust_remote_code"}
+    names = {p.name for p in parameters} - {"config_file", "help", "help_all", "trust_remote_code"}
     assert len(found) == len(names) and gemq_run("settings", command)[1].split() == list(found)
     if command == "quantize":
         assert found["samples"] == 128 and found["candidates"] == "1,2,3" and found["tune-routers"] is True
@@ -483,3 +484,25 @@ def test_code_of_strangers_is_not_run_unless_asked():
             if "trust_remote_code" in parameter.name:
                 assert parameter.default is False
     assert gemq.QuantizeConfig("m", "o").trust_remote_code is False
+
+
+# help in panels
+
+
+def test_help_shows_a_dozen_options_and_all_of_them_if_asked(gemq_run):
+    command = typer.main.get_command(app).commands["quantize"]
+    named = {p.name for p in command.params if p.name not in ("model", "help")}
+    assert {name for names in PANELS.values() for name in names} <= named
+    code, short, _ = gemq_run("quantize", "--help")
+    assert code == 0 and len(short.splitlines()) < 60 and "--help-all shows" in short
+    shown = set(re.findall(r"--[a-z][a-z-]+", short))
+    assert {"--output", "--bits", "--recipe", "--calibration", "--samples", "--length", "--seed", "--device",
+            "--overwrite", "--resume", "--dry-run", "--config"} <= shown and "--damping" not in shown
+    for flags in (["quantize", "--help-all"], ["quantize", "--bits", "2", "--help-all"]):
+        code, whole, _ = gemq_run(*flags)
+        assert code == 0 and all(panel in whole for panel in PANELS)
+        for parameter in command.params:
+            assert any(option in whole for option in parameter.opts) or parameter.name == "model", parameter.name
+    # the next one is short again, and hidden options are options
+    assert gemq_run("quantize", "--help")[1] == short
+    assert gemq_run("quantize", "m", "-o", "o", "--damping", "x")[0] == 2

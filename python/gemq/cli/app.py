@@ -21,6 +21,7 @@ from gemq.cli.formats import Column, Format, FormatOption, LongFormatOption, emi
 from gemq.cli.generation import chat, generate
 from gemq.cli.inspecting import inspect, verify
 from gemq.cli.interchange import export, import_gptq
+from gemq.cli.panels import HelpAll, PanelledCommand
 from gemq.cli.plan import plan
 from gemq.cli.report import report
 from gemq.cli.resume import resumed
@@ -65,7 +66,7 @@ class Clip(StrEnum):
 _CONSTRAINTS = "Per layer an expert at the highest width (c2), the second highest (c3), c2c3 or none (paper: Table 17)."
 _ACCOUNTING = "What shared experts count of the budget: exact, their size; paper, as its experiments count them."
 _GRANULARITY = "What has its own width: expert; matrix, gate-and-up or down; auto, matrix if 0 is no candidate."
-_RECIPE = "best, paper, fast or default: sets options that are not given (the documentation has the table)."
+_RECIPE = "best, paper, fast or default: sets what is not given."
 _TENSOR_BITS = "Width of every matrix whose path a regular expression finds: 'o_proj=8'; may be repeated."
 
 
@@ -89,35 +90,37 @@ def root(
 
 
 Bits = Annotated[str, typer.Option("--bits", "-b", help="Bits per expert; several, falling: 3,2.5,2.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: CUDA where there is one).")]
+Device = Annotated[str | None, typer.Option(
+    metavar="NAME", help="cpu, cuda, cuda:1 (default: CUDA where there is one).")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
+Length = Annotated[int, typer.Option(metavar="N", help="Tokens per window.", min=2)]
 
 
-@app.command()
+@app.command(cls=PanelledCommand)
 def quantize(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder or hub name of the full-precision model.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")] = None,
     bits: Annotated[str | None, typer.Option(
-        "--bits", "-b", help="Bits per expert; several, falling: 3,2.5,2 (default: 2.5, or the allocation's)."
+        "--bits", "-b", metavar="BITS",
+        help="Bits per expert; several, falling: 3,2.5,2 (default: 2.5, or the allocation's).",
     )] = None,
     method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
     candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8 (paper: Table 18).")] = "1,2,3",
     granularity: Annotated[str, typer.Option(help=_GRANULARITY)] = "auto",
     constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
-    calibration: Annotated[str, typer.Option(help="Text: wikitext2, c4, file.txt, file.jsonl#field, or a mixture.")]
-    = "wikitext2",
-    samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    calibration: Annotated[str, typer.Option(
+        metavar="TEXT", help="wikitext2, c4, file.txt, file.jsonl#field, or a mixture.")] = "wikitext2",
+    samples: Annotated[int, typer.Option(metavar="N", help="Calibration windows.", min=1)] = 128,
     length: Length = 2048,
-    seed: Annotated[int, typer.Option(help="Seed for choosing calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for choosing calibration windows.")] = 0,
     attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is (paper: Table 19).")] = 4,
     dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
     accounting: Annotated[str, typer.Option(help=_ACCOUNTING)] = "exact",
     router_bits: Annotated[int, typer.Option(help="Routers after tuning: 1..8, or 16 (paper: Table 20).")] = 16,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
-    recipe: Annotated[Recipe, typer.Option(help=_RECIPE)] = Recipe.default,
+    recipe: Annotated[Recipe, typer.Option(metavar="NAME", help=_RECIPE)] = Recipe.default,
     clip: Annotated[Clip | None, typer.Option(help="Range search (default: the recipe's).")] = None,
     refine: Annotated[int | None, typer.Option(
         help="Rounds that improve codes and grids after GPTQ (default: the recipe's).", min=0, max=100)] = None,
@@ -139,14 +142,16 @@ def quantize(
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
     device: Device = None,
     dtype: Dtype = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+    = False,
     check: Annotated[bool, typer.Option(help="Refuse to start where memory or disk will not do (gemq plan).")] = True,
     stream: Annotated[bool, typer.Option(
         "--stream/--no-stream", help="Read one layer at a time from disk; --no-stream cannot be resumed.")] = True,
     scratch: Annotated[str, typer.Option(help="Where activations are kept: disk or memory.")] = "disk",
     run_dir: Annotated[str | None, typer.Option(help="Folder of unfinished work (default: OUTPUT.run).")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run of this folder with its options.")] = None,
+    resume: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Continue the run of this folder with its options.")] = None,
     redo: Annotated[bool, typer.Option("--redo", help="Options changed: do again what that touches.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what the run directory holds.")] = False,
     keep_run: Annotated[bool, typer.Option("--keep-run", help="Leave the run directory when done.")] = False,
@@ -164,15 +169,13 @@ def quantize(
     private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     form: LongFormatOption = Format.table,
     config_file: ConfigFile = None,
+    help_all: HelpAll = False,
 ) -> None:
     """Measure, allocate, quantize, tune the routers, and save a packed checkpoint.
 
     The same command, given again after it was ended, continues where it was.
 
     [dim]gemq quantize mistralai/Mixtral-8x7B-v0.1 --bits 2.5 -o mixtral-2.5[/dim]
-
-    [dim]gemq quantize out/full --config settings.yaml --bits 3,2.5,2 --recipe best --tensor-bits 'o_proj=8'
-    -o out/small --dry-run[/dim]
 
     [dim]torchrun --nproc-per-node 4 -m gemq quantize ...[/dim] shares the work among processes.
     """

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 # not settings: they say where settings come from, or end the command
-_NEVER = {"config-file", "config", "help", "example"}
+_NEVER = {"help-all", "config-file", "config", "help", "example"}
 # decisions of whoever types the command: a file may be a stranger's
 _LINE_ONLY = {"trust-remote-code"}
 # bytes of a settings file
@@ -134,7 +134,7 @@ def load_settings(context: typer.Context, path: Path | None) -> Path | None:
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", callback=load_settings, is_eager=True,
+    typer.Option("--config", metavar="FILE", callback=load_settings, is_eager=True,
                  help="YAML file of settings; the command line wins over it (see gemq settings --example)."),
 ]
 
