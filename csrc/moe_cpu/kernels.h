@@ -24,7 +24,8 @@ struct RowsView {
   int count;
 };
 
-// Blocks a call: 8 for up to 3 tokens, else 4, so that a group of the tokens' activations stays in the nearest cache.
+// Blocks a call: 8 for up to 3 tokens, else 4, so that a group of the tokens' activations stays in the
+// nearest cache.
 constexpr int kFewTokens = 3;
 constexpr int kManyBlocks = 8;
 constexpr int kSomeBlocks = 4;
