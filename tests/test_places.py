@@ -147,7 +147,7 @@ def test_the_output_stays_anothers_until_it_is_done(here, options, tiny_folder):
             found = subprocess.run([sys.executable, "-c", program, "out"], capture_output=True, text=True)
             ends.append(found.stderr.strip())
 
-    gemq.quantize(QuantizeConfig(**tiny_folder, output="out", method=FAST), progress)
+    gemq.quantize(QuantizeConfig(**tiny_folder, output="out", method=FAST), progress=progress)
     assert ends and all(f"another process ({os.getpid()}) is working in out" in text for text in ends)
     assert os.listdir(here) == ["out"]
 
@@ -213,7 +213,7 @@ def test_a_moved_model_and_text_are_known_by_content(here, tiny_folder, tmp_path
     expected = here.parent / "expected"
     gemq.quantize(replace(config, output=str(expected)))
     with pytest.raises(Stopped):
-        gemq.quantize(config, stop_after("quantize", 1))
+        gemq.quantize(config, progress=stop_after("quantize", 1))
     model.rename(tmp_path / "after")
     text.rename(tmp_path / "after.txt")
     code, _, err = gemq_run("quantize", "--resume", "out.run")
@@ -233,7 +233,7 @@ def test_a_moved_model_and_text_are_known_by_content(here, tiny_folder, tmp_path
 def test_an_output_that_was_moved_is_given(here, tiny_folder, gemq_run):
     config = QuantizeConfig(**tiny_folder, output="out", method=FAST)
     with pytest.raises(Stopped):
-        gemq.quantize(config, stop_after("quantize", 1))
+        gemq.quantize(config, progress=stop_after("quantize", 1))
     os.rename("out.run", "kept")
     code, _, err = gemq_run("quantize", "--resume", "kept")
     assert code == 2 and "say where with --output" in err
