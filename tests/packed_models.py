@@ -10,8 +10,16 @@ from tiny_models import random_windows, tiny_model
 
 from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
 from gemq.checkpoint import pack_model
+from gemq.cli.run import run
 from gemq.models import describe, prepare
 from gemq.packed_config import PackedConfig
+
+
+def written_by_the_command(model_folder, quick, folder):
+    """Return ``folder`` with a checkpoint of 2 bits that ``gemq quantize`` made of the tiny model."""
+    arguments = ["quantize", str(model_folder), "-o", str(folder), "--bits", "2", *quick, "--method", "uniform", "-q"]
+    assert run([*arguments, "--no-tune-routers"]) == 0
+    return folder
 
 
 @dataclass(frozen=True)

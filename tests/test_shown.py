@@ -9,12 +9,12 @@ import re
 import shutil
 
 import pytest
+from packed_models import written_by_the_command
 from rich.progress import Progress
 
 from gemq.algorithms.tensor_bits import TensorBits
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, csv_cell, emit, markdown, markdown_cell
-from gemq.cli.run import run
 from gemq.distributed import launched
 from gemq.errors import DistributedError
 from gemq.evaluations import score_of
@@ -28,10 +28,7 @@ OBEYED = ("\x1b", "\x07", "\x9b", "\u202e", "\r", "\ud800")
 @pytest.fixture(scope="module")
 def made(model_folder, quick, tmp_path_factory):
     """A packed checkpoint of the tiny model."""
-    folder = tmp_path_factory.mktemp("made") / "tiny"
-    arguments = ["quantize", str(model_folder), "-o", str(folder), "--bits", "2", *quick, "--method", "uniform", "-q"]
-    assert run([*arguments, "--no-tune-routers"]) == 0
-    return folder
+    return written_by_the_command(model_folder, quick, tmp_path_factory.mktemp("made") / "tiny")
 
 
 def harmless(text: str) -> str:

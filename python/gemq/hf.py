@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gemq.checkpoint import packed_skeleton
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
-from gemq.model_config import check_sizes
+from gemq.model_config import check_layers, check_sizes
 from gemq.models import packed_modules, prepare, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
@@ -131,8 +131,7 @@ def _check_layers(config) -> None:
     if not isinstance(layers, int) or layers <= _MANY_LAYERS or not Path(config.name_or_path).is_dir():
         return
     tensors = sum(len(read_header(file)) for file in weight_files(config.name_or_path))
-    if layers > tensors:
-        raise CheckpointError(f"config.json says {layers} layers, but the weight files hold {tensors} tensors")
+    check_layers(config, tensors, config.name_or_path)
 
 
 def check_files(model: nn.Module, files: list[Path]) -> None:

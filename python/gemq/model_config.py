@@ -238,6 +238,14 @@ def check_sizes(config, where: Path | str) -> None:
         _refuse(where, "mlp_only_layers", "a list of layer numbers", dense)
 
 
+def check_layers(config, tensors: int, where: Path | str) -> None:
+    """Raise :class:`CheckpointError` for a config with more decoder layers than weight files hold ``tensors``: a
+    skeleton of many layers takes long."""
+    if config.num_hidden_layers > tensors:
+        raise CheckpointError(f"{where}: config.json says {config.num_hidden_layers} layers, but the weight files hold "
+                              f"{tensors} tensors")
+
+
 def _check_heads(config, where: Path | str) -> None:
     heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if heads and groups and heads % groups:

@@ -30,7 +30,7 @@ from gemq.engine.reading import read_into, same_tensor
 from gemq.errors import CheckpointError
 from gemq.folders import local_folder
 from gemq.integrity import read_header, weight_files
-from gemq.model_config import check_sizes, generation_config, skeleton
+from gemq.model_config import check_layers, check_sizes, generation_config, skeleton
 from gemq.models import MoeModel, describe
 from gemq.nn.experts import PROJECTIONS
 from gemq.tensor_files import DTYPES, WEIGHTS
@@ -82,7 +82,7 @@ class Source:
         self.watch = watch or SourceWatch([self.folder / "config.json", *self.files])
         self._headers = {file: read_header(file) for file in self.files}
         check_sizes(config, self.folder)
-        self._check_layers(config)
+        check_layers(config, sum(map(len, self._headers.values())), self.folder)
         # the weights decide a dtype that the config leaves open
         declared = getattr(config, "dtype", None)
         self.declared: torch.dtype = declared if isinstance(declared, torch.dtype) else self._first_float()
@@ -114,15 +114,6 @@ class Source:
         self._stored: dict[str, torch.dtype] = {}
         self._units: dict[int, _Unit] = {index: _Unit() for index in range(OUTSIDE, len(self.moe.layers))}
         self._index_files(quiet)
-
-    def _check_layers(self, config) -> None:
-        """Refuse a config with more decoder layers than the files can hold: building a skeleton of many layers takes
-        long."""
-        tensors, layers = sum(map(len, self._headers.values())), config.num_hidden_layers
-        if layers > tensors:
-            raise CheckpointError(
-                f"{self.folder}: config.json says {layers} layers, but the weight files hold {tensors} tensors"
-            )
 
     @property
     def stored(self) -> torch.dtype:

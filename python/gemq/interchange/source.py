@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from gemq.errors import CheckpointError, GemqError
 from gemq.folders import TEMPLATES, is_companion, is_known, lies_inside
 from gemq.integrity import read_bytes, read_header
+from gemq.model_config import check_sizes, model_config, skeleton
 from gemq.models.families import check_supported
 
 # files that belong to the quantized model alone
@@ -27,22 +27,14 @@ def meta_model(source: str | os.PathLike) -> tuple[nn.Module, Any]:
 
     Raises :class:`CheckpointError` or :class:`gemq.errors.UnsupportedModelError`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        check_supported(config)
-        # the code that it names is neither run nor copied
-        for name in ("quantization_config", "auto_map"):
-            if hasattr(config, name):
-                delattr(config, name)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False), config
-    except GemqError:
-        raise
-    except Exception as error:
-        # the fields of config.json reach code of transformers that checks few of them: it may fail with anything
-        raise CheckpointError(f"{source} could not be read: {type(error).__name__}: {error}") from error
+    config = model_config(os.fspath(source))
+    check_supported(config)
+    check_sizes(config, source)
+    # the code that it names is neither run nor copied
+    for name in ("quantization_config", "auto_map"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return skeleton(config), config
 
 
 class TensorReader:
