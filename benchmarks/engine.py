@@ -28,19 +28,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen3M
 from transformers import logging as transformers_logging
 
 from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.importance import Perturbation, capture_batch
-from gemq.algorithms.progressive import MethodConfig, quantize_progressively
-from gemq.algorithms.sequential import Hessian, quantize_stack
+from gemq.algorithms.layerwise import Hessian
+from gemq.algorithms.matrices import quantize_experts
+from gemq.algorithms.method import MethodConfig
+from gemq.algorithms.perturbation import Perturbation
 from gemq.checkpoint import save_packed
-from gemq.engine import stages
+from gemq.engine.disk_source import DiskSource
 from gemq.engine.journal import opened
 from gemq.engine.layers import Weights
-from gemq.engine.session import RunOptions, Session
-from gemq.engine.source import Source, return_memory
+from gemq.engine.measure import measure
+from gemq.engine.session import KEEP, RunOptions, Session
+from gemq.engine.source import return_memory
+from gemq.engine.walk import Sweep, group_budget
 from gemq.format import default_group_size
 from gemq.models import describe
-from gemq.pipeline import QuantizeConfig, save_stage
 from gemq.reference import gptq_group
+from gemq.reference.importance import expert_calls
 
 MIB = 1 << 20
 METHOD = MethodConfig(
@@ -92,43 +95,30 @@ class Stages:
             }
 
 
-def streamed(folder: Path, text: torch.Tensor, work: Path, report: Stages) -> int:
-    """One whole quantization by the engine; the bytes of the largest layer in 16 bits."""
-    source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
-    with Session(source, text, text[:2], METHOD).working(RunOptions(work / "run"), report) as run:
+def quantized(folder: Path, text: torch.Tensor, work: Path, report: Stages, keep: str) -> int:
+    """One whole quantization; the bytes of the largest layer in 16 bits."""
+    source = DiskSource(
+        str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"), resident=keep == "model"
+    )
+    with Session(source, text, text[:2], METHOD).working(RunOptions(work / "run", keep), report) as run:
         for result in run.results():
             report("save", 0, 1)
-            assembly, config, _ = run.assembly(result, torch.bfloat16)
-            save_packed(assembly.model, config, work / "out", dtype=torch.bfloat16, weights=assembly.write)
+            assembly, _ = run.assembly(result, torch.bfloat16)
+            save_packed(assembly.model, assembly.config, work / "out", dtype=torch.bfloat16, weights=assembly.write)
             report("save", 1, 1)
     return source.layer_bytes()
 
 
-def in_memory(folder: Path, text: torch.Tensor, work: Path, report: Stages) -> int:
-    """Quantize as :func:`streamed`, with the whole model in memory."""
-    report("load", 0, 1)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    report("load", 1, 1)
-    moe = describe(model)
-    config = QuantizeConfig(str(folder), str(work / "out"), method=METHOD)
-    for result in quantize_progressively(moe, text, METHOD, router_windows=text[:2], progress=report):
-        report("save", 0, 1)
-        save_stage(config, model, None, result, work / "out", torch.bfloat16)
-        report("save", 1, 1)
-    return max(sum(p.numel() for p in m.parameters()) * 2 for m in moe.layers)
-
-
-def worker(folder: Path, stream: bool, count: int, length: int) -> dict:
+def worker(folder: Path, keep: str, count: int, length: int) -> dict:
     """One whole quantization in this process, after one of a tiny model that loads what the libraries load late."""
-    run = streamed if stream else in_memory
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         tiny, base = Path(work) / "tiny", resident()
         save_model(tiny, 2, hidden=128, intermediate=128, experts=4, top_k=2)
-        run(tiny, windows(2, 32), Path(work) / "first", Stages(base))
+        quantized(tiny, windows(2, 32), Path(work) / "first", Stages(base), keep)
         gc.collect()
         return_memory()
         loaded, report = resident(), Stages(resident())
-        layer = run(folder, windows(count, length), Path(work) / "second", report)
+        layer = quantized(folder, windows(count, length), Path(work) / "second", report, keep)
     return {"layer_16bit_mib": round(layer / MIB), "base_mib": round(loaded / MIB),
             "before_first_run_mib": round(base / MIB), "stages": report.rows}
 
@@ -143,16 +133,15 @@ def in_process(*arguments: object) -> dict:
 
 
 def memory_and_stages(base: Path, shape: dict, depths: list[int], count: int, length: int) -> list[dict]:
-    """A row per depth with streaming on, and one of the smallest depth with it off."""
+    """A row per depth with a layer in memory, and one of the smallest depth with the whole model."""
     rows = []
     for layers in depths:
         folder = base / f"layers-{layers}"
         save_model(folder, layers, **shape)
-        for stream in (True, False) if layers == min(depths) else (True,):
-            found = in_process("--worker", folder, "--stream" if stream else "--no-stream", "--count", count,
-                               "--length", length)
+        for keep in ("layer", "model") if layers == min(depths) else ("layer",):
+            found = in_process("--worker", folder, "--keep", keep, "--count", count, "--length", length)
             peak = max(row["peak_mib"] for row in found["stages"].values())
-            rows.append({"what": "quantize", "layers": layers, "stream": stream, **shape, "windows": count,
+            rows.append({"what": "quantize", "layers": layers, "keep": keep, **shape, "windows": count,
                          "length": length, "peak_mib": peak, **found})
             print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -169,7 +158,7 @@ def coefficients(base: Path, count: int) -> dict:
     for _ in range(2):
         began = time.process_time()
         for at in range(0, len(text), 4):
-            capture_batch(moe, text[at : at + 4])
+            expert_calls(moe.model, [layer.experts for layer in moe.moe], text[at : at + 4])
         plain.append(time.process_time() - began)
     row = {
         "what": "coefficients", "experts": 64, "layers": 4, "hidden": 256, "intermediate": 256, "top_k": 8,
@@ -178,11 +167,10 @@ def coefficients(base: Path, count: int) -> dict:
     for kind, matrices in itertools.product(("rtn", "gptq"), (False, True)):
         name = f"{kind}_matrices" if matrices else kind
         with opened(base / f"run-{name}-{count}", {}) as run:
-            source = Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
-            sweep = stages.Sweep(text, 4, run.stage("measure"), lambda *a: None, lambda **e: None,
-                                 stages.group_budget(source))
+            source = DiskSource(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
+            sweep = Sweep(text, 4, run.stage("measure"), lambda *a: None, lambda **e: None, group_budget(source))
             began = time.process_time()
-            stages.measure(Weights(source), sweep, (1, 2, 3), Perturbation(kind), matrices)
+            measure(Weights(source), sweep, (1, 2, 3), Perturbation(kind), matrices)
             row[f"{name}_s"] = round(time.process_time() - began, 2)
             row[f"{name}_times"] = round(row[f"{name}_s"] / row["forward_backward_s"], 2)
     print(json.dumps(row), flush=True)
@@ -231,8 +219,8 @@ def gptq_stage(experts: int = 64) -> dict:
         timed("eager", lambda w=weight, h=hessians: [
             eager_gptq(w[e], h[e].value, bits[e], alone) for e in range(experts)
         ])
-        timed("batched", lambda w=weight, h=hessians: quantize_stack(w.clone(), h, bits, alone))
-        timed("refined", lambda w=weight, h=hessians: quantize_stack(w.clone(), h, bits, default))
+        timed("batched", lambda w=weight, h=hessians: quantize_experts(w.clone(), h, bits, alone))
+        timed("refined", lambda w=weight, h=hessians: quantize_experts(w.clone(), h, bits, default))
     row |= {key: round(value, 2) for key, value in spent.items()}
     row |= {"times": round(spent["eager_s"] / spent["batched_s"], 2),
             "wall_times": round(spent["eager_wall_s"] / spent["batched_wall_s"], 2)}
@@ -248,12 +236,12 @@ def main() -> None:
     options.add_argument("--count", type=int, default=8)
     options.add_argument("--length", type=int, default=128)
     options.add_argument("--worker", type=Path, help="(internal) quantize this folder and print what it took")
-    options.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True)
+    options.add_argument("--keep", choices=KEEP, default="layer")
     given = options.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if given.worker:
-        print(json.dumps(worker(given.worker, given.stream, given.count, given.length)))
+        print(json.dumps(worker(given.worker, given.keep, given.count, given.length)))
         return
     shape = {"hidden": 512, "intermediate": 512, "experts": 32, "top_k": 4}
     depths, rows = [int(d) for d in given.depths.split(",")], []

@@ -53,20 +53,21 @@ def save_random(name: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def one(name: str, engine: str, folder: Path) -> dict:
+def one(name: str, keep: str, folder: Path) -> dict:
     """Predict, then quantize and watch; in this process."""
     import torch
 
     import gemq
-    from gemq.algorithms.progressive import MethodConfig
-    from gemq.pipeline import QuantizeConfig, check_model
+    from gemq.algorithms.method import MethodConfig
+    from gemq.loading import check_model
+    from gemq.pipeline import QuantizeConfig
     from gemq.planning import PlanConfig, make_plan, this_machine
 
     save_random(name, folder / "model")
     *_, samples, length, batch = CASES[name]
     method = MethodConfig(batch_size=batch)
     machine = this_machine(torch.device("cpu"), folder, torch.float32, rates=True)
-    plan = make_plan(check_model(str(folder / "model")), PlanConfig(method, samples, length, engine), machine)
+    plan = make_plan(check_model(str(folder / "model")), PlanConfig(method, samples, length, keep), machine)
     stage, peaks = ["load"], {}
 
     def watch() -> None:
@@ -77,10 +78,10 @@ def one(name: str, engine: str, folder: Path) -> dict:
 
     threading.Thread(target=watch, daemon=True).start()
     config = QuantizeConfig(str(folder / "model"), str(folder / "out"), str(DEMO / "text" / "calibration.txt"),
-                            samples, length, method=method, check=False, stream=engine == "stream")
+                            samples, length, method=method, check=False, keep=keep)
     (found,) = gemq.quantize(config, progress=lambda name, done, total: stage.__setitem__(0, name))
     return {
-        "case": name, "engine": engine, "parameters": plan.parts.parameters, "tokens": samples * length,
+        "case": name, "keep": keep, "parameters": plan.parts.parameters, "tokens": samples * length,
         "predicted": {
             "memory": {k: sum(need.host.values()) for k, need in plan.stages.items()}, "seconds": plan.seconds,
             "files": plan.outputs[2.5].files,
@@ -93,15 +94,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", choices=CASES, help="one case, in this process")
-    parser.add_argument("--engine", choices=("memory", "stream"), default="stream")
+    parser.add_argument("--keep", choices=("layer", "model"), default="layer")
     options = parser.parse_args()
     if options.case:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(one(options.case, options.engine, Path(folder))))
+            print(json.dumps(one(options.case, options.keep, Path(folder))))
         return
     rows = []
-    for name, engine in itertools.product(CASES, ("memory", "stream")):
-        command = [sys.executable, __file__, "--case", name, "--engine", engine]
+    for name, keep in itertools.product(CASES, ("layer", "model")):
+        command = [sys.executable, __file__, "--case", name, "--keep", keep]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         peaks = {which: max(rows[-1][which]["memory"].values()) / 1e9 for which in ("predicted", "measured")}
@@ -109,7 +110,7 @@ def main() -> None:
         files = {which: rows[-1][which]["files"] for which in ("predicted", "measured")}
         told = [f"{what} {found['predicted']:.4g} predicted, {found['measured']:.4g} measured"
                 for what, found in (("GB", peaks), ("seconds", seconds), ("bytes of files", files))]
-        print(f"{name}, {engine}: {'; '.join(told)}")
+        print(f"{name}, {keep}: {'; '.join(told)}")
     if options.json:
         result = {"conditions": conditions("python benchmarks/plan_accuracy.py"), "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
 from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.bench.architectures import PUBLISHED, load_config
+from gemq.engine.disk_source import DiskSource
 from gemq.engine.session import RunOptions, Session
-from gemq.engine.source import Source
 from gemq.models import describe
 from gemq.planning.parts import meta_model
 
@@ -86,7 +86,7 @@ def main() -> None:
         base = Path(folder)
         save_random(config, base / "model", given.device)
         dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
-        source = Source(str(base / "model"), config, dtype, torch.device(given.device))
+        source = DiskSource(str(base / "model"), config, dtype, torch.device(given.device))
         options = RunOptions(base / "run", log=base / "log.jsonl")
         with Session(source, text, text[:2], method).working(options) as run:
             for _ in run.results():

@@ -17,10 +17,11 @@ import torch
 from tiny_models import random_windows, tiny_model
 
 from gemq import distributed
-from gemq.algorithms.progressive import MethodConfig, quantize_progressively
+from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
+from gemq.engine.progression import quantize_progressively
+from gemq.engine.source import ResidentSource
 from gemq.errors import GemqError
-from gemq.models import describe
 
 
 def digest(*values) -> str:
@@ -35,8 +36,7 @@ def digest(*values) -> str:
 def outcome(case: str, die_at: str | None = None) -> list[dict[str, str]]:
     """Of two budgets, a digest of each part of the result."""
     family, windows, batch = case.split(":")
-    model = tiny_model(family)
-    moe = describe(model)
+    source = ResidentSource(tiny_model(family))
     config = MethodConfig(
         (2.5, 2.0), batch_size=int(batch), router_bits=8, router=RouterTuningConfig(learning_rate=1e-2, batch_size=3)
     )
@@ -46,18 +46,17 @@ def outcome(case: str, die_at: str | None = None) -> list[dict[str, str]]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     found = []
-    for stage in quantize_progressively(moe, random_windows(int(windows)), config, progress=progress):
-        statistics, weights = stage.statistics, stage.weights
-        stacks = [t for pair in weights.stacks.values() for s in pair for t in (*s.codes, *s.meta) if t is not None]
-        linears = [t for codes, meta, _ in weights.linears.values() for t in (codes, meta)]
+    for stage in quantize_progressively(source, random_windows(int(windows)), config, progress=progress):
+        statistics, layers = stage.statistics, range(stage.quantized.layers)
+        modules = [module for index in layers for module in stage.quantized.record(index).modules.values()]
         found.append({
             "costs": digest(statistics.costs.routed, statistics.costs.shared, statistics.frequency,
                             statistics.weight, statistics.error),
             "bits": digest(stage.allocation.bits, stage.allocation.shared_bits),
-            "codes": digest(*stacks, *linears),
-            "reports": digest(sorted(weights.reports.items())),
+            "codes": digest(*(buffer for module in modules for buffer in module.buffers())),
+            "reports": digest(sorted(stage.reports.items())),
             "losses": digest(stage.router_losses),
-            "model": digest(*model.state_dict().values()),
+            "model": digest(*stage.weights.whole().model.state_dict().values()),
         })
     return found
 

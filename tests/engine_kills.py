@@ -33,7 +33,7 @@ import transformers
 
 import gemq
 from gemq import durable
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.engine.fingerprint import of_code
 from gemq.integrity import RUN_FILE
 from gemq.pipeline import QuantizeConfig

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from tiny_models import random_windows, tiny_model
 
-from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
-from gemq.checkpoint import pack_model
+from gemq.algorithms.method import MethodConfig
 from gemq.cli.run import run
-from gemq.models import describe, prepare
+from gemq.engine.progression import BudgetResult, quantize_progressively
+from gemq.engine.source import ResidentSource
+from gemq.models import prepare
 from gemq.packed_config import PackedConfig
 
 
@@ -29,24 +29,21 @@ class Quantized:
     dense: torch.nn.Module
     packed: torch.nn.Module
     config: PackedConfig
-    stage: StageResult
+    stage: BudgetResult
 
 
 def quantized(family: str, budget: float = 2.0, layers: int = 2, experts: int = 4, **method) -> Quantized:
     """A tiny model of ``family`` after the whole method at ``budget`` bits per expert."""
-    dense = tiny_model(family, layers=layers, experts=experts)
+    return quantized_model(tiny_model(family, layers=layers, experts=experts), budget, **method)
+
+
+def quantized_model(model: torch.nn.Module, budget: float = 2.0, **method) -> Quantized:
+    """``model``, which stays as it is, after the whole method at ``budget`` bits per expert."""
     config = MethodConfig(budgets=(budget,), **method)
-    (stage,) = quantize_progressively(describe(dense), random_windows(), config)
-    packed, packed_config = pack(dense, stage)
-    return Quantized(dense.requires_grad_(False), packed, packed_config, stage)
-
-
-def pack(dense: torch.nn.Module, stage: StageResult) -> tuple[torch.nn.Module, PackedConfig]:
-    """A packed copy of a model that holds the weights of ``stage``."""
-    packed = copy.deepcopy(dense).requires_grad_(False)
-    config = pack_model(describe(packed), stage.weights, budget=stage.budget, method="gemq")
+    (stage,) = quantize_progressively(ResidentSource(model), random_windows(), config)
+    packed, packed_config = stage.packed()
     prepare(packed)
-    return packed, config
+    return Quantized(stage.weights.whole().model, packed, packed_config, stage)
 
 
 @torch.no_grad()

@@ -14,8 +14,11 @@ from tiny_models import random_windows, tiny_model
 from tiny_text import words
 from torch import nn
 
-from gemq.algorithms.importance import Perturbation, measure
-from gemq.algorithms.originals import Originals
+from gemq.algorithms.method import MethodConfig
+from gemq.algorithms.perplexity import perplexity
+from gemq.algorithms.perturbation import Perturbation
+from gemq.engine.progression import measure_importance, quantize_progressively
+from gemq.engine.source import ResidentSource
 from gemq.models import describe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "accuracy"))
@@ -88,19 +91,16 @@ def test_an_interrupted_study_goes_on(model_folder, texts, tmp_path, capsys) -> 
 
 def test_a_cell_is_the_method_it_names(model_folder, texts, tmp_path) -> None:
     """A cell's perplexity is that of a model quantized by the library with the same options."""
-    from gemq.algorithms.perplexity import perplexity
-    from gemq.algorithms.progressive import MethodConfig, quantize_progressively
-
     options = study.parse(arguments(model_folder, texts, tmp_path, "--seeds", "3"))
     session = cells.Session(str(model_folder), 3, study.settings_of(options), tmp_path)
     run = cells.Run(budgets=(2.5, 2.0), routers="loss", estimate="tuned", per_layer="c2c3")
     found = cells.run_cell(session, run, {})["stages"]
-    moe = describe(tiny_model("mixtral"))
-    config = MethodConfig(budgets=(2.5, 2.0), batch_size=2)
-    for stage, cell in zip(quantize_progressively(moe, session.calibrating(run), config), found, strict=True):
-        assert [stage.plan.experts[i] for i in (0, 1)] == cell["bits"]
+    source = ResidentSource(tiny_model("mixtral"))
+    config = MethodConfig(budgets=(2.5, 2.0), batch_size=2, per_layer="c2c3")
+    for stage, cell in zip(quantize_progressively(source, session.calibrating(run), config), found, strict=True):
+        assert [stage.widths.experts[i] for i in (0, 1)] == cell["bits"]
         for name, windows in session.texts.items():
-            assert perplexity(moe.model, windows) == pytest.approx(cell["perplexity"][name], rel=1e-4)
+            assert perplexity(stage.weights.whole().model, windows) == pytest.approx(cell["perplexity"][name], rel=1e-4)
 
 
 def test_what_a_cell_was_computed_from_is_in_its_name(model_folder, texts, tmp_path) -> None:
@@ -176,11 +176,10 @@ def test_the_gap_is_over_full_precision_tuned_alike() -> None:
 
 def test_true_increases_are_those_of_quantizing_one_expert() -> None:
     model = tiny_model("mixtral")
-    moe, windows, originals = describe(model), random_windows(4, 16), None
-    originals = Originals(moe)
+    moe, windows = describe(model), random_windows(4, 16)
     rounding = Perturbation("rtn")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = eq6.true_increases(moe, windows, (0, 2), originals, rounding, batch_size=3)
+    found = eq6.true_increases(moe, windows, (0, 2), rounding, batch_size=3)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
     def loss() -> float:
@@ -203,9 +202,9 @@ def test_eq6_is_calibrated_where_its_theory_holds() -> None:
         ids = torch.randint(0, 96, (256, 1))
         for _ in range(23):
             ids = torch.cat([ids, torch.multinomial(model(input_ids=ids).logits[:, -1].softmax(-1), 1)], 1)
-    originals = Originals(moe)
-    predicted = measure(moe, ids, (3,), originals, perturbation=Perturbation("rtn"), batch_size=64).costs.routed
-    true = eq6.true_increases(moe, ids, (3,), originals, Perturbation("rtn"), batch_size=64)
+    rounding = Perturbation("rtn")
+    predicted = measure_importance(ResidentSource(model), ids, (3,), perturbation=rounding, batch_size=64).costs.routed
+    true = eq6.true_increases(moe, ids, (3,), rounding, batch_size=64)
     ratio = true.sum() / eq6.calibrated(predicted, 24).sum()
     assert 0.6 < ratio < 1.8
 
@@ -213,7 +212,7 @@ def test_eq6_is_calibrated_where_its_theory_holds() -> None:
 def test_the_first_order_term_is_the_true_rise_of_a_small_change() -> None:
     torch.manual_seed(1)
     moe, windows = describe(tiny_model("mixtral", layers=1)), random_windows(6, 16)
-    how = (moe, windows, (6,), Originals(moe), Perturbation("rtn"), 4)
+    how = (moe, windows, (6,), Perturbation("rtn"), 4)
     first, true = eq6.first_order(*how), eq6.true_increases(*how)
     assert (true != 0).any()
     np.testing.assert_allclose(first, true, atol=0.05 * np.abs(true).max())

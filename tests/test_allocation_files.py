@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from gemq.algorithms.given_allocation import GivenAllocation
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.checkpoint import load_packed_config
 from gemq.cli.run import run
 from gemq.interchange import read_allocation
@@ -291,5 +291,6 @@ def test_a_plan_has_the_given_widths(mixtral, deepseek):
 def test_given_widths_are_what_is_quantized():
     given = GivenAllocation("f", rows(DEEPSEEK), (1, 2))
     made = quantized("deepseek_v2", budget=8, given=given, tune=False)
-    assert made.config.expert_bits == {1: [1, 3, 2, 1], 2: [2, 3, 1, 1]} and made.config.shared_bits == {1: 3, 2: 2}
+    widths = made.config.widths
+    assert widths.experts == {1: [1, 3, 2, 1], 2: [2, 3, 1, 1]} and widths.shared == {1: 3, 2: 2}
     assert made.stage.statistics is None

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import gemq
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.ambient import plain_torch
 
 kinds = pytest.mark.parametrize("kind", ["linear", "experts"])
@@ -174,14 +174,14 @@ def written(tiny_folder, folder, **options):
 def expected_files(tiny_folder, tmp_path_factory):
     """The weights that quantizing gives with nothing around it, with routers tuned: streamed, and in memory."""
     root = tmp_path_factory.mktemp("plain")
-    return {stream: written(tiny_folder, root / str(stream), stream=stream) for stream in (True, False)}
+    return {keep: written(tiny_folder, root / keep, keep=keep) for keep in ("layer", "model")}
 
 
 @ambient
-@pytest.mark.parametrize("stream", [True, False])
-def test_quantizing_gives_the_same_bytes(tiny_folder, expected_files, tmp_path, name, stream):
+@pytest.mark.parametrize("keep", ["layer", "model"])
+def test_quantizing_gives_the_same_bytes(tiny_folder, expected_files, tmp_path, name, keep):
     with AMBIENT[name]():
-        assert written(tiny_folder, tmp_path / "out", stream=stream) == expected_files[stream]
+        assert written(tiny_folder, tmp_path / "out", keep=keep) == expected_files[keep]
 
 
 @ambient

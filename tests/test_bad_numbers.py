@@ -15,8 +15,8 @@ from tiny_models import FAMILIES, tiny_model
 from gemq.algorithms import router_tuning
 from gemq.algorithms.layer_costs import LayerCosts
 from gemq.checkpoint import save_packed
+from gemq.engine.disk_source import DiskSource
 from gemq.engine.numbers import Numbers
-from gemq.engine.source import Source
 from gemq.errors import CheckpointError, NumberError
 from gemq.integrity import WEIGHTS_FILE, read_header
 from gemq.interchange import export
@@ -35,7 +35,7 @@ def put(folder, name, value, at=-1):
 
 
 def read(folder):
-    source = Source(str(folder), check_model(str(folder)), torch.float32, torch.device("cpu"))
+    source = DiskSource(str(folder), check_model(str(folder)), torch.float32, torch.device("cpu"))
     return source.watch.read(numbers=source.numbers())
 
 

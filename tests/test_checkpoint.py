@@ -19,8 +19,9 @@ import gemq
 from gemq.checkpoint import load_packed_config, save_packed
 from gemq.errors import CheckpointError
 from gemq.integrity import INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, weight_files
-from gemq.packed_config import PackedConfig
+from gemq.packed_config import STORED, PackedConfig
 from gemq.summary import summarize
+from gemq.widths import Widths
 
 LOADERS = {"gemq": gemq.from_pretrained, "transformers": AutoModelForCausalLM.from_pretrained}
 CODES = "model.layers.0.block_sparse_moe.experts.gate_up_codes"
@@ -307,7 +308,7 @@ def test_edited_quantization_config(folder, changes, message):
     ids=str,
 )
 def test_edited_widths_of_down(folder, changes, message):
-    _with_bits(folder, load_packed_config(folder).expert_bits, {0: [1, 2, 3, 4], 1: [4, 3, 2, 1]})
+    _with_bits(folder, load_packed_config(folder).widths.experts, {0: [1, 2, 3, 4], 1: [4, 3, 2, 1]})
     edit_config(folder, **changes)
     refused(folder, message)
 
@@ -320,7 +321,7 @@ def test_a_huge_list_of_bits(folder):
 
 
 def test_exchanged_widths_are_refused_though_the_sizes_fit(folder):
-    before = load_packed_config(folder).expert_bits
+    before = load_packed_config(folder).widths.experts
     row = next(widths for widths in before.values() if len(set(widths)) > 1)
     one, other = row.index(min(row)), row.index(max(row))
     row[one], row[other] = row[other], row[one]
@@ -334,7 +335,8 @@ def _with_bits(folder, expert_bits, down_bits=None):
     values = data["quantization_config"]
     values = {k: v for k, v in values.items() if k not in ("quant_method", "digest", "down_bits")}
     values |= {"expert_bits": expert_bits, "down_bits": down_bits or {}}
-    data["quantization_config"] = PackedConfig(**values).to_dict()
+    widths = Widths(**{part: values.pop(name) for name, part in STORED.items() if name in values})
+    data["quantization_config"] = PackedConfig(widths, **values).to_dict()
     (folder / "config.json").write_text(json.dumps(data))
 
 
@@ -363,7 +365,7 @@ def test_widths_that_do_not_fit_the_model(folder, bits, message):
     ids=["layer-missing", "expert-missing", "sizes"],
 )
 def test_widths_of_down_that_do_not_fit(folder, down, message):
-    _with_bits(folder, load_packed_config(folder).expert_bits, down)
+    _with_bits(folder, load_packed_config(folder).widths.experts, down)
     refused(folder, message)
 
 

@@ -68,7 +68,7 @@ def test_quantize_one_budget(gemq_run, model_folder, quick, tmp_path):
     assert names >= {"tokenizer.json", "tokenizer_config.json"}
     assert os.listdir(tmp_path) == ["out"]
     config = load_packed_config(tmp_path / "out")
-    assert (config.budget, config.method, config.attention_bits) == (2.0, "gemq", 4)
+    assert (config.budget, config.method, config.widths.attention) == (2.0, "gemq", 4)
     dtypes = {str(t.dtype) for t in load_file(tmp_path / "out" / WEIGHTS_FILE).values()}
     assert dtypes == {"torch.uint8", "torch.float16", "torch.bfloat16"}
     report = json.loads((tmp_path / "out" / "gemq_report.json").read_text())
@@ -83,7 +83,7 @@ def test_quantize_several_budgets(gemq_run, model_folder, quick, tmp_path):
     assert "2.500" in out and "2.000" in out
     for name in ("2", "2.5"):
         config = load_packed_config(out_folder / name)
-        bits = [b for row in config.expert_bits.values() for b in row]
+        bits = [b for row in config.widths.experts.values() for b in row]
         assert config.budget == sum(bits) / len(bits) == float(name)
         gemq.verify(out_folder / name)
 
@@ -93,8 +93,8 @@ def test_the_papers_variants(gemq_run, model_folder, quick, tmp_path):
     arguments = [str(v) for pair in options.items() for v in pair]
     assert gemq_run("quantize", model_folder, "-o", tmp_path / "out", *quick, *arguments)[0] == 0
     config = load_packed_config(tmp_path / "out")
-    assert (config.attention_bits, config.router_bits) == (3, 4)
-    assert all(4 in row and set(row) <= {1, 2, 4} for row in config.expert_bits.values())
+    assert (config.widths.attention, config.widths.router) == (3, 4)
+    assert all(4 in row and set(row) <= {1, 2, 4} for row in config.widths.experts.values())
     assert "attention 3, dense 4, routers 4" in plain(gemq_run("inspect", tmp_path / "out")[1])
 
 
@@ -105,9 +105,9 @@ def test_quantize_by_the_baselines(gemq_run, model_folder, quick, tmp_path, meth
     config = load_packed_config(tmp_path / "out")
     assert config.method == method
     if method == "uniform":
-        assert config.expert_bits == {0: [2] * 4, 1: [2] * 4}
+        assert config.widths.experts == {0: [2] * 4, 1: [2] * 4}
     else:
-        assert all(sum(bits) == 9 and {2, 3} <= set(bits) <= {1, 2, 3} for bits in config.expert_bits.values())
+        assert all(sum(bits) == 9 and {2, 3} <= set(bits) <= {1, 2, 3} for bits in config.widths.experts.values())
     assert gemq.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
@@ -131,7 +131,7 @@ def test_allocate_json(gemq_run, checkpoint):
     assert code == 0 and err == ""
     records = json.loads(out)
     assert [r["budget"] for r in records] == [2.5, 2.0]
-    saved = load_packed_config(checkpoint).expert_bits
+    saved = load_packed_config(checkpoint).widths.experts
     assert {int(k): v for k, v in records[1]["expert_bits"].items()} == saved
     assert records[0]["shared_bits"] is None
 
@@ -200,7 +200,7 @@ def test_inspect(gemq_run, checkpoint):
     code, out, err = gemq_run("inspect", checkpoint)
     assert code == 0 and err == ""
     config = load_packed_config(checkpoint)
-    for layer, bits in config.expert_bits.items():
+    for layer, bits in config.widths.experts.items():
         assert f"{layer} {''.join(map(str, bits))} {sum(bits) / len(bits):.2f}" in plain(out)
     assert "2.000 bits per routed expert, attention 4" in out
     tensors = load_file(checkpoint / WEIGHTS_FILE).values()

@@ -23,8 +23,8 @@ from gemq.cli.app import app
 from gemq.cli.panels import PANELS
 from gemq.cli.run import run
 from gemq.evaluations import Score, record
+from gemq.loading import load_unquantized
 from gemq.nn.experts import PROJECTIONS
-from gemq.pipeline import load_unquantized
 from gemq.recipes import RECIPES, Recipe
 from gemq.summary import summarize
 
@@ -45,8 +45,8 @@ def made(model_folder, quick, tmp_path_factory):
 
 def test_overrides_win_and_survive_saving_and_loading(made, model_folder):
     config = load_packed_config(made)
-    assert config.expert_bits[1][2] == 0 and 0 not in config.expert_bits[0]
-    assert config.linear_bits == {"model.layers.0.self_attn.o_proj": 8, "model.layers.1.self_attn.o_proj": 8,
+    assert config.widths.experts[1][2] == 0 and 0 not in config.widths.experts[0]
+    assert config.widths.linears == {"model.layers.0.self_attn.o_proj": 8, "model.layers.1.self_attn.o_proj": 8,
                                   "model.layers.0.self_attn.q_proj": 16}
     model = gemq.from_pretrained(made)
     assert model.model.layers[0].self_attn.o_proj.bits == 8 and model.model.layers[0].self_attn.k_proj.bits == 4
@@ -116,7 +116,7 @@ def test_a_preview_with_costs_is_the_checkpoint_to_the_byte(gemq_run, made, mode
     for layer in range(2):
         experts = [widths[f"model.layers.{layer}.mlp.experts.{name}"] for name in PROJECTIONS]
         assert tuple(experts) == config.widths(layer)
-    assert config.down_bits != config.expert_bits
+    assert config.widths.down != config.widths.experts
     # nothing was measured anew
     assert "measure" not in json.loads((folder / "gemq_run.json").read_text())["seconds"]
     assert (folder / "gemq_costs.json").read_text() == (made / "gemq_costs.json").read_text()
@@ -156,7 +156,7 @@ def test_previews_refuse_what_quantizing_would(gemq_run, made, model_folder, tmp
 def test_costs_of_another_model_are_refused(made):
     from tiny_models import tiny_model
 
-    from gemq.algorithms.progressive import MethodConfig
+    from gemq.algorithms.method import MethodConfig
     from gemq.algorithms.saved_costs import saved_statistics
     from gemq.models import describe
     from gemq.pipeline import load_costs

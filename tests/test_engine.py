@@ -1,10 +1,9 @@
-"""The streaming engine gives what the method gives with the whole model in memory, with one layer loaded at a time."""
+"""The engine: one layer loaded at a time, from disk or from a model in memory, to the same bytes."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +15,20 @@ from tiny_models import FAMILIES, random_windows, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gemq
-from gemq.algorithms.importance import Perturbation, measure
-from gemq.algorithms.originals import Originals
-from gemq.algorithms.progressive import MethodConfig, quantize_progressively
-from gemq.engine import stages
+from gemq.algorithms.method import MethodConfig
+from gemq.algorithms.perturbation import Perturbation
+from gemq.engine.disk_source import DiskSource
 from gemq.engine.journal import opened
 from gemq.engine.layers import Weights
-from gemq.engine.run import Engine
-from gemq.engine.source import OUTSIDE, Source
+from gemq.engine.measure import measure
+from gemq.engine.progression import Progression, quantize_progressively
+from gemq.engine.source import OUTSIDE, ResidentSource
+from gemq.engine.walk import Sweep
 from gemq.errors import CheckpointError
 from gemq.integrity import INDEX_FILE, WEIGHTS_FILE, read_header
-from gemq.models import describe
-from gemq.nn import LowBitExperts
 from gemq.pipeline import QuantizeConfig
 
 WINDOWS = random_windows(5, 16)
-# coefficients by rounding: GPTQ's Hessians are summed in another order in memory
 METHOD = MethodConfig(budgets=(2.0,), perturbation="rtn", per_layer="none", router_bits=8, batch_size=2)
 
 
@@ -41,89 +38,41 @@ def saved(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Pat
     return folder
 
 
-def open_source(folder: Path) -> Source:
-    return Source(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
+def open_source(folder: Path) -> DiskSource:
+    return DiskSource(str(folder), AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
 
 
 def in_memory(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def modules_of(result) -> dict:
+    """The packed modules of a result by path."""
+    layers = [result.quantized.record(index).modules for index in range(result.quantized.layers)]
+    return {path: module for modules in layers for path, module in modules.items()}
+
+
 def streamed(folder: Path, work: Path, method: MethodConfig, on_disk: bool = True) -> list:
-    """Results of the engine, their quantized layers read back."""
-    found = []
+    """Results of a run in the directory ``work``, with their quantized layers read back."""
     with opened(work, {"test": 1}, on_disk=on_disk) as run:
-        engine = Engine(lambda: open_source(folder), run, "model", WINDOWS, WINDOWS, method)
-        for result in engine.results():
-            layers = [result.quantized.record(i).modules for i in range(result.quantized.layers)]
-            found.append((result, {path: module for modules in layers for path, module in modules.items()}))
-    return found
-
-
-def assert_same(memory, routers: list, result, modules: dict, moe) -> None:
-    """Coefficients, widths, packed bytes and routers of one budget."""
-    np.testing.assert_allclose(result.statistics.costs.routed, memory.statistics.costs.routed, rtol=1e-6)
-    np.testing.assert_allclose(result.statistics.error, memory.statistics.error, rtol=1e-6)
-    np.testing.assert_array_equal(result.statistics.frequency, memory.statistics.frequency)
-    np.testing.assert_allclose(result.statistics.weight, memory.statistics.weight, rtol=1e-6)
-    matrices = [s.costs.matrices for s in (result.statistics, memory.statistics)]
-    np.testing.assert_allclose(*matrices, rtol=1e-6)
-    if memory.statistics.costs.shared is not None:
-        np.testing.assert_allclose(result.statistics.costs.shared, memory.statistics.costs.shared, rtol=1e-6)
-    np.testing.assert_array_equal(result.allocation.bits, memory.allocation.bits)
-    np.testing.assert_array_equal(result.allocation.down_bits, memory.allocation.down_bits)
-    for layer in moe.moe:
-        expected = LowBitExperts.from_stacks(*memory.weights.stacks[layer.index], moe.hidden, moe.intermediate, 128)
-        for name, buffer in expected.named_buffers():
-            assert torch.equal(buffer, getattr(modules[f"{layer.path}.experts"], name)), (layer.path, name)
-    assert set(modules) == {f"{m.path}.experts" for m in moe.moe} | set(memory.weights.linears)
-    np.testing.assert_allclose(result.router_losses, memory.router_losses, rtol=1e-5)
-    for found, expected in zip(result.routers.values(), routers, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert list(result.reports) == list(memory.weights.reports)
-    for name, report in memory.weights.reports.items():
-        found = asdict(result.reports[name])
-        assert found.pop("fallback") == report.fallback, name
-        assert found == pytest.approx({k: getattr(report, k) for k in found}, rel=1e-3), name
+        results = Progression(open_source(folder), run, "model", WINDOWS, WINDOWS, method).results()
+        return [(result, modules_of(result)) for result in results]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_equals_the_method_in_memory(family: str, tmp_path: Path) -> None:
+def test_a_resident_model_gives_the_same_bytes(family: str, tmp_path: Path) -> None:
     folder = saved(family, tmp_path / "model")
     # the second budget is measured on the model that the first one quantized and tuned
     method = replace(METHOD, budgets=(2.0, 1.5)) if family in ("mixtral", "deepseek_v2") else METHOD
-    moe = describe(in_memory(folder))
-    expected = []
-    for stage in quantize_progressively(moe, WINDOWS, method):
-        expected.append((stage, [p.detach().clone() for p in moe.routers]))
-    for (memory, routers), (result, modules) in zip(
-        expected, streamed(folder, tmp_path / "run", method), strict=True
-    ):
-        assert_same(memory, routers, result, modules, moe)
-
-
-def test_gptq_coefficients_are_those_of_memory_up_to_the_order_of_sums(tmp_path: Path) -> None:
-    folder = saved("qwen2_moe", tmp_path / "model")
-    moe = describe(in_memory(folder))
-    gptq = Perturbation("gptq")
-    expected = measure(moe, WINDOWS, (1, 2, 4), Originals(moe), perturbation=gptq, batch_size=2, matrices=True)
-    method = replace(METHOD, perturbation="gptq", candidates=(1, 2, 4), tune=False, router_bits=16)
-    ((result, _),) = streamed(folder, tmp_path / "run", method)
-    # a sum in another order may move a code by one
-    np.testing.assert_allclose(result.statistics.costs.routed, expected.costs.routed, rtol=0.02)
-    np.testing.assert_allclose(result.statistics.costs.shared, expected.costs.shared, rtol=0.02)
-    np.testing.assert_allclose(result.statistics.costs.matrices, expected.costs.matrices, rtol=0.1)
-
-
-def test_coefficients_with_a_candidate_of_no_bits(tmp_path: Path) -> None:
-    folder = saved("qwen2_moe", tmp_path / "model")
-    moe = describe(in_memory(folder))
-    expected = measure(moe, WINDOWS, (0, 1, 2), Originals(moe), perturbation=Perturbation("rtn"), batch_size=2)
-    method = replace(METHOD, candidates=(0, 1, 2), budgets=(1.5,), tune=False, router_bits=16)
-    ((result, _),) = streamed(folder, tmp_path / "run", method)
-    np.testing.assert_allclose(result.statistics.costs.routed, expected.costs.routed, rtol=1e-6)
-    np.testing.assert_allclose(result.statistics.costs.shared, expected.costs.shared, rtol=1e-6)
-    assert result.statistics.costs.matrices is None and result.allocation.down_bits is None
+    on_disk = streamed(folder, tmp_path / "run", method)
+    resident = quantize_progressively(ResidentSource(in_memory(folder)), WINDOWS, method)
+    for (one, modules), other in zip(on_disk, resident, strict=True):
+        assert packed_bytes_of([(one, modules)]) == packed_bytes_of([(other, modules_of(other))])
+        assert all(map(torch.equal, one.routers.values(), other.routers.values()))
+        assert (one.reports, one.router_losses, one.router_shift) == (
+            other.reports, other.router_losses, other.router_shift
+        )
+        np.testing.assert_array_equal(one.statistics.costs.routed, other.statistics.costs.routed)
 
 
 def packed_bytes_of(found: list) -> list:
@@ -139,7 +88,7 @@ def test_groups_of_experts_and_the_place_of_scratch_change_no_byte(tmp_path: Pat
     base = streamed(folder, tmp_path / "a", method)
     in_ram = streamed(folder, tmp_path / "b", method, on_disk=False)
     assert not list((tmp_path / "b" / "scratch").rglob("*.bin"))
-    monkeypatch.setattr("gemq.engine.run.group_budget", lambda source: 1)
+    monkeypatch.setattr("gemq.engine.progression.group_budget", lambda source: 1)
     one_by_one = streamed(folder, tmp_path / "c", method)
     for other in (in_ram, one_by_one):
         assert packed_bytes_of(other) == packed_bytes_of(base)
@@ -150,7 +99,7 @@ def test_groups_of_experts_and_the_place_of_scratch_change_no_byte(tmp_path: Pat
 
 def test_one_decoder_layer_is_loaded_at_a_time(tmp_path: Path, monkeypatch) -> None:
     folder = saved("mixtral", tmp_path / "model")
-    most, load = [], Source.load
+    most, load = [], DiskSource.load
 
     def counting(self, unit, without=()):
         load(self, unit, without)
@@ -159,7 +108,7 @@ def test_one_decoder_layer_is_loaded_at_a_time(tmp_path: Path, monkeypatch) -> N
         most.append(len(layers))
         assert layers == [unit] or (unit == OUTSIDE and not layers)
 
-    monkeypatch.setattr(Source, "load", counting)
+    monkeypatch.setattr(DiskSource, "load", counting)
     streamed(folder, tmp_path / "run", replace(METHOD, router_bits=8))
     assert max(most) == 1 and len(most) > 8
 
@@ -222,11 +171,11 @@ def test_gradients_do_not_need_the_layers_below_the_first_experts(tmp_path: Path
     seen = []
     with opened(tmp_path / "run", {}) as run:
         source = open_source(folder)
-        sweep = stages.Sweep(
+        sweep = Sweep(
             WINDOWS, 2, run.stage("measure"), lambda done, total: seen.append((done, total)),
             lambda **event: None, 1 << 30,
         )
-        stages.measure(Weights(source), sweep, (1, 2), Perturbation("rtn"))
+        measure(Weights(source), sweep, (1, 2), Perturbation("rtn"))
     # three layers forward, the head, two backward
     assert seen[-1] == (5, 6) and {total for _, total in seen[-2:]} == {6}
 
@@ -234,22 +183,20 @@ def test_gradients_do_not_need_the_layers_below_the_first_experts(tmp_path: Path
 # the checkpoint
 
 
-def test_the_checkpoint_is_byte_for_byte_that_of_memory(tiny_folder, tmp_path, monkeypatch) -> None:
+def test_what_is_kept_in_memory_changes_no_byte_of_the_checkpoint(tiny_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gemq.checkpoint.save_packed.__kwdefaults__", {
         **gemq.checkpoint.save_packed.__kwdefaults__, "max_shard_size": "40KB"
     })
     monkeypatch.setattr("gemq.engine.assemble.MAX_SHARD", "40KB")
-    config = QuantizeConfig(**tiny_folder, output="out", method=replace(FAST, perturbation="rtn"))
+    config = QuantizeConfig(**tiny_folder, output="out", method=FAST)
     folders = []
-    for stream in (True, False):
-        gemq.quantize(replace(config, stream=stream))
-        folders.append((tmp_path / "out").rename(tmp_path / f"stream-{stream}"))
+    for keep in ("layer", "activations", "model"):
+        gemq.quantize(replace(config, keep=keep))
+        folders.append((tmp_path / "out").rename(tmp_path / keep))
     files = sorted(p.name for p in folders[0].iterdir())
-    assert files == sorted(p.name for p in folders[1].iterdir())
     assert INDEX_FILE in files and len([f for f in files if f.endswith(".safetensors")]) > 2
-    different = [f for f in files if (folders[0] / f).read_bytes() != (folders[1] / f).read_bytes()]
-    assert different == ["gemq_manifest.json", "gemq_report.json", "gemq_run.json"]
-    reports = [json.loads((folder / "gemq_report.json").read_text()) for folder in folders]
-    assert reports[0].pop("run") and reports[1].pop("run") is None
-    assert reports[0] == reports[1]
+    for other in folders[1:]:
+        assert files == sorted(p.name for p in other.iterdir())
+        different = [f for f in files if (folders[0] / f).read_bytes() != (other / f).read_bytes()]
+        assert different == ["gemq_run.json"]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemq import durable
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.engine.fingerprint import differences
 from gemq.engine.journal import MANIFEST, PREVIOUS, opened, read_manifest
 from gemq.engine.scratch import Scratch

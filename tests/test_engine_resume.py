@@ -87,9 +87,9 @@ def test_killed_runs_continue_to_the_same_bytes() -> None:
 
 
 @pytest.mark.parametrize("stage, done", [("measure", 2), ("measure", 4), ("quantize", 1), ("quantize", 2)])
-@pytest.mark.parametrize("scratch", ["disk", "memory"])
-def test_a_stopped_run_repeats_no_finished_layer(config, expected, stage, done, scratch) -> None:
-    config = replace(config, scratch=scratch)
+@pytest.mark.parametrize("keep", ["layer", "activations"])
+def test_a_stopped_run_repeats_no_finished_layer(config, expected, stage, done, keep) -> None:
+    config = replace(config, keep=keep)
     with stopping(config, stage, done) as work:
         before = {p: p.stat().st_mtime_ns for p in (work / "stages").rglob("*") if p.is_file()}
     assert before if (stage, done) != ("measure", 2) else not before

@@ -10,21 +10,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from packed_models import logits, pack, quantized, relative_error
+from packed_models import logits, quantized, quantized_model, relative_error
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, random_windows, tiny_model
 from torch import nn
 
 import gemq
-from gemq.algorithms.progressive import MethodConfig, quantize_progressively
+from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
-from gemq.checkpoint import kept_in_float32, save_packed
+from gemq.checkpoint import save_packed
+from gemq.engine.progression import quantize_progressively
+from gemq.engine.source import ResidentSource
 from gemq.errors import UnsupportedModelError
 from gemq.integrity import read_header, weight_files
 from gemq.models import SUPPORTED, describe, packed_modules
 from gemq.models.families import check_supported
+from gemq.packed_model import kept_in_float32
 from gemq.pipeline import QuantizeConfig, check_budgets
-from gemq.planning.output import packed_bytes
 from gemq.summary import summarize
 
 # layers, first MoE layer, linears of attention and dense MLPs in the model, shared multiple
@@ -144,7 +146,7 @@ def test_packed_logits_are_the_dequantized_models(case):
     layers, first, attention, dense, multiple = STRUCTURE[case.family]
     shared = 3 * (layers - first) if multiple else 0
     assert len(parts) == layers - first + attention + dense + shared
-    bits = [b for row in case.config.expert_bits.values() for b in row]
+    bits = [b for row in case.config.widths.experts.values() for b in row]
     assert len(bits) == 4 * (layers - first)
     assert set(bits) <= {1, 2, 3} and len(set(bits)) > 1
     if not multiple:
@@ -216,7 +218,7 @@ def test_a_whole_packed_model_compiles_to_one_graph(family):
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
 def test_any_candidates(tmp_path, family, candidates, budget):
     made = quantized(family, budget, candidates=candidates, shared_bits=4, tune=False)
-    used = {b for row in made.config.expert_bits.values() for b in row}
+    used = {b for row in made.config.widths.experts.values() for b in row}
     assert {candidates[-1], candidates[-2]} <= used <= set(candidates)
     assert relative_error(logits(made.packed), logits(made.dense)) <= 1e-5
     save_packed(made.packed, made.config, tmp_path / "model")
@@ -225,15 +227,12 @@ def test_any_candidates(tmp_path, family, candidates, budget):
 
 
 def test_a_layer_may_lose_every_expert(tmp_path):
-    dense = tiny_model("mixtral")
-    config = MethodConfig(budgets=(0.0,), method="uniform", tune=False)
-    (stage,) = quantize_progressively(describe(dense), random_windows(), config)
-    packed, packed_config = pack(dense, stage)
-    assert packed_config.expert_bits == {0: [0] * 4, 1: [0] * 4}
-    save_packed(packed, packed_config, tmp_path / "model")
+    made = quantized("mixtral", 0.0, method="uniform", tune=False)
+    assert made.config.widths.experts == {0: [0] * 4, 1: [0] * 4}
+    save_packed(made.packed, made.config, tmp_path / "model")
     got = logits(gemq.from_pretrained(tmp_path / "model"))
     assert torch.isfinite(got).all()
-    assert relative_error(got, logits(dense)) <= 1e-5
+    assert relative_error(got, logits(made.dense)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -250,7 +249,7 @@ def test_budgets_are_checked_before_measuring(family, options):
     check_budgets(moe, MethodConfig(budgets=(low + 1e-5,), **options))
     for budget, feasible in ((low + 1e-5, True), (low - 1e-3, False)):
         config = MethodConfig(budgets=(budget,), tune=False, **options)
-        stages = quantize_progressively(moe, random_windows(), config)
+        stages = quantize_progressively(ResidentSource(dense), random_windows(), config)
         if feasible:
             assert next(stages).budget == budget
         else:
@@ -270,12 +269,11 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     dense = tiny_model("qwen3_moe")
     dense.config.tie_word_embeddings = True
     dense = type(dense)(dense.config).eval()
-    (stage,) = quantize_progressively(describe(dense), random_windows(), MethodConfig(budgets=(2.0,), tune=False))
-    packed, config = pack(dense, stage)
-    save_packed(packed, config, tmp_path / "model")
+    made = quantized_model(dense, tune=False)
+    save_packed(made.packed, made.config, tmp_path / "model")
     loaded = gemq.from_pretrained(tmp_path / "model")
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
-    assert torch.equal(logits(loaded), logits(packed))
+    assert torch.equal(logits(loaded), logits(made.packed))
 
 
 def test_other_model_types_are_refused():
@@ -326,7 +324,7 @@ def test_correction_biases_stay_in_float32(family, tmp_path):
     for name, bias in biases.items():
         assert bias.any() and dtypes[name] == "F32" and torch.equal(loaded[name], bias)
         assert not torch.equal(bias, bias.bfloat16().float())
-    said = packed_bytes(describe(made.dense), made.stage.weights)
+    said = made.stage.bytes
     assert said == summarize(tmp_path / "model").tensor_bytes
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from gemq.errors import CheckpointError
 from gemq.integrity import read_header
 from gemq.packed_config import PackedConfig
+from gemq.widths import Widths
 
 # `make fuzz` draws others for as long as it is told
 CASES = 800
@@ -51,9 +52,12 @@ def test_headers_of_the_safetensors_library(tmp_path_factory, tensors, metadata)
 
 WIDTHS = st.lists(st.integers(0, 8), min_size=1, max_size=6)
 CONFIGS = st.builds(
-    PackedConfig, expert_bits=st.dictionaries(st.integers(0, 99), WIDTHS, min_size=1, max_size=4),
-    shared_bits=st.dictionaries(st.integers(0, 99), st.sampled_from([1, 2, 8, 16]), max_size=3),
-    attention_bits=st.sampled_from([1, 4, 8, 16]), dense_bits=st.sampled_from([3, 16]),
+    PackedConfig,
+    st.builds(
+        Widths, experts=st.dictionaries(st.integers(0, 99), WIDTHS, min_size=1, max_size=4),
+        shared=st.dictionaries(st.integers(0, 99), st.sampled_from([1, 2, 8, 16]), max_size=3),
+        attention=st.sampled_from([1, 4, 8, 16]), dense=st.sampled_from([3, 16]),
+    ),
     group_size=st.sampled_from([32, 64, 128]), budget=st.none() | st.floats(0, 8),
     method=st.none() | st.text(max_size=5),
 )  # fmt: skip

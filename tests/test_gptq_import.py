@@ -160,8 +160,8 @@ def test_the_imported_model_computes_what_the_checkpoint_holds(family, options, 
     done = import_gptq(tmp_path / "gptq", tmp_path / "gemq")
     model = gemq.from_pretrained(tmp_path / "gemq", dtype=torch.float32, verify=True)
     assert relative_error(logits(model), logits(dense_twin(family, made))) < 1e-5
-    widths = {w for row in done.config.expert_bits.values() for w in row}
-    assert widths == {options["bits"]} and done.config.attention_bits == options.get("attention", options["bits"])
+    widths = {w for row in done.config.widths.experts.values() for w in row}
+    assert widths == {options["bits"]} and done.config.widths.attention == options.get("attention", options["bits"])
     assert done.config.method == "gptq" and done.bytes == sum(
         t.nbytes for t in load_file(tmp_path / "gemq" / WEIGHTS_FILE).values()
     )
@@ -170,8 +170,8 @@ def test_the_imported_model_computes_what_the_checkpoint_holds(family, options, 
 def test_down_projections_of_another_width(tmp_path):
     made = gptq_model(tmp_path / "gptq", width_of=lambda s: 8 if ".experts.1.w2" in s else None)
     done = import_gptq(tmp_path / "gptq", tmp_path / "gemq")
-    assert done.config.expert_bits == {0: [4] * 4, 1: [4] * 4}
-    assert done.config.down_bits == {0: [4, 8, 4, 4], 1: [4, 8, 4, 4]}
+    assert done.config.widths.experts == {0: [4] * 4, 1: [4] * 4}
+    assert done.config.widths.down == {0: [4, 8, 4, 4], 1: [4, 8, 4, 4]}
     model = gemq.from_pretrained(tmp_path / "gemq", dtype=torch.float32, verify=True)
     assert relative_error(logits(model), logits(dense_twin("mixtral", made))) < 1e-5
     dense = load_file(export(tmp_path / "gemq", tmp_path / "dense", dtype=torch.float16).path / WEIGHTS_FILE)
@@ -183,7 +183,7 @@ def test_experts_of_different_widths_and_shards(tmp_path):
     """GPTQModel's ``dynamic`` gives single modules their own width; gemq keeps it where an expert has one."""
     made = gptq_model(tmp_path / "gptq", width_of=lambda stem: 2 if ".experts.1." in stem else None)
     done = import_gptq(tmp_path / "gptq", tmp_path / "gemq", shard_bytes=30_000)
-    assert done.config.expert_bits == {0: [4, 2, 4, 4], 1: [4, 2, 4, 4]}
+    assert done.config.widths.experts == {0: [4, 2, 4, 4], 1: [4, 2, 4, 4]}
     model = gemq.from_pretrained(tmp_path / "gemq", dtype=torch.float32)
     assert relative_error(logits(model), logits(dense_twin("mixtral", made))) < 1e-5
     # out again: 16-bit weights are those of AutoGPTQ's float16 arithmetic, bit for bit
@@ -223,7 +223,7 @@ def test_models_that_are_refused_leave_nothing(options, change, message, tmp_pat
     if change:
         edit(tmp_path / "gptq", change)
     if message is None:
-        assert import_gptq(tmp_path / "gptq", tmp_path / "gemq").config.attention_bits == 4
+        assert import_gptq(tmp_path / "gptq", tmp_path / "gemq").config.widths.attention == 4
         return
     with pytest.raises(CheckpointError, match=message) as caught:
         import_gptq(tmp_path / "gptq", tmp_path / "gemq")

@@ -17,12 +17,13 @@ import gemq
 from gemq.algorithms.allocation import Allocation, feasible_range, solve
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.given_allocation import GivenAllocation
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.checkpoint import load_packed_config, save_packed
 from gemq.cli.run import run
 from gemq.engine.fingerprint import of_costs
 from gemq.packed_config import PackedConfig
 from gemq.summary import summarize
+from gemq.widths import Widths
 
 KEPT = {"none": (), "c2": (3,), "c3": (2,), "c2c3": (2, 3)}
 
@@ -133,28 +134,28 @@ def made(request):
 
 def test_a_checkpoint_has_both_and_runs_the_same(made, tmp_path):
     config = made.config
-    assert config.down_bits and config.down_bits != config.expert_bits
+    assert config.widths.down and config.widths.down != config.widths.experts
     save_packed(made.packed, config, tmp_path / "model", dtype=torch.float32)
     stored = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
-    assert stored["version"] == 3 and stored["down_bits"] == {str(k): v for k, v in config.down_bits.items()}
+    assert stored["version"] == 3 and stored["down_bits"] == {str(k): v for k, v in config.widths.down.items()}
     loaded = gemq.from_pretrained(tmp_path / "model")
     assert torch.equal(logits(loaded), logits(made.packed))
     # against the dequantized weights, which transformers runs
     expected = logits(made.dense)
     assert float((logits(loaded) - expected).norm() / expected.norm()) < 0.02
-    for layer, experts in ((k, loaded.get_submodule(f"model.layers.{k}.mlp.experts")) for k in config.expert_bits):
-        assert tuple(experts.bits.values()) == config.widths(layer)
+    for layer, experts in ((k, loaded.get_submodule(f"model.layers.{k}.mlp.experts")) for k in config.widths.experts):
+        assert tuple(experts.bits.values()) == config.widths.of_experts(layer)
         assert "down_bits=" in repr(experts)
-    gate_up, down = (np.array(list(rows.values())) for rows in (config.expert_bits, config.down_bits))
+    gate_up, down = (np.array(list(rows.values())) for rows in (config.widths.experts, config.widths.down))
     mean = float((2 * gate_up.sum() + down.sum()) / (3 * gate_up.size))
     assert summarize(tmp_path / "model").expert_bits == pytest.approx(mean)
     assert PackedConfig.from_dict(stored).to_dict() == stored == config.to_dict()
 
 
 def test_uniform_checkpoints_stay_version_1():
-    assert PackedConfig({0: [2, 3]}).to_dict()["version"] == 1
-    assert PackedConfig({0: [2, 3]}, linear_bits={"x": 8}).to_dict()["version"] == 2
-    assert PackedConfig({0: [2, 3]}, down_bits={0: [3, 3]}).to_dict()["version"] == 3
+    assert PackedConfig(Widths({0: [2, 3]})).to_dict()["version"] == 1
+    assert PackedConfig(Widths({0: [2, 3]}, linears={"x": 8})).to_dict()["version"] == 2
+    assert PackedConfig(Widths({0: [2, 3]}, down={0: [3, 3]})).to_dict()["version"] == 3
 
 
 def test_from_costs_to_an_allocation_to_a_checkpoint(tmp_path, model_folder, text_file, capsys):
@@ -170,15 +171,15 @@ def test_from_costs_to_an_allocation_to_a_checkpoint(tmp_path, model_folder, tex
     assert run([*solve_again, "--json"]) == 0
     (record,) = json.loads(capsys.readouterr().out)
     config = load_packed_config(once)
-    assert config.down_bits and config.down_bits != config.expert_bits
-    assert {int(k): v for k, v in record["expert_bits"].items()} == config.expert_bits
-    assert {int(k): v for k, v in record["down_bits"].items()} == config.down_bits
+    assert config.widths.down and config.widths.down != config.widths.experts
+    assert {int(k): v for k, v in record["expert_bits"].items()} == config.widths.experts
+    assert {int(k): v for k, v in record["down_bits"].items()} == config.widths.down
     (tmp_path / "widths.json").write_text(json.dumps([record]))
     for name, source in (("file", tmp_path / "widths.json"), ("checkpoint", once)):
         given = ["quantize", str(model_folder), "-o", str(tmp_path / name), "--allocation", str(source), *options]
         assert run(given) == 0
         again = load_packed_config(tmp_path / name)
-        assert (again.expert_bits, again.down_bits) == (config.expert_bits, config.down_bits)
+        assert (again.expert_bits, again.down_bits) == (config.widths.experts, config.widths.down)
     capsys.readouterr()
     assert run(["inspect", str(once)]) == 0
     shown = capsys.readouterr().out

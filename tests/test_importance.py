@@ -11,9 +11,10 @@ from tiny_models import FAMILIES, random_windows, tiny_model
 from torch import nn
 
 from gemq.algorithms.gptq import GptqConfig, gptq
-from gemq.algorithms.importance import Perturbation, measure
 from gemq.algorithms.layerwise import expert_hidden
-from gemq.algorithms.originals import Originals
+from gemq.algorithms.perturbation import Perturbation
+from gemq.engine.progression import measure_importance as measure
+from gemq.engine.source import ResidentSource
 from gemq.format import default_group_size
 from gemq.models import describe
 from gemq.reference.grid import dequantize_codes, round_to_nearest
@@ -72,7 +73,7 @@ def test_costs_equal_running_every_perturbed_block(family: str) -> None:
     model = tiny_model(family)
     moe = describe(model)
     windows = random_windows(5, 16)
-    found = measure(moe, windows, CANDIDATES, Originals(moe), perturbation=RTN, batch_size=2, matrices=True)
+    found = measure(ResidentSource(model), windows, CANDIDATES, perturbation=RTN, batch_size=2, matrices=True)
     records = block_outputs_and_gradients(model, moe, windows)
     with torch.no_grad():
         for row, layer in enumerate(moe.moe):
@@ -102,19 +103,16 @@ def test_costs_equal_running_every_perturbed_block(family: str) -> None:
 
 def test_matrices_are_measured_if_they_are_asked_for() -> None:
     moe = describe(tiny_model("qwen2_moe"))
-    windows, originals = random_windows(4, 16), Originals(moe)
-    one, both = (measure(moe, windows, (1, 2), originals, perturbation=RTN, matrices=m) for m in (False, True))
+    windows, source = random_windows(4, 16), ResidentSource(moe.model)
+    one, both = (measure(source, windows, (1, 2), perturbation=RTN, matrices=m) for m in (False, True))
     assert one.costs.matrices is None and both.costs.matrices.shape == (2, moe.num_experts, 2, 2)
     np.testing.assert_array_equal(one.costs.routed, both.costs.routed)
     np.testing.assert_array_equal(one.costs.shared, both.costs.shared)
 
 
 def test_the_batch_size_does_not_matter() -> None:
-    moe = describe(tiny_model("mixtral"))
-    windows, originals = random_windows(6, 16), Originals(moe)
-    one, all_at_once = (
-        measure(moe, windows, (1, 2, 3), originals, perturbation=RTN, batch_size=b) for b in (1, 6)
-    )
+    windows, source = random_windows(6, 16), ResidentSource(tiny_model("mixtral"))
+    one, all_at_once = (measure(source, windows, (1, 2, 3), perturbation=RTN, batch_size=b) for b in (1, 6))
     for name in ("frequency", "weight", "error"):
         np.testing.assert_allclose(getattr(one, name), getattr(all_at_once, name), rtol=1e-4)
     np.testing.assert_allclose(one.costs.routed, all_at_once.costs.routed, rtol=1e-3)
@@ -122,31 +120,16 @@ def test_the_batch_size_does_not_matter() -> None:
 
 def test_frequency_and_weight_are_shares_of_tokens() -> None:
     moe = describe(tiny_model("mixtral"))
-    found = measure(moe, random_windows(), (1, 2), Originals(moe))
+    found = measure(ResidentSource(moe.model), random_windows(), (1, 2))
     np.testing.assert_allclose(found.frequency.sum(1), moe.top_k)
     np.testing.assert_allclose(found.weight.sum(1), 1.0, rtol=1e-5)
 
 
-def test_the_change_is_measured_against_the_original_expert() -> None:
-    """On a model whose experts are all at 1 bit, a 1-bit expert must still cost what it lost, not zero."""
-    model = tiny_model("mixtral")
-    moe = describe(model)
-    originals = Originals(moe)
-    with torch.no_grad():
-        for layer in moe.moe:
-            for weight in (layer.experts.gate_up_proj, layer.experts.down_proj):
-                weight.copy_(perturbed(weight, 1))
-    costs = measure(moe, random_windows(), (1, 2, 3), originals, perturbation=RTN).costs.routed
-    used = costs[..., 2] > 0
-    assert used.any() and (costs[..., 0][used] > costs[..., 2][used]).mean() > 0.9
-
-
 def test_measuring_leaves_the_model_as_it_was() -> None:
     model = tiny_model("qwen2_moe").train()
-    moe = describe(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     required = [p.requires_grad for p in model.parameters()]
-    measure(moe, random_windows(2), (1, 2), Originals(moe))
+    measure(ResidentSource(model), random_windows(2), (1, 2))
     assert model.training and required == [p.requires_grad for p in model.parameters()]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -157,7 +140,7 @@ def test_the_gptq_perturbation_is_gptq_on_the_experts_own_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
     gate_up, down = torch.randn(64, 32, generator=generator) * 0.1, torch.randn(32, 32, generator=generator) * 0.1
     x, config = torch.randn(50, 32, generator=generator), GptqConfig(group_size=32)
-    found = Perturbation("gptq", config).ffn(gate_up, down, (0, 1, 3), lambda: x)
+    found = Perturbation("gptq", config).expert(gate_up, down, (0, 1, 3), [x])
     assert not found[0][0].any() and not found[0][1].any()
     for bits, (first, second) in zip((1, 3), found[1:], strict=True):
         for weight, inputs, result in ((gate_up, x, first), (down, expert_hidden(gate_up, x), second)):
@@ -167,13 +150,12 @@ def test_the_gptq_perturbation_is_gptq_on_the_experts_own_inputs() -> None:
 
 
 def test_an_unused_expert_costs_nothing_at_any_width() -> None:
-    model = tiny_model("mixtral")
-    moe = describe(model)
+    source = ResidentSource(tiny_model("mixtral"))
 
     def never_expert_3(module, args, output):
         logits, weights, ids = output
         return logits, weights, torch.where(ids == 3, 2, ids)
 
-    moe.moe[0].block.gate.register_forward_hook(never_expert_3)
-    found = measure(moe, random_windows(), (1, 2, 3), Originals(moe))
+    source.moe.moe[0].block.gate.register_forward_hook(never_expert_3)
+    found = measure(source, random_windows(), (1, 2, 3))
     assert (found.costs.routed[0, 3] == 0).all() and found.frequency[0, 3] == 0

@@ -20,6 +20,7 @@ from gemq.generation.native import NativeStep, as_stored
 from gemq.generation.routers import routing_of
 from gemq.models import describe, packed_modules
 from gemq.packed_config import PackedConfig
+from gemq.widths import Widths
 
 NATIVE = tuple(family for family in FAMILIES if family != "qwen3_next")
 # float32 sums in another order, through two layers
@@ -44,7 +45,7 @@ def shared_model(
     moe = describe(type(dense)(dense.config))
     rows = {layer.index: list(experts[layer.index % 3 :] + experts[: layer.index % 3]) for layer in moe.moe}
     shared = {n: attention for n in rows} if moe.shared_multiple else {}
-    plan = PackedConfig(rows, shared, attention, attention)
+    plan = PackedConfig(Widths(rows, shared, attention, attention))
     model = build_packed(dense.config, plan, dtype, torch.device("cpu")).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -23,12 +23,14 @@ from tiny_text import words
 import gemq
 from gemq.algorithms.allocation import PER_LAYER, feasible_range, solve
 from gemq.algorithms.costs import Costs
-from gemq.algorithms.progressive import MethodConfig, quantize_progressively
-from gemq.algorithms.router_bits import quantize_routers
+from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.checkpoint import save_packed
+from gemq.engine.progression import quantize_progressively
+from gemq.engine.source import ResidentSource
 from gemq.integrity import WEIGHTS_FILE
 from gemq.models import describe
+from gemq.nn.experts import PROJECTIONS
 from gemq.pipeline import QuantizeConfig
 from gemq.summary import summarize
 
@@ -53,9 +55,10 @@ def changed(one, other):
 
 
 def codes(case, layer):
-    """Codes and metadata of every expert of a layer, by expert and projection."""
-    stacks = case.stage.weights.stacks[layer]
-    return {(e, p): (s.bits[e], s.codes[e], s.meta[e]) for p, s in enumerate(stacks) for e in range(len(s.bits))}
+    """Width and dequantized weight of every expert of a layer, by expert and projection."""
+    path = f"model.layers.{layer}.mlp.experts"
+    module = case.stage.quantized.record(layer).modules[path]
+    return {(e, p): (module.bits[p][e], weight) for p in PROJECTIONS for e, weight in enumerate(module.dense(p))}
 
 
 def same_costs(one, other):
@@ -68,7 +71,7 @@ def test_attention_bits(bits):
     """Table 19. Against 4 bits: the same costs and widths, and the first layer's experts are the same bytes."""
     base, other = made(tune=False), made(tune=False, attention_bits=bits)
     same_costs(base, other)
-    assert other.config.expert_bits == base.config.expert_bits and other.config.attention_bits == bits
+    assert other.config.widths.experts == base.config.widths.experts and other.config.widths.attention == bits
     if bits < 16:
         differ = changed(base, other)
         allowed = ("self_attn", "layers.1.mlp.experts")
@@ -79,16 +82,15 @@ def test_attention_bits(bits):
         own = tiny_model("mixtral").state_dict()
         kept = {k: v for k, v in state(other).items() if "self_attn" in k}
         assert len(kept) == 8 and all(torch.equal(v, own[k]) for k, v in kept.items())
-    for expert, (width, found, meta) in codes(base, 0).items():
-        assert codes(other, 0)[expert][0] == width
-        assert torch.equal(codes(other, 0)[expert][1], found) and torch.equal(codes(other, 0)[expert][2], meta)
+    for expert, (width, found) in codes(base, 0).items():
+        assert codes(other, 0)[expert][0] == width and torch.equal(codes(other, 0)[expert][1], found)
 
 
 @pytest.mark.parametrize("candidates", [(1, 2, 3), (0, 1, 2, 3), (1, 2, 3, 4), (0, 1, 2, 3, 4), (2, 3)], ids=str)
 def test_candidates(candidates):
     """Table 18. Costs of a width that two sets share are the same; only widths of the set are used."""
     base, other = made(tune=False), made(budget=2.25, tune=False, candidates=candidates)
-    used = {b for row in other.config.expert_bits.values() for b in row}
+    used = {b for row in other.config.widths.experts.values() for b in row}
     assert used <= set(candidates) and {candidates[-1], candidates[-2]} <= used
     one, two = base.stage.statistics.costs, other.stage.statistics.costs
     assert two.candidates == candidates
@@ -126,8 +128,8 @@ def test_constraints(per_layer):
         assert feasible_range(costs, per_layer=per_layer)[0] == pytest.approx(minimum)
     # experts of the first layer that keep their width keep their bytes
     one, two = codes(base, 0), codes(other, 0)
-    kept = [e for e in range(4) if all(one[e, p][0] == two[e, p][0] for p in range(2))]
-    assert all(torch.equal(one[e, p][1], two[e, p][1]) for e in kept for p in range(2))
+    kept = [e for e in range(4) if all(one[e, p][0] == two[e, p][0] for p in PROJECTIONS)]
+    assert all(torch.equal(one[e, p][1], two[e, p][1]) for e in kept for p in PROJECTIONS)
 
 
 def on_a_grid(weight, bits, group=64):
@@ -149,12 +151,12 @@ def test_router_bits(family, bits, tmp_path):
         # nearest in output, not in weight: a little further than rounding would leave it
         assert float((after[name] - before[name]).norm() / before[name].norm()) < 1.2 * 2.0 ** (1 - bits)
         assert not torch.equal(before[name], own[name]), "routers were to be tuned first"
-        assert other.stage.weights.reports[name.removesuffix(".weight")].tokens == random_windows().numel()
-    assert other.config.router_bits == bits and base.config.router_bits == 16
+        assert other.stage.reports[name.removesuffix(".weight")].tokens == random_windows().numel()
+    assert other.config.widths.router == bits and base.config.widths.router == 16
     save_packed(other.packed, other.config, tmp_path / "model")
     loaded = gemq.from_pretrained(tmp_path / "model")
     assert torch.equal(logits(loaded), logits(other.packed))
-    assert summarize(tmp_path / "model").config.router_bits == bits
+    assert summarize(tmp_path / "model").config.widths.router == bits
 
 
 def test_routers_of_bits_are_measured_where_the_estimate_says():
@@ -162,22 +164,9 @@ def test_routers_of_bits_are_measured_where_the_estimate_says():
     stages = []
     for options in ({"tune": False}, {"router_bits": 2, "router": ROUTER}):
         config = MethodConfig(budgets=(2.25, 2.0), estimate="quantized", **options)
-        stages.append(list(quantize_progressively(describe(tiny_model("mixtral")), random_windows(), config)))
+        stages.append(list(quantize_progressively(ResidentSource(tiny_model("mixtral")), random_windows(), config)))
     one, two = (s[1].statistics.costs.routed for s in stages)
     assert np.array_equal(one, two)
-
-
-def test_quantizing_routers_leaves_the_rest():
-    model = tiny_model("deepseek_v3").train()
-    moe = describe(model)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    quantize_routers(moe, random_windows(), 3)
-    after = model.state_dict()
-    moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
-    assert moved == {f"{layer.router_path}.weight" for layer in moe.moe}
-    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
-    with pytest.raises(ValueError, match=r"bits must be an integer in 1\.\.8, got 16"):
-        quantize_routers(moe, random_windows(), 16)
 
 
 def test_the_estimate_changes_later_budgets_alone():
@@ -185,14 +174,13 @@ def test_the_estimate_changes_later_budgets_alone():
     stages = {}
     for estimate in ("fp", "quantized", "tuned"):
         config = MethodConfig(budgets=(2.25, 2.0), estimate=estimate, router=ROUTER)
-        found = list(quantize_progressively(describe(tiny_model("mixtral")), random_windows(), config))
+        found = list(quantize_progressively(ResidentSource(tiny_model("mixtral")), random_windows(), config))
         stages[estimate] = found
     for first, second in itertools.combinations(stages.values(), 2):
         assert np.array_equal(first[0].statistics.costs.routed, second[0].statistics.costs.routed)
-        assert first[0].plan == second[0].plan and first[0].router_losses == second[0].router_losses
-        for layer, stacks in first[0].weights.stacks.items():
-            for one, two in zip(stacks, second[0].weights.stacks[layer], strict=True):
-                assert all(map(torch.equal, one.codes, two.codes)) and all(map(torch.equal, one.meta, two.meta))
+        assert first[0].widths == second[0].widths and first[0].router_losses == second[0].router_losses
+        one, two = (stage[0].packed()[0].state_dict() for stage in (first, second))
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
         assert not np.array_equal(first[1].statistics.costs.routed, second[1].statistics.costs.routed)
     fp, own = stages["fp"]
     assert np.array_equal(fp.statistics.costs.routed, own.statistics.costs.routed)

@@ -8,8 +8,8 @@ from transformers import AutoConfig
 
 from gemq.bench.architectures import meta_model, parameters
 from gemq.bench.random_model import packed_plan
-from gemq.checkpoint import packed_skeleton
 from gemq.models import describe
+from gemq.packed_model import packed_skeleton
 
 # overrides of transformers' defaults, which are those of the published model for the other families
 OLMOE = {"intermediate_size": 1024}
@@ -44,7 +44,8 @@ def test_a_published_size(kind, changes, billions, experts, layers, attention, d
     moe = describe(model)
     assert (moe.num_experts, len(moe.moe), moe.shared_multiple) == (experts, layers, shared)
     assert (len(moe.attention), len(moe.dense)) == (attention, dense)
-    modules = packed_skeleton(model, packed_plan(config, ((2, 1.0),), 4, 4), device="meta")
+    plan = packed_plan(config, ((2, 1.0),), 4, 4)
+    modules = packed_skeleton(moe, plan.widths, plan.group_size, "meta")
     assert len(modules) == layers + attention + dense + (3 * layers if shared else 0)
     buffers = [b for m in modules.values() for b in m.buffers()]
     assert len(buffers) == 2 * len(modules) + 2 * layers and {b.device for b in buffers} == {torch.device("meta")}

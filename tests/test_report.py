@@ -101,7 +101,7 @@ def test_the_bit_map_is_the_configs(made):
     config = load_packed_config(made / "2")
     text = render(load([made / "2"]))
     digits = [int(d) for d in re.findall(r'class="digit d\d">(\d)<', text)]
-    maps = [config.expert_bits, config.down_bits]
+    maps = [config.widths.experts, config.widths.down]
     assert digits == [b for rows in maps for row in rows.values() for b in row] and maps[0] != maps[1]
     rows = re.findall(r'<tr><th scope="row">(\d+)</th><td>([\d ]+)</td><td>[\d.]+</td></tr>', text)
     assert [(int(n), [int(b) for b in row.split()]) for n, row in rows] == [pair for m in maps for pair in m.items()]

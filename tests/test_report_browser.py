@@ -19,6 +19,7 @@ from gemq.report import render
 from gemq.report.data import Checkpoint, ReportData, RouterShift
 from gemq.report.style import DARK, LIGHT
 from gemq.summary import Summary
+from gemq.widths import Widths
 
 SHAPES = {"qwen3-30b-a3b": (48, 128), "deepseek-v2-lite": (26, 64), "mixtral-8x7b": (32, 8)}
 # what runs past the right edge, box or text, and is not inside a box that scrolls by itself
@@ -36,7 +37,8 @@ def checkpoint(name: str, layers: int, experts: int) -> Checkpoint:
     costs = np.exp(rng.normal(-6, 1.5, (layers, experts, 1))) / np.array([1, 5, 30])
     sizes = {"experts codes": 9_000_000_000, "experts meta": 10**9, "unquantized": 5 * 10**8}
     return Checkpoint(
-        f"{name}-2.5", Path(name), Summary(PackedConfig(bits, budget=2.5, method="gemq"), sizes, 10_500_000_000, 2.5),
+        f"{name}-2.5", Path(name),
+        Summary(PackedConfig(Widths(bits), budget=2.5, method="gemq"), sizes, 10_500_000_000, 2.5),
         base=f"somebody/{name}-with-a-rather-long-name", calibration="wikitext-2", parameters=30_500_000_000,
         seconds={"measure": 4000.0, "allocate": 12.0, "quantize": 5400.0, "tune routers": 900.0},
         error={i: float(rng.uniform(0.01, 0.1)) for i in places},

@@ -17,8 +17,6 @@ from gemq import durable
 from gemq.checkpoint import check_output, save_packed
 from gemq.errors import CheckpointError
 from gemq.integrity import MANIFEST_FILE, WEIGHTS_FILE, read_header, weight_files
-from gemq.models import describe
-from gemq.planning.output import packed_bytes
 from gemq.staging import claimed
 from gemq.summary import summarize
 
@@ -251,12 +249,11 @@ def test_unquantized_tensors_are_stored_in_the_dtype_asked_for(folder):
 
 def test_size_on_disk_is_what_the_bits_say(tmp_path):
     made = quantized("deepseek_v2", layers=4, experts=24, tune=False)
-    moe = describe(made.dense)
     save_packed(made.packed, made.config, tmp_path / "model", dtype=torch.bfloat16)
-    said = packed_bytes(moe, made.stage.weights)
+    said = made.stage.bytes
     # by hand: codes, and 32 bits for each row of each group (64 columns, or 32 where that does not divide)
-    gate_up, down = ([b for row in rows.values() for b in row] for rows in (made.config.expert_bits,
-                                                                            made.config.down_bits))
+    gate_up, down = ([b for row in rows.values() for b in row] for rows in (made.config.widths.experts,
+                                                                            made.config.widths.down))
     experts = sum(192 * 64 * b // 8 + 4 * 192 for b in gate_up) + sum(64 * 96 * b // 8 + 4 * 64 * 3 for b in down)
     summary = summarize(tmp_path / "model")
     assert experts == summary.bytes_by_kind["experts codes"] + summary.bytes_by_kind["experts meta"]

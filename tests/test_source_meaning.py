@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gemq
 from gemq.cli.run import run
-from gemq.engine.source import OUTSIDE, Source
+from gemq.engine.disk_source import DiskSource
+from gemq.engine.source import OUTSIDE
 from gemq.errors import CheckpointError
 from gemq.integrity import INDEX_FILE, WEIGHTS_FILE
 from gemq.loading import check_model
@@ -43,7 +44,7 @@ def configure(folder, **fields):
 @torch.no_grad()
 def source_logits(folder):
     """Logits of all of a source at once, in float32."""
-    source = Source(str(folder), check_model(str(folder)), torch.float32, torch.device("cpu"))
+    source = DiskSource(str(folder), check_model(str(folder)), torch.float32, torch.device("cpu"))
     for unit in range(OUTSIDE, len(source.moe.layers)):
         source.load(unit)
     return call(source.model, input_ids=random_windows(2, 12, 5), use_cache=False).logits
@@ -91,7 +92,7 @@ def test_dtypes_that_a_config_says(tmp_path, dtype):
     folder = saved("mixtral", tmp_path)
     configure(folder, dtype=dtype)
     agrees(folder)
-    source = Source(str(folder), check_model(str(folder)), "auto", torch.device("cpu"))
+    source = DiskSource(str(folder), check_model(str(folder)), "auto", torch.device("cpu"))
     assert source.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
 
 

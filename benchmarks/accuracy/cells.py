@@ -19,26 +19,27 @@ from pathlib import Path
 
 import eq6
 import numpy as np
+from balanced_windows import balanced_windows, self_sampled_windows
+from outliers import OUTLIER_BITS, quantize_with_outliers
+from routing import changed_routes, chosen_experts, replayed_routing
 from torch import Tensor
 
 from gemq import durable
-from gemq.algorithms.balanced_windows import balanced_windows, self_sampled_windows
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.importance import ExpertStatistics, Perturbation, measure
-from gemq.algorithms.originals import Originals
-from gemq.algorithms.outliers import OUTLIER_BITS, quantize_weights_with_outliers
+from gemq.algorithms.importance import ExpertStatistics
+from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.perplexity import perplexity
-from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
-from gemq.algorithms.router_alignment import changed_routes, chosen_experts, replayed_routing
+from gemq.algorithms.perturbation import Perturbation
 from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
-from gemq.models import describe
-from gemq.pipeline import load_tokenizer, load_unquantized
-from gemq.planning.output import packed_bytes
+from gemq.engine.progression import BudgetResult, measure_importance, quantize_progressively
+from gemq.engine.source import ResidentSource
+from gemq.loading import load_tokenizer, load_unquantized
+from gemq.models import MoeModel, describe
 
-VERSION = 3
+VERSION = 4
 POOL = 8  # balanced windows are chosen out of this many times as many
 
 
@@ -68,7 +69,7 @@ class Settings:
 class Run:
     """Options of a cell. ``kind``: ``quantize`` by the method, ``spqr`` (uniform with outliers), ``fp`` (nothing),
     ``statistics`` (Eq. 6 of the full-precision model) or ``eq6`` (predicted against true loss). Options as in
-    :class:`gemq.algorithms.progressive.MethodConfig`; ``routers`` is none, loss or alignment, and ``replay`` evaluates
+    :class:`gemq.algorithms.method.MethodConfig`; ``routers`` is none, loss or alignment, and ``replay`` evaluates
     with the full-precision routers' decisions as well. ``balanced`` calibrates on balanced windows of the text,
     ``self_sampled`` on text that the model itself generates. ``quantizer`` is one of :data:`QUANTIZERS`."""
 
@@ -159,16 +160,20 @@ def write_json(path: Path, content: object) -> None:
 
 
 class Session:
-    """A loaded model and one seed: what its cells share. Not more than one model is held."""
+    """A loaded model and one seed: what its cells share.
+
+    ``original`` is the full-precision model, which no cell changes, ``source`` the same for the engine, and ``moe`` a
+    copy that holds what was last quantized.
+    """
 
     def __init__(self, model: str, seed: int, settings: Settings, cache: Path, device: str = "cpu"):
         self.name, self.seed, self.settings, self.cache = model, seed, settings, cache
         self.print = fingerprint(model)
         self.tokenizer = load_tokenizer(model)
         dtype = "float32" if device == "cpu" else "auto"
-        self.model = load_unquantized(model, dtype).to(device).eval()
-        self.moe = describe(self.model)
-        self.originals = Originals(self.moe)
+        self.original = describe(load_unquantized(model, dtype).to(device).eval())
+        self.source = ResidentSource(self.original.model)
+        self.moe = describe(copy.deepcopy(self.original.model))
         length, limit = settings.length, settings.limit
         self.texts = {n: evaluation_windows(self.tokenizer, s, length, limit) for n, s in settings.texts}
 
@@ -176,31 +181,27 @@ class Session:
     def windows(self, calibration: str | None, samples: int, balanced: bool, self_sampled: bool = False) -> Tensor:
         """Calibration windows of this seed."""
         if self_sampled:
-            self.originals.restore()
-            return self_sampled_windows(self.moe, samples, self.settings.length, seed=self.seed)
+            return self_sampled_windows(self.original, samples, self.settings.length, seed=self.seed)
         source = dict(self.settings.calibration)[calibration or self.settings.calibration[0][0]]
         count = samples * (POOL if balanced else 1)
         found = calibration_windows(self.tokenizer, source, count, self.settings.length, self.seed)
         if balanced:
-            self.originals.restore()
-            found = balanced_windows(self.moe, found, samples, self.settings.batch_size)
+            found = balanced_windows(self.original, found, samples, self.settings.batch_size)
         return found
 
     @functools.cached_property
     def fp_routes(self) -> list[Tensor]:
         """The experts of every token of 16 windows of the first text in full precision."""
-        self.originals.restore()
-        return chosen_experts(self.moe, self._route_windows)
+        return chosen_experts(self.original, self._route_windows)
 
     @property
     def _route_windows(self) -> Tensor:
         return next(iter(self.texts.values()))[:16]
 
-    @functools.cached_property
-    def reference(self):
-        """A full-precision twin, for replayed routing."""
-        self.originals.restore()
-        return describe(copy.deepcopy(self.model))
+    def restored(self) -> MoeModel:
+        """Put the full-precision weights back into ``moe``, and return it."""
+        self.moe.model.load_state_dict(self.original.model.state_dict())
+        return self.moe
 
     def calibrating(self, run: Run) -> Tensor:
         """The run's calibration windows."""
@@ -215,7 +216,7 @@ class Session:
 
     def scores(self) -> dict[str, float]:
         """Perplexity by text of the model in its current state."""
-        return {name: perplexity(self.model, w, self.settings.batch_size) for name, w in self.texts.items()}
+        return {name: perplexity(self.moe.model, w, self.settings.batch_size) for name, w in self.texts.items()}
 
     def statistics(self, run: Run) -> ExpertStatistics:
         """Statistics of the full-precision model, from the cache if they were measured before."""
@@ -227,16 +228,13 @@ class Session:
         path = self.cache / f"statistics-{digest}.npz"
         if path.is_file():
             return _load_statistics(path, self.moe, run.candidates)
-        self.originals.restore()
         perturbation = Perturbation(run.perturbation, QUANTIZERS[run.quantizer])
         if run.method == "fisher":
-            costs = weight_fisher(
-                self.moe, self.calibrating(run), run.candidates, self.originals, perturbation=perturbation
-            )
+            costs = weight_fisher(self.original, self.calibrating(run), run.candidates, perturbation=perturbation)
             found = ExpertStatistics(costs)
         else:
-            found = measure(
-                self.moe, self.calibrating(run), run.candidates, self.originals, perturbation=perturbation,
+            found = measure_importance(
+                self.source, self.calibrating(run), run.candidates, perturbation=perturbation,
                 batch_size=self.settings.batch_size, matrices=run.per_matrix,
             )
         _save_statistics(path, found)
@@ -259,20 +257,21 @@ def _load_statistics(path: Path, moe, candidates: tuple[int, ...]) -> ExpertStat
     return ExpertStatistics(costs, *(given.get(name) for name in ("frequency", "weight", "error")))
 
 
-def _stage_result(session: Session, run: Run, stage: StageResult) -> dict:
+def _stage_result(session: Session, run: Run, stage: BudgetResult) -> dict:
+    stage.weights.write_to(session.moe.model)
     found = {
         "budget": stage.budget, "bits_per_expert": stage.allocation.bits_per_expert,
-        "bytes": packed_bytes(session.moe, stage.weights), "perplexity": session.scores(),
-        "bits": [stage.plan.experts[layer.index] for layer in session.moe.moe],
+        "bytes": stage.bytes, "perplexity": session.scores(),
+        "bits": [stage.widths.experts[layer.index] for layer in session.moe.moe],
         "changed_routes": changed_routes(session.fp_routes, chosen_experts(session.moe, session._route_windows)),
         "seconds": stage.seconds,
     }
-    if stage.plan.down:
-        found["down_bits"] = [stage.plan.down[layer.index] for layer in session.moe.moe]
-    if stage.plan.shared:
-        found["shared_bits"] = [stage.plan.shared[layer.index] for layer in session.moe.moe]
+    if stage.widths.down:
+        found["down_bits"] = [stage.widths.down[layer.index] for layer in session.moe.moe]
+    if stage.widths.shared:
+        found["shared_bits"] = [stage.widths.shared[layer.index] for layer in session.moe.moe]
     if run.replay:
-        with replayed_routing(session.moe, session.reference):
+        with replayed_routing(session.moe, session.original):
             found["replayed"] = session.scores()
     return found
 
@@ -285,13 +284,9 @@ def _quantize(session: Session, run: Run) -> list[dict]:
         batch_size=session.settings.batch_size, gptq=QUANTIZERS[run.quantizer],
         router=RouterTuningConfig(learning_rate=run.router_lr, epochs=run.router_epochs),
     )
-    # before the weights change
-    _ = session.fp_routes, run.replay and session.reference
     statistics = None if run.method == "uniform" else session.statistics(run)
     windows, router = session.calibrating(run), session.router_windows(run)
-    stages = quantize_progressively(
-        session.moe, windows, config, router_windows=router, originals=session.originals, first_statistics=statistics
-    )
+    stages = quantize_progressively(session.source, windows, config, router_windows=router, first=statistics)
     return [_stage_result(session, run, stage) for stage in stages]
 
 
@@ -299,8 +294,8 @@ def _outliers(session: Session, run: Run) -> list[dict]:
     found = []
     for budget in run.budgets:
         start = time.perf_counter()
-        bits = quantize_weights_with_outliers(
-            session.moe, session.calibrating(run), budget, session.originals, attention=run.attention_bits,
+        bits = quantize_with_outliers(
+            session.restored(), session.calibrating(run), budget, attention=run.attention_bits,
             batch_size=session.settings.batch_size,
         )
         found.append({
@@ -313,8 +308,8 @@ def _outliers(session: Session, run: Run) -> list[dict]:
 def _full_precision(session: Session, run: Run) -> list[dict]:
     """Evaluate in full precision. With ``routers`` "loss" it is the control: its routers are tuned as a quantized
     model's are."""
-    before, size = session.fp_routes, 2 * sum(p.numel() for p in session.model.parameters())
-    session.originals.restore()
+    before, size = session.fp_routes, 2 * sum(p.numel() for p in session.original.model.parameters())
+    session.restored()
     start = time.perf_counter()
     if run.routers == "loss":
         config = RouterTuningConfig(learning_rate=run.router_lr, epochs=run.router_epochs)
@@ -331,10 +326,8 @@ def _statistics(session: Session, run: Run) -> list[dict]:
 
 
 def _eq6(session: Session, run: Run) -> list[dict]:
-    session.originals.restore()
     predicted = session.statistics(run).costs.routed
-    session.originals.restore()
-    how = (session.moe, session.calibrating(run), run.candidates, session.originals, Perturbation(run.perturbation),
+    how = (session.restored(), session.calibrating(run), run.candidates, Perturbation(run.perturbation),
            session.settings.batch_size)
     first, true = eq6.first_order(*how), eq6.true_increases(*how)
     return [{"budget": 16.0, "candidates": list(run.candidates), "predicted": predicted.tolist(),
@@ -356,7 +349,7 @@ def run_cell(session: Session, run: Run, conditions: dict) -> dict:
             "calibration": [Path(s).name for _, s in session.settings.calibration],
             "texts": [n for n, _ in session.settings.texts],
         },
-        "parameters": sum(p.numel() for p in session.model.parameters()),
+        "parameters": sum(p.numel() for p in session.original.model.parameters()),
         "layers": len(session.moe.moe), "experts": session.moe.num_experts,
         "stages": stages, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy,
         "conditions": conditions,

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemq.algorithms.importance import Perturbation, capture_batch
 from gemq.algorithms.layerwise import Routed, expert_hidden, watch_experts
-from gemq.algorithms.originals import Originals
 from gemq.algorithms.perplexity import token_losses
+from gemq.algorithms.perturbation import Perturbation
 from gemq.models import MoeLayer, MoeModel
+from gemq.reference.importance import expert_calls
 
 
 @torch.no_grad()
@@ -40,8 +40,7 @@ def _inputs(moe: MoeModel, layer: MoeLayer, windows: Tensor, batch_size: int) ->
 
 @torch.no_grad()
 def true_increases(
-    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, perturbation: Perturbation,
-    batch_size: int = 8,
+    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], perturbation: Perturbation, batch_size: int = 8
 ) -> np.ndarray:
     """Measure the rise of the loss on ``windows`` (as in Eq. 6: summed over windows) if one expert alone has a width.
 
@@ -52,10 +51,8 @@ def true_increases(
     for row, layer in enumerate(moe.moe):
         seen = _inputs(moe, layer, windows, batch_size)
         stacks = (layer.experts.gate_up_proj, layer.experts.down_proj)
-        for e, (gate_up, down) in enumerate(zip(*originals.experts(layer), strict=True)):
-            changed = perturbation.ffn(
-                gate_up, down, candidates, lambda e=e, seen=seen: torch.cat([r.rows(e)[0] for r in seen])
-            )
+        for e, (gate_up, down) in enumerate(zip(*(s.detach().clone() for s in stacks), strict=True)):
+            changed = perturbation.expert(gate_up, down, candidates, [r.rows(e)[0] for r in seen])
             for b, pair in enumerate(changed):
                 for stack, weight in zip(stacks, pair, strict=True):
                     stack[e].copy_(weight)
@@ -66,25 +63,25 @@ def true_increases(
 
 
 def first_order(
-    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, perturbation: Perturbation,
-    batch_size: int = 8,
+    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], perturbation: Perturbation, batch_size: int = 8
 ) -> np.ndarray:
     """The sum over tokens of ``g' dz``, float64 ``[L, E, B]``: what Eq. 6 leaves out because a trained model's gradient
     is zero in the mean, which on a few thousand tokens of a text it is not. Sign and units are those of
     :func:`true_increases`."""
     for parameter in moe.model.parameters():
         parameter.requires_grad_(False)
-    captured = [capture_batch(moe, windows[at : at + batch_size]) for at in range(0, len(windows), batch_size)]
+    experts = [layer.experts for layer in moe.moe]
+    captured = [expert_calls(moe.model, experts, ids) for ids in windows.split(batch_size)]
     found = np.zeros((len(moe.moe), moe.num_experts, len(candidates)))
     with torch.no_grad():
         for row, layer in enumerate(moe.moe):
-            seen = [captures[row] for captures in captured]
-            for e, (gate_up, down) in enumerate(zip(*originals.experts(layer), strict=True)):
-                rows = [(c.routed.rows(e), c) for c in seen]
-                inputs = torch.cat([x for (x, _), _ in rows])
-                changed = perturbation.ffn(gate_up, down, candidates, lambda inputs=inputs: inputs)
-                for (x, token), capture in rows:
-                    weighted = capture.gradient[token].float() * capture.routed.weight_of(e, token)
+            seen = [(Routed(c.x, c.ids, c.weights), c.gradient) for c in (calls[row] for calls in captured)]
+            stacks = (layer.experts.gate_up_proj, layer.experts.down_proj)
+            for e, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
+                changed = perturbation.expert(gate_up, down, candidates, [r.rows(e)[0] for r, _ in seen])
+                for routed, gradient in seen:
+                    x, token = routed.rows(e)
+                    weighted = gradient[token].float() * routed.weight_of(e, token)
                     before = expert_hidden(gate_up, x) @ down.T
                     for b, (first, second) in enumerate(changed):
                         change = expert_hidden(first, x) @ second.T - before

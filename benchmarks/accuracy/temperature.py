@@ -20,7 +20,8 @@ import torch
 from cells import Run, Session
 from torch import Tensor, nn
 
-from gemq.algorithms.progressive import MethodConfig, quantize_progressively
+from gemq.algorithms.method import MethodConfig
+from gemq.engine.progression import quantize_progressively
 
 TEMPERATURES = [round(0.8 + 0.05 * i, 2) for i in range(29)]
 COLUMNS = 4096  # tokens whose logits are divided at a time
@@ -44,7 +45,7 @@ def show(name: str, session: Session) -> None:
     """Print a line for the model in its current state."""
     columns = []
     for text, windows in session.texts.items():
-        found = by_temperature(session.model, windows, session.settings.batch_size)
+        found = by_temperature(session.moe.model, windows, session.settings.batch_size)
         best = min(found, key=found.get)
         columns.append(f"{text} {found[1.0]:.2f}, at temperature {best:.2f} {found[best]:.2f}")
     print(f"{name:<28} {'; '.join(columns)}", flush=True)
@@ -59,7 +60,6 @@ def main() -> None:
     budgets = tuple(float(b) for b in given.bits.split(","))
     with tempfile.TemporaryDirectory() as cache:
         session = Session(given.model, 0, study.settings_of(given), Path(cache))
-        session.originals.restore()
         show("full precision", session)
         for quantizer in ("gptq", "default"):
             for method in ("uniform", "gemq"):
@@ -69,9 +69,10 @@ def main() -> None:
                     batch_size=given.batch_size, gptq=cells.QUANTIZERS[quantizer],
                 )
                 for stage in quantize_progressively(
-                    session.moe, session.calibrating(run), config, originals=session.originals,
-                    first_statistics=None if method == "uniform" else session.statistics(run),
+                    session.source, session.calibrating(run), config,
+                    first=None if method == "uniform" else session.statistics(run),
                 ):
+                    stage.weights.write_to(session.moe.model)
                     show(f"{quantizer}, {method}, {stage.budget} bits", session)
 
 

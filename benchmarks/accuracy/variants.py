@@ -23,12 +23,12 @@ from torch import Tensor
 
 from gemq.algorithms.gptq import GptqConfig, GptqReport, gptq, inverse_factor
 from gemq.algorithms.layerwise import Hessian
-from gemq.algorithms.progressive import MethodConfig, allocate, plan_of
+from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.refinement import damped, descend, refine, rescaled
-from gemq.algorithms.sequential import quantize_weights
+from gemq.engine.progression import quantize_progressively
 from gemq.format import default_group_size
 from gemq.nn.experts import QuantizedStack
-from gemq.reference.grid import dequantize_codes, find_grid, round_to_grid
+from gemq.reference.grid import find_grid, round_to_grid
 
 # matrix(weight [n, k], hessian, bits, tokens, config, group_size) -> codes [n, k], meta [n, groups, 2]
 Matrix = Callable[[Tensor, Tensor, int, int, GptqConfig, int], tuple[Tensor, Tensor]]
@@ -89,13 +89,11 @@ def _integer_zero_points(weight, hessian, bits, tokens, config, group_size):
 
 
 def quantizer_of(matrix: Matrix):
-    """``matrix`` as :func:`gemq.algorithms.sequential.quantize_weights` takes it."""
+    """``matrix`` as :func:`gemq.engine.progression.quantize_progressively` takes it."""
 
     def quantize(weights: Tensor, hessians: list[Hessian], bits: list[int], config: GptqConfig):
         size = default_group_size(weights.shape[-1], config.group_size)
         made = [matrix(w, h.value, b, h.tokens, config, size) for w, h, b in zip(weights, hessians, bits, strict=True)]
-        for weight, (codes, meta) in zip(weights, made, strict=True):
-            weight.copy_(dequantize_codes(codes, meta, weight.dtype))
         codes, meta = (list(parts) for parts in zip(*made, strict=True))
         reports = {e: GptqReport(h.tokens, config.damping, "", 0.0) for e, h in enumerate(hessians)}
         return QuantizedStack(codes, meta, list(bits)), reports
@@ -135,15 +133,17 @@ def main() -> None:
 def compare(session: Session, run: Run, names: list[str]) -> None:
     """Print a line for each budget and variant."""
     statistics, windows = session.statistics(run), session.calibrating(run)
-    method = MethodConfig(budgets=run.budgets, per_layer="none", tune=False)
     for budget in run.budgets:
-        plan = plan_of(session.moe, allocate(session.moe, statistics, budget, method), method)
         for name in names:
             config, matrix = VARIANTS[name]
-            quantize_weights(
-                session.moe, windows, plan, session.originals, config, batch_size=session.settings.batch_size,
-                **({} if matrix is None else {"quantizer": quantizer_of(matrix)}),
+            method = MethodConfig(
+                (budget,), per_layer="none", tune=False, gptq=config, batch_size=session.settings.batch_size
             )
+            (found,) = quantize_progressively(
+                session.source, windows, method, first=statistics,
+                quantizer=None if matrix is None else quantizer_of(matrix),
+            )
+            found.weights.write_to(session.moe.model)
             scores = "  ".join(f"{text} {value:.2f}" for text, value in session.scores().items())
             print(f"seed {session.seed}  {budget:g} bits  {name:<32} {scores}", flush=True)
 

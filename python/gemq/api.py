@@ -8,9 +8,9 @@ from typing import Any
 
 from gemq import dry_run, pipeline
 from gemq.algorithms.allocation import Allocation, pareto
-from gemq.algorithms.progressive import StageProgress
-from gemq.algorithms.sequential import OnLayer
 from gemq.dry_run import Preview
+from gemq.engine.progression import StageProgress
+from gemq.engine.walk import OnLayer
 from gemq.outcome import QuantizeOutcome
 from gemq.pipeline import QuantizeConfig
 from gemq.recipes import budgets_of, quantize_config, shared_of

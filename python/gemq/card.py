@@ -61,8 +61,8 @@ def _name(folder: Path, between: str) -> str:
 
 def _text(folder: Path, name: str, place: str, config: PackedConfig, base: str | None, report: dict[str, Any]) -> str:
     summary = summarize(folder)
-    widths = config.weight_bits
-    shares = ", ".join(f"{100 * widths.count(b) / len(widths):.0f}% at {b}" for b in sorted(set(widths)))
+    widths, routed = config.widths, config.widths.weight_bits
+    shares = ", ".join(f"{100 * routed.count(b) / len(routed):.0f}% at {b}" for b in sorted(set(routed)))
     origin = f"[{base}](https://huggingface.co/{base})" if base else "A mixture-of-experts model"
     parts = [
         f"# {_cell(name)}\n",
@@ -70,10 +70,10 @@ def _text(folder: Path, name: str, place: str, config: PackedConfig, base: str |
         f"(method of [GEMQ](https://arxiv.org/abs/2605.23078)). It needs the package gemq to run.\n",
         "| | |\n|---|---|",
         f"| routed experts | {summary.expert_bits:.3f} bits: {shares} |",
-        f"| attention, dense MLPs, routers | {config.attention_bits}, {config.dense_bits}, {config.router_bits} bits |",
+        f"| attention, dense MLPs, routers | {widths.attention}, {widths.dense}, {widths.router} bits |",
     ]
-    if config.shared_bits:
-        shared = sorted(set(config.shared_bits.values()))
+    if widths.shared:
+        shared = sorted(set(widths.shared.values()))
         parts.append(f"| shared experts | {', '.join(map(str, shared))} bits |")
     parts += [f"| groups | {config.group_size} columns |", f"| size | {summary.tensor_bytes / _MB:,.1f} MB |"]
     parameters = report.get("parameters")

@@ -13,102 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from gemq import durable
-from gemq.algorithms.sequential import QuantizedWeights
 from gemq.errors import CheckpointError, GemqError
 from gemq.folders import HUB_OPTIONS, checkpoint_folder
-from gemq.format import UNQUANTIZED
+from gemq.hf import attach
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.integrity import verify as verify_files
 from gemq.model_config import generation_config, model_config
-from gemq.models import MoeModel, describe, packed_modules, replace_with_packed
-from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.output_folder import check_output
 from gemq.packed_config import PackedConfig
+from gemq.packed_model import stored_state
 from gemq.staging import staged
-from gemq.tensor_files import check_finite
 
 MAX_SHARD = "5GB"
-
-
-def packed_skeleton(
-    model: nn.Module, config: PackedConfig, device: str | None = None, under: str = ""
-) -> dict[str, nn.Module]:
-    """Empty packed modules for an unquantized model, by module path; ``under`` is a path prefix to keep to.
-
-    Raises :class:`CheckpointError` on a misfit.
-    """
-    moe = describe(model)
-    modules: dict[str, nn.Module] = {}
-    if set(config.expert_bits) != {layer.index for layer in moe.moe}:
-        raise CheckpointError(
-            f"quantization_config.expert_bits names layers {sorted(config.expert_bits)}, but the model's MoE layers "
-            f"are {[layer.index for layer in moe.moe]}"
-        )
-    for layer in moe.moe:
-        bits, down = config.widths(layer.index)
-        if len(bits) != moe.num_experts:
-            raise CheckpointError(
-                f"quantization_config.expert_bits[{layer.index}] has {len(bits)} widths for {moe.num_experts} experts"
-            )
-        if f"{layer.path}.experts".startswith(under):
-            modules[f"{layer.path}.experts"] = LowBitExperts(
-                moe.hidden, moe.intermediate, bits, config.group_size, device, down
-            )
-    for path, (linear, width) in _linear_widths(moe, config).items():
-        if path.startswith(under):
-            modules[path] = LowBitLinear(
-                linear.in_features, linear.out_features, width, config.group_size, linear.bias is not None,
-                linear.weight.dtype, device,
-            )
-    return modules
-
-
-def _linear_widths(moe: MoeModel, config: PackedConfig) -> dict[str, tuple[nn.Linear, int]]:
-    found = {path: (module, config.attention_bits) for path, module in moe.attention.items()}
-    found |= {path: (module, config.dense_bits) for path, module in moe.dense.items()}
-    for layer in moe.moe:
-        if layer.shared is None:
-            continue
-        width = config.shared_bits.get(layer.index)
-        if width is None:
-            raise CheckpointError(f"quantization_config.shared_bits has no layer {layer.index}")
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            found[f"{layer.shared_path}.{name}"] = (getattr(layer.shared, name), width)
-    unknown = sorted(set(config.linear_bits) - set(found))
-    if unknown:
-        raise CheckpointError(f"quantization_config.linear_bits names {unknown[0]!r}, which the model does not have")
-    found = {path: (module, config.linear_bits.get(path, width)) for path, (module, width) in found.items()}
-    return {path: item for path, item in found.items() if item[1] != UNQUANTIZED}
-
-
-def pack_model(moe: MoeModel, weights: QuantizedWeights, *, budget: float | None = None, method: str | None = None):
-    """Replace the quantized parts of the model by packed modules, in place, and return its :class:`PackedConfig`.
-
-    The modules are left in the canonical layout; :func:`gemq.models.prepare` makes them ready to run.
-    """
-    replace_with_packed(moe.model, packed_parts(moe, weights))
-    return PackedConfig.of_plan(weights.plan, weights.group_size, budget, method)
-
-
-def packed_parts(moe: MoeModel, weights: QuantizedWeights) -> dict[str, LowBitExperts | LowBitLinear]:
-    """Packed modules of all that ``weights`` holds, which may be a part of the model, by module path."""
-    modules: dict[str, LowBitExperts | LowBitLinear] = {}
-    for layer in moe.moe:
-        if layer.index in weights.stacks:
-            gate_up, down = weights.stacks[layer.index]
-            modules[f"{layer.path}.experts"] = LowBitExperts.from_stacks(
-                gate_up, down, moe.hidden, moe.intermediate, weights.group_size
-            )
-    for path, (codes, meta, width) in weights.linears.items():
-        bias = moe.model.get_submodule(path).bias
-        group = codes.shape[1] // meta.shape[1]
-        modules[path] = LowBitLinear.from_codes(codes, meta, width, group, bias)
-    return modules
 
 
 def save_packed(
@@ -117,7 +38,7 @@ def save_packed(
     extra_files: dict[str, Callable[[Path], None]] | None = None, overwrite: bool = False,
     weights: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a packed model (of :func:`pack_model`) as a checkpoint folder, with a manifest for :func:`gemq.verify`.
+    """Write a packed model as a checkpoint folder, with a manifest for :func:`gemq.verify`.
 
     Everything is written to a folder of gemq's own beside it and renamed at the end; what was there before stays until
     then. ``dtype`` (float16 or bfloat16) is that of the tensors that stay unquantized. ``extra_files`` maps file
@@ -133,8 +54,6 @@ def _write(
     model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shard_size: str, extra: dict,
     weights: Callable[[Path], None] | None,
 ) -> None:
-    from gemq.hf import attach
-
     attach(model, config)
     if weights is not None:
         weights(folder)
@@ -154,30 +73,6 @@ def _write(
     (folder / "config.json").write_bytes(text)
     durable.sync(folder / "config.json")
     durable.sync(folder)
-
-
-def stored_state(model, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The tensors of a packed model as a checkpoint holds them: as :func:`stored_tensors`, tied ones once."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return stored_tensors(model, {k: v for k, v in model.state_dict().items() if k not in tied}, dtype)
-
-
-def stored_tensors(
-    model, state: dict[str, torch.Tensor], dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """Some or all of a packed model's tensors as a checkpoint has them: by the names of the family's own checkpoints,
-    unquantized ones in ``dtype``."""
-    packed = {f"{path}.{name}" for path, module in packed_modules(model) for name, _ in module.named_buffers()}
-    if dtype is not None:
-        as_is = packed | kept_in_float32(model)
-        state = {k: v.to(dtype) if v.is_floating_point() and k not in as_is else v for k, v in state.items()}
-    return {k: check_finite(k, v).contiguous() for k, v in revert_weight_conversion(model, state).items()}
-
-
-def kept_in_float32(model) -> set[str]:
-    """Tensors that the family keeps in float32 in a 16-bit model: correction biases of routers, which rank experts."""
-    modules = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    return {name for name in model.state_dict() if modules & set(name.split("."))}
 
 
 def _config_text(model, dtype: torch.dtype | None) -> str:
@@ -212,10 +107,6 @@ def from_pretrained(
     Raises :class:`CheckpointError` for a checkpoint that is truncated, inconsistent, newer than this version or
     not gemq's; nothing is ever filled in with random weights.
     """
-    import transformers
-
-    import gemq.hf  # noqa: F401  (registers the quantizer)
-
     folder = checkpoint_folder(path, **{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs})
     if verify:
         verify_files(folder)

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gemq.algorithms.progressive import allocate
+from gemq.algorithms.method import allocate
 from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.tensor_bits import resolve
 from gemq.ambient import plain_torch
-from gemq.checkpoint import check_output, kept_in_float32
+from gemq.checkpoint import check_output
 from gemq.format import UNQUANTIZED, codes_bytes, default_group_size, expert_layout
 from gemq.model_config import skeleton
 from gemq.models import MoeModel, describe
 from gemq.nn.experts import PROJECTIONS
+from gemq.packed_model import kept_in_float32
 from gemq.pipeline import QuantizeConfig, check_model, load_costs, target_of
 from gemq.planning import check_budgets
+from gemq.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def preview(config: QuantizeConfig) -> list[Preview]:
     return [_at(config, moe, budget) for budget in sorted(config.method.budgets, reverse=True)]
 
 
+GATE_UP, DOWN = PROJECTIONS
 # by projection, decoder layer and expert
 Routed = dict[str, dict[int, list[float]]]
 
@@ -95,20 +98,17 @@ def _experts(config: QuantizeConfig, moe: MoeModel, budget: float) -> tuple[Rout
 
 
 def _at(config: QuantizeConfig, moe: MoeModel, budget: float) -> Preview:
-    overrides = resolve(moe, config.method.tensor_bits)
+    method, (experts, linears) = config.method, resolve(moe, config.method.tensor_bits)
     routed, shared = _experts(config, moe, budget)
-    routed = {name: overrides.over(rows) for name, rows in routed.items()}
+    shared = shared if moe.shared_multiple else {}
+    given = Widths(routed[GATE_UP], shared, method.attention_bits, method.dense_bits, down=routed[DOWN])
+    given = given.overridden(experts, linears)
+    routed = {GATE_UP: given.experts, DOWN: given.down or given.experts}
     stacks = {}
     for layer in moe.moe:
         for name in PROJECTIONS:
             stacks[id(getattr(layer.experts, name))] = routed[name][layer.index]
-    widths: dict[int, int] = {}
-    for found, default in ((moe.attention, config.method.attention_bits), (moe.dense, config.method.dense_bits)):
-        widths |= {id(m.weight): overrides.linears.get(path, default) for path, m in found.items()}
-    for layer in moe.moe:
-        for name in ("gate_proj", "up_proj", "down_proj") if layer.shared is not None else ():
-            path = f"{layer.shared_path}.{name}"
-            widths[id(getattr(layer.shared, name).weight)] = overrides.linears.get(path, shared[layer.index])
+    widths = {id(linear.weight): bits for linear, bits in moe.quantized_linears(given).values()}
     group = config.method.gptq.group_size
     tensors = [_tensor(name, p, group, stacks.get(id(p)), widths.get(id(p), UNQUANTIZED))
                for name, p in moe.model.named_parameters()]

@@ -13,14 +13,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gemq.checkpoint import packed_skeleton
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.model_config import check_layers, check_sizes
-from gemq.models import packed_modules, prepare, replace_with_packed
+from gemq.models import describe, packed_modules, prepare, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
+from gemq.packed_model import packed_skeleton
 
 _FLOATS = ("F32", "F16", "BF16")
 # a number of layers above this is believed only if there are as many tensors
@@ -72,7 +72,8 @@ class GemqQuantizer(HfQuantizer):
             )
         files = [Path(f) for f in checkpoint_files or []]
         check_inside(files, model.config.name_or_path)
-        modules = packed_skeleton(model, self.quantization_config.packed, device="meta")
+        packed = self.quantization_config.packed
+        modules = packed_skeleton(describe(model), packed.widths, packed.group_size, "meta")
         replace_with_packed(model, modules)
         if files:
             check_files(model, files)

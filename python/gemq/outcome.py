@@ -1,6 +1,6 @@
 """Write the files that a finished budget leaves beside its weights, and build its outcome.
 
-A *stage* is a budget's result, of :mod:`gemq.algorithms.progressive` or :mod:`gemq.engine.run`; ``matrices`` are its
+A *stage* is a budget's result, of :mod:`gemq.engine.progression`; ``matrices`` are its
 reports by module path, ``config`` is the :class:`gemq.QuantizeConfig`.
 """
 
@@ -22,7 +22,7 @@ from gemq.plain_json import dumps
 COSTS_FILE = "gemq_costs.json"
 REPORT_FILE = "gemq_report.json"
 # fields of the config that say how a run works and change nothing of what comes out
-RUN_OPTIONS = ("stream", "scratch", "run_dir", "changed", "keep_run", "log", "check")
+RUN_OPTIONS = ("keep", "run_dir", "changed", "keep_run", "log", "check")
 
 
 @dataclass(frozen=True)

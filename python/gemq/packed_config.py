@@ -11,59 +11,43 @@ import json
 import math
 import re
 import reprlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from gemq import __version__
-from gemq.algorithms.sequential import BitPlan
 from gemq.errors import CheckpointError
-from gemq.format import GROUP_SIZES, MAX_BITS, UNQUANTIZED, by_weight
+from gemq.format import GROUP_SIZES, MAX_BITS, UNQUANTIZED
+from gemq.widths import Widths
 
+# the fields of the widths as they are stored
+STORED = {
+    "expert_bits": "experts", "shared_bits": "shared", "attention_bits": "attention", "dense_bits": "dense",
+    "router_bits": "router", "linear_bits": "linears", "down_bits": "down",
+}
 # 2: with linear_bits, 3: with down_bits; a checkpoint is written as the lowest that it needs
 FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class PackedConfig:
-    """Fields of ``quantization_config``. Keys of ``expert_bits`` and ``shared_bits`` are decoder layer indices.
+    """The ``quantization_config`` of a checkpoint: its widths, and how it was made.
 
-    ``group_size`` is the preferred one: a matrix whose columns it does not divide uses the next smaller.
-    ``router_bits`` says on which grid the routers lie; they are stored as plain weights all the same. ``linear_bits``
-    are exceptions of single linears, by module path (format version 2). ``down_bits`` are the widths of the experts'
-    down projections, by layer as ``expert_bits``, which then are those of gate and up alone (format version 3).
+    ``group_size`` is the preferred one: a matrix whose columns it does not divide uses the next smaller. Stored, the
+    widths are ``expert_bits``, ``shared_bits``, ``attention_bits``, ``dense_bits``, ``router_bits``, ``linear_bits``
+    (format version 2) and ``down_bits`` (format version 3): see :class:`gemq.widths.Widths`.
     """
 
-    expert_bits: dict[int, list[int]]
-    shared_bits: dict[int, int] = field(default_factory=dict)
-    attention_bits: int = UNQUANTIZED
-    dense_bits: int = UNQUANTIZED
-    router_bits: int = UNQUANTIZED
+    widths: Widths
     group_size: int = 128
     version: int = 1
     budget: float | None = None
     method: str | None = None
     gemq_version: str = __version__
-    linear_bits: dict[str, int] = field(default_factory=dict)
-    down_bits: dict[int, list[int]] = field(default_factory=dict)
-
-    def widths(self, layer: int) -> tuple[list[int], list[int]]:
-        """The experts' widths of a decoder layer: of gate and up, and of down."""
-        return self.expert_bits[layer], self.down_bits.get(layer, self.expert_bits[layer])
-
-    @property
-    def weight_bits(self) -> list[int]:
-        """Widths of the routed experts, each as often as :func:`gemq.format.by_weight` counts it."""
-        return [b for layer in self.expert_bits for b in by_weight(*self.widths(layer))]
-
-    @property
-    def bits_per_expert(self) -> float:
-        """Mean width of the routed experts' weights."""
-        found = self.weight_bits
-        return sum(found) / len(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to the stored form, with string keys and the digest."""
-        data = asdict(self)
+        data = {name: getattr(self.widths, part) for name, part in STORED.items()}
+        data |= {f.name: getattr(self, f.name) for f in fields(self) if f.name != "widths"}
         for name in ("expert_bits", "shared_bits", "down_bits"):
             data[name] = {str(k): v for k, v in data[name].items()}
         for name, version in (("linear_bits", 2), ("down_bits", 3)):
@@ -72,12 +56,6 @@ class PackedConfig:
             else:
                 del data[name]
         return {"quant_method": "gemq", **data, "digest": _digest(data)}
-
-    @classmethod
-    def of_plan(cls, plan: BitPlan, group_size: int, budget: float | None, method: str | None) -> PackedConfig:
-        """The widths of a plan."""
-        return cls(plan.experts, plan.shared, plan.attention, plan.dense, plan.router, group_size,
-                   budget=budget, method=method, linear_bits=plan.linears, down_bits=plan.down)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
@@ -96,7 +74,7 @@ class PackedConfig:
                 f"the checkpoint has format version {version}, this gemq {__version__} reads up to {FORMAT_VERSION}; "
                 f"upgrade gemq"
             )
-        known = {f.name for f in fields(cls)}
+        known = {*STORED, *(f.name for f in fields(cls) if f.name != "widths")}
         stored = {k: v for k, v in data.items() if k in known}
         values = dict(stored)
         values["expert_bits"] = _layer_bits("expert_bits", data.get("expert_bits"), list)
@@ -109,7 +87,8 @@ class PackedConfig:
         down = values.get("down_bits", values["expert_bits"])
         if {k: len(v) for k, v in down.items()} != {k: len(v) for k, v in values["expert_bits"].items()}:
             _refuse("down_bits", "of the layers and experts of expert_bits", down)
-        return cls(**values)
+        widths = Widths(**{STORED[name]: values.pop(name) for name in STORED if name in values})
+        return cls(widths, **values)
 
 
 def _digest(stored: dict[str, Any]) -> str:

@@ -16,29 +16,24 @@ from gemq import distributed
 from gemq.algorithms.calibration import calibration_windows, check_windows, evaluation_windows
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.importance import ExpertStatistics
+from gemq.algorithms.method import MethodConfig, needs_whole_model
 from gemq.algorithms.perplexity import perplexity
-from gemq.algorithms.progressive import (
-    MethodConfig,
-    StageProgress,
-    StageResult,
-    in_memory_only,
-    quantize_progressively,
-)
 from gemq.algorithms.saved_costs import saved_statistics
-from gemq.algorithms.sequential import OnLayer
 from gemq.algorithms.tensor_bits import resolve
 from gemq.ambient import plain_torch
-from gemq.checkpoint import check_output, pack_model, save_packed
+from gemq.checkpoint import check_output, save_packed
+from gemq.engine.assemble import Assembly
+from gemq.engine.disk_source import DiskSource
 from gemq.engine.journal import CHANGED, check_directory, read_manifest
-from gemq.engine.run import StreamedResult
-from gemq.engine.session import RunOptions, Session, Work, written_by
-from gemq.engine.source import Source
+from gemq.engine.progression import BudgetResult, StageProgress
+from gemq.engine.session import KEEP, RunOptions, Session, Work, written_by
+from gemq.engine.walk import OnLayer
 from gemq.errors import CheckpointError, first_line
 from gemq.folders import file_or_folder
 from gemq.integrity import RUN_FILE
-from gemq.loading import check_model, load_any, load_tokenizer, load_unquantized, parse_dtype, pick_device
+from gemq.loading import check_model, load_any, load_tokenizer, parse_dtype, pick_device
 from gemq.model_config import model_config
-from gemq.models import MoeModel, describe
+from gemq.models import MoeModel
 from gemq.outcome import (
     COSTS_FILE,
     REPORT_FILE,
@@ -49,7 +44,6 @@ from gemq.outcome import (
     write_run,
 )
 from gemq.output_folder import check_log, check_run_directory, is_event
-from gemq.packed_config import PackedConfig
 from gemq.planning import PlanConfig, check, check_budgets, make_plan, this_machine
 from gemq.staging import claimed
 
@@ -67,12 +61,12 @@ class QuantizeConfig:
     ``costs`` is a file of coefficients that an earlier run saved, used for the first budget instead of measuring.
     ``check`` refuses to start where memory or disk will not do.
 
-    ``stream`` reads one decoder layer at a time from disk and works in ``run_dir`` (default: ``output`` with ``.run``
-    after it), which a second call with the same options continues and which is deleted at the end unless
-    ``keep_run``. ``scratch`` says where calibration activations are: on ``disk`` there, or in ``memory``, from which a
-    second call cannot take them. ``changed`` is what to do if ``run_dir`` was begun with other options
-    (:func:`gemq.engine.journal.opened`). ``log`` is a file for JSON lines about every stage. ``stream=False`` holds
-    the whole model in memory and cannot be resumed.
+    ``keep`` says what stays in memory. With ``layer`` it is one decoder layer: calibration activations are files in
+    ``run_dir`` (default: ``output`` with ``.run`` after it), which a second call with the same options continues and
+    which is deleted at the end unless ``keep_run``. With ``activations`` those stay in memory too, from which a second
+    call cannot take them. With ``model`` all does, no run directory is used, and nothing can be continued. ``changed``
+    is what to do if ``run_dir`` was begun with other options (:func:`gemq.engine.journal.opened`). ``log`` is a file
+    for JSON lines about every stage.
     """
 
     model: str
@@ -87,8 +81,7 @@ class QuantizeConfig:
     overwrite: bool = False
     trust_remote_code: bool = False
     method: MethodConfig = field(default_factory=MethodConfig)
-    stream: bool = True
-    scratch: str = "disk"
+    keep: str = "layer"
     run_dir: str | None = None
     changed: str = "refuse"
     keep_run: bool = False
@@ -97,7 +90,7 @@ class QuantizeConfig:
     costs: str | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("scratch", ("disk", "memory")), ("changed", CHANGED)):
+        for name, allowed in (("keep", KEEP), ("changed", CHANGED)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
@@ -117,8 +110,8 @@ def quantize(
 
     Raises :class:`gemq.errors.GemqError` or ``ValueError`` with one line that says what to change.
     """
-    if config.stream and (whole := in_memory_only(config.method)):
-        raise ValueError(f"{', '.join(whole)}: not with one layer at a time; give --no-stream (stream=False)")
+    if config.keep != "model" and (whole := needs_whole_model(config.method)):
+        raise ValueError(f"{', '.join(whole)} needs the whole model in memory: give keep model, got {config.keep}")
     targets = {b: target_of(config, b) for b in config.method.budgets}
     with ExitStack() as stack:
         distributed.on_first(lambda: stack.enter_context(_places(config, list(targets.values()))))
@@ -131,11 +124,11 @@ def _places(config: QuantizeConfig, targets: list[Path]) -> Iterator[None]:
     if not config.output:
         raise CheckpointError("the output must be the path of a folder, got ''")
     output, run = Path(config.output), run_directory(config)
-    if config.stream:
+    if uses_directory(config):
         check_run_directory(run, output, targets, config.model)
         check_directory(run, config.changed)
     if config.log is not None:
-        apart = [*targets, run] if config.stream else targets
+        apart = [*targets, run] if uses_directory(config) else targets
         check_log("--log", Path(config.log), apart, is_event, "a log of gemq quantize")
     with claimed(*dict.fromkeys([output, *targets])):
         yield
@@ -151,38 +144,34 @@ def _quantize(
     dtype = parse_dtype(config.dtype)
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
-    source = Source(config.model, declared, dtype, device, config.trust_remote_code)
-    if config.stream:
-        first = _checked(source.moe, config, costs)
-        command = asdict(config)
-        options = {k: v for k, v in command.items() if k not in (*RUN_OPTIONS, *_PLACES)}
-        session = Session(source, windows, router, config.method, options, command, first)
-        return _quantize_streamed(config, session, tokenizer, targets, progress, on_layer)
-    distributed.on_first(lambda: source.watch.read(numbers=source.numbers()))
-    model = load_unquantized(config.model, str(dtype).removeprefix("torch."), config.trust_remote_code)
-    # on the CPU its tensors may still be the files' pages
-    source.watch.check()
-    stored = source.stored
-    model = model.to(device).eval()
-    moe = describe(model)
-    first = _checked(moe, config, costs)
+    source = DiskSource(
+        config.model, declared, dtype, device, config.trust_remote_code, resident=config.keep == "model"
+    )
+    first = _checked(source.moe, config, costs)
+    command = asdict(config)
+    options = {k: v for k, v in command.items() if k not in (*RUN_OPTIONS, *_PLACES)}
+    session = Session(source, windows, router, config.method, options, command, first)
+    run = RunOptions(
+        run_directory(config), config.keep, config.changed, config.keep_run, Path(config.log) if config.log else None
+    )
     outcomes = []
-    for stage in quantize_progressively(
-        moe, windows, config.method, router_windows=router, progress=progress, first_statistics=first,
-        on_layer=on_layer,
-    ):
-        target = targets[stage.budget]
-        distributed.on_first(source.watch.check)
-        outcomes.append(
-            distributed.on_first(lambda s=stage, t=target: save_stage(config, model, tokenizer, s, t, stored))
-        )
+    with session.working(run, progress, on_layer) as work:
+        for result in work.results():
+            outcomes.append(
+                distributed.on_first(lambda r=result: _save(config, work, r, tokenizer, targets[r.budget]))
+            )
     return outcomes
+
+
+def uses_directory(config: QuantizeConfig) -> bool:
+    """Return True if the run works in a directory."""
+    return config.keep != "model"
 
 
 def _prepare(config: QuantizeConfig, targets: dict[float, Path], device: torch.device):
     """Every check that can be made before weights are read; then the windows to calibrate and to tune routers on, and
     the model's transformers config."""
-    begun = config.stream and read_manifest(run_directory(config)) is not None
+    begun = uses_directory(config) and read_manifest(run_directory(config)) is not None
     for target in targets.values():
         if not (begun and written_by(target, REPORT_FILE)):
             check_output(target, config.model, config.overwrite)
@@ -223,17 +212,16 @@ def check_resources(config: QuantizeConfig, architecture, device: torch.device) 
     chosen = parse_dtype(config.dtype)
     dtype = None if isinstance(chosen, str) else chosen
     options = PlanConfig(
-        config.method, config.samples, config.length, "stream" if config.stream else "memory", dtype,
-        scratch=config.scratch, ranks=distributed.launched().size,
+        config.method, config.samples, config.length, config.keep, dtype, ranks=distributed.launched().size
     )
-    folder = run_directory(config) if config.stream else config.output
+    folder = run_directory(config) if uses_directory(config) else config.output
     here = distributed.processes_here()
     machine = this_machine(device, folder, dtype or torch.float32, rates=False, processes=here)
     check(make_plan(architecture, options, machine), architecture)
 
 
 def run_directory(config: QuantizeConfig) -> Path:
-    """The folder of a streamed run's unfinished work."""
+    """The folder of a run's unfinished work."""
     if config.run_dir is not None:
         return Path(config.run_dir)
     output = Path(config.output)
@@ -243,83 +231,33 @@ def run_directory(config: QuantizeConfig) -> Path:
     return output.with_name(f"{output.name}.run") if output.name else output / ".run"
 
 
-def _quantize_streamed(
-    config: QuantizeConfig, session: Session, tokenizer, targets: dict[float, Path], progress: StageProgress | None,
-    on_layer: OnLayer | None,
-) -> list[QuantizeOutcome]:
-    run = RunOptions(
-        run_directory(config), config.scratch == "disk", config.changed, config.keep_run,
-        Path(config.log) if config.log else None,
-    )
-    outcomes = []
-    with session.working(run, progress, on_layer) as work:
-        for result in work.results():
-            outcomes.append(
-                distributed.on_first(lambda r=result: _save_streamed(config, work, r, tokenizer, targets[r.budget]))
-            )
-    return outcomes
-
-
-def _save_streamed(
-    config: QuantizeConfig, work: Work, result: StreamedResult, tokenizer, target: Path
-) -> QuantizeOutcome:
+def _save(config: QuantizeConfig, work: Work, result: BudgetResult, tokenizer, target: Path) -> QuantizeOutcome:
     """Write the checkpoint of a result, unless an earlier call did."""
-    source = work.engine.source
-    stored = source.stored
-    assembly, packed, name = work.assembly(result, stored)
+    source = work.progression.source
+    assembly, name = work.assembly(result, source.stored)
     if written_by(target, REPORT_FILE) != name:
         with work.saving(result.budget):
-            save_packed(
-                assembly.model, packed, target, tokenizer=tokenizer, dtype=stored,
-                weights=work.confirming(assembly.write),
-                extra_files=extra_files(config, result, result.reports, name, source.moe), overwrite=config.overwrite,
-            )
+            save_result(config, result, assembly, work.confirming(assembly.write), tokenizer, target, name)
     if not (target / RUN_FILE).is_file():
         write_run(target, result.seconds)
     return outcome_of(result, target, result.reports, source.moe)
 
 
+def save_result(
+    config: QuantizeConfig, result: BudgetResult, assembly: Assembly, write: Callable[[Path], None], tokenizer,
+    target: Path, name: str | None = None,
+) -> None:
+    """Save the checkpoint of a result with its report and costs; ``write`` writes the weights of ``assembly``, ``name``
+    is the run's."""
+    save_packed(
+        assembly.model, assembly.config, target, tokenizer=tokenizer, dtype=assembly.dtype, weights=write,
+        extra_files=extra_files(config, result, result.reports, name, assembly.source.moe), overwrite=config.overwrite,
+    )
+
+
 def target_of(config: QuantizeConfig, budget: float) -> Path:
     """The folder of a budget's checkpoint."""
     return Path(config.output) if len(config.method.budgets) == 1 else Path(config.output) / f"{budget:g}"
-
-
-def save_stage(
-    config: QuantizeConfig, model: nn.Module, tokenizer, stage: StageResult, target: Path, stored: torch.dtype
-) -> QuantizeOutcome:
-    """Pack a copy of the model's skeleton, save it, and leave ``model`` as it is for the next budget.
-
-    ``stored`` is the dtype of the tensors that stay unquantized.
-    """
-    packed, packed_config = _packed_copy(model, stage, config.method.name)
-    moe = describe(model)
-    extra = extra_files(config, stage, stage.weights.reports, None, moe)
-    save_packed(
-        packed, packed_config, target, tokenizer=tokenizer, dtype=stored, extra_files=extra, overwrite=config.overwrite
-    )
-    write_run(target, stage.seconds)
-    return outcome_of(stage, target, stage.weights.reports, moe)
-
-
-def _packed_copy(model: nn.Module, stage: StageResult, method: str) -> tuple[nn.Module, PackedConfig]:
-    """A packed twin that shares the unquantized tensors of ``model``; only packed buffers are new memory."""
-    import copy
-
-    with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config))
-    moe = describe(twin)
-    config = pack_model(moe, stage.weights, budget=stage.allocation.budget, method=method)
-    source = dict(model.named_parameters())
-    for name, parameter in list(twin.named_parameters()):
-        if parameter.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            setattr(twin.get_submodule(owner), leaf, source[name])
-    for name, buffer in model.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(owner), leaf, buffer)
-    twin.tie_weights()
-    twin.generation_config = model.generation_config
-    return twin.eval(), config
 
 
 @dataclass(frozen=True)

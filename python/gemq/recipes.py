@@ -10,7 +10,7 @@ from typing import Any
 
 from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.algorithms.tensor_bits import TensorBits
 from gemq.format import MAX_BITS
@@ -123,8 +123,8 @@ def quantize_config(
     tune_routers: bool | None = None, router_text: str | None = None, router_method: str = "loss",
     router_lr: float = 1e-4, router_epochs: int = 1, router_batch: int = 1, affinity: float = 0.0,
     estimate: str | None = None, batch_size: int = 4, device: str | None = None, dtype: str = "auto",
-    overwrite: bool = False, trust_remote_code: bool = False, check: bool = True, stream: bool = True,
-    scratch: str = "disk", run_dir: str | os.PathLike | None = None, redo: bool = False, restart: bool = False,
+    overwrite: bool = False, trust_remote_code: bool = False, check: bool = True, keep: str = "layer",
+    run_dir: str | os.PathLike | None = None, redo: bool = False, restart: bool = False,
     keep_run: bool = False, log: str | os.PathLike | None = None, allocation: str | os.PathLike | None = None,
     tensor_bits: Mapping[str, int] | Sequence[str] | None = None, costs: str | os.PathLike | None = None,
 ) -> QuantizeConfig:
@@ -155,6 +155,6 @@ def quantize_config(
     places = [None if place is None else os.fspath(place) for place in (run_dir, log, costs)]
     return QuantizeConfig(
         os.fspath(model), os.fspath(output), calibration, chosen["samples"], length, seed, router_text, device, dtype,
-        overwrite, trust_remote_code, whole, stream, scratch, places[0],
+        overwrite, trust_remote_code, whole, keep, places[0],
         "redo" if redo else "restart" if restart else "refuse", keep_run, places[1], check, places[2],
     )

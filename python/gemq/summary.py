@@ -46,5 +46,5 @@ def summarize(path: str | os.PathLike) -> Summary:
         for name, entry in read_header(file).items():
             kinds[_kind(name)] = kinds.get(_kind(name), 0) + entry.bytes
     return Summary(
-        config, dict(sorted(kinds.items())), sum(f.stat().st_size for f in files), config.bits_per_expert
+        config, dict(sorted(kinds.items())), sum(f.stat().st_size for f in files), config.widths.bits_per_expert
     )

@@ -53,18 +53,16 @@ class InnerStatistics:
 def fit_down(
     down: Tensor, bits: list[int], original: Tensor, quantized: Tensor,
     rows: Iterable[list[tuple[Tensor, Tensor | float]]], damping: float,
-) -> list[Hessian]:
-    """Replace ``down [G, H, I]`` of some experts, in place, by the projections that fit their quantized gate and up
-    projections best.
+) -> tuple[Tensor, list[Hessian]]:
+    """Fit the projections ``down [G, H, I]`` of some experts to their quantized gate and up projections.
 
     ``original`` and ``quantized`` are those projections ``[G, 2I, H]``; ``rows`` gives per batch, and for each of the
-    experts, its inputs and their scales. An expert of 0 ``bits`` stays as it is. Returns the Hessians to quantize on.
+    experts, its inputs and their scales. An expert of 0 ``bits`` stays as it is. Returns the fitted projections, and
+    the Hessians to quantize on.
     """
     found = [InnerStatistics(down.shape[-1], down.device) for _ in down]
     for batch in rows:
         for one, before, after, (x, scale) in zip(found, original, quantized, batch, strict=True):
             one.add(before, after, x, scale)
-    for e, width in enumerate(bits):
-        if width:
-            down[e].copy_(found[e].fitted(down[e], damping))
-    return [one.hessian for one in found]
+    fitted = [one.fitted(w, damping) if width else w for one, w, width in zip(found, down, bits, strict=True)]
+    return torch.stack(fitted), [one.hessian for one in found]

@@ -111,12 +111,19 @@ class Costs:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "shared_multiple", multiple)
 
+    def to_json(self) -> dict[str, Any]:
+        """Convert to JSON values; doubles are restored exactly."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Costs:
+        """The inverse of :meth:`to_json`."""
+        return cls(**data)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON of the module's docstring; an interrupted write leaves ``path`` as it was."""
-        content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            content[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
+        content = {"format": FORMAT, "version": VERSION, **self.to_json()}
         durable.replace(Path(path), (json.dumps(content, allow_nan=False) + "\n").encode())
 
     @classmethod

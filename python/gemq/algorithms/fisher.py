@@ -10,6 +10,7 @@ weights would cost a backward pass a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -17,19 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from gemq.algorithms.costs import Costs
-from gemq.algorithms.importance import Perturbation, Progress
 from gemq.algorithms.layerwise import Routed, watch_experts
-from gemq.algorithms.originals import Originals
 from gemq.algorithms.perplexity import token_losses
+from gemq.algorithms.perturbation import Perturbation
 from gemq.models import MoeLayer, MoeModel
 
-_SHARED = ("gate_proj", "up_proj", "down_proj")
+Progress = Callable[[int, int], None]
 
 
 def _weights(layer: MoeLayer) -> list[nn.Parameter]:
     """The parameters whose gradients are needed: both expert stacks, and a shared expert's three matrices."""
-    found = [layer.experts.gate_up_proj, layer.experts.down_proj]
-    return found if layer.shared is None else found + [getattr(layer.shared, name).weight for name in _SHARED]
+    shared = [linear.weight for linear in layer.shared_linears().values()]
+    return [layer.experts.gate_up_proj, layer.experts.down_proj, *shared]
 
 
 @contextmanager
@@ -76,41 +76,40 @@ def _cost(information: list[Tensor], base: list[Tensor], quantized: list[Tensor]
 
 
 def _layer_costs(
-    layer: MoeLayer, sums: list[Tensor], seen: list[Routed], originals: Originals, perturbation: Perturbation,
-    candidates: tuple[int, ...],
+    layer: MoeLayer, sums: list[Tensor], seen: list[Routed], perturbation: Perturbation, candidates: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Costs ``[E, B]`` of a layer's routed experts and ``[B]`` of its shared one."""
-    gate_up, down = originals.experts(layer)
+    """Costs ``[E, B]`` of an original layer's routed experts and ``[B]`` of its shared one."""
+    gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
     routed = np.zeros((len(gate_up), len(candidates)))
     for e in range(len(gate_up)):
         base = [gate_up[e], down[e]]
-        found = perturbation.ffn(*base, candidates, lambda e=e: torch.cat([r.rows(e)[0] for r in seen]))
+        found = perturbation.expert(*base, candidates, [r.rows(e)[0] for r in seen])
         routed[e] = [_cost([s[e] for s in sums[:2]], base, list(pair)) for pair in found]
     if layer.shared is None:
         return routed, None
-    gate, up, down = originals.shared(layer)
+    gate, up, down = (linear.weight for linear in layer.shared_linears().values())
     base = [torch.cat([gate, up]), down]
-    found = perturbation.ffn(*base, candidates, lambda: torch.cat([r.x for r in seen]))
+    found = perturbation.expert(*base, candidates, [r.x for r in seen])
     merged = [torch.cat(sums[2:4]), sums[4]]
     return routed, np.array([_cost(merged, base, list(pair)) for pair in found])
 
 
 def weight_fisher(
-    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: Originals, *,
+    moe: MoeModel, windows: Tensor, candidates: tuple[int, ...], originals: MoeModel | None = None, *,
     perturbation: Perturbation | None = None, progress: Progress | None = None,
 ) -> Costs:
     """Weight-Fisher costs of every expert and candidate width, for :func:`gemq.algorithms.allocation.solve`.
 
     ``windows`` is int64 ``[N, T]``, one backward pass each; gradients are taken at the weights that ``moe`` holds, the
-    change is that of ``originals``, quantized as ``perturbation`` says. Needs as much memory again as the experts'
-    weights in float32, twice (the sums and one window's gradients).
+    change is that of ``originals`` (default: ``moe``), quantized as ``perturbation`` says. Needs as much memory again
+    as the experts' weights in float32, twice (the sums and one window's gradients).
     """
     perturbation, steps = perturbation or Perturbation(), len(windows) + len(moe.moe)
     sums, inputs = _information(moe, windows, progress, steps)
     rows = []
     with torch.no_grad():
-        for at, layer in enumerate(moe.moe):
-            rows.append(_layer_costs(layer, sums[at], inputs[at], originals, perturbation, candidates))
+        for at, layer in enumerate((originals or moe).moe):
+            rows.append(_layer_costs(layer, sums[at], inputs[at], perturbation, candidates))
             if progress:
                 progress(len(windows) + at + 1, steps)
     return Costs(

@@ -8,7 +8,7 @@ import numpy as np
 
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.importance import ExpertStatistics
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.models import MoeModel
 
 

@@ -6,35 +6,28 @@ A process quantizes the matrices whose Hessians it has. With one process these f
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemq import distributed
 from gemq.algorithms.gptq import GptqReport
 from gemq.nn.experts import QuantizedStack
-from gemq.reference.grid import dequantize_codes
 
 
 def _reports(reports: dict) -> dict:
     return {key: report for part in distributed.gather(reports) for key, report in part.items()}
 
 
-def share_linears(
-    linears: dict[str, tuple[nn.Linear, int]], made: dict[str, tuple[Tensor, Tensor, int]],
-    reports: dict[str, GptqReport],
+def gathered_linears(
+    paths: list[str], bits: dict[str, int], made: dict[str, tuple[Tensor, Tensor, int]],
+    reports: dict[str, GptqReport], device: torch.device,
 ) -> tuple[dict[str, tuple[Tensor, Tensor, int]], dict[str, GptqReport]]:
-    """Gather codes, scales and reports of all of a layer's ``linears`` from those ``made`` in each process. The weights
-    that other processes made are written into the modules."""
-    if distributed.world().size == 1 or not linears:
+    """Gather ``(codes, scales, bits)`` and reports of the linears at ``paths`` from those ``made`` in each process."""
+    if distributed.world().size == 1 or not paths:
         return made, reports
-    device = next(iter(linears.values()))[0].weight.device
     mine = {f"{path} {kind}": t for path, pair in made.items() for kind, t in zip("cm", pair[:2], strict=True)}
-    everyones, told, found = distributed.merged(mine, device), _reports(reports), {}
-    for path, (module, width) in linears.items():
-        codes, meta = everyones[f"{path} c"], everyones[f"{path} m"]
-        found[path] = (codes, meta, width)
-        if path not in made:
-            module.weight.copy_(dequantize_codes(codes, meta, module.weight.dtype))
-    return found, {path: told[path] for path in linears}
+    everyones, told = distributed.merged(mine, device), _reports(reports)
+    found = {path: (everyones[f"{path} c"], everyones[f"{path} m"], bits[path]) for path in paths}
+    return found, {path: told[path] for path in paths}
 
 
 def gathered_stack(
@@ -50,16 +43,3 @@ def gathered_stack(
     everyones = distributed.merged(mine, device)
     codes, meta = ([everyones.get(f"{e} {kind}") for e in range(len(bits))] for kind in "cm")
     return QuantizedStack(codes, meta, list(bits)), _reports(reports)
-
-
-def share_stack(
-    weights: Tensor, bits: list[int], part: range, made: QuantizedStack, reports: dict[int, GptqReport]
-) -> tuple[QuantizedStack, dict[int, GptqReport]]:
-    """Gather as :func:`gathered_stack`, and write the experts that other processes made into ``weights [E, n, k]``."""
-    stack, found = gathered_stack(bits, part, made, reports, weights.device)
-    for e in set(range(len(bits))) - set(part):
-        if bits[e]:
-            weights[e].copy_(dequantize_codes(stack.codes[e], stack.meta[e], weights.dtype))
-        else:
-            weights[e].zero_()
-    return stack, found

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import regex
 
@@ -19,7 +19,6 @@ _PATIENCE, _LONGEST = 5.0, 1000
 # counted repetitions are unrolled, one inside another
 _MOST_REPEATED = 10_000
 _COUNTED = re.compile(r"\{\s*(\d+)?\s*(?:,\s*(\d+)?\s*)?\}")
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def _repetitions(pattern: str) -> Iterator[int]:
@@ -76,39 +75,26 @@ class _Search:
         return found is not None
 
 
-@dataclass(frozen=True)
-class Overrides:
-    """Resolved for a model: widths of routed experts by ``(decoder layer, expert)`` and of linears by path."""
-
-    experts: dict[tuple[int, int], int] = field(default_factory=dict)
-    linears: dict[str, int] = field(default_factory=dict)
-
-    def over(self, rows: dict[int, list[int]]) -> dict[int, list[int]]:
-        """Apply these overrides to the widths of routed experts by decoder layer."""
-        return {
-            index: [self.experts.get((index, e), bits) for e, bits in enumerate(row)] for index, row in rows.items()
-        }
-
-
 def quantizable(moe: MoeModel) -> Iterator[tuple[str, tuple[int, int] | None]]:
     """The path of everything that has a width: linears (None), and experts with their layer and number."""
     for path in (*moe.attention, *moe.dense):
         yield path, None
     for layer in moe.moe:
-        if layer.shared is not None:
-            for name in _PROJECTIONS:
-                yield f"{layer.shared_path}.{name}", None
+        for path in layer.shared_linears():
+            yield path, None
         for expert in range(moe.num_experts):
             yield f"{layer.path}.experts.{expert}", (layer.index, expert)
 
 
-def resolve(moe: MoeModel, wanted: tuple[TensorBits, ...]) -> Overrides:
-    """Return the widths that ``wanted`` sets in a model.
+def resolve(moe: MoeModel, wanted: tuple[TensorBits, ...]) -> tuple[dict[tuple[int, int], int], dict[str, int]]:
+    """Return the widths that ``wanted`` sets in a model: of experts by ``(decoder layer, expert)``, and of linears by
+    path.
 
     Raises ``ValueError`` for a pattern that finds nothing, two that give one matrix different widths, a linear of 0
     bits or an expert of 16.
     """
-    found = Overrides()
+    experts: dict[tuple[int, int], int] = {}
+    linears: dict[str, int] = {}
     by: dict[str, TensorBits] = {}
     used: set[TensorBits] = set()
     searches = [_Search(item) for item in wanted]
@@ -121,24 +107,28 @@ def resolve(moe: MoeModel, wanted: tuple[TensorBits, ...]) -> Overrides:
             if by.setdefault(path, item).bits != item.bits:
                 raise ValueError(f"tensor_bits: {by[path].pattern!r} gives {path} {by[path].bits} bits and "
                                  f"{item.pattern!r} {item.bits}")
-            _set(found, path, expert, item)
+            if expert is None:
+                linears[path] = _linear_width(path, item)
+            else:
+                experts[expert] = _expert_width(path, item)
     unused = [item.pattern for item in wanted if item not in used]
     if unused:
         examples = ", ".join(path for path, _ in _one_of_each(moe))
         raise ValueError(f"tensor_bits: {unused[0]!r} matches nothing that is quantized; there are, for instance, "
                          f"{examples}")
-    return found
+    return experts, linears
 
 
-def _set(found: Overrides, path: str, expert: tuple[int, int] | None, item: TensorBits) -> None:
-    if expert is None:
-        if item.bits == 0:
-            raise ValueError(f"tensor_bits: {item.pattern!r} gives {path} 0 bits; only routed experts can have none")
-        found.linears[path] = item.bits
-    else:
-        if item.bits == UNQUANTIZED:
-            raise ValueError(f"tensor_bits: {item.pattern!r} gives {path} 16 bits; a routed expert has 0..8")
-        found.experts[expert] = item.bits
+def _linear_width(path: str, item: TensorBits) -> int:
+    if item.bits == 0:
+        raise ValueError(f"tensor_bits: {item.pattern!r} gives {path} 0 bits; only routed experts can have none")
+    return item.bits
+
+
+def _expert_width(path: str, item: TensorBits) -> int:
+    if item.bits == UNQUANTIZED:
+        raise ValueError(f"tensor_bits: {item.pattern!r} gives {path} 16 bits; a routed expert has 0..8")
+    return item.bits
 
 
 def _one_of_each(moe: MoeModel) -> Iterator[tuple[str, tuple[int, int] | None]]:

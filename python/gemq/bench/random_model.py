@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from gemq.bench.architectures import meta_model
-from gemq.checkpoint import packed_skeleton
 from gemq.errors import OutOfMemoryError
 from gemq.format import check_bits
 from gemq.generation.memory import GIB, cache_bytes_per_token, free_bytes
@@ -18,6 +17,8 @@ from gemq.models import describe, packed_modules, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
+from gemq.packed_model import packed_skeleton
+from gemq.widths import Widths
 
 Mix = tuple[tuple[int, float], ...]
 # standard deviation of weights, as in transformers' initialisation
@@ -64,11 +65,11 @@ def packed_plan(config, mix: Mix, attention_bits: int, shared_bits: int) -> Pack
     moe = describe(meta_model(config))
     check_mix(mix)
     layers = [layer.index for layer in moe.moe]
-    return PackedConfig(
+    return PackedConfig(Widths(
         {n: widths(mix, moe.num_experts, n) for n in layers},
         {n: shared_bits for n in layers} if moe.shared_multiple else {},
         attention_bits, attention_bits,
-    )
+    ))
 
 
 def build_packed(config, plan: PackedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
@@ -78,11 +79,13 @@ def build_packed(config, plan: PackedConfig, dtype: torch.dtype, device: torch.d
     Raises :class:`OutOfMemoryError` with the sizes if it cannot fit.
     """
     model = meta_model(config)
-    modules = packed_skeleton(model, plan, device="meta")
+    modules = packed_skeleton(describe(model), plan.widths, plan.group_size, "meta")
     replace_with_packed(model, modules)
     check_fits(model, dtype, device)
     generator = torch.Generator(device=device).manual_seed(seed)
-    for path, module in packed_skeleton(meta_model(config), plan, device=device).items():
+    for path, module in packed_skeleton(
+        describe(meta_model(config)), plan.widths, plan.group_size, device
+    ).items():
         _fill_packed(module, generator)
         module.prepare()
         replace_with_packed(model, {path: module})

@@ -153,7 +153,7 @@ def _plan(config: BenchConfig, architecture) -> PackedConfig:
 
 
 def _shares(plan: PackedConfig) -> dict[str, float]:
-    found = plan.weight_bits
+    found = plan.widths.weight_bits
     return {str(b): found.count(b) / len(found) for b in sorted(set(found))}
 
 

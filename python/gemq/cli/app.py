@@ -195,7 +195,8 @@ def quantize(
             refine=refine, compensate=compensate, rescale=rescale, damping=damping, router_text=router_text,
             router_method=router_method.value, router_lr=router_lr, router_epochs=router_epochs,
             router_batch=router_batch, affinity=affinity, batch_size=batch_size, device=device, dtype=dtype,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, check=check, stream=stream, scratch=scratch,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, check=check,
+            keep="model" if not stream else "layer" if scratch == "disk" else "activations",
             run_dir=run_dir, redo=redo, restart=restart, keep_run=keep_run, log=log, allocation=allocation,
             tensor_bits=tensor_bits, costs=costs,
             # a recipe sets what is not given

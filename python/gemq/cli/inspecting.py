@@ -27,7 +27,7 @@ def inspect(
     [dim]gemq inspect mixtral-2.5 -o json[/dim]
     """
     summary = summarize(model)
-    config, total = summary.config, summary.tensor_bytes
+    config, widths, total = summary.config, summary.config.widths, summary.tensor_bytes
     counts = summary.bytes_by_kind | {"all tensors": total, "files": summary.file_bytes}
     rows = [{"tensors": kind, "bytes": count, "share": count / max(total, 1)} for kind, count in counts.items()]
     if form in (Format.json, Format.jsonl):
@@ -38,13 +38,13 @@ def inspect(
     if form is Format.table:
         out = display.output()
         out.print(
-            f"{summary.expert_bits:.3f} bits per routed expert, attention {config.attention_bits}, dense "
-            f"{config.dense_bits}, routers {config.router_bits}, groups of {config.group_size}, method {config.method}",
+            f"{summary.expert_bits:.3f} bits per routed expert, attention {widths.attention}, dense {widths.dense}, "
+            f"routers {widths.router}, groups of {config.group_size}, method {config.method}",
             highlight=False, markup=False,
         )
-        for path, width in config.linear_bits.items():
+        for path, width in widths.linears.items():
             out.print(f"{path}: {width} bits", highlight=False, markup=False)
-        out.print(display.bit_map(config.expert_bits, config.shared_bits, config.down_bits))
+        out.print(display.bit_map(widths.experts, widths.shared, widths.down))
     emit("bytes", _BYTES, rows, form)
 
 

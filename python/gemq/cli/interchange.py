@@ -64,9 +64,9 @@ def import_gptq(
             progress=lambda step, total: report("import", step, total),
         )
     out = display.output()
-    widths = sorted(set(done.config.weight_bits))
+    widths = sorted(set(done.config.widths.weight_bits))
     out.print(
-        f"{done.path}: experts {', '.join(map(str, widths))} bits, attention {done.config.attention_bits}, "
+        f"{done.path}: experts {', '.join(map(str, widths))} bits, attention {done.config.widths.attention}, "
         f"{display.size(done.bytes)}", markup=False, highlight=False, soft_wrap=True,
     )
     say_left_out(done.left_out)

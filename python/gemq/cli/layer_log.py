@@ -32,9 +32,9 @@ class LayerLog:
         if config.log is not None and Path(config.log).resolve() == path.resolve():
             raise CheckpointError(f"--log and --layer-log are both {path}; give each a file of its own")
         self.path = path
-        self._note = run_directory(config) / LAYER_LOG if config.stream else None
+        self._note = run_directory(config) / LAYER_LOG if config.keep != "model" else None
         targets = [target_of(config, budget) for budget in config.method.budgets]
-        apart = [*targets, run_directory(config)] if config.stream else targets
+        apart = [*targets, run_directory(config)] if config.keep != "model" else targets
         check_log("--layer-log", path, apart, self._is_own, "a layer log")
         self._continues = config.changed != "restart" and self._known(config)
         if path.exists() and path.stat().st_size and not self._known(config):

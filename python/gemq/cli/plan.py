@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.bench.architectures import PUBLISHED, load_config
 from gemq.cli import display, options
@@ -18,7 +18,6 @@ from gemq.pipeline import check_model, parse_dtype, pick_device
 from gemq.plain_json import dumps
 from gemq.planning import Machine, Plan, PlanConfig, make_plan, other_machine, this_machine
 from gemq.planning.memory import peak
-from gemq.planning.plan import ENGINE
 
 
 def plan(
@@ -41,7 +40,7 @@ def plan(
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
     router_epochs: Annotated[int, typer.Option(help="Passes over the text.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
-    engine: Annotated[str, typer.Option(help="memory: the whole model at once; stream: one decoder layer.")] = ENGINE,
+    keep: Annotated[str, typer.Option(help="In memory: layer, activations, or model.")] = "layer",
     device: Annotated[str | None, typer.Option(
         help="cpu, cuda, cuda:1, or h100, h200, a100-80gb, a100-40gb, l40s, rtx4090 by data sheet.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -64,7 +63,7 @@ def plan(
             accounting=accounting, tune=tune_routers, perturbation=perturbation, batch_size=batch_size,
             router=RouterTuningConfig(epochs=router_epochs),
         ),
-        samples, length, engine, wanted, context, rows,
+        samples, length, keep, wanted, context, rows,
     )
     local = model in PUBLISHED or Path(model).suffix == ".json"
     architecture = load_config(model) if local else check_model(model, trust_remote_code)
@@ -100,7 +99,7 @@ def _print(model: str, found: Plan, form: Format) -> None:
         emit("", (), rows + [{"model": model, "row": "result"} | row for row in _results(found)], form)
     else:
         title = (f"quantizing {model} ({found.parts.parameters / 1e9:.2f} billion parameters) on {machine.name} in "
-                 f"{found.dtype}, engine {options.engine}, {options.samples} x {options.length} tokens")
+                 f"{found.dtype}, keep {options.keep}, {options.samples} x {options.length} tokens")
         emit(title, _STAGES, _stages(found), form)
         _paragraph("", form)
         title = f"the result, and running it with {options.rows} x {options.context} tokens"

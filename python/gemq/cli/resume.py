@@ -36,7 +36,7 @@ _FIELDS = {
     "perturbation": ("method.perturbation",), "damping": ("method.gptq.damping",),
     "tune_routers": ("method.tune",), "router_text": ("router_text",), "router_lr": ("method.router.learning_rate",),
     "router_epochs": ("method.router.epochs",), "estimate": ("method.estimate",),
-    "batch_size": ("method.batch_size",), "device": ("device",), "dtype": ("dtype",), "stream": ("stream",),
+    "batch_size": ("method.batch_size",), "device": ("device",), "dtype": ("dtype",), "stream": ("keep",),
     "trust_remote_code": ("trust_remote_code",), "tensor_bits": ("method.tensor_bits",), "costs": ("costs",),
 }
 
@@ -92,7 +92,7 @@ def resumed(folder: Path, given: QuantizeConfig, context: typer.Context) -> Quan
     ]
     if conflicts:
         raise CheckpointError(f"{folder} was begun with other options: {', '.join(conflicts)}")
-    free = {n: getattr(given, n) for n in (*_MOVABLE, "overwrite", "scratch", "keep_run") if n in explicit}
+    free = {n: getattr(given, n) for n in (*_MOVABLE, "overwrite", "keep", "keep_run") if n in explicit}
     config = replace(config, run_dir=str(folder), changed="refuse", log=given.log, **free)
     if "output" not in explicit and run_directory(replace(config, run_dir=None)).resolve() != folder.resolve():
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,27 +12,25 @@ import torch
 
 from gemq import __version__
 from gemq.algorithms.calibration import calibration_windows, evaluation_windows
-from gemq.algorithms.importance import ExpertStatistics, Perturbation, measure
-from gemq.algorithms.originals import Originals
+from gemq.algorithms.importance import ExpertStatistics
+from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.perplexity import perplexity
-from gemq.algorithms.progressive import MethodConfig, StageResult, quantize_progressively
+from gemq.algorithms.perturbation import Perturbation
 from gemq.algorithms.router_tuning import tune_routers
 from gemq.card import write_card
 from gemq.checkpoint import from_pretrained
 from gemq.continuation import generate
 from gemq.demo.picture import Row, draw
+from gemq.engine.assemble import Assembly
+from gemq.engine.progression import BudgetResult, measure_importance, quantize_progressively
+from gemq.engine.source import ResidentSource
 from gemq.errors import CheckpointError
 from gemq.evaluations import Score, record
 from gemq.generation import Generation
-from gemq.models import MoeModel, describe
-from gemq.pipeline import (
-    QuantizeConfig,
-    load_tokenizer,
-    load_unquantized,
-    save_stage,
-)
+from gemq.loading import load_tokenizer, load_unquantized
+from gemq.models import describe
+from gemq.pipeline import QuantizeConfig, save_result
 from gemq.plain_json import dumps
-from gemq.planning.output import packed_bytes
 
 ASSETS = Path(__file__).parent
 Progress = Callable[[str, int, int], None]
@@ -73,8 +72,7 @@ class _Demo:
             raise CheckpointError(f"the demo's model is not installed: {model_path} is missing")
         self.tokenizer = load_tokenizer(str(model_path))
         self.model = load_unquantized(str(model_path), "float32").eval()
-        self.moe: MoeModel = describe(self.model)
-        self.originals = Originals(self.moe)
+        self.source = ResidentSource(copy.deepcopy(self.model))
         text = ASSETS / "text"
         self.windows = calibration_windows(
             self.tokenizer, str(text / "calibration.txt"), config.samples, config.length, config.seed
@@ -94,27 +92,26 @@ class _Demo:
         size = 2 * sum(p.numel() for p in self.model.parameters())
         self.score("FP", None, size, 0.0)
         start = time.perf_counter()
-        tune_routers(self.moe, self.windows, progress=lambda d, t: self.progress("tune routers, FP", d, t))
+        tune_routers(describe(self.model), self.windows, progress=lambda d, t: self.progress("tune routers, FP", d, t))
         self.score("FP, routers tuned", None, size, time.perf_counter() - start)
         return self.measure("gptq")
 
     def measure(self, perturbation: str) -> ExpertStatistics:
-        self.originals.restore()
-        return measure(
-            self.moe, self.windows, (1, 2, 3), self.originals, perturbation=Perturbation(perturbation), batch_size=8,
+        return measure_importance(
+            self.source, self.windows, (1, 2, 3), perturbation=Perturbation(perturbation), batch_size=8, matrices=True,
             progress=lambda d, t: self.progress(f"measure experts ({perturbation})", d, t),
         )
 
-    def run_method(self, name: str, method: MethodConfig, statistics: ExpertStatistics) -> list[StageResult]:
+    def run_method(self, name: str, method: MethodConfig, statistics: ExpertStatistics) -> list[BudgetResult]:
         stages = []
         runs = quantize_progressively(
-            self.moe, self.windows, method, originals=self.originals, first_statistics=statistics,
+            self.source, self.windows, method, first=statistics,
             progress=lambda stage, d, t: self.progress(f"{name}: {stage}", d, t),
         )
         for stage in runs:
             stages.append(replace(stage, statistics=None))
-            size = packed_bytes(self.moe, stage.weights)
-            self.score(name, stage.budget, size, sum(stage.seconds.values()))
+            stage.weights.write_to(self.model)
+            self.score(name, stage.budget, stage.bytes, sum(stage.seconds.values()))
             if name == "GEMQ + routers":
                 self.save(stage)
         return stages
@@ -122,12 +119,15 @@ class _Demo:
     def checkpoint(self, budget: float) -> Path:
         return self.config.output / f"{budget:g}"
 
-    def save(self, stage: StageResult) -> None:
+    def save(self, stage: BudgetResult) -> None:
         config = QuantizeConfig(
             str(ASSETS / "model"), str(self.config.output), str(ASSETS / "text" / "calibration.txt"),
             self.config.samples, self.config.length, self.config.seed, overwrite=True,
         )
-        save_stage(config, self.model, self.tokenizer, stage, self.checkpoint(stage.budget), torch.bfloat16)
+        assembly = Assembly(
+            self.source, stage.quantized, stage.routers, stage.config(config.method.name), self.source.stored
+        )
+        save_result(config, stage, assembly, assembly.write, self.tokenizer, self.checkpoint(stage.budget))
 
 
 def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult:
@@ -160,9 +160,9 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
     generation = generate(
         packed, config.prompt, tokenizer=demo.tokenizer, max_new_tokens=60, temperature=0.7, top_p=0.9
     )
-    apart = any(stage.plan.down for stage in stages)
+    apart = any(stage.widths.down for stage in stages)
     maps = {
-        s.budget: [s.plan.experts, s.plan.down or s.plan.experts] if apart else [s.plan.experts] for s in stages
+        s.budget: [s.widths.experts, s.widths.down or s.widths.experts] if apart else [s.widths.experts] for s in stages
     }
     picture = config.output / "demo.png"
     draw(demo.rows, maps, picture)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import BinaryIO
@@ -14,13 +14,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from gemq import durable
-from gemq.checkpoint import MAX_SHARD, packed_skeleton, stored_tensors
+from gemq.checkpoint import MAX_SHARD
 from gemq.engine.layers import put_routers
-from gemq.engine.source import OUTSIDE, Source
-from gemq.engine.stages import Quantized
+from gemq.engine.quantize import Quantized
+from gemq.engine.source import OUTSIDE, Source, put
 from gemq.integrity import INDEX_FILE
-from gemq.models import replace_with_packed
+from gemq.models import describe, replace_with_packed
 from gemq.packed_config import PackedConfig
+from gemq.packed_model import packed_skeleton, stored_tensors
 from gemq.tensor_files import file_head
 
 
@@ -31,11 +32,12 @@ class Assembly:
         self, source: Source, quantized: Quantized, routers: dict[int, Tensor], config: PackedConfig,
         dtype: torch.dtype, progress: Callable[[int, int], None] = lambda done, total: None,
     ):
-        self.source, self.quantized, self.routers, self.dtype = source, quantized, routers, dtype
+        self.source, self.quantized, self.routers, self.config, self.dtype = source, quantized, routers, config, dtype
         self._progress = progress
         with torch.device("meta"):
             self.model = type(source.model)(copy.deepcopy(source.model.config))
-        replace_with_packed(self.model, packed_skeleton(self.model, config, "meta"))
+        moe = describe(self.model)
+        replace_with_packed(self.model, packed_skeleton(moe, config.widths, config.group_size, "meta"))
         self.model.generation_config = source.model.generation_config
         self.model.eval()
 
@@ -50,7 +52,7 @@ class Assembly:
             }
             layers = len(self.source.moe.layers)
             for unit in range(OUTSIDE, layers):
-                for name, value in self._unit(unit):
+                for name, value in stored_tensors(self.model, self._unit(unit), self.dtype).items():
                     shards[split.tensor_to_filename[name]].put(name, value)
                 self._progress(unit + 1, layers)
             left = [name for shard in shards.values() for name in shard.left]
@@ -60,13 +62,17 @@ class Assembly:
                 index = {"metadata": {**split.metadata, "format": "pt"}, "weight_map": split.tensor_to_filename}
                 (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
+    def tensor_bytes(self) -> int:
+        """Bytes of the checkpoint's tensors."""
+        return sum(tensor.nbytes for tensor in stored_tensors(self.model, self._state(), self.dtype).values())
+
     def _state(self) -> dict[str, Tensor]:
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         return {name: value for name, value in self.model.state_dict().items() if name not in tied}
 
     @torch.no_grad()
-    def _unit(self, unit: int) -> Iterator[tuple[str, Tensor]]:
-        """The finished tensors of a decoder layer, or of the rest, by their names in the checkpoint."""
+    def _unit(self, unit: int) -> dict[str, Tensor]:
+        """The finished tensors of a decoder layer, or of the rest, by their names in the model, on the CPU."""
         modules: dict[str, nn.Module] = {} if unit == OUTSIDE else self.quantized.record(unit).modules
         buffers = {f"{p}.{leaf}": b for p, m in modules.items() for leaf, b in m.named_buffers()}
         self.source.load(unit, modules)
@@ -77,7 +83,18 @@ class Assembly:
                 value = buffers[name] if name in buffers else self.source.model.get_parameter_or_buffer(name)
                 state[name] = value.detach().cpu()
         self.source.drop(unit)
-        yield from stored_tensors(self.model, state, self.dtype).items()
+        return state
+
+    def in_memory(self) -> nn.Module:
+        """Fill the skeleton with all tensors, unquantized ones in the dtype of computing, and return it."""
+        for unit in range(OUTSIDE, len(self.source.moe.layers)):
+            for name, value in self._unit(unit).items():
+                put(self.model, name, value.clone())
+        for name, buffer in self.source.model.named_buffers():
+            if self.model.get_buffer(name).is_meta:
+                put(self.model, name, buffer.clone())
+        self.model.tie_weights()
+        return self.model.requires_grad_(False)
 
 
 class _Shard:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from gemq.engine.reading import places, stacked
+from gemq.engine.read_tensor import places, stacked
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry
 from gemq.tensor_files import DTYPES, WEIGHTS

@@ -21,7 +21,7 @@ from gemq.errors import CheckpointError
 # folders and modules of the package that decide what a run writes
 _DECIDING = (
     "algorithms", "engine", "models", "nn", "ops", "reference", "checkpoint.py", "durable.py", "format.py", "hf.py",
-    "integrity.py", "packed_config.py", "_core.py",
+    "integrity.py", "packed_config.py", "packed_model.py", "widths.py", "_core.py",
 )
 Progress = Callable[[int, int], None]
 

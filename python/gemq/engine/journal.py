@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -51,6 +51,10 @@ class Stage:
     def file(self, name: str) -> Path:
         """The path of a sealed file of the stage."""
         return self.folder / name
+
+    def place(self, name: str) -> str:
+        """The path of a piece of work, for messages."""
+        return str(self.file(name))
 
     def json(self, name: str) -> Any | None:
         """Read the value that :meth:`keep_json` kept, or None."""
@@ -81,8 +85,98 @@ class Stage:
         distributed.on_first(lambda: durable.seal_tensors(self.file(name), tensors, notes))
 
     def remove(self, name: str) -> None:
-        """Forget a file."""
+        """Delete a file."""
         distributed.on_first(lambda: durable.remove(self.file(name)))
+
+    def layer(self, name: str, trusted: bool = False) -> tuple[dict[str, Tensor], Any] | None:
+        """Read what :meth:`keep_layer` kept, memory-mapped; None if it is absent or torn. Each process reads for
+        itself; ``trusted``: it has already checked the whole file."""
+        return durable.unseal_tensors(self.file(name), trusted)
+
+    def keep_layer(self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> None:
+        """Keep the tensors and notes that ``make`` returns; rank 0 calls it, for all."""
+        distributed.on_first(lambda: durable.seal_tensors(self.file(name), *make()))
+
+
+class MemoryStage(Stage):
+    """A stage whose work is kept in memory and gone with the process."""
+
+    def __init__(self, name: str, key: str):
+        super().__init__(Path(), None, name, key)
+        self._kept: dict[str, Any] = {}
+
+    def place(self, name: str) -> str:
+        return f"{name} of stage {self.name}"
+
+    def json(self, name: str) -> Any | None:
+        return self._kept.get(name)
+
+    def keep_json(self, name: str, value: Any) -> None:
+        self._kept[name] = value
+
+    def made(self, name: str, make: Callable[[], T]) -> T:
+        return distributed.on_first(make)
+
+    def tensors(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+        return self._kept.get(name)
+
+    def keep_tensors(self, name: str, tensors: dict[str, Tensor], notes: Any) -> None:
+        self._kept[name] = tensors, notes
+
+    def remove(self, name: str) -> None:
+        self._kept.pop(name, None)
+
+    def layer(self, name: str, trusted: bool = False) -> tuple[dict[str, Tensor], Any] | None:
+        return self._kept.get(name)
+
+    def keep_layer(self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> None:
+        # what each process holds of a layer is the whole of it
+        self._kept[name] = make()
+
+
+class Run(Protocol):
+    """Where a run keeps its work, and its log."""
+
+    def stage(self, name: str, *depends: Any) -> Stage:
+        """The stage of this name and these dependencies."""
+
+    def finished(self, stage: Stage) -> None:
+        """Delete what only the running stage needed."""
+
+    def log(self, **event: Any) -> None:
+        """Append a line to the log."""
+
+    def delete(self) -> None:
+        """Delete the run's work after it has ended."""
+
+
+class MemoryRun:
+    """A run that keeps its work in memory: it cannot be continued."""
+
+    def __init__(self, log: Path | None = None):
+        self._logs = [log] if log else []
+
+    def stage(self, name: str, *depends: Any) -> MemoryStage:
+        return MemoryStage(name, digest(name, *depends))
+
+    def finished(self, stage: Stage) -> None:
+        """Do nothing: a stage's scratch arrays go with their walk."""
+
+    def log(self, **event: Any) -> None:
+        append(self._logs, event)
+
+    def delete(self) -> None:
+        """Do nothing: nothing was written."""
+
+
+def append(logs: list[Path], event: dict[str, Any]) -> None:
+    """Append an event as a JSON line to each log, from rank 0."""
+    if not distributed.world().first:
+        return
+    line = dumps({"time": round(time.time(), 3), **event}) + "\n"
+    for path in logs:
+        with durable.explained(path), path.open("a", encoding="utf-8") as handle:
+            handle.write(line)
 
 
 class RunDirectory:
@@ -123,18 +217,12 @@ class RunDirectory:
 
     def log(self, **event: Any) -> None:
         """Append a line to the log."""
-        if not distributed.world().first:
-            return
-        line = dumps({"time": round(time.time(), 3), **event}) + "\n"
-        for path in self._logs:
-            with durable.explained(path), path.open("a", encoding="utf-8") as handle:
-                handle.write(line)
+        append(self._logs, event)
 
     def delete(self) -> None:
         """Delete the run directory after the run has ended."""
         distributed.gather(None)
         distributed.on_first(lambda: discard(self.path))
-
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ in their place (:class:`Weights`). Of several processes each runs its own batche
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from gemq import distributed
 from gemq.algorithms.layerwise import Routed, capture_layer_calls, run_layer, watch_experts
 from gemq.algorithms.perplexity import token_losses
-from gemq.engine.records import LayerRecord, lay_over
+from gemq.engine.layer_records import LayerRecord, lay_over
 from gemq.engine.scratch import Scratch
-from gemq.engine.source import OUTSIDE, Source, return_memory
-from gemq.models import MoeLayer, MoeModel
+from gemq.engine.source import OUTSIDE, Source, put, return_memory
+from gemq.models import MoeLayer, MoeModel, describe
+from gemq.nn.experts import PROJECTIONS
+from gemq.packed_model import kept_in_float32
 
 
 @dataclass
@@ -45,13 +48,47 @@ class Weights:
         finally:
             self.source.drop(unit)
 
+    @torch.no_grad()
+    def write_to(self, model: nn.Module) -> None:
+        """Write all weights into a plain ``model`` of the same architecture, quantized ones dequantized."""
+        moe = self.source.moe
+        stacks = {f"{m.path}.experts.{n}": (m.index, at) for m in moe.moe for at, n in enumerate(PROJECTIONS)}
+        for unit in range(OUTSIDE, len(moe.layers)):
+            with self.loaded(unit):
+                for name in self.source.names(unit):
+                    target = model.get_parameter_or_buffer(name)
+                    if name in stacks:
+                        layer, at = stacks[name]
+                        for expert in range(len(target)):
+                            target[expert].copy_(self.source.experts[layer][at][expert])
+                    else:
+                        target.copy_(self.source.model.get_parameter_or_buffer(name))
 
-@torch.no_grad()
+    def whole(self) -> MoeModel:
+        """A plain model with all of these weights in memory."""
+        source = self.source
+        with torch.device("meta"):
+            model = type(source.model)(copy.deepcopy(source.model.config))
+        model = model.to(source.dtype).to_empty(device=source.device)
+        for name in kept_in_float32(model):
+            tensor = model.get_parameter_or_buffer(name)
+            tensor.data = tensor.data.float()
+        stored = set(model.state_dict())
+        for name, buffer in source.model.named_buffers():
+            if name not in stored:
+                put(model, name, buffer.clone())
+        model.tie_weights()
+        self.write_to(model)
+        model.generation_config = source.model.generation_config
+        return describe(model.eval().requires_grad_(False))
+
+
 def put_routers(source: Source, routers: dict[int, Tensor], index: int) -> None:
     """Replace the router of a loaded layer by that of ``routers``, if there is one."""
     for layer in source.moe.moe:
         if layer.index == index and index in routers:
-            layer.router.weight.copy_(routers[index])
+            weight = layer.router.weight
+            source.put(f"{layer.router_path}.weight", routers[index].to(weight.device, weight.dtype))
 
 
 @dataclass

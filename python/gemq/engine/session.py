@@ -15,29 +15,32 @@ from torch import Tensor
 
 from gemq import distributed
 from gemq.algorithms.importance import ExpertStatistics
-from gemq.algorithms.progressive import MethodConfig, StageProgress
-from gemq.algorithms.sequential import OnLayer
+from gemq.algorithms.method import MethodConfig
 from gemq.engine import fingerprint
 from gemq.engine.assemble import Assembly
-from gemq.engine.journal import RunDirectory, opened
-from gemq.engine.run import Engine, StreamedResult, spent
-from gemq.engine.source import Source
+from gemq.engine.disk_source import DiskSource
+from gemq.engine.journal import MemoryRun, Run, opened
+from gemq.engine.progression import BudgetResult, Progression, StageProgress, spent
+from gemq.engine.walk import OnLayer
 from gemq.errors import CheckpointError
 from gemq.integrity import verify
-from gemq.packed_config import PackedConfig
+
+# what stays in memory: a decoder layer, with it the calibration activations, or the whole model with all work
+KEEP = ("layer", "activations", "model")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a run that do not change its result, such as its directory.
+    """Options of a run that do not change its result.
 
-    ``log`` is a second place for the JSON lines; ``keep`` leaves the directory behind.
+    ``path`` is the run directory; ``keep`` is one of :data:`KEEP`, and ``"model"`` uses no run directory. ``log`` is a
+    second place for the JSON lines; ``keep_run`` leaves the directory behind.
     """
 
     path: Path
-    on_disk: bool = True
+    keep: str = "layer"
     changed: str = "refuse"
-    keep: bool = False
+    keep_run: bool = False
     log: Path | None = None
 
 
@@ -47,7 +50,7 @@ class Session:
     options are compared when a run continues, and the command is stored to continue it. ``first`` is used instead of
     measuring the full-precision model."""
 
-    source: Source
+    source: DiskSource
     windows: Tensor
     router_windows: Tensor
     method: MethodConfig
@@ -70,55 +73,63 @@ class Session:
 
     @contextmanager
     def working(
-        self, run: RunOptions, progress: StageProgress | None = None, on_layer: OnLayer | None = None
+        self, options: RunOptions, progress: StageProgress | None = None, on_layer: OnLayer | None = None
     ) -> Iterator[Work]:
-        """Lock the run directory and yield the engine. The directory is deleted if the block ends without an error.
+        """Lock the run directory and yield the run. The directory is deleted if the block ends without an error.
 
         Raises :class:`gemq.errors.CheckpointError` for another process there, or a run of other settings.
         """
         began = time.perf_counter()
         identity = self.identity(progress)
+        with self._opened(options, identity) as run:
+            run.log(stage="read the model", event="end", **spent(began))
+            progression = Progression(
+                self.source, run, identity, self.windows, self.router_windows, self.method, progress, self.first,
+                on_layer,
+            )
+            yield Work(progression, run, identity)
+            if not options.keep_run:
+                run.delete()
+
+    @contextmanager
+    def _opened(self, options: RunOptions, identity: dict[str, Any]) -> Iterator[Run]:
+        if options.keep == "model":
+            yield MemoryRun(options.log)
+            return
         data = {"calibration": fingerprint.of_windows(self.windows),
                 "router": fingerprint.of_windows(self.router_windows)}
         if self.first is not None:
             data["costs"] = fingerprint.of_costs(self.first.costs)
         settings = {**identity, "data": data, "options": self.options}
         with opened(
-            run.path, settings, self.command, changed=run.changed, on_disk=run.on_disk, log=run.log
+            options.path, settings, self.command, changed=options.changed, on_disk=options.keep == "layer",
+            log=options.log,
         ) as directory:
-            directory.log(stage="read the model", event="end", **spent(began))
-            engine = Engine(
-                self.source.again, directory, identity, self.windows, self.router_windows, self.method, progress,
-                self.source, self.first, on_layer,
-            )
-            yield Work(engine, directory, identity)
-            if not run.keep:
-                directory.delete()
+            yield directory
 
 
 @dataclass(frozen=True)
 class Work:
-    """An engine in its directory."""
+    """A progression, and where it keeps its work."""
 
-    engine: Engine
-    directory: RunDirectory
+    progression: Progression
+    run: Run
     identity: dict[str, Any]
 
-    def results(self) -> Iterator[StreamedResult]:
+    def results(self) -> Iterator[BudgetResult]:
         """Every budget's result."""
-        return self.engine.results()
+        return self.progression.results()
 
-    def assembly(self, result: StreamedResult, dtype: torch.dtype) -> tuple[Assembly, PackedConfig, str]:
-        """Return the writer of a result's checkpoint, the checkpoint's config, and the fingerprint that names the run.
-        """
-        method, source = self.engine.method, self.engine.source
-        config = PackedConfig.of_plan(result.plan, method.gptq.group_size, result.allocation.budget, method.name)
+    def assembly(self, result: BudgetResult, dtype: torch.dtype) -> tuple[Assembly, str]:
+        """Return the writer of a result's checkpoint, and the fingerprint that names the run."""
+        config = result.config(self.progression.method.name)
         name = fingerprint.digest(self.identity, result.key, result.budget, str(dtype))
 
         def progress(done: int, total: int) -> None:
-            self.engine.progress("save", done, total)
+            self.progression.progress("save", done, total)
 
-        return Assembly(source, result.quantized, result.routers, config, dtype, progress), config, name
+        source = self.progression.source
+        return Assembly(source, result.quantized, result.routers, config, dtype, progress), name
 
     def confirming(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
         """Wrap ``write`` so that it reads the model's files once more afterwards. Raises :class:`CheckpointError` if
@@ -126,8 +137,8 @@ class Work:
 
         def writing(folder: Path) -> None:
             write(folder)
-            self.engine.source.watch.read(
-                lambda done, total: self.engine.progress("read the model again", done, total)
+            self.progression.source.watch.read(
+                lambda done, total: self.progression.progress("read the model again", done, total)
             )
 
         return writing
@@ -136,9 +147,9 @@ class Work:
     def saving(self, budget: float) -> Iterator[None]:
         """Log that the checkpoint of a budget is written during the block."""
         began = time.perf_counter()
-        self.directory.log(stage="save", event="start", budget=budget)
+        self.run.log(stage="save", event="start", budget=budget)
         yield
-        self.directory.log(stage="save", event="end", budget=budget, **spent(began))
+        self.run.log(stage="save", event="end", budget=budget, **spent(began))
 
 
 def written_by(target: Path, report: str) -> str | None:

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from gemq.checkpoint import check_output, kept_in_float32, load_packed_config, packed_skeleton
+from gemq.checkpoint import check_output, load_packed_config
 from gemq.errors import CheckpointError
 from gemq.folders import checkpoint_folder
 from gemq.format import expert_layout
 from gemq.hf import check_files
 from gemq.integrity import weight_files
 from gemq.interchange.source import TensorReader, copy_companions, disk_name, meta_model
-from gemq.models import replace_with_packed
+from gemq.models import describe, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.ops import backends
+from gemq.packed_model import kept_in_float32, packed_skeleton
 from gemq.shards import ShardWriter
 from gemq.staging import new_folder
 
@@ -56,7 +57,7 @@ def export(
     out = check_output(target, source)
     files = weight_files(source)
     model, config = meta_model(source)
-    modules = packed_skeleton(model, packed, device="meta")
+    modules = packed_skeleton(describe(model), packed.widths, packed.group_size, "meta")
     replace_with_packed(model, modules)
     check_files(model, files)
     chosen = _dtype(dtype, config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gemq.checkpoint import check_output, packed_skeleton
+from gemq.checkpoint import check_output
 from gemq.errors import CheckpointError
 from gemq.folders import COMPANIONS, LEGAL, local_folder
 from gemq.format import UNQUANTIZED, default_group_size
@@ -23,8 +23,10 @@ from gemq.interchange.source import TensorReader, copy_companions, disk_name, di
 from gemq.models import MoeModel, describe, replace_with_packed
 from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.packed_config import PackedConfig
+from gemq.packed_model import packed_skeleton
 from gemq.shards import ShardWriter
 from gemq.staging import new_folder
+from gemq.widths import Widths
 
 # names on disk of the three linears of an expert
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
@@ -106,7 +108,7 @@ def import_gptq(
         read = _Source(TensorReader(files, stack), form)
         layout = _locate(moe, read)
         packed = _packed_config(moe, layout)
-        replace_with_packed(model, packed_skeleton(model, packed, device="meta"))
+        replace_with_packed(model, packed_skeleton(moe, packed.widths, packed.group_size, "meta"))
         with new_folder(out) as folder:
             writer = ShardWriter(folder, shard_bytes)
             _write_experts(moe, model, layout, read, packed, writer, progress)
@@ -150,7 +152,7 @@ def _locate(moe: MoeModel, read: _Source) -> _Layout:
                 )
             shapes[layer.index].append(found)
     linears = {}
-    for path, module in _plain_linears(moe).items():
+    for path, module in moe.linears().items():
         stem = disk_name(moe.model, f"{path}.weight").removesuffix(".weight")
         linears[path] = (stem, read.shape(stem, module.out_features, module.in_features))
     return _Layout(stems, shapes, linears)
@@ -169,15 +171,6 @@ def _expert_stems(moe: MoeModel, path: str) -> list[dict[str, str]]:
     return found
 
 
-def _plain_linears(moe: MoeModel) -> dict[str, nn.Linear]:
-    found = dict(moe.attention) | dict(moe.dense)
-    for layer in moe.moe:
-        if layer.shared is not None:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                found[f"{layer.shared_path}.{name}"] = getattr(layer.shared, name)
-    return found
-
-
 def _packed_config(moe: MoeModel, layout: _Layout) -> PackedConfig:
     def width(kind: str, paths: list[str]) -> int:
         shapes = {path: layout.linears[path][1] for path in paths}
@@ -192,19 +185,18 @@ def _packed_config(moe: MoeModel, layout: _Layout) -> PackedConfig:
     shared = {}
     for layer in moe.moe:
         if layer.shared is not None:
-            names = [f"{layer.shared_path}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-            shared[layer.index] = width(f"the shared expert of layer {layer.index}", names)
+            shared[layer.index] = width(f"the shared expert of layer {layer.index}", list(layer.shared_linears()))
     shapes = [s for experts in layout.expert_shapes.values() for roles in experts for s in roles.values()]
     shapes += [shape for _, shape in layout.linears.values() if shape is not None]
     routed, down = (
         {i: [roles[role].bits for roles in experts] for i, experts in layout.expert_shapes.items()}
         for role in ("gate", "down")
     )
-    return PackedConfig(
-        expert_bits=routed, down_bits={} if down == routed else down,
-        shared_bits=shared, attention_bits=width("attention", list(moe.attention)),
-        dense_bits=width("the dense MLP", list(moe.dense)), group_size=common_group_size(shapes), method="gptq",
+    widths = Widths(
+        routed, shared, width("attention", list(moe.attention)), width("the dense MLP", list(moe.dense)),
+        down={} if down == routed else down,
     )
+    return PackedConfig(widths, common_group_size(shapes), method="gptq")
 
 
 def _write_experts(

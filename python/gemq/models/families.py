@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from gemq.errors import UnsupportedModelError
+from gemq.format import UNQUANTIZED
+from gemq.widths import Widths
 
 SUPPORTED = (
     "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
@@ -47,6 +49,12 @@ class MoeLayer:
         """The router's module path."""
         return f"{self.path}.gate"
 
+    def shared_linears(self) -> dict[str, nn.Linear]:
+        """Gate, up and down projection of the shared expert by module path; empty without one."""
+        if self.shared is None:
+            return {}
+        return {f"{self.shared_path}.{name}": getattr(self.shared, name) for name in _MLP_LINEARS}
+
 
 @dataclass(frozen=True)
 class MoeModel:
@@ -79,6 +87,29 @@ class MoeModel:
     def expert_parameters(self) -> int:
         """Weights of one routed expert."""
         return 3 * self.hidden * self.intermediate
+
+    def layer_path(self, index: int) -> str:
+        """Module path of a decoder layer."""
+        return f"{self.decoder_path}.layers.{index}"
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every linear that can be quantized, by module path: attention, dense MLPs, shared experts."""
+        shared = {path: linear for layer in self.moe for path, linear in layer.shared_linears().items()}
+        return self.attention | self.dense | shared
+
+    def quantized_linears(self, widths: Widths) -> dict[str, tuple[nn.Linear, int]]:
+        """The linears that ``widths`` quantizes, and the bits of each. Raises ``ValueError`` for an exception that is
+        no linear of the model, and for a layer whose shared expert has no width."""
+        found = dict.fromkeys(self.attention, widths.attention) | dict.fromkeys(self.dense, widths.dense)
+        for layer in self.moe:
+            if layer.shared is not None and layer.index not in widths.shared:
+                raise ValueError(f"no width for the shared expert of decoder layer {layer.index}")
+            found |= dict.fromkeys(layer.shared_linears(), widths.shared.get(layer.index, UNQUANTIZED))
+        unknown = sorted(widths.linears.keys() - found.keys())
+        if unknown:
+            raise ValueError(f"a width for {unknown[0]!r}, which is no linear of the model")
+        modules, found = self.linears(), found | widths.linears
+        return {path: (modules[path], bits) for path, bits in found.items() if bits < UNQUANTIZED}
 
 
 def _decoder(model: nn.Module) -> tuple[str, nn.Module]:

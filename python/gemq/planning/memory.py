@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.planning.parts import LayerParts, ModelParts
 
-ENGINES = ("memory", "stream")
+KEEP = ("layer", "activations", "model")
 # An interpreter with torch and transformers loaded, measured: 0.75 GB. A CUDA context, as NVIDIA's runtime takes it
 # on current devices: 0.5 GB, an estimate.
 PROCESS, CONTEXT = 750 * 10**6, 500 * 10**6
@@ -81,80 +81,6 @@ def gptq_bytes(count: int, n: int, k: int) -> int:
     return count * (FACTOR_COPIES * _FLOAT * k * k + ROUNDING * n * k)
 
 
-def _largest_expert_gptq(parts: ModelParts, count: int) -> int:
-    hidden, inner = parts.hidden, parts.intermediate
-    return max(gptq_bytes(count, 2 * inner, hidden), gptq_bytes(count, hidden, inner))
-
-
-def hessian_bytes(parts: ModelParts, compensate: bool = False) -> int:
-    """Most bytes that the Hessians of one decoder layer take: of both projections of every expert, and of every linear.
-    ``compensate`` needs another matrix of the size of the second projection's."""
-    experts = parts.experts * (parts.hidden**2 + (2 if compensate else 1) * parts.intermediate**2)
-    return _FLOAT * max(
-        sum(k * k for _, k in layer.linears) + (experts if layer.routed else 0) for layer in parts.layers
-    )
-
-
-def _perturbed_bytes(parts: ModelParts, work: Work) -> int:
-    """Bytes of one routed or shared expert at every candidate width: its inputs, the copies, and GPTQ for all widths at
-    once."""
-    widths, d = len(work.method.candidates), work.element
-    busy = min(work.tokens, BUSIEST * work.tokens * parts.top_k // parts.experts)
-    shared = max((layer.mlp for layer in parts.layers if layer.routed), default=0)
-
-    def at(tokens: int, inner: int) -> int:
-        inputs = tokens * (parts.hidden * (d + _FLOAT) + inner * (4 * d + _FLOAT))
-        gptq = max(gptq_bytes(widths, 2 * inner, parts.hidden), gptq_bytes(widths, parts.hidden, inner))
-        if work.method.perturbation == "rtn":
-            gptq = widths * ROUNDING * 2 * inner * parts.hidden
-        return inputs + widths * 3 * inner * parts.hidden * d + gptq
-
-    return max(at(busy, parts.intermediate), at(work.tokens, shared) if shared else 0)
-
-
-def codes_bytes(parts: ModelParts) -> int:
-    """Codes of the whole model, a byte each, and scales, as the quantizer holds them until it packs."""
-    return int((parts.quantizable - parts.moe_layers * parts.experts * parts.hidden) * (1 + 4 / 128))
-
-
-def in_memory(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
-    """Bytes by stage of the engine that holds the whole model and a copy of what it quantizes."""
-    d, tokens, batch = work.element, work.tokens, work.method.batch_size * work.length
-    held = {"weights": parts.parameters * d, "originals": parts.quantizable * d}
-    # inputs, gradient and routing (int64 and a weight) at every MoE layer
-    layer = tokens * (2 * parts.hidden * d + parts.top_k * (8 + d))
-    # of several processes, each keeps its own windows', and one layer's of all
-    captured = work.shared(parts.moe_layers * layer) + (layer if work.ranks > 1 else 0)
-    graph = sum(graph_bytes(parts, layer, batch, d) for layer in parts.layers)
-    measure = max(graph + logits_bytes(parts, batch, d), _perturbed_bytes(parts, work))
-    codes = codes_bytes(parts)
-    # a step's windows run one by one
-    tuning = sum(graph_bytes(parts, layer, work.length, d) for layer in parts.layers)
-    tuning += logits_bytes(parts, work.length, d)
-    # unquantized tensors are converted to 16 bits in memory
-    writing = output + ((parts.parameters - parts.quantizable) * 2 if d == _FLOAT else 0)
-    stages = {"load": {"weights": held["weights"]}}
-    if work.method.measures:
-        stages["measure"] = held | {"captured activations": captured, "working memory": measure}
-        if work.method.method == "fisher":
-            # sums of squared gradients, and one window's gradients
-            stages["measure"]["Fisher information"] = parts.quantizable * (_FLOAT + d)
-    compensate = work.method.gptq.compensate
-    # to compensate, one layer's expert inputs of all processes and its gate and up projections as they were
-    again = tokens * (parts.hidden * d + parts.top_k * (8 + d)) if compensate else 0
-    again += work.shared(parts.experts) * 2 * parts.intermediate * parts.hidden * d if compensate else 0
-    stages["quantize"] = held | {
-        "activations": work.shared(3 * tokens * parts.hidden * d) + again,
-        "Hessians": work.shared(hessian_bytes(parts, compensate)),
-        "codes": codes, "working memory": _largest_expert_gptq(parts, work.shared(parts.experts)),
-    }
-    if work.method.tune:
-        stages["tune routers"] = held | {"codes": codes, "working memory": tuning}
-    stages["save"] = held | {"codes": codes, "packed": writing}
-    # the checkpoint is read into the host's memory and then moved
-    return {name: _placed(device, work, name == "load") for name, device in stages.items()}
-
-
 def _group_bytes(parts: ModelParts, widths: int, inner: int) -> int:
     """Bytes of quantized copies of one expert at ``widths`` widths, of GPTQ's working memory, and of its Hessians."""
     weights = parts.hidden * inner
@@ -210,8 +136,8 @@ def _streamed_quantizing(parts: ModelParts, work: Work) -> Need:
     return Need(device, {"packed layer": 2 * parts.largest_layer}, scratch)
 
 
-def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
-    """Bytes by stage of the engine that has one decoder layer on the device at a time, or embeddings and head.
+def layerwise(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
+    """Bytes by stage with one decoder layer on the device at a time, or embeddings and head.
 
     Activations wait in scratch files: the input of every layer, because the reverse sweep needs it again, gradients,
     and what one layer's experts were called with. Routers are tuned on packed layers, one at a time, recomputed.
@@ -242,17 +168,32 @@ def streaming(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
     return {name: _merged(need, work) for name, need in stages.items()}
 
 
-def _placed(device: dict[str, int], work: Work, loading: bool) -> Need:
-    # files are mapped while they are converted
-    host = dict(device) | {"files": device["weights"] // work.element * 2} if loading else {}
-    return _merged(Need(device, {} if work.on_cpu and not loading else host), work, shared=loading)
+def resident(stages: dict[str, Need], parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
+    """Bytes by stage if the model stays in memory once it was read, instead of a layer of it, and the quantized layers
+    and activations with it; Fisher information needs a plain copy of the model, and sums and gradients of its
+    weights."""
+    d, experts = work.element, parts.moe_layers * parts.experts * parts.expert
+    # experts as they are stored
+    model = experts * min(d, 2) + (parts.parameters - experts) * d
+    found = {}
+    for name, need in stages.items():
+        device = {part: size for part, size in need.device.items() if part not in ("layer", "embeddings and head")}
+        if name == "measure" and work.method.method == "fisher":
+            device |= {"plain copy": parts.parameters * d, "Fisher information": parts.quantizable * (_FLOAT + d)}
+        host = need.host | ({"quantized layers": output} if name != "measure" else {})
+        if work.on_cpu:
+            host = host | {"weights": model}
+            host.pop("layer", None)
+        else:
+            device |= {"weights": model}
+        found[name] = Need(device, host, need.scratch)
+    return found
 
 
-def _merged(need: Need, work: Work, shared: bool = False) -> Need:
-    """Add the process and the allocators' slack to a stage. On a CPU the device's bytes count as the host's, unless
-    ``shared`` says that the host's include them already."""
+def _merged(need: Need, work: Work) -> Need:
+    """Add the process and the allocators' slack to a stage. On a CPU the device's bytes count as the host's."""
     host = dict(need.host)
-    if work.on_cpu and not shared:
+    if work.on_cpu:
         for name, size in need.device.items():
             host[name] = host.get(name, 0) + size
     host = {"process": PROCESS} | host | {"allocator": int(SLACK * sum(host.values()))}

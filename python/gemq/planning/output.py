@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gemq.algorithms.sequential import QuantizedWeights
-from gemq.checkpoint import kept_in_float32, packed_skeleton, stored_state
-from gemq.format import codes_bytes, default_group_size, expert_layout, meta_elements
+from gemq.format import codes_bytes, meta_elements
 from gemq.models import MoeModel, packed_modules, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
+from gemq.packed_model import packed_skeleton, stored_state
 from gemq.tensor_files import file_head
 
 _SHARD = 5 * 10**9
@@ -37,7 +36,7 @@ def output_size(moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: 
     """The size of the checkpoint of a model without storage (of :func:`gemq.planning.parts.located`) with these
     widths; unquantized tensors are stored in ``dtype``, a file holds about ``shard`` bytes. The model is packed by
     this."""
-    replace_with_packed(moe.model, packed_skeleton(moe.model, config, device="meta"))
+    replace_with_packed(moe.model, packed_skeleton(moe, config.widths, config.group_size, "meta"))
     state = stored_state(moe.model, dtype)
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
@@ -52,26 +51,6 @@ def output_size(moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: 
     if len(shards) > 1:
         files += sum(len(name) + 45 for name in state)
     return OutputSize(tensors, files, len(shards))
-
-
-def packed_bytes(moe: MoeModel, weights: QuantizedWeights) -> int:
-    """Bytes of the checkpoint's tensors: codes, 32 bits per row and group, 16 bits for all that stays, and 32 for
-    what the family keeps in float32."""
-    kept = {id(p): p.numel() for p in moe.model.parameters()}
-    total = 0
-    for layer in moe.moe:
-        for name, stack in zip(PROJECTIONS, weights.stacks[layer.index], strict=True):
-            parameter = getattr(layer.experts, name)
-            kept.pop(id(parameter))
-            n, k = parameter.shape[1:]
-            plan = expert_layout(stack.bits, n, k, default_group_size(k, weights.group_size), "canonical")
-            total += plan.code_bytes + 2 * plan.meta_elements
-    for path, (codes, meta, width) in weights.linears.items():
-        kept.pop(id(moe.model.get_submodule(path).weight))
-        total += codes_bytes(*codes.shape, width) + 2 * meta.numel()
-    state = moe.model.state_dict()
-    total += sum(4 * state[name].numel() for name in kept_in_float32(moe.model))
-    return total + 2 * sum(kept.values())
 
 
 def resident_bytes(model: nn.Module, layout: str, dtype: torch.dtype) -> int:

@@ -7,42 +7,37 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from gemq.algorithms.progressive import MethodConfig
+from gemq.algorithms.method import MethodConfig
 from gemq.errors import ResourceError
 from gemq.planning import memory
 from gemq.planning.machine import Machine
-from gemq.planning.memory import ENGINES, Need, Work
+from gemq.planning.memory import KEEP, Need, Work
 from gemq.planning.output import OutputSize, output_size
 from gemq.planning.parts import ModelParts, count_parts, located
 from gemq.planning.running import Inference, bits_that_run, inference_of
 from gemq.planning.seconds import stage_operations
 from gemq.planning.widths import budget_range, planned_widths
 
-# the default engine of gemq quantize
-ENGINE = "stream"
-
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Options of a plan: calibration ``samples`` of ``length`` tokens, the method, the engine, and the ``dtype`` that
-    is computed in (None: float32 on a CPU, the model's on a GPU). The result runs with ``rows`` sequences of
-    ``context`` tokens. ``scratch`` files are on the disk or in memory. Memory is that of one of ``ranks`` processes."""
+    """Options of a plan: calibration ``samples`` of ``length`` tokens, the method, what stays in memory (``keep``, see
+    :class:`gemq.QuantizeConfig`), and the ``dtype`` that is computed in (None: float32 on a CPU, the model's on a GPU).
+    The result runs with ``rows`` sequences of ``context`` tokens. Memory is that of one of ``ranks`` processes.
+    """
 
     method: MethodConfig = field(default_factory=MethodConfig)
     samples: int = 128
     length: int = 2048
-    engine: str = ENGINE
+    keep: str = "layer"
     dtype: torch.dtype | None = None
     context: int = 4096
     rows: int = 1
-    scratch: str = "disk"
     ranks: int = 1
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
-        if self.scratch not in ("disk", "memory"):
-            raise ValueError(f"scratch must be one of disk, memory, got {self.scratch!r}")
+        if self.keep not in KEEP:
+            raise ValueError(f"keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
         for name, least in (("samples", 1), ("length", 2), ("context", 1), ("rows", 1), ("ranks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -89,11 +84,11 @@ class Plan:
 
     @property
     def disk(self) -> dict[str, int]:
-        """Peak bytes on the output's disk by part: all checkpoints, the scratch files, and for an engine that streams
-        the quantized layers once more."""
+        """Peak bytes on the output's disk by part: all checkpoints, and with a run directory its activations and the
+        quantized layers once more."""
         written = sum(o.files for o in self.outputs.values())
         scratch = memory.peak(self.stages)["scratch"]
-        found = {"checkpoints": written, "quantized layers": written if self.config.engine == "stream" else 0,
+        found = {"checkpoints": written, "quantized layers": 0 if self.config.keep == "model" else written,
                  "scratch": scratch}
         return {name: size for name, size in found.items() if size}
 
@@ -160,7 +155,7 @@ def make_plan(config, options: PlanConfig, machine: Machine) -> Plan:
     stages = _needs(options, parts, work, largest)
     seconds = None
     if machine.rates is not None:
-        operations = stage_operations(parts, work, options.engine, largest, stored.itemsize)
+        operations = stage_operations(parts, work, options.keep, largest, stored.itemsize)
         seconds = {name: found.seconds(machine.rates) for name, found in operations.items()}
     runnable = None
     if not all(run.fits for run in inference.values()):
@@ -173,8 +168,10 @@ def make_plan(config, options: PlanConfig, machine: Machine) -> Plan:
 
 
 def _needs(options: PlanConfig, parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
-    stages = {"memory": memory.in_memory, "stream": memory.streaming}[options.engine](parts, work, output)
-    if options.scratch == "memory":
+    stages = memory.layerwise(parts, work, output)
+    if options.keep == "model":
+        stages = memory.resident(stages, parts, work, output)
+    if options.keep != "layer":
         stages = {name: Need(need.device, need.host | need.scratch) for name, need in stages.items()}
     return stages
 

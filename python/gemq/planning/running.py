@@ -52,7 +52,7 @@ class Inference:
 
 
 def inference_of(
-    model: nn.Module, parts: ModelParts, widths: PackedConfig, size: OutputSize, machine: Machine, rows: int,
+    model: nn.Module, parts: ModelParts, config: PackedConfig, size: OutputSize, machine: Machine, rows: int,
     context: int, stored: torch.dtype,
 ) -> Inference:
     """Memory that ``rows`` sequences of ``context`` tokens take with a packed ``model`` without storage."""
@@ -68,7 +68,7 @@ def inference_of(
         return min(rows * length, PREFILL_TOKENS) * per_token + logits
 
     third = parts.expert // 3
-    experts = sum(third * b // 8 + (b > 0) * third * 4 // 128 for b in widths.weight_bits)
+    experts = sum(third * b // 8 + (b > 0) * third * 4 // 128 for b in config.widths.weight_bits)
     embeddings = parts.vocabulary * parts.hidden * stored.itemsize
     read = size.tensors - experts * (parts.experts - parts.top_k) // parts.experts - embeddings
     free = machine.host_free if machine.on_cpu else machine.device_free

@@ -49,11 +49,11 @@ def _gptq(n: int, k: int, count: float = 1.0, factors: float | None = None, prod
     return Operations((3 + 2 * products) * n * k * k * count, factorised, n * k * count)
 
 
-def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
-    """Operations of Eq. 6: forward and backward, GPTQ of every expert at every width, and each of these experts on its
-    tokens. With ``recompute`` every layer runs forward again, and a Hessian is factorised once for all widths."""
+def measuring(parts: ModelParts, work: Work) -> Operations:
+    """Operations of Eq. 6: forward, again, and backward, GPTQ of every expert at every width, and each of these experts
+    on its tokens. A Hessian is factorised once for all widths."""
     widths, tokens = sum(b > 0 for b in work.method.candidates), work.tokens
-    total = Operations((3 if recompute else 2) * forward(parts, tokens, work.length))
+    total = Operations(3 * forward(parts, tokens, work.length))
     for layer in parts.layers:
         if not layer.routed:
             continue
@@ -67,9 +67,8 @@ def measuring(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
             total += Operations((1 + evaluated * widths) * run)
             if work.method.perturbation == "gptq":
                 total += Operations(run + 2 * tokens * share * (parts.hidden**2 + inner**2))
-                factors = count if recompute else count * widths
-                total += _gptq(2 * inner, parts.hidden, count * widths, factors)
-                total += _gptq(parts.hidden, inner, count * widths, factors)
+                total += _gptq(2 * inner, parts.hidden, count * widths, count)
+                total += _gptq(parts.hidden, inner, count * widths, count)
             else:
                 total += Operations(rounded=3 * parts.hidden * inner * count * widths)
     return total
@@ -97,24 +96,22 @@ def quantizing(parts: ModelParts, work: Work) -> Operations:
     return total
 
 
-def tuning(parts: ModelParts, work: Work, *, recompute: bool) -> Operations:
-    """Operations of router tuning: forward and backward of every window, ``epochs`` times."""
-    passes = (3 if recompute else 2) * work.method.router.epochs
+def tuning(parts: ModelParts, work: Work) -> Operations:
+    """Operations of router tuning: forward, again, and backward of every window, ``epochs`` times."""
+    passes = 3 * work.method.router.epochs
     return Operations(passes * forward(parts, work.tokens, work.length))
 
 
-def stage_operations(parts: ModelParts, work: Work, engine: str, output: int, element: int) -> dict[str, Operations]:
+def stage_operations(parts: ModelParts, work: Work, keep: str, output: int, element: int) -> dict[str, Operations]:
     """Operations of one budget by stage. ``element`` is the bytes an element of the model's files has."""
-    stream = engine == "stream"
-    weights = parts.parameters * element
-    activations = len(parts.layers) * work.tokens * parts.hidden * work.element if stream else 0
-    found = {} if stream else {"load": Operations(moved=weights)}
+    again = 0 if keep == "model" else parts.parameters * element
+    activations = len(parts.layers) * work.tokens * parts.hidden * work.element if keep == "layer" else 0
+    found = {"load": Operations(moved=parts.parameters * element)} if keep == "model" else {}
     if work.method.measures:
         # forward and reverse sweep; layer inputs written once and read once
-        found["measure"] = measuring(parts, work, recompute=stream)
-        found["measure"] += Operations(moved=2 * (weights + activations) if stream else 0)
-    found["quantize"] = quantizing(parts, work) + Operations(moved=weights if stream else 0)
+        found["measure"] = measuring(parts, work) + Operations(moved=2 * (again + activations))
+    found["quantize"] = quantizing(parts, work) + Operations(moved=again)
     if work.method.tune:
-        found["tune routers"] = tuning(parts, work, recompute=stream)
+        found["tune routers"] = tuning(parts, work)
     found["save"] = Operations(moved=output)
     return found

@@ -9,10 +9,11 @@ import numpy as np
 from gemq.algorithms.allocation import BUDGET_SLACK, PER_LAYER, feasible_range, total_bits
 from gemq.algorithms.baselines import uniform
 from gemq.algorithms.costs import Costs
-from gemq.algorithms.progressive import ROUTED_ONLY, MethodConfig, allocate, overridden, plan_of
+from gemq.algorithms.method import ROUTED_ONLY, MethodConfig, allocate, overridden
 from gemq.algorithms.tensor_bits import resolve
 from gemq.models import MoeModel
 from gemq.packed_config import PackedConfig
+from gemq.widths import Widths
 
 
 def _empty_costs(moe: MoeModel, method: MethodConfig) -> Costs:
@@ -88,9 +89,8 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
     """
     check_budgets(moe, method)
     if method.given is not None:
-        found = allocate(moe, None, budget, method)
-        _, plan = overridden(moe, found, plan_of(moe, found, method), method)
-        return PackedConfig.of_plan(plan, method.gptq.group_size, None, None)
+        _, widths = overridden(moe, allocate(moe, None, budget, method), method)
+        return PackedConfig(widths, method.gptq.group_size)
     layers, widest = [layer.index for layer in moe.moe], max(method.candidates)
     count = moe.num_experts
     shared = widest if method.shared_bits is None else method.shared_bits
@@ -103,10 +103,8 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
         # dealt out like cards, so that layers are alike
         flat = _spread(total, count * len(layers), method.candidates)
         rows = [flat[i :: len(layers)] for i in range(len(layers))]
-    wanted = resolve(moe, method.tensor_bits)
-    experts = wanted.over(dict(zip(layers, rows, strict=True)))
-    return PackedConfig(
-        experts, dict.fromkeys(layers, shared) if moe.shared_multiple else {},
-        method.attention_bits, method.dense_bits, method.router_bits, method.gptq.group_size,
-        linear_bits=wanted.linears,
+    widths = Widths(
+        dict(zip(layers, rows, strict=True)), dict.fromkeys(layers, shared) if moe.shared_multiple else {},
+        method.attention_bits, method.dense_bits, method.router_bits,
     )
+    return PackedConfig(widths.overridden(*resolve(moe, method.tensor_bits)), method.gptq.group_size)

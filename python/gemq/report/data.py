@@ -63,15 +63,14 @@ class Checkpoint:
         """Widths of the routed experts by decoder layer, under ``"experts"``, or under ``"gate and up"`` and ``"down"``
         where these have widths of their own."""
         config = self.summary.config
-        if not config.down_bits:
-            return {"experts": dict(sorted(config.expert_bits.items()))}
-        return {"gate and up": dict(sorted(config.expert_bits.items())), "down": dict(sorted(config.down_bits.items()))}
+        experts, down = (dict(sorted(rows.items())) for rows in (config.widths.experts, config.widths.down))
+        return {"gate and up": experts, "down": down} if down else {"experts": experts}
 
     @property
     def mean_bits(self) -> dict[int, float]:
         """Mean width of the routed experts' weights by decoder layer."""
         config = self.summary.config
-        return {layer: mean_width(*config.widths(layer)) for layer in sorted(config.expert_bits)}
+        return {layer: mean_width(*config.widths.of_experts(layer)) for layer in sorted(config.widths.experts)}
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
         recorded = _recorded(report | {name: run[name] for name in ("seconds",) if name in run})
     except ValueError as error:
         raise CheckpointError(f"{REPORT_FILE} or {RUN_FILE} in {folder} is malformed: {error}") from None
-    if costs is not None and set(costs.layers) != set(summary.config.expert_bits):
+    if costs is not None and set(costs.layers) != set(summary.config.widths.experts):
         raise CheckpointError(f"{folder / COSTS_FILE} is of other layers than config.json")
     return Checkpoint(folder.resolve().name, folder, summary, costs=costs, scores=tuple(read_evaluations(folder)),
                       **recorded)

@@ -88,7 +88,7 @@ def _checkpoint(checkpoint: Checkpoint, alone: bool) -> str:
     body = "".join(_figure(f) for f in drawn if f is not None)
     note = f'<p class="note">Not recorded: {escape(", ".join(missing))}.</p>' if missing else ""
     config = checkpoint.summary.config
-    facts = f"attention {config.attention_bits} bits, dense {config.dense_bits}, routers {config.router_bits}, " \
+    facts = f"attention {config.widths.attention} bits, dense {config.widths.dense}, routers {config.widths.router}, " \
             f"groups of {config.group_size}"
     if checkpoint.calibration:
         facts += f", calibrated on {checkpoint.calibration}"

@@ -39,7 +39,7 @@ def weight_shift(checkpoint: Path, source: Path) -> dict[int, float]:
     Raises :class:`CheckpointError` if ``source`` is no folder with safetensors, or its routers are of other layers or
     another shape.
     """
-    layers = set(load_packed_config(checkpoint).expert_bits)
+    layers = set(load_packed_config(checkpoint).widths.experts)
     tuned, original = _routers(checkpoint), _routers(source)
     missing = sorted(layers - (set(tuned) & set(original)))
     if missing:

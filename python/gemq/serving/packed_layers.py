@@ -60,7 +60,7 @@ def width_of(config: PackedConfig, prefix: str) -> int:
     common = _width_by_kind(config, prefix, layer, path)
     *above, leaf = path
     names = [".".join(["model.layers", str(layer), *above, part]) for part in _MERGED.get(leaf, (leaf,))]
-    found = {name: config.linear_bits.get(name, common) for name in names}
+    found = {name: config.widths.linears.get(name, common) for name in names}
     if len(set(found.values())) > 1:
         raise ServingError(f"{prefix} merges matrices of different widths ({found}), which is not served")
     return found[names[0]]
@@ -71,18 +71,18 @@ def _width_by_kind(config: PackedConfig, prefix: str, layer: int, path: list[str
     :class:`ServingError` for a kind of attention that is not served from packed weights."""
     known = path[0] == "self_attn" and (path[-1] in _ATTENTION or not path[-1].endswith(_PACKED_ENDINGS))
     if path[0] in ("self_attn", "linear_attn") and not known:
-        own = any(name.startswith(f"model.layers.{layer}.{path[0]}.") for name in config.linear_bits)
-        if config.attention_bits == UNQUANTIZED and not own:
+        own = any(name.startswith(f"model.layers.{layer}.{path[0]}.") for name in config.widths.linears)
+        if config.widths.attention == UNQUANTIZED and not own:
             return UNQUANTIZED
         raise ServingError(
             f"{prefix}: this kind of attention is not served from packed weights; quantize with --attention-bits 16"
         )
     if path[0] == "self_attn" and len(path) == 2 and path[1] in _ATTENTION:
-        return config.attention_bits
+        return config.widths.attention
     if len(path) == 3 and path[1] in ("shared_expert", "shared_experts") and path[2] in _MLP:
-        return config.shared_bits.get(layer, UNQUANTIZED)
-    if len(path) == 2 and path[0] == "mlp" and path[1] in _MLP and layer not in config.expert_bits:
-        return config.dense_bits
+        return config.widths.shared.get(layer, UNQUANTIZED)
+    if len(path) == 2 and path[0] == "mlp" and path[1] in _MLP and layer not in config.widths.experts:
+        return config.widths.dense
     return UNQUANTIZED
 
 
@@ -92,9 +92,9 @@ def expert_widths(config: PackedConfig, prefix: str) -> dict[str, list[int]]:
     Raises :class:`ServingError` if it has none.
     """
     place = _PLACE.search(prefix)
-    if place is None or int(place[1]) not in config.expert_bits:
+    if place is None or int(place[1]) not in config.widths.experts:
         raise ServingError(f"quantization_config.expert_bits names no widths for {prefix}")
-    return dict(zip(PROJECTIONS, config.widths(int(place[1])), strict=True))
+    return dict(zip(PROJECTIONS, config.widths.of_experts(int(place[1])), strict=True))
 
 
 def _buffer(size: int, dtype: torch.dtype, loader) -> nn.Parameter:

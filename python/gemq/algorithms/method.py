@@ -1,41 +1,29 @@
-"""Run the whole method: measure, allocate, quantize, tune the routers, and repeat at the next lower budget (Alg. 1)."""
+"""Options of the method, and the widths that it gives a model for a budget."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gemq import distributed
 from gemq.algorithms.allocation import ACCOUNTINGS, PER_LAYER, Allocation, solve, wants_matrices
 from gemq.algorithms.baselines import global_pmq, pmq, uniform
-from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
-from gemq.algorithms.importance import PERTURBATIONS, ExpertStatistics, Perturbation, measure
-from gemq.algorithms.layer_report import LayerReport
-from gemq.algorithms.originals import Originals
-from gemq.algorithms.router_alignment import align_routers, router_logits
-from gemq.algorithms.router_bits import quantize_routers
-from gemq.algorithms.router_shift import LayerShift, RouterShift
-from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
-from gemq.algorithms.sequential import BitPlan, OnLayer, QuantizedWeights, quantize_weights
+from gemq.algorithms.importance import ExpertStatistics
+from gemq.algorithms.perturbation import PERTURBATIONS
+from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.algorithms.tensor_bits import TensorBits, resolve
 from gemq.algorithms.two_step import two_step
-from gemq.format import UNQUANTIZED
 from gemq.models import MoeModel
+from gemq.widths import Widths
 
 METHODS = ("gemq", "pmq", "uniform", "global-pmq", "two-step", "fisher")
 # their budget covers routed experts alone; shared ones have shared_bits, or the widest candidate
 ROUTED_ONLY = ("pmq", "global-pmq", "two-step")
 ROUTER_METHODS = ("loss", "alignment")
 ESTIMATES = ("fp", "quantized", "tuned")
-# progress(stage, done, total); a stage starts at done = 0
-StageProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class MethodConfig:
     ``two-step`` (Eq. 6, layers first, then experts), ``fisher`` (:mod:`gemq.algorithms.fisher` instead of Eq. 6).
     ``router_method`` tunes routers on the task ``loss``, or layer by layer towards the full-precision ones
     (``alignment``, :mod:`gemq.algorithms.router_alignment`). ``affinity`` is that of
-    :func:`gemq.algorithms.sequential.quantize_weights`; costs are measured without it.
+    :func:`gemq.engine.quantize.quantize`; costs are measured without it.
     """
 
     budgets: tuple[float, ...] = (2.5,)
@@ -133,32 +121,19 @@ class MethodConfig:
         return self.method if self.given is None else "given"
 
 
-def in_memory_only(config: MethodConfig) -> list[str]:
-    """List the options of ``config`` that need the whole model in the memory of one process: they support neither
-    streaming nor several processes."""
-    return [
-        *(["method 'fisher'"] if config.method == "fisher" else []),
-        *(["router_method 'alignment'"] if config.tune and config.router_method == "alignment" else []),
-        *(["affinity"] if config.affinity else []),
-    ]
+def needs_whole_model(config: MethodConfig) -> list[str]:
+    """List the options of ``config`` that hold the whole model in the memory of one process."""
+    return ["method 'fisher'"] if config.measures and config.method == "fisher" else []
 
 
-@dataclass(frozen=True)
-class StageResult:
-    """One budget's outcome. The model holds the dequantized weights and tuned routers when it is yielded."""
-
-    budget: float
-    allocation: Allocation
-    plan: BitPlan
-    weights: QuantizedWeights
-    statistics: ExpertStatistics | None
-    router_losses: list[float]
-    seconds: dict[str, float]
-    router_shift: dict[int, LayerShift] = field(default_factory=dict)
+def one_process_only(config: MethodConfig) -> list[str]:
+    """List the options of ``config`` that several processes cannot share."""
+    aligned = config.tune and config.router_method == "alignment"
+    return [*needs_whole_model(config), *(["router_method 'alignment'"] if aligned else [])]
 
 
-def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitPlan:
-    """Build the plan of all widths from the allocation of the experts."""
+def widths_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> Widths:
+    """The widths of the whole model: those that ``allocation`` gives experts, and the method's for the rest."""
     indices = [layer.index for layer in moe.moe]
     shared = {}
     if moe.moe[0].shared is not None:
@@ -173,28 +148,26 @@ def plan_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> BitP
         {} if bits is None else {index: [int(b) for b in bits[row]] for row, index in enumerate(indices)}
         for bits in (allocation.bits, allocation.down_bits)
     )
-    return BitPlan(
+    return Widths(
         experts, shared, config.attention_bits, config.dense_bits, config.router_bits,
         down={} if down == experts else down,
     )
 
 
 def overridden(
-    moe: MoeModel, allocation: Allocation, plan: BitPlan, config: MethodConfig
-) -> tuple[Allocation, BitPlan]:
-    """Apply ``config.tensor_bits`` to an allocation and its plan."""
-    wanted = resolve(moe, config.tensor_bits)
-    experts, down = (wanted.over(rows) for rows in (plan.experts, plan.down))
-    if wanted.experts:
+    moe: MoeModel, allocation: Allocation, config: MethodConfig
+) -> tuple[Allocation, Widths]:
+    """Apply ``config.tensor_bits`` to an allocation and its widths."""
+    experts, linears = resolve(moe, config.tensor_bits)
+    widths = widths_of(moe, allocation, config).overridden(experts, linears)
+    if experts:
         # the summed coefficients are those of other widths now
-        bits, of_down = (
-            np.array([rows[layer.index] for layer in moe.moe], dtype=np.int64) if rows else None
-            for rows in (experts, down)
+        rows, down = (
+            np.array([given[layer.index] for layer in moe.moe], dtype=np.int64) if given else None
+            for given in (widths.experts, widths.down)
         )
-        allocation = replace(
-            allocation, bits=bits, down_bits=of_down, objective=float("nan"), gap=float("nan")
-        )
-    return allocation, replace(plan, experts=experts, down=down, linears=wanted.linears)
+        allocation = replace(allocation, bits=rows, down_bits=down, objective=float("nan"), gap=float("nan"))
+    return allocation, widths
 
 
 def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, config: MethodConfig) -> Allocation:
@@ -223,127 +196,8 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
     return distributed.on_first(lambda: solve(statistics.costs, budget, **options))
 
 
-def _measure(
-    moe: MoeModel, windows: Tensor, config: MethodConfig, originals: Originals, report: Callable[[int, int], None]
-) -> ExpertStatistics:
-    """Measure the statistics that the method's allocation needs, on the model in its current state."""
-    perturbation = Perturbation(config.perturbation, config.gptq)
-    if config.method == "fisher":
-        costs = weight_fisher(moe, windows, config.candidates, originals, perturbation=perturbation, progress=report)
-        return ExpertStatistics(costs)
-    return measure(
-        moe, windows, config.candidates, originals, perturbation=perturbation, batch_size=config.batch_size,
-        progress=report, matrices=config.per_matrix,
-    )
-
-
-def _tune(
-    moe: MoeModel, windows: Tensor, targets: list[Tensor] | None, config: MethodConfig,
-    report: Callable[[int, int], None],
-) -> list[float]:
-    """Tune the routers by the configured method; returns the losses of the steps, or the divergences after alignment.
-    """
-    if targets is None:
-        return tune_routers(moe, windows, config.router, report)
-    found = align_routers(moe, windows, targets, config.router, batch_size=config.batch_size, progress=report)
-    return [after for _, after in found]
-
-
 def must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:
     """Return True if budget number ``step`` (from 0) needs coefficients that have not been measured yet."""
     if not config.measures:
         return False
     return statistics is None or (step > 0 and config.estimate != "fp")
-
-
-def quantize_progressively(
-    moe: MoeModel, windows: Tensor, config: MethodConfig, *, router_windows: Tensor | None = None,
-    originals: Originals | None = None, first_statistics: ExpertStatistics | None = None,
-    progress: StageProgress | None = None, on_layer: OnLayer | None = None,
-) -> Iterator[StageResult]:
-    """Run Algorithm 1 over ``config.budgets`` and yield each budget's result.
-
-    ``windows`` int64 ``[N, T]`` calibrate coefficients and GPTQ; ``router_windows`` (default the same) tune the
-    routers. Every budget quantizes the ORIGINAL weights and starts from the original routers; what carries over is
-    the model on which the next coefficients are measured (``config.estimate``), perturbed against the originals.
-    ``first_statistics`` are used instead of measuring the full-precision model. ``on_layer`` gets the report of every
-    decoder layer as soon as it is quantized.
-    """
-    originals = originals or Originals(moe)
-    originals.restore()
-    if (whole := in_memory_only(config)) and distributed.world().size > 1:
-        raise ValueError(f"{', '.join(whole)}: not with several processes, got {distributed.world().size}")
-    unmoved = RouterShift(moe, windows)
-    router_windows = windows if router_windows is None else router_windows
-    aligned = config.tune and config.router_method == "alignment"
-    targets = router_logits(moe, router_windows, config.batch_size) if aligned else None
-    statistics = first_statistics
-    budgets = sorted(config.budgets, reverse=True)
-    for step, budget in enumerate(budgets):
-        timer = _Timer(progress)
-        if must_measure(config, step, statistics):
-            with timer.stage("measure") as report:
-                statistics = _measure(moe, windows, config, originals, report)
-        with timer.stage("allocate"):
-            allocation = allocate(moe, statistics, budget, config)
-        allocation, plan = overridden(moe, allocation, plan_of(moe, allocation, config), config)
-        with timer.stage("quantize") as report:
-            weights = quantize_weights(
-                moe, windows, plan, originals, config.gptq, batch_size=config.batch_size, progress=report,
-                on_layer=at_budget(budget, on_layer), affinity=config.affinity,
-            )
-        losses: list[float] = []
-        before = [p.detach().clone() for p in moe.routers]
-        if config.tune:
-            with timer.stage("tune routers") as report:
-                losses = _tune(moe, router_windows, targets, config, report)
-        if config.router_bits < UNQUANTIZED:
-            with timer.stage("quantize routers"):
-                weights.reports |= quantize_routers(
-                    moe, windows, config.router_bits, config.gptq, batch_size=config.batch_size
-                )
-        with timer.stage("compare routers"):
-            shift = unmoved.compare(moe)
-        yield StageResult(budget, allocation, plan, weights, statistics, losses, timer.seconds, shift)
-        if config.estimate == "quantized":
-            with torch.no_grad():
-                for p, value in zip(moe.routers, before, strict=True):
-                    p.copy_(value)
-
-
-def at_budget(budget: float, on_layer: OnLayer | None) -> OnLayer | None:
-    """Wrap ``on_layer`` so that each report names the budget."""
-    def call(report: LayerReport) -> None:
-        on_layer(replace(report, budget=budget))
-
-    return call if on_layer else None
-
-
-class _Timer:
-    """Seconds per stage, and the progress callback of each."""
-
-    def __init__(self, progress: StageProgress | None):
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    def stage(self, name: str) -> _Stage:
-        return _Stage(self, name, self._progress)
-
-
-class _Stage:
-    def __init__(self, timer: _Timer, name: str, progress: StageProgress | None):
-        self._timer, self._name, self._progress = timer, name, progress
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._start = time.perf_counter()
-        self._report(0, 1)
-        return self._report
-
-    def _report(self, done: int, total: int) -> None:
-        if self._progress:
-            self._progress(self._name, done, total)
-
-    def __exit__(self, *exc) -> None:
-        self._timer.seconds[self._name] = time.perf_counter() - self._start
-        if exc[0] is None:
-            self._report(1, 1)

@@ -1,8 +1,8 @@
 """Eq. 6 for all experts of one layer and all candidate widths, from a trace of the experts' calls.
 
-The same sums as :func:`gemq.algorithms.importance.measure`. Experts are taken in groups so that Hessians and
-quantized copies stay within a share of the layer; an expert's widths are multiplied in one product, and only the
-tokens routed to it are evaluated.
+The sums of :mod:`gemq.reference.importance`. Experts are taken in groups so that Hessians and quantized copies stay
+within a share of the layer. An expert's widths are multiplied in one product, and only the tokens routed to it are
+evaluated.
 """
 
 from __future__ import annotations
@@ -13,61 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from gemq import distributed
-from gemq.algorithms.gptq import gptq_at_widths
-from gemq.algorithms.importance import Perturbation
 from gemq.algorithms.layer_costs import DOWN, GATE_UP, WHOLE, LayerCosts
-from gemq.algorithms.layerwise import Hessian, expert_hidden
+from gemq.algorithms.layerwise import expert_hidden
+from gemq.algorithms.perturbation import Perturbation
 from gemq.engine.layers import Trace
 from gemq.engine.source import return_memory
-from gemq.format import default_group_size
-from gemq.reference.grid import dequantize_codes, round_to_nearest
 
 Pair = tuple[Tensor, Tensor]
 
 
-def hessians_of(
-    weights: Tensor, rows: Iterable[list[Tensor]], hidden: int, intermediate: int, second: bool = True
-) -> list[tuple[Hessian, Hessian]]:
-    """Compute the Hessians of both projections of some experts ``weights [G, 2I, H]``, or of the first alone. ``rows``
-    gives the inputs of each per batch. Batches are summed in order, so the sums equal those of a hook that sees batch
-    by batch."""
-    device = weights.device
-    found = [(Hessian(hidden, device), Hessian(intermediate if second else 0, device)) for _ in weights]
-    for batch in rows:
-        for (inputs, inner), gate_up, x in zip(found, weights, batch, strict=True):
-            if len(x):
-                inputs.add(x)
-                if second:
-                    inner.add(expert_hidden(gate_up, x))
-    return found
-
-
-def _at_widths(
-    weight: Tensor, hessians: list[Hessian], widths: list[int], perturbation: Perturbation
-) -> list[Tensor]:
-    """``weight [G, n, k]`` quantized to every width above 0 and back."""
-    config = perturbation.config
-    size = default_group_size(weight.shape[-1], config.group_size)
-    if perturbation.kind == "rtn":
-        return [dequantize_codes(*round_to_nearest(weight, b, size), dtype=weight.dtype) for b in widths]
-    hessian, tokens = torch.stack([h.value for h in hessians]), [h.tokens for h in hessians]
-    found = gptq_at_widths(weight, hessian, widths, tokens, config, size)
-    return [w.to(weight.dtype) for w in found]
-
-
 def _perturbed(
     base: Pair, widths: list[int], perturbation: Perturbation, rows: Callable[[], Iterable[list[Tensor]]]
-) -> list[Pair]:
+) -> list[Pair | None]:
     """Per expert of a group its projections at all widths, stacked: ``[B * 2I, H]`` and ``[B, H, I]``."""
-    gate_up, down = base
-    hessians: list[tuple[Hessian, Hessian]] = []
-    if perturbation.kind == "gptq" and widths:
-        hessians = hessians_of(gate_up, rows(), gate_up.shape[-1], down.shape[-1])
-    first = _at_widths(gate_up, [h[0] for h in hessians], widths, perturbation)
-    second = _at_widths(down, [h[1] for h in hessians], widths, perturbation)
+    first, second = perturbation.experts(*base, widths, rows)
     return [
         (torch.cat([w[e] for w in first]), torch.stack([w[e] for w in second])) if widths else None
-        for e in range(len(gate_up))
+        for e in range(len(base[0]))
     ]
 
 

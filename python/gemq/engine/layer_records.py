@@ -1,4 +1,4 @@
-"""A quantized decoder layer as it is kept in a run directory: packed buffers by module path, widths, reports.
+"""A quantized decoder layer as a run keeps it: packed buffers by module path, widths, reports.
 
 The buffers are those of the checkpoint (canonical layout). Read back they give the packed modules, or the dequantized
 weights, bit for bit those that the quantizer left in the model.
@@ -7,24 +7,23 @@ weights, bit for bit those that the quantizer left in the model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemq import durable
 from gemq.algorithms.gptq import GptqReport
-from gemq.algorithms.sequential import BitPlan, QuantizedWeights
-from gemq.checkpoint import packed_parts, packed_skeleton
-from gemq.engine.experts import PackedStack
+from gemq.algorithms.matrices import QuantizedWeights
 from gemq.engine.source import Source
+from gemq.engine.stored_experts import PackedStack
 from gemq.models import MoeModel
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.ops import unpack
-from gemq.packed_config import PackedConfig
+from gemq.packed_model import packed_skeleton
 from gemq.reference.grid import dequantize_codes
 from gemq.tensor_files import check_finite
+from gemq.widths import Widths
 
 
 @dataclass
@@ -34,40 +33,41 @@ class LayerRecord:
     modules: dict[str, LowBitExperts | LowBitLinear]
     reports: dict[str, GptqReport] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
-        """Write the record as a sealed file. Raises :class:`gemq.errors.CheckpointError`."""
+    def contents(self) -> tuple[dict[str, Tensor], dict[str, list]]:
+        """Return the buffers by name, on the CPU, and the reports as JSON. Raises :class:`gemq.errors.NumberError` for
+        numbers that are not finite."""
         tensors = {
-            f"{name}.{leaf}": buffer.cpu()
+            f"{name}.{leaf}": check_finite(f"{name}.{leaf}", buffer.cpu())
             for name, module in self.modules.items()
             for leaf, buffer in module.named_buffers()
         }
-        reports = {name: list(asdict(report).values()) for name, report in self.reports.items()}
-        for name, tensor in tensors.items():
-            check_finite(name, tensor)
-        durable.seal_tensors(path, tensors, reports)
+        return tensors, {name: list(asdict(report).values()) for name, report in self.reports.items()}
 
 
 def record_of(moe: MoeModel, weights: QuantizedWeights) -> LayerRecord:
     """Pack what was quantized of a loaded decoder layer."""
-    return LayerRecord(packed_parts(moe, weights), weights.reports)
+    modules: dict[str, LowBitExperts | LowBitLinear] = {}
+    for layer in moe.moe:
+        if layer.index in weights.stacks:
+            gate_up, down = weights.stacks[layer.index]
+            modules[f"{layer.path}.experts"] = LowBitExperts.from_stacks(
+                gate_up, down, moe.hidden, moe.intermediate, weights.group_size
+            )
+    for path, (codes, meta, width) in weights.linears.items():
+        group = codes.shape[1] // meta.shape[1]
+        modules[path] = LowBitLinear.from_codes(codes, meta, width, group, moe.model.get_submodule(path).bias)
+    return LayerRecord(modules, weights.reports)
 
 
-def empty_modules(moe: MoeModel, index: int, plan: BitPlan, group_size: int) -> dict:
-    """Packed modules without contents for one decoder layer of a full-precision skeleton."""
-    config = PackedConfig.of_plan(plan, group_size, None, None)
-    return packed_skeleton(moe.model, config, "meta", f"{moe.decoder_path}.layers.{index}.")
-
-
-def read_record(
-    path: Path, moe: MoeModel, index: int, plan: BitPlan, group_size: int, trusted: bool = False
+def record_from(
+    contents: tuple[dict[str, Tensor], Any] | None, moe: MoeModel, index: int, widths: Widths, group_size: int
 ) -> LayerRecord | None:
-    """Read the record that :meth:`LayerRecord.save` wrote, memory-mapped. None if it is absent, torn or of other
-    widths. ``trusted``: this process has already checked the whole file."""
-    found = durable.unseal_tensors(path, trusted)
-    if found is None:
+    """Build the record of layer ``index`` from its :meth:`LayerRecord.contents`. None if they are None or of other
+    widths."""
+    if contents is None:
         return None
-    tensors, reports = found
-    modules = empty_modules(moe, index, plan, group_size)
+    tensors, reports = contents
+    modules = packed_skeleton(moe, widths, group_size, "meta", f"{moe.layer_path(index)}.")
     for name, module in modules.items():
         for leaf, buffer in list(module.named_buffers()):
             value = tensors.get(f"{name}.{leaf}")

@@ -12,10 +12,10 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
+from routing import chosen_experts
 from torch import Tensor
 
 from gemq.algorithms.layerwise import Routed, watch_experts
-from gemq.algorithms.router_alignment import chosen_experts
 from gemq.models import MoeModel
 from gemq.models.forward import call
 

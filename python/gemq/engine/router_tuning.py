@@ -19,8 +19,9 @@ from gemq.algorithms.layerwise import capture_layer_calls, run_layer
 from gemq.algorithms.router_tuning import RouterTuningConfig, TuningState, tune_routers
 from gemq.engine.journal import Stage
 from gemq.engine.layers import head_gradient
+from gemq.engine.quantize import Quantized
 from gemq.engine.source import OUTSIDE, Source
-from gemq.engine.stages import Log, Progress, Quantized
+from gemq.engine.walk import Log, Progress
 from gemq.models import replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.ops import set_cpu_activations

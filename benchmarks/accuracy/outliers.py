@@ -13,18 +13,20 @@ This is for comparison. The packed format has no place for outliers, so models a
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gemq.algorithms.gptq import GptqConfig, GptqReport, inverse_factor
-from gemq.algorithms.layerwise import Hessian
-from gemq.algorithms.originals import Originals
-from gemq.algorithms.sequential import BitPlan, quantize_weights
+from gemq.algorithms.gptq import GptqConfig, inverse_factor
+from gemq.algorithms.layerwise import Hessian, capture_layer_calls, run_layer, watch_experts
+from gemq.algorithms.matrices import quantize_linear
+from gemq.algorithms.perturbation import hessians_of
 from gemq.format import default_group_size
 from gemq.models import MoeModel
-from gemq.nn.experts import QuantizedStack
-from gemq.reference.grid import find_grid, round_to_grid
+from gemq.reference.grid import dequantize_codes, find_grid, round_to_grid
+from gemq.widths import Widths
 
 OUTLIER_BITS = 32  # a value and a column index, 16 bits each
 
@@ -117,48 +119,71 @@ def outlier_gptq(
     return _columns(weight, factor, bits, outlier, group_size, config.clip), outlier
 
 
-class _Quantizer:
-    """Quantizes a stack in place with outliers; what :func:`gemq.algorithms.sequential.quantize_weights` calls."""
+@dataclass
+class _Run:
+    """Options of a run, and the outliers and weights that it has counted."""
 
-    def __init__(self, bits: int, share: float):
-        self.bits, self.share = bits, share
-        self.outliers = self.weights = 0
+    widths: Widths
+    share: float
+    config: GptqConfig
+    outliers: int = 0
+    weights: int = 0
 
-    def __call__(
-        self, weights: Tensor, hessians: list[Hessian], bits: list[int], config: GptqConfig
-    ) -> tuple[QuantizedStack, dict[int, GptqReport]]:
-        size = default_group_size(weights.shape[-1], config.group_size)
+    def experts(self, weights: Tensor, hessians: list[Hessian], bits: int) -> None:
+        """Quantize a stack ``[E, n, k]`` in place."""
+        size = default_group_size(weights.shape[-1], self.config.group_size)
         hessian = torch.stack([h.value for h in hessians])
-        found, outlier = outlier_gptq(weights, hessian, self.bits, self.share, config, size)
-        delta = weights.float() - found
-        lost = ((delta @ hessian) * delta).sum((-1, -2))
-        scale = ((weights.float() @ hessian) * weights.float()).sum((-1, -2)).clamp(min=1e-30)
+        found, outlier = outlier_gptq(weights, hessian, bits, self.share, self.config, size)
         weights.copy_(found)
         self.outliers += int(outlier.sum())
         self.weights += outlier.numel()
-        reports = {
-            e: GptqReport(h.tokens, config.damping, "", float(lost[e] / scale[e])) for e, h in enumerate(hessians)
-        }
-        return QuantizedStack([None] * len(bits), [None] * len(bits), [0] * len(bits)), reports
+
+    def layer(self, moe: MoeModel, index: int, hidden: list[Tensor], kwargs: list[list[dict]], bits: int) -> None:
+        """Quantize a decoder layer in place on the inputs ``hidden``."""
+        under, routed = f"{moe.layer_path(index)}.", []
+        linears = {p: pair for p, pair in moe.quantized_linears(self.widths).items() if p.startswith(under)}
+        hessians = {path: Hessian(module.in_features, module.weight.device) for path, (module, _) in linears.items()}
+        layer = next((m for m in moe.moe if m.index == index), None)
+        with ExitStack() as stack:
+            for path, (module, _) in linears.items():
+                handle = module.register_forward_pre_hook(lambda m, args, p=path: hessians[p].add(args[0]))
+                stack.callback(handle.remove)
+            if layer is not None:
+                stack.enter_context(watch_experts(layer, lambda seen, output: routed.append(seen)))
+            for h, kw in zip(hidden, kwargs, strict=True):
+                run_layer(moe.layers[index], h, kw[index])
+        for path, (module, width) in linears.items():
+            codes, meta, _ = quantize_linear(module, hessians[path], width, self.config)
+            module.weight.copy_(dequantize_codes(codes, meta, module.weight.dtype))
+        if layer is None:
+            return
+        gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
+        rows = ([(r.rows(e)[0], 1.0) for e in range(len(gate_up))] for r in routed)
+        pairs = hessians_of(gate_up, rows, down.shape[-1])
+        self.experts(gate_up, [pair[0] for pair in pairs], bits)
+        self.experts(down, [pair[1] for pair in pairs], bits)
 
 
-def quantize_weights_with_outliers(
-    moe: MoeModel, windows: Tensor, budget: float, originals: Originals, config: GptqConfig | None = None, *,
+@torch.no_grad()
+def quantize_with_outliers(
+    moe: MoeModel, windows: Tensor, budget: float, config: GptqConfig | None = None, *,
     attention: int = 4, dense: int = 4, shared: int = 4, batch_size: int = 8,
 ) -> float:
-    """Quantize every routed expert of the model at ``budget`` bits a weight with outliers, the rest as usual.
+    """Quantize every routed expert of ``moe`` in place at ``budget`` bits a weight with outliers, the rest as usual.
 
-    As :func:`gemq.algorithms.sequential.quantize_weights`, layer by layer on ``windows`` int64 ``[N, T]``; the
-    dequantized weights are left in the model, and nothing that could be packed is returned, but the bits per weight
-    of the experts, with outliers.
+    Layer by layer on ``windows`` int64 ``[N, T]``, each calibrated on the output of the quantized ones. Nothing that
+    could be packed is made. Returns the bits per weight of the experts, with outliers.
     """
     bits, share = split_budget(budget)
-    quantizer = _Quantizer(bits, share)
     indices = [layer.index for layer in moe.moe]
-    has_shared = moe.moe[0].shared is not None
-    plan = BitPlan(
-        {i: [bits] * moe.num_experts for i in indices}, {i: shared for i in indices} if has_shared else {},
+    widths = Widths(
+        {i: [bits] * moe.num_experts for i in indices}, {i: shared for i in indices} if moe.shared_multiple else {},
         attention, dense,
     )
-    quantize_weights(moe, windows, plan, originals, config, batch_size=batch_size, quantizer=quantizer)
-    return bits + OUTLIER_BITS * quantizer.outliers / quantizer.weights
+    run = _Run(widths, share, config or GptqConfig())
+    calls = capture_layer_calls(moe, list(windows.split(batch_size)))
+    hidden = calls.hidden
+    for index, module in enumerate(moe.layers):
+        run.layer(moe, index, hidden, calls.kwargs, bits)
+        hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
+    return bits + OUTLIER_BITS * run.outliers / run.weights

@@ -1,0 +1,73 @@
+"""The packed modules of a model, and the tensors that its checkpoint holds."""
+
+from __future__ import annotations
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from gemq.errors import CheckpointError
+from gemq.models import MoeModel, packed_modules
+from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.tensor_files import check_finite
+from gemq.widths import Widths
+
+
+def packed_skeleton(
+    moe: MoeModel, widths: Widths, group_size: int, device: str | None = None, under: str = ""
+) -> dict[str, LowBitExperts | LowBitLinear]:
+    """Empty packed modules for an unquantized model, by module path; ``under`` is a path prefix to keep to.
+
+    Raises :class:`CheckpointError` for widths of another model.
+    """
+    modules: dict[str, LowBitExperts | LowBitLinear] = {}
+    indices = [layer.index for layer in moe.moe]
+    if set(widths.experts) != set(indices):
+        raise CheckpointError(
+            f"quantization_config.expert_bits names layers {sorted(widths.experts)}, but the model's MoE layers are "
+            f"{indices}"
+        )
+    for layer in moe.moe:
+        bits, down = widths.of_experts(layer.index)
+        if len(bits) != moe.num_experts:
+            raise CheckpointError(
+                f"quantization_config.expert_bits[{layer.index}] has {len(bits)} widths for {moe.num_experts} experts"
+            )
+        if f"{layer.path}.experts".startswith(under):
+            modules[f"{layer.path}.experts"] = LowBitExperts(
+                moe.hidden, moe.intermediate, bits, group_size, device, down
+            )
+    try:
+        linears = moe.quantized_linears(widths)
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config gives {error}") from error
+    for path, (linear, width) in linears.items():
+        if path.startswith(under):
+            modules[path] = LowBitLinear(
+                linear.in_features, linear.out_features, width, group_size, linear.bias is not None,
+                linear.weight.dtype, device,
+            )
+    return modules
+
+
+def stored_state(model, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The tensors of a packed model as a checkpoint holds them: as :func:`stored_tensors`, tied ones once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return stored_tensors(model, {k: v for k, v in model.state_dict().items() if k not in tied}, dtype)
+
+
+def stored_tensors(
+    model, state: dict[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Some or all of a packed model's tensors as a checkpoint has them: by the names of the family's own checkpoints,
+    unquantized ones in ``dtype``."""
+    packed = {f"{path}.{name}" for path, module in packed_modules(model) for name, _ in module.named_buffers()}
+    if dtype is not None:
+        as_is = packed | kept_in_float32(model)
+        state = {k: v.to(dtype) if v.is_floating_point() and k not in as_is else v for k, v in state.items()}
+    return {k: check_finite(k, v).contiguous() for k, v in revert_weight_conversion(model, state).items()}
+
+
+def kept_in_float32(model) -> set[str]:
+    """Tensors that the family keeps in float32 in a 16-bit model: correction biases of routers, which rank experts."""
+    modules = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return {name for name in model.state_dict() if modules & set(name.split("."))}
