@@ -14,7 +14,8 @@ KERNELS = ROOT / "triton_kernels"
 
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
-    ("errors", "format", "_C"),
+    ("choices", "errors", "format", "transformers_hook", "_C"),
+    ("launch",),
     ("ambient", "auto_import", "folders", "plain_json", "tensor_files", "time_limit"),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
     ("shards", "output_folder", "model_config"),
@@ -47,6 +48,7 @@ ONLY = {"_C": {"_core"}, "_core": {"ops"}, "triton_kernels": {"ops"}}
 
 # Imports inside functions that point back, and why.
 EXCEPTIONS = {
+    ("transformers_hook", "hf"): "what stands for hf's classes imports them when the first checkpoint is loaded",
     ("checkpoint", "hf"): "transformers drives saving and loading, through the quantizer that hf registers",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,12 @@ from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.algorithms.tensor_bits import TensorBits
+from gemq.choices import Recipe
 from gemq.format import MAX_BITS
 from gemq.interchange import read_allocation
 from gemq.pipeline import QuantizeConfig
 
 DEFAULT_BITS = 2.5
-
-
-class Recipe(StrEnum):
-    """Sets of options."""
-
-    default = "default"
-    best = "best"
-    paper = "paper"
-    fast = "fast"
 
 
 # what a recipe may set, as it is without one

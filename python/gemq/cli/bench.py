@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemq.bench import BenchConfig, BenchResult, run_bench, write_json
-from gemq.bench.measuring import Measurement, Memory
+from gemq.choices import Compile
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, FormatOption, emit
-from gemq.cli.generation import Compile, Device, Dtype
+from gemq.cli.generation import Device, Dtype
 from gemq.cli.settings import ConfigFile
-from gemq.generation.memory import GIB
 from gemq.plain_json import dumps
 
+if TYPE_CHECKING:
+    from gemq.bench import BenchResult
+    from gemq.bench.measuring import Measurement, Memory
+
 _SHOWN_KERNELS = 12
+_GIB = 1 << 30
 
 
 def bench(
@@ -53,6 +56,8 @@ def bench(
 
     [dim]gemq bench --model-config mixtral-8x7b --bits 2.5 --random-weights --json mixtral-2.5.json[/dim]
     """
+    from gemq.bench import BenchConfig, run_bench, write_json
+
     if not random_weights:
         raise typer.BadParameter("a config has no weights: say --random-weights")
     _check_writable(json_file)
@@ -152,12 +157,12 @@ def _row(name: str, run: Measurement) -> list[str]:
         f"{name} ({run.mode})", f"{rate['p50']:.1f}", f"{rate['p20']:.1f}", f"{rate['p80']:.1f}",
         f"{1e3 * run.step_seconds['p50']:.2f}", f"{1e3 * run.step_seconds['p95']:.2f}",
         f"{1e3 * run.first_token['p50']:.0f}",
-        f"{run.memory.weights / GIB:.2f} GiB", _peak(run.memory), f"{run.roofline.bytes_per_step / 1e9:.3f}",
+        f"{run.memory.weights / _GIB:.2f} GiB", _peak(run.memory), f"{run.roofline.bytes_per_step / 1e9:.3f}",
         f"{100 * run.roofline.share:.0f}%",
     ]
 
 
 def _peak(memory: Memory) -> str:
     held = memory.reserved if memory.reserved is not None else memory.resident
-    return "unknown" if held is None else f"{held / GIB:.2f} GiB"
+    return "unknown" if held is None else f"{held / _GIB:.2f} GiB"
 

@@ -9,13 +9,10 @@ from typing import Annotated
 import typer
 
 import gemq
-from gemq.card import write_card
-from gemq.checkpoint import load_packed_config
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, FormatOption, emit
 from gemq.cli.generation import Device, Dtype
 from gemq.cli.settings import ConfigFile
-from gemq.evaluations import Score, record
 
 _COLUMNS = (
     Column("model", "model"), Column("perplexity", "perplexity", lambda v: f"{v:.3f}"),
@@ -41,6 +38,10 @@ def evaluate(
 
     [dim]gemq eval mixtral-2.5 --data wikitext2 --record[/dim]
     """
+    from gemq.card import write_card
+    from gemq.checkpoint import load_packed_config
+    from gemq.evaluations import Score, record
+
     if keep:
         if not Path(model).is_dir():
             raise typer.BadParameter(f"--record needs the checkpoint's folder, got {model!r}")

@@ -10,7 +10,6 @@ import gemq
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, FormatOption, emit
 from gemq.plain_json import dumps
-from gemq.summary import summarize
 
 _BYTES = (
     Column("tensors", "tensors"), Column("size", "bytes", display.size),
@@ -26,6 +25,8 @@ def inspect(
 
     [dim]gemq inspect mixtral-2.5 -o json[/dim]
     """
+    from gemq.summary import summarize
+
     summary = summarize(model)
     config, total = summary.config, summary.tensor_bytes
     counts = summary.bytes_by_kind | {"all tensors": total, "files": summary.file_bytes}

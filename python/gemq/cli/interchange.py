@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemq import interchange
 from gemq.cli import display
-from gemq.pipeline import parse_dtype
-from gemq.shards import parse_size
 
 _SHOWN = 20
 ShardSize = Annotated[str, typer.Option(help="Largest file: 5GB, 500MB.")]
@@ -26,6 +23,10 @@ def export(
 
     [dim]gemq export mixtral-2.5 mixtral-2.5-dense[/dim]
     """
+    from gemq import interchange
+    from gemq.loading import parse_dtype
+    from gemq.shards import parse_size
+
     with display.stages() as report:
         done = interchange.export(
             model, output, dtype=parse_dtype(dtype), shard_bytes=parse_size(shard_size),
@@ -58,6 +59,9 @@ def import_gptq(
 
     [dim]gemq import-gptq Mixtral-8x7B-GPTQ mixtral-4[/dim]
     """
+    from gemq import interchange
+    from gemq.shards import parse_size
+
     with display.stages() as report:
         done = interchange.import_gptq(
             source, output, shard_bytes=parse_size(shard_size),

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from gemq.algorithms.progressive import MethodConfig
-from gemq.algorithms.router_tuning import RouterTuningConfig
-from gemq.bench.architectures import PUBLISHED, load_config
-from gemq.cli import display, options
+from gemq.cli import display
 from gemq.cli.formats import Column, Format, LongFormatOption, emit
-from gemq.pipeline import check_model, parse_dtype, pick_device
 from gemq.plain_json import dumps
-from gemq.planning import Machine, Plan, PlanConfig, make_plan, other_machine, this_machine
-from gemq.planning.memory import peak
-from gemq.planning.plan import ENGINE
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemq.planning import Machine, Plan
 
 
 def plan(
@@ -41,7 +38,7 @@ def plan(
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
     router_epochs: Annotated[int, typer.Option(help="Passes over the text.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
-    engine: Annotated[str, typer.Option(help="memory: the whole model at once; stream: one decoder layer.")] = ENGINE,
+    engine: Annotated[str, typer.Option(help="memory: the whole model at once; stream: one decoder layer.")] = "stream",
     device: Annotated[str | None, typer.Option(
         help="cpu, cuda, cuda:1, or h100, h200, a100-80gb, a100-40gb, l40s, rtx4090 by data sheet.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -55,6 +52,13 @@ def plan(
 
     [dim]gemq plan mixtral-8x7b --bits 2.5 --device rtx4090[/dim]
     """
+    from gemq.algorithms.progressive import MethodConfig
+    from gemq.algorithms.router_tuning import RouterTuningConfig
+    from gemq.bench.architectures import PUBLISHED, load_config
+    from gemq.cli import options
+    from gemq.loading import check_model, parse_dtype
+    from gemq.planning import PlanConfig, make_plan
+
     chosen = parse_dtype(dtype)
     wanted = None if isinstance(chosen, str) else chosen
     config = PlanConfig(
@@ -75,6 +79,11 @@ def plan(
 
 
 def _machine(device: str | None, output: Path, dtype: torch.dtype | None) -> Machine:
+    import torch
+
+    from gemq.loading import pick_device
+    from gemq.planning import other_machine, this_machine
+
     if device is not None and device.partition(":")[0] not in ("cpu", "cuda"):
         return other_machine(device, dtype or torch.bfloat16)
     here = pick_device(device)
@@ -150,6 +159,8 @@ _RESULTS = (
 
 def _stages(found: Plan) -> list[dict[str, Any]]:
     """Bytes and seconds of every stage, the most of all, and what is free; None where it is not known."""
+    from gemq.planning.memory import peak
+
     seconds, machine = found.seconds or {}, found.machine
     rows = [
         {"stage": name, "device": sum(need.device.values()), "memory": sum(need.host.values()),
