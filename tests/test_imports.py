@@ -25,7 +25,7 @@ LAYERS = [
     ("models",),
     ("algorithms",),
     ("packed_config",),
-    ("checkpoint", "evaluations"),
+    ("checkpoint", "evaluations", "run_log"),
     ("hf", "loading"),
     ("generation", "engine"),
     ("planning",),

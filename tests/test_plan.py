@@ -277,7 +277,7 @@ def test_bad_options():
 
 
 def test_plan_prints_json(capsys):
-    assert run(["plan", "qwen3-30b-a3b", "--bits", "2.5,2", "--device", "rtx4090", "--engine", "stream", "--json"]) == 0
+    assert run(["plan", "qwen3-30b-a3b", "--bits", "2.5,2", "--device", "rtx4090", "--keep", "layer", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["model"] == "qwen3-30b-a3b" and found["parameters"] == pytest.approx(30.5e9, rel=0.01)
     assert list(found["outputs"]) == ["2.5", "2"] and found["options"]["engine"] == "stream"

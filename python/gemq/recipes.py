@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.progressive import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.algorithms.tensor_bits import TensorBits
-from gemq.choices import Recipe
+from gemq.choices import Changed, Keep, Recipe
 from gemq.format import MAX_BITS
 from gemq.interchange import read_allocation
 from gemq.pipeline import QuantizeConfig
@@ -103,6 +104,38 @@ def given_allocation(
     return limits, read_allocation(Path(allocation), None if bits is None else limits[0])
 
 
+def keep_of(keep: Keep) -> dict[str, Any]:
+    """The fields of :class:`QuantizeConfig` that say what stays in memory."""
+    return {"stream": keep is not Keep.model, "scratch": "memory" if keep is Keep.activations else "disk"}
+
+
+def kept_by(config: QuantizeConfig) -> Keep:
+    """The choice that :func:`keep_of` turned into fields."""
+    return Keep.model if not config.stream else Keep.activations if config.scratch == "memory" else Keep.layer
+
+
+def _renamed(former: dict[str, Any], keep: str, changed: str) -> tuple[str, str]:
+    """``keep`` and ``changed`` as the keywords of the release before say them, with a ``DeprecationWarning``. Raises
+    ``TypeError`` for a keyword that never was, ``ValueError`` for a value that was not allowed."""
+    unknown = sorted(set(former) - {"stream", "scratch", "redo", "restart"})
+    if unknown:
+        raise TypeError(f"quantize_config() got an unexpected keyword argument {unknown[0]!r}")
+    if former.get("redo") and former.get("restart"):
+        raise ValueError("redo and restart exclude each other")
+    if former.get("scratch", "disk") not in ("disk", "memory"):
+        raise ValueError(f"scratch must be one of disk, memory, got {former['scratch']!r:.80}")
+    if "stream" in former or "scratch" in former:
+        activations = former.get("scratch") == "memory"
+        keep = Keep.layer if former.get("stream", True) else Keep.model
+        keep = Keep.activations if activations and keep is Keep.layer else keep
+    for name in ("redo", "restart"):
+        changed = Changed(name) if former.get(name) else changed
+    for name in former:
+        new = f"keep={str(keep)!r}" if name in ("stream", "scratch") else f"changed={str(changed)!r}"
+        warnings.warn(f"{name} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=3)
+    return keep, changed
+
+
 def quantize_config(
     model: str | os.PathLike, output: str | os.PathLike, *, bits: float | str | Sequence[float] | None = None,
     recipe: str = "default", method: str = "gemq", candidates: str | Sequence[int] = (1, 2, 3),
@@ -114,20 +147,21 @@ def quantize_config(
     tune_routers: bool | None = None, router_text: str | None = None, router_method: str = "loss",
     router_lr: float = 1e-4, router_epochs: int = 1, router_batch: int = 1, affinity: float = 0.0,
     estimate: str | None = None, batch_size: int = 4, device: str | None = None, dtype: str = "auto",
-    overwrite: bool = False, trust_remote_code: bool = False, check: bool = True, stream: bool = True,
-    scratch: str = "disk", run_dir: str | os.PathLike | None = None, redo: bool = False, restart: bool = False,
+    overwrite: bool = False, trust_remote_code: bool = False, check: bool = True,
+    keep: str = Keep.layer, run_dir: str | os.PathLike | None = None, changed: str = Changed.refuse,
     keep_run: bool = False, log: str | os.PathLike | None = None, allocation: str | os.PathLike | None = None,
     tensor_bits: Mapping[str, int] | Sequence[str] | None = None, costs: str | os.PathLike | None = None,
+    **former: Any,
 ) -> QuantizeConfig:
     """The settings of a run from the options of ``gemq quantize``, by the same names (docs/command-line.md).
 
-    What is None and in :data:`DEFAULTS` is the recipe's. Raises ``ValueError`` naming the option, what was given and
-    what is allowed.
+    What is None and in :data:`DEFAULTS` is the recipe's. ``former`` are keywords of the release before: ``stream``,
+    ``scratch``, ``redo`` and ``restart``. Raises ``ValueError`` naming the option, what was given and what is allowed.
     """
-    if recipe not in set(Recipe):
-        raise ValueError(f"recipe must be one of {', '.join(Recipe)}, got {recipe!r:.80}")
-    if redo and restart:
-        raise ValueError("redo and restart exclude each other")
+    keep, changed = _renamed(former, keep, changed)
+    for name, value, allowed in (("recipe", recipe, Recipe), ("keep", keep, Keep), ("changed", changed, Changed)):
+        if value not in set(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r:.80}")
     budgets, given = given_allocation(allocation, bits)
     told = {"perturbation": perturbation, "constraints": constraints, "samples": samples, "estimate": estimate,
             "tune_routers": tune_routers, "accounting": accounting, "granularity": granularity}
@@ -146,6 +180,6 @@ def quantize_config(
     places = [None if place is None else os.fspath(place) for place in (run_dir, log, costs)]
     return QuantizeConfig(
         os.fspath(model), os.fspath(output), calibration, chosen["samples"], length, seed, router_text, device, dtype,
-        overwrite, trust_remote_code, whole, stream, scratch, places[0],
-        "redo" if redo else "restart" if restart else "refuse", keep_run, places[1], check, places[2],
+        overwrite, trust_remote_code, whole, run_dir=places[0], changed=str(changed), keep_run=keep_run, log=places[1],
+        check=check, costs=places[2], **keep_of(Keep(keep)),
     )

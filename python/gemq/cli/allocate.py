@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemq.choices import Accounting, Constraints, Granularity, Solver
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, FormatOption, emit
+from gemq.cli.former import FormerForm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,20 +25,21 @@ Bits = Annotated[str, typer.Option("--bits", "-b", help="Bits per expert; severa
 def allocate(
     costs: Annotated[Path, typer.Argument(help="gemq_costs.json, or the checkpoint folder that holds it.")],
     bits: Bits = "2.5",
-    constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
+    constraints: Annotated[Constraints, typer.Option(help=_CONSTRAINTS)] = Constraints.c2c3,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
-    accounting: Annotated[str, typer.Option(help=_ACCOUNTING)] = "exact",
-    granularity: Annotated[str, typer.Option(help=_GRANULARITY)] = "auto",
-    solver: Annotated[str, typer.Option(help="auto, highs or cbc.")] = "auto",
+    accounting: Annotated[Accounting, typer.Option(help=_ACCOUNTING)] = Accounting.exact,
+    granularity: Annotated[Granularity, typer.Option(help=_GRANULARITY)] = Granularity.auto,
+    solver: Annotated[Solver, typer.Option(help="Solver of the program.")] = Solver.auto,
     points: Annotated[int | None, typer.Option(
         "--curve", min=2, help="Instead of --bits: this many budgets, lowest to highest."
     )] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     form: FormatOption = Format.table,
+    former_form: FormerForm = None,
 ) -> None:
     """Solve the program again for any budget, from the costs that quantize saved.
 
-    [dim]gemq allocate mixtral-2.5 --bits 3,2.75,2.5,2.25,2 -o md[/dim]
+    [dim]gemq allocate mixtral-2.5 --bits 3,2.75,2.5,2.25,2 --format md[/dim]
     """
     from gemq.algorithms.allocation import curve, pareto
     from gemq.cli import options
@@ -56,7 +59,7 @@ def allocate(
          "down_bits": by_layer(a.down_bits), "shared_bits": None if a.shared_bits is None else a.shared_bits.tolist()}
         for a in found
     ]
-    form = Format.json if as_json else form
+    form = Format.json if as_json else former_form or form
     emit("allocations", _ALLOCATION, records, form)
     if form is not Format.table or points:
         return

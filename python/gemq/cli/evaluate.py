@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 import gemq
+from gemq.choices import Dtype
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, FormatOption, emit
-from gemq.cli.generation import Device, Dtype
+from gemq.cli.former import FormerForm
+from gemq.cli.generation import Device, DtypeOption
 from gemq.cli.settings import ConfigFile
 
 _COLUMNS = (
@@ -27,11 +29,12 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most this many windows.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
     device: Device = None,
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = Dtype.auto,
     keep: Annotated[bool, typer.Option("--record", help="Keep the result with the checkpoint, for gemq report and its "
                                                         "model card.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     form: FormatOption = Format.table,
+    former_form: FormerForm = None,
     config_file: ConfigFile = None,
 ) -> None:
     """Token perplexity on held-out text.
@@ -63,4 +66,4 @@ def evaluate(
         print(json.dumps(found, allow_nan=False))
         return
     rate = result.tokens / result.seconds
-    emit(data, _COLUMNS, [found | {"rate": rate}], form)
+    emit(data, _COLUMNS, [found | {"rate": rate}], former_form or form)

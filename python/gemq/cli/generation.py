@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gemq.choices import Compile
+from gemq.choices import Compile, Dtype
 from gemq.cli.settings import ConfigFile
 
 Model = Annotated[str, typer.Argument(help="Packed checkpoint, or a full-precision model.")]
@@ -22,7 +22,7 @@ Penalty = Annotated[float, typer.Option(help="Above 1: against repetition.")]
 Seed = Annotated[int, typer.Option(help="Of the samples.")]
 Mode = Annotated[Compile, typer.Option(help="graph and compile: see docs; auto is graph on CUDA, else none.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: CUDA where there is one).")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="To compute in.")]
 
 
 def generate(
@@ -40,7 +40,7 @@ def generate(
     seed: Seed = 0,
     compile: Mode = Compile.auto,
     device: Device = None,
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = Dtype.auto,
     config_file: ConfigFile = None,
 ) -> None:
     """Continue a text with a packed (or full-precision) model, as it is made; several texts, one after the other at
@@ -68,7 +68,7 @@ def chat(
     seed: Seed = 0,
     compile: Mode = Compile.auto,
     device: Device = None,
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Talk to a model. /clear forgets the conversation, /exit leaves; Ctrl-C stops an answer, at the prompt it leaves.
 

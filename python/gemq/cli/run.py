@@ -128,7 +128,7 @@ def _report(error: Exception) -> int:
     usage = getattr(error, "format_message", None)
     if usage is not None:
         # typer's own errors, of a bad option or argument; empty where it has shown the help instead
-        text = " ".join(usage().split())
+        text = " ".join(usage().split()).replace(": Value error, ", ": ")
         if text:
             _fail(text)
         return 2
