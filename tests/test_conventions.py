@@ -313,9 +313,8 @@ def test_the_example_is_a_settings_file_with_every_option(gemq_run, command, tmp
     assert code == 0 and yaml.safe_load(out) is None
     active = "\n".join(line[2:] for line in out.splitlines() if re.match(r"# [a-z-]+:", line))
     found = yaml.safe_load(active)
-    parameters = typer.main.get_command(app).commands[command].params
     # trust is for whoever types the command
-    names = {p.name for p in parameters if not getattr(p, "hidden", False)} - {"config_file", "help", "help_all", "trust_remote_code"}
+    names = {p.name for p in offered(commands()[command])} - {"config_file", "help", "help_all", "trust_remote_code"}
     assert len(found) == len(names) and gemq_run("settings", command)[1].split() == list(found)
     if command == "quantize":
         assert found["samples"] == 128 and found["candidates"] == "1,2,3" and found["tune-routers"] is True
