@@ -173,4 +173,3 @@ def on_first(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise FailedElsewhereError(f"rank 0 failed, and with it the job: {outcome[1]}")
     return outcome[0]
-

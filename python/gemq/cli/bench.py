@@ -174,4 +174,3 @@ def _row(name: str, run: Measurement) -> list[str]:
 def _peak(memory: Memory) -> str:
     held = memory.reserved if memory.reserved is not None else memory.resident
     return "unknown" if held is None else f"{held / _GIB:.2f} GiB"
-
