@@ -30,18 +30,14 @@ help:
 $(VENV)/.installed: $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch scikit-build-core pybind11 cmake ninja
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,docs]'
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/gemq demo --output $(OUT)
 
-$(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,docs]'
-	touch $@
-
 # reads the installed packages only: no network, no theme or font from elsewhere
-docs: $(VENV)/.docs
+docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo build/site/index.html
 

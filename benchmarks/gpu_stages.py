@@ -57,7 +57,7 @@ def _bench(model: str, seconds: int, baseline: str | None = None) -> Stage:
     one that overruns takes no other's figures along."""
     what = f"--bits 16 --baseline {baseline}" if baseline else "--bits 2.5"
     name = f"bench_{model}" + (f"_16_{baseline}" if baseline else "")
-    command = f"{{python}} -m gemq bench --model-config {model} {what} --random-weights --json {{json}}"
+    command = f"{{python}} -m gemq bench --model-config {model} {what} --random-weights --output {{json}}"
     return Stage(name, seconds, command, name, probe="{python} -m gemq bench --help",
                  missing="this version has no `gemq bench`")  # fmt: skip
 

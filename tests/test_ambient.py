@@ -202,5 +202,3 @@ def test_decoding_gives_the_same_tokens(model_folder, tokenizer, name, packed):
         found = gemq.generate(model, ["it was on", "it"], **options)
         assert "".join(gemq.stream(model, "it was on", **options)) == text
     assert [r.tokens for r in found] == [r.tokens for r in expected]
-
-

@@ -87,29 +87,36 @@ def test_nothing_breaks_when_parts_are_gone(site, broken):
     done = python("print('started')", packages=broken != "no gemq")
     assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
     if broken == "no gemq":
-        fake = where / "transformers"
-        fake.mkdir()
-        (fake / "__init__.py").write_text("")
-        (fake / "modeling_utils.py").write_text("here = __spec__.loader is __loader__\n")
-        program = "import sys, transformers.modeling_utils as m\nprint(m.here, 'gemq' in sys.modules)"
+        _fake_transformers(where)
+        program = "import sys, transformers.quantizers.auto as m\n"
+        program += "print(m.here, m.AUTO_QUANTIZER_MAPPING, 'gemq' in sys.modules)"
         done = python(program, packages=False)
-        assert (done.stdout, done.stderr) == ("True False\n", "")
+        assert (done.stdout, done.stderr) == ("True {} False\n", "")
+
+
+def _fake_transformers(where):
+    folder = where / "transformers" / "quantizers"
+    folder.mkdir(parents=True)
+    for path in (folder.parent / "__init__.py", folder / "__init__.py"):
+        path.write_text("")
+    (folder / "auto.py").write_text(
+        "here = __spec__.loader is __loader__\nAUTO_QUANTIZER_MAPPING = {}\nAUTO_QUANTIZATION_CONFIG_MAPPING = {}\n"
+    )
 
 
 def test_a_broken_gemq_leaves_transformers_usable_and_says_so(site):
     where, python = site
     auto_import.turn_on(where)
-    for name, text in (
-        ("transformers/__init__.py", ""), ("transformers/modeling_utils.py", "value = 3\n"),
-        ("gemq/__init__.py", "raise ImportError('no extension')\n"),
-    ):
-        (where / name).parent.mkdir(exist_ok=True)
-        (where / name).write_text(text)
-    program = "import transformers.modeling_utils as m\nprint(m.value, type(m.__loader__).__name__)"
+    _fake_transformers(where)
+    (where / "gemq").mkdir()
+    (where / "gemq" / "__init__.py").write_text("raise ImportError('no extension')\n")
+    program = "import transformers.quantizers.auto as m\nprint(type(m.__loader__).__name__)\n"
     done = python(program, packages=False)
-    assert done.stdout == "3 SourceFileLoader\n"
-    assert "gemq could not be imported (ImportError: no extension)" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert (done.stdout, done.stderr) == ("SourceFileLoader\n", "")
+    done = python(program + "m.AUTO_QUANTIZATION_CONFIG_MAPPING['gemq'].from_dict({})", packages=False)
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: this is a gemq checkpoint, and gemq could not be imported (ImportError: no extension)"
+    )
 
 
 def test_import_gemq_first_is_not_disturbed(site, checkpoint):

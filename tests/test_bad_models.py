@@ -76,7 +76,7 @@ def test_memory_that_runs_out_anyhow(gemq_run, monkeypatch, model_folder, error,
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("gemq.cli.generation.gemq.generate", fail)
+    monkeypatch.setattr("gemq.cli.answers.gemq.generate", fail)
     says(gemq_run, size, "generate", model_folder, "it was")
     says(gemq_run, "(gemq plan shows what would fit)", "generate", model_folder, "it was")
     # other faults stay what they are

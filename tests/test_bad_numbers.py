@@ -109,7 +109,7 @@ def test_tensors_that_are_not_used_may_hold_anything(tmp_path):
     read(folder)
 
 
-@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("stream", ["--keep=layer", "--keep=model"])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"])
 def test_at_the_terminal_before_any_work(gemq_run, model_folder, quick, tmp_path, stream, name):
     folder = shutil.copytree(model_folder, tmp_path / "model")
@@ -140,7 +140,7 @@ def test_a_model_that_overflows(gemq_run, model_folder, quick, tmp_path):
         elif name.endswith("norm.weight"):
             tensors[name] = torch.full_like(tensors[name], 1e15)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    for stream in ("--stream", "--no-stream"):
+    for stream in ("--keep=layer", "--keep=model"):
         code, out, err = gemq_run("quantize", folder, "-o", tmp_path / "out", "--bits", "2", *quick, stream)
         assert (code, out) == (2, "") and "not finite" in err, err
         assert not (tmp_path / "out").exists()
@@ -149,7 +149,7 @@ def test_a_model_that_overflows(gemq_run, model_folder, quick, tmp_path):
 def test_routers_whose_loss_is_lost(gemq_run, model_folder, quick, tmp_path, monkeypatch):
     losses = router_tuning._accumulate
     monkeypatch.setattr(router_tuning, "_accumulate", lambda *given: losses(*given) * float("inf"))
-    for stream in ("--stream", "--no-stream"):
+    for stream in ("--keep=layer", "--keep=model"):
         code, out, err = gemq_run("quantize", model_folder, "-o", tmp_path / "out", "--bits", "2", *quick, stream)
         assert (code, out) == (2, "") and "tuning the routers" in err and "router_lr" in " ".join(err.split()), err
         assert not (tmp_path / "out").exists()

@@ -263,7 +263,7 @@ SMALL = ["--random-weights", "--tokens", "6", "--prompt-length", "4", "--profile
 
 def test_the_command(configs, quick, gemq_run, tmp_path):
     file = tmp_path / "out.json"
-    code, out, err = gemq_run("--model-config", configs["mixtral"], "--bits", "1.5", *SMALL, "--json", file)
+    code, out, err = gemq_run("--model-config", configs["mixtral"], "--bits", "1.5", *SMALL, "--output", file)
     assert code == 0 and "tokens/s" in out and "gemq::decode_step experts" in out and "copy bandwidth 10.0 GB/s" in out
     assert "mixtral, 2 layers" in err
     found = json.loads(file.read_text())
@@ -285,7 +285,7 @@ def test_the_command_on_a_baseline(configs, quick, gemq_run, monkeypatch, tmp_pa
     plain = baseline.use_experts
     monkeypatch.setattr(baseline, "use_experts", broken)
     file = tmp_path / "out.json"
-    code, out, _ = gemq_run("--model-config", configs["qwen2_moe"], "--bits", "16", *SMALL, "--json", file)
+    code, out, _ = gemq_run("--model-config", configs["qwen2_moe"], "--bits", "16", *SMALL, "--output", file)
     assert code == 0 and "strongest: " in out and "batched_mm could not run: no such kernel" in out
     found = json.loads(file.read_text())
     assert set(found["runs"]) == {"grouped_mm", "gather", "eager"} and list(found["failures"]) == ["batched_mm"]
@@ -300,7 +300,7 @@ def test_the_command_on_a_baseline(configs, quick, gemq_run, monkeypatch, tmp_pa
 def test_mixes_on_the_command_line(configs, quick, gemq_run, tmp_path):
     file = tmp_path / "out.json"
     code, *_ = gemq_run(
-        "--model-config", configs["qwen3_moe"], "--mix", "1:0.25,2:0.5,4:0.25", *SMALL, "--json", file, "--layers", "1"
+        "--model-config", configs["qwen3_moe"], "--mix", "1:0.25,2:0.5,4:0.25", *SMALL, "-o", file, "--layers", "1"
     )
     found = json.loads(file.read_text())
     assert code == 0 and found["bits_per_expert"] == 2.25 and found["widths"] == {"1": 0.25, "2": 0.5, "4": 0.25}
@@ -319,7 +319,7 @@ def test_mixes_on_the_command_line(configs, quick, gemq_run, tmp_path):
      "prompt_length 128, tokens 125 and profile_steps 4 must be at most 128 together"),
     (["--random-weights", "--bits", "2", "--attention-bits", "9"], "attention_bits must be in 1..8 or 16, got 9"),
     (["--random-weights", "--bits", "16", "--baseline", "x"], "baseline must be one of grouped_mm"),
-    (["--random-weights", "--bits", "2", "--json", "/nowhere/at/all.json"], "cannot be written"),
+    (["--random-weights", "--bits", "2", "--output", "/nowhere/at/all.json"], "cannot be written"),
     (["--random-weights", "--bits", "2", "--layers", "3"], "layers must be in 1..2 for this model, got 3"),
 ])  # fmt: skip
 def test_what_the_command_refuses(configs, quick, gemq_run, options, message):

@@ -268,11 +268,11 @@ def test_missing_arguments(gemq_run):
         ({"--shared-bits": "few"}, "--shared-bits must be auto or a width"),
         ({"--group-size": "48"}, "group_size must be one of"),
         ({"--method": "magic"}, "magic.*gemq.*pmq.*uniform"),
-        ({"--estimate": "guess"}, "estimate must be one of fp, quantized, tuned"),
-        ({"--constraints": "all"}, "per_layer must be one of"),
+        ({"--estimate": "guess"}, "'--estimate': 'guess' is not one of 'fp', 'quantized', 'tuned'"),
+        ({"--constraints": "all"}, "'--constraints': 'all' is not one of 'none', 'c2', 'c3', 'c2c3'"),
         ({"--samples": "0"}, "samples"),
         ({"--length": "many"}, "length"),
-        ({"--dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, float16"),
+        ({"--dtype": "float8"}, "'--dtype': 'float8' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
         ({"--device": "abacus"}, "device must be like cpu, cuda or cuda:1, got 'abacus'"),
         ({"--calibration": "empty.txt"}, r"the text source '\S*empty\.txt' is empty"),
         ({"--calibration": "short.txt"}, "has 3 tokens, but 24 are needed"),
@@ -361,7 +361,7 @@ def test_internal_errors_are_one_line_too(gemq_run, monkeypatch, tmp_path):
     def fail(path):
         raise RuntimeError("a [bold]bug[/bold]\nof many lines")
 
-    monkeypatch.setattr("gemq.cli.inspecting.summarize", fail)
+    monkeypatch.setattr("gemq.summary.summarize", fail)
     message = r"internal error, RuntimeError: a \[bold\]bug\[/bold\] of many lines \(--debug shows more\)"
     fails(gemq_run("inspect", tmp_path), message, code=1)
 

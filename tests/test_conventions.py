@@ -36,7 +36,7 @@ def made(model_folder, quick, tmp_path_factory):
     overrides = ["--tensor-bits", "o_proj=8", "--tensor-bits", r"layers\.1\..*experts\.2$=0",
                  "--tensor-bits", "layers.0.self_attn.q_proj=16"]
     arguments = ["quantize", str(model_folder), "-o", str(folder / "tiny"), "--bits", "2", *quick, *overrides]
-    assert run([*arguments, "--layer-log", str(folder / "layers.csv"), "-q"]) == 0
+    assert run([*arguments, "--log", str(folder / "log.jsonl"), "-q"]) == 0
     return folder / "tiny"
 
 
@@ -171,11 +171,12 @@ def test_costs_of_another_model_are_refused(made):
 
 
 def test_a_line_per_layer_and_its_log(gemq_run, made, model_folder, quick, tmp_path):
-    log = tmp_path / "layers.jsonl"
-    options = ["--bits", "2.5,2", *quick, "--layer-log", log]
+    log = tmp_path / "log.jsonl"
+    options = ["--bits", "2.5,2", *quick, "--log", log]
     code, _, err = gemq_run("quantize", model_folder, "-o", tmp_path / "o", *options)
     assert code == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if line.get("event") == "layer"]
     assert [(r["budget"], r["layer"]) for r in lines] == [(2.5, 0), (2.5, 1), (2.0, 0), (2.0, 1)]
     for r in lines:
         assert f"budget {r['budget']:g}, layer {r['layer']}: {r['bits']:.2f} bits, at least {r['tokens']}" in err
@@ -187,9 +188,8 @@ def test_a_line_per_layer_and_its_log(gemq_run, made, model_folder, quick, tmp_p
     assert re.search(r"peak memory: .* RAM", err)
     model = load_unquantized(str(model_folder))
     assert report["parameters"] == sum(p.numel() for p in model.parameters())
-    rows = list(csv.DictReader(io.StringIO((made.parent / "layers.csv").read_text())))
-    assert [r["layer"] for r in rows] == ["0", "1"] and float(rows[0]["error"]) > 0
-    assert gemq_run("quantize", model_folder, "-o", tmp_path / "p", *quick, "--layer-log", "x.txt")[0] == 2
+    lines = [json.loads(line) for line in (made.parent / "log.jsonl").read_text().splitlines()]
+    assert [r["error"] > 0 for r in lines if r.get("event") == "layer"] == [True, True]
 
 
 def test_experts_that_saw_few_tokens_are_named(gemq_run, model_folder, text_file, tmp_path):
@@ -220,10 +220,10 @@ def test_colour_follows_the_flag_the_variable_and_the_terminal(gemq_run, made, m
 
 def test_formats_of_a_table(gemq_run, made):
     _, table, _ = gemq_run("allocate", made, "--bits", "2.5,2")
-    _, md, _ = gemq_run("allocate", made, "--bits", "2.5,2", "-o", "md")
-    _, text, _ = gemq_run("allocate", made, "--bits", "2.5,2", "-o", "json")
-    _, lines, _ = gemq_run("allocate", made, "--bits", "2.5,2", "-o", "jsonl")
-    _, sheet, _ = gemq_run("allocate", made, "--bits", "2.5,2", "-o", "csv")
+    _, md, _ = gemq_run("allocate", made, "--bits", "2.5,2", "--format", "md")
+    _, text, _ = gemq_run("allocate", made, "--bits", "2.5,2", "--format", "json")
+    _, lines, _ = gemq_run("allocate", made, "--bits", "2.5,2", "--format", "jsonl")
+    _, sheet, _ = gemq_run("allocate", made, "--bits", "2.5,2", "--format", "csv")
     records = json.loads(text)
     same = [{k: v for k, v in r.items() if k != "seconds"} for r in records]
     assert [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines.splitlines()] == same
@@ -233,17 +233,17 @@ def test_formats_of_a_table(gemq_run, made):
     assert head.startswith("| budget | bits/expert |") and rule == "|---|---:|---:|---:|---:|---:|"
     assert first.startswith("| 2.5 | 2.500 |") and len(md.splitlines()) == 4
     assert "bits per layer and expert" in table
-    assert gemq_run("allocate", made, "-o", "xml")[0] == 2
+    assert gemq_run("allocate", made, "--format", "xml")[0] == 2
 
 
 def test_inspect_and_verify_for_programs(gemq_run, made):
-    found = json.loads(gemq_run("inspect", made, "-o", "json")[1])
+    found = json.loads(gemq_run("inspect", made, "--format", "json")[1])
     summary = summarize(made)
     assert found["bits_per_expert"] == summary.expert_bits and found["tensor_bytes"] == summary.tensor_bytes
     assert found["linear_bits"]["model.layers.0.self_attn.o_proj"] == 8
-    rows = list(csv.DictReader(io.StringIO(gemq_run("inspect", made, "-o", "csv")[1])))
+    rows = list(csv.DictReader(io.StringIO(gemq_run("inspect", made, "--format", "csv")[1])))
     assert sum(int(r["bytes"]) for r in rows[:-2]) == int(rows[-2]["bytes"]) == summary.tensor_bytes
-    assert json.loads(gemq_run("verify", made, "-o", "jsonl")[1])["files"] > 4
+    assert json.loads(gemq_run("verify", made, "--format", "jsonl")[1])["files"] > 4
     assert "o_proj: 8 bits" in gemq_run("inspect", made)[1]
 
 
@@ -253,15 +253,15 @@ def test_bench_reports_percentiles(gemq_run, tmp_path):
     tiny_model("mixtral").config.save_pretrained(tmp_path)
     options = ["--model-config", tmp_path / "config.json", "--bits", "2", "--random-weights", "--tokens", "8",
                "--prompt-length", "8", "--profile-steps", "0", "--prompt-repeats", "4"]
-    code, out, _ = gemq_run("bench", *options, "-o", "json")
+    code, out, _ = gemq_run("bench", *options, "--format", "json")
     found = json.loads(out)["runs"]["gemq"]
     assert code == 0 and set(found["first_token"]) == set(found["step_seconds"]) == {"p50", "p20", "p80", "p95", "p99"}
     for times in (found["first_token"], found["step_seconds"]):
         assert 0 < times["p20"] <= times["p50"] <= times["p80"] <= times["p95"] <= times["p99"]
     assert found["first_token_seconds"] == found["first_token"]["p50"]
-    md = gemq_run("bench", *options, "-o", "md")[1]
+    md = gemq_run("bench", *options, "--format", "md")[1]
     assert "tokens/s (p20 to p80)" in md and re.search(r"\| [\d.]+ \([\d.]+ to [\d.]+\) \|", md)
-    row = next(csv.DictReader(io.StringIO(gemq_run("bench", *options, "-o", "csv")[1])))
+    row = next(csv.DictReader(io.StringIO(gemq_run("bench", *options, "--format", "csv")[1])))
     assert float(row["first_token_ms.p95"]) > 0 and "rate" not in row
 
 
@@ -313,9 +313,8 @@ def test_the_example_is_a_settings_file_with_every_option(gemq_run, command, tmp
     assert code == 0 and yaml.safe_load(out) is None
     active = "\n".join(line[2:] for line in out.splitlines() if re.match(r"# [a-z-]+:", line))
     found = yaml.safe_load(active)
-    parameters = typer.main.get_command(app).commands[command].params
     # trust is for whoever types the command
-    names = {p.name for p in parameters} - {"config_file", "help", "help_all", "trust_remote_code"}
+    names = {p.name for p in offered(commands()[command])} - {"config_file", "help", "help_all", "trust_remote_code"}
     assert len(found) == len(names) and gemq_run("settings", command)[1].split() == list(found)
     if command == "quantize":
         assert found["samples"] == 128 and found["candidates"] == "1,2,3" and found["tune-routers"] is True
@@ -323,7 +322,7 @@ def test_the_example_is_a_settings_file_with_every_option(gemq_run, command, tmp
 
 def test_settings_serve_other_commands(gemq_run, made, text_file, tmp_path):
     file = write(tmp_path / "e.yaml", {"data": str(text_file), "length": 32, "limit": 2})
-    code, out, _ = gemq_run("eval", made, "--config", file, "-o", "jsonl", "-q")
+    code, out, _ = gemq_run("eval", made, "--config", file, "--format", "jsonl", "-q")
     assert code == 0 and json.loads(out)["tokens"] == 2 * 31
     assert gemq_run("settings", "inspect")[0] == 2
 
@@ -461,10 +460,15 @@ def commands():
     return typer.main.get_command(app).commands
 
 
+def offered(command):
+    """The parameters that help shows: not the names of the release before."""
+    return [p for p in command.params if not getattr(p, "hidden", False)]
+
+
 def test_options_are_kebab_case_and_every_command_has_an_example():
     for name, command in commands().items():
         assert re.search(rf"gemq {name}\b", command.help or ""), f"{name} has no example"
-        for parameter in command.params:
+        for parameter in offered(command):
             assert not any("_" in option for option in parameter.opts), parameter.opts
             assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help"
 
@@ -501,7 +505,7 @@ def test_help_shows_a_dozen_options_and_all_of_them_if_asked(gemq_run):
     for flags in (["quantize", "--help-all"], ["quantize", "--bits", "2", "--help-all"]):
         code, whole, _ = gemq_run(*flags)
         assert code == 0 and all(panel in whole for panel in PANELS)
-        for parameter in command.params:
+        for parameter in offered(command):
             assert any(option in whole for option in parameter.opts) or parameter.name == "model", parameter.name
     # the next one is short again, and hidden options are options
     assert gemq_run("quantize", "--help")[1] == short

@@ -13,7 +13,7 @@ from tiny_models import VOCAB, random_windows, tiny_model
 from transformers import TextStreamer
 
 import gemq
-from gemq.cli import generation as commands
+from gemq.cli import answers as commands
 from gemq.cli.plain import printable
 from gemq.generation import Conversation, Decoding, GenerationOptions, sampling
 from gemq.generation.streaming import ContinuationStreamer, Pieces

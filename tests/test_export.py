@@ -150,11 +150,11 @@ def test_a_checkpoint_that_does_not_fit_writes_nothing(checkpoint, tmp_path):
 
 
 def test_the_command(checkpoint, tmp_path, capsys):
-    assert run(["export", str(checkpoint), str(tmp_path / "dense"), "--shard-size", "50KB"]) == 0
+    assert run(["export", str(checkpoint), "-o", str(tmp_path / "dense"), "--shard-size", "50KB"]) == 0
     assert "bfloat16" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").dtype == torch.bfloat16
-    assert run(["export", str(checkpoint), str(tmp_path / "dense")]) == 2
-    assert run(["export", str(checkpoint), str(tmp_path / "more"), "--shard-size", "5XB"]) == 2
+    assert run(["export", str(checkpoint), "-o", str(tmp_path / "dense")]) == 2
+    assert run(["export", str(checkpoint), "-o", str(tmp_path / "more"), "--shard-size", "5XB"]) == 2
     assert "a shard's size must be like 5GB" in capsys.readouterr().err
 
 

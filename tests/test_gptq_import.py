@@ -249,7 +249,7 @@ def test_the_command_and_autogptqs_own_file(tmp_path, capsys):
     (tmp_path / "gptq" / "quantize_config.json").write_text('{"bits": 4, "group_size": 32, "desc_act": false}')
     name = f"{EXPERT}.qzeros"
     edit(tmp_path / "gptq", lambda t: t.update({name: torch.full_like(t[name], -1)}))
-    assert run(["import-gptq", str(tmp_path / "gptq"), str(tmp_path / "gemq")]) == 0
+    assert run(["import-gptq", str(tmp_path / "gptq"), "-o", str(tmp_path / "gemq")]) == 0
     shown = capsys.readouterr()
     assert "experts 4 bits, attention 4" in shown.out and "192 zero points are stored as -1" in shown.err
     assert run(["inspect", str(tmp_path / "gemq")]) == 0

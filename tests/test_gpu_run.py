@@ -85,7 +85,7 @@ def test_the_bench_stages_are_what_gemq_bench_takes(monkeypatch: pytest.MonkeyPa
         seen.append((config.model_config, config.bits, config.baseline, config.tokens, config.batch, config.layers))
         raise ValueError("parsed")
 
-    monkeypatch.setattr("gemq.cli.bench.run_bench", record)
+    monkeypatch.setattr("gemq.bench.run_bench", record)
     for stage in gpu_stages.STAGES:
         if stage.name.startswith("bench_"):
             words = stage.command.format(python="python", json=tmp_path / "x.json").split()

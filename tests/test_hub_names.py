@@ -57,7 +57,8 @@ def hub(made, tmp_path, monkeypatch):
 def test_every_command_takes_the_name(hub, gemq_run, text_file, tmp_path):
     (tmp_path / "out").mkdir()
     for command in (
-        ["inspect", NAME, "-o", "json"], ["verify", NAME], ["export", NAME, "out/dense"], ["allocate", NAME],
+        ["inspect", NAME, "--format", "json"], ["verify", NAME], ["export", NAME, "-o", "out/dense"],
+        ["allocate", NAME],
         ["report", NAME, "-o", "out/r.html"], ["generate", NAME, "it was", "--max-new-tokens", "2"],
         ["eval", NAME, "--data", text_file, "--length", "16", "--limit", "2"],
     ):
@@ -126,7 +127,7 @@ def test_links_to_other_places_are_none_of_the_cache(hub, tmp_path):
 
 @pytest.mark.parametrize("name", ["me/absent", "absent"])
 def test_what_is_neither_folder_nor_repository(hub, gemq_run, name):
-    for command in (["inspect", name], ["verify", name], ["export", name, "o"], ["report", name]):
+    for command in (["inspect", name], ["verify", name], ["export", name, "-o", "o"], ["report", name]):
         code, _, err = gemq_run(*command)
         assert code == 2 and f"there is no folder '{name}', and no repository of that name could be had: " in err
 

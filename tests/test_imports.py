@@ -14,7 +14,8 @@ KERNELS = ROOT / "triton_kernels"
 
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
-    ("errors", "format", "_C"),
+    ("choices", "errors", "format", "transformers_hook", "_C"),
+    ("launch",),
     ("ambient", "auto_import", "folders", "plain_json", "tensor_files", "time_limit", "widths"),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),
     ("shards", "output_folder", "model_config"),
@@ -27,6 +28,7 @@ LAYERS = [
     ("checkpoint", "evaluations"),
     ("loading",),
     ("generation", "engine"),
+    ("run_log",),
     ("planning",),
     ("summary",),
     ("card",),
@@ -44,6 +46,11 @@ RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 
 # Who alone may import what: kernels are reached through the ops.
 ONLY = {"_C": {"_core"}, "_core": {"ops"}, "triton_kernels": {"ops"}}
+
+# Imports inside functions that point back, and why.
+EXCEPTIONS = {
+    ("transformers_hook", "hf"): "what stands for hf's classes imports them when the first checkpoint is loaded",
+}
 
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.glob("[!.]*")} - {
     "__pycache__", "triton_kernels"
@@ -102,8 +109,23 @@ def test_imports_point_one_way(unit: str) -> None:
         f"{path.relative_to(ROOT)}:{line} imports {target}"
         for path in sources(unit)
         for target, line in arrows_back(name, path.read_text(), path)
+        if (name, target) not in EXCEPTIONS
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("unit, target", EXCEPTIONS)
+def test_exceptions_are_inside_functions_and_needed(unit: str, target: str) -> None:
+    tops = [
+        line
+        for path in sources(unit)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for found, line in imported(ast.unparse(node), path)
+        if found == target
+    ]
+    assert not tops
+    assert any(t == target for path in sources(unit) for t, _ in imported(path.read_text(), path))
 
 
 def test_loading_needs_no_method() -> None:

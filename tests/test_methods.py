@@ -277,7 +277,7 @@ def test_methods_on_the_command_line(method, model_folder, text_file, tmp_path) 
     done = run([
         "quantize", str(model_folder), "-o", str(target), "--method", method, "--bits", "2", "--constraints", "none",
         "--calibration", str(text_file), "--samples", "2", "--length", "32", "--router-method", "alignment",
-        "--affinity", "1", "--recipe", "paper", "--clip", "none", "--no-stream",
+        "--affinity", "1", "--recipe", "paper", "--clip", "none", "--keep=model",
     ])
     assert done == 0
     found = summarize(target)

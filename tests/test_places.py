@@ -126,7 +126,7 @@ def test_runs_of_one_output_exclude_each_other(here, gemq_run, options):
             arguments = [*options, "-o", output, "--run-dir", "other.run"]
             if taken == "o" and output != "o":
                 arguments = [*options[:1], "--bits", "2.5,2", *options[3:], "-o", "o", "--run-dir", "other.run"]
-            for more in ([], ["--no-stream"]):
+            for more in ([], ["--keep=model"]):
                 command = ["quantize", *arguments, *more]
                 thread = threading.Thread(target=lambda c=command, f=found: f.append(gemq_run(*c)))
                 thread.start()

@@ -318,7 +318,7 @@ def test_plan_prints_rows_for_programs(printed):
 
 def test_a_shortage_is_in_every_form(printed, monkeypatch):
     machine = replace(other_machine("h100", torch.bfloat16), host_free=10**6, device_free=10**6, disk_free=10**6)
-    monkeypatch.setattr("gemq.cli.plan.other_machine", lambda *_: machine)
+    monkeypatch.setattr("gemq.planning.other_machine", lambda *_: machine)
     assert "does not fit: " in printed("table").out and "\n\ndoes not fit: " in printed("md").out
     assert json.loads(printed("json").out)["fits"] is False
     out, err = printed("csv")

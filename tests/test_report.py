@@ -151,8 +151,8 @@ def _other_model(folder):
 
 
 def test_scores_of_other_models_are_lines_and_rows(made, model_folder, text_file, tmp_path, capsys):
-    arguments = ["eval", str(model_folder), "--data", str(text_file), "--length", "32", "--limit", "4", "-o", "json"]
-    assert run([*arguments, "-q"]) == 0
+    arguments = ["eval", str(model_folder), "--data", str(text_file), "--length", "32", "--limit", "4", "-q"]
+    assert run([*arguments, "--format", "json"]) == 0
     scores = tmp_path / "original.json"
     scores.write_text(capsys.readouterr().out)
     data = load([made], scores=[scores])

@@ -65,7 +65,8 @@ def test_bars_hold_no_codes_and_no_markup():
 def test_names_of_folders_are_shown_as_text(made, gemq_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(made, tmp_path / "x\x1b[31m[red]\u202e\ny")
-    for command in (["verify"], ["inspect"], ["verify", "-o", "md"], ["verify", "-o", "csv"], ["report"], ["eval"]):
+    forms = (["verify", "--format", form] for form in ("md", "csv"))
+    for command in (["verify"], ["inspect"], *forms, ["report"], ["eval"]):
         code, out, err = gemq_run(command[0], folder, *command[1:])
         harmless(out + err)
         assert code in (0, 2)

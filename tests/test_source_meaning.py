@@ -116,7 +116,7 @@ def test_switches_change_no_forward_pass(family, tmp_path, switch):
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
-@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("stream", ["--keep=layer", "--keep=model"])
 def test_switches_change_no_byte_of_the_weights(model_folder, quick, tmp_path, switch, stream):
     made = []
     for name, fields in (("plain", {}), ("switched", switch)):
@@ -248,7 +248,7 @@ def test_tied_weights(family, tmp_path, caplog):
     agrees(folder)
 
 
-@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("stream", ["--keep=layer", "--keep=model"])
 def test_weights_that_are_not_tied_stay_so_in_the_checkpoint(model_folder, quick, tmp_path, stream):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     configure(folder, tie_word_embeddings=True)
@@ -294,7 +294,7 @@ def test_an_empty_quantization_config_says_nothing(model_folder, quick, tmp_path
     expected = source_logits(folder)
     configure(folder, quantization_config=stored)
     assert torch.equal(source_logits(folder), expected)
-    for stream in ("--stream", "--no-stream"):
+    for stream in ("--keep=layer", "--keep=model"):
         out = tmp_path / stream
         assert run(["quantize", str(folder), "-o", str(out), "--bits", "2", *quick, stream, "-q"]) == 0
         gemq.verify(out)

@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from transformers import TextStreamer
 
 import gemq
-from gemq.cli import generation as commands
+from gemq.cli import answers as commands
 from gemq.generation import Conversation, Decoding
 
 TEMPLATE = (

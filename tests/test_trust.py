@@ -78,7 +78,7 @@ def hostile(folder: Path, flag: Path, model_type: str | None = "evilmix") -> Pat
 
 @pytest.mark.parametrize("model_type", ["evilmix", None], ids=["unknown-type", "known-type"])
 @pytest.mark.parametrize("command", [
-    ["export", "{}", "{}.out"], ["import-gptq", "{}", "{}.out"], ["inspect", "{}"], ["verify", "{}"],
+    ["export", "{}", "-o", "{}.out"], ["import-gptq", "{}", "-o", "{}.out"], ["inspect", "{}"], ["verify", "{}"],
     ["generate", "{}", "it", "--max-new-tokens", "2"], ["report", "{}", "-o", "{}.html"],
     ["eval", "{}", "--data", "{text}", "--length", "16"], ["upload", "{}", "me/x"],
     ["quantize", "{}", "-o", "{}.out", "--calibration", "{text}"], ["plan", "{}"], ["bench", "{}"],
@@ -199,7 +199,7 @@ def clutter(folder: Path, outside: Path) -> None:
 
 def test_export_copies_files_of_known_names_only(folder, tmp_path, gemq_run):
     clutter(folder, tmp_path / "outside")
-    code, _, err = gemq_run("export", folder, tmp_path / "out")
+    code, _, err = gemq_run("export", folder, "-o", tmp_path / "out")
     assert code == 0, err
     left = {p.name: p for p in (tmp_path / "out").rglob("*")}
     assert {"config.json", WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json", "LICENSE.txt"} <= set(left)

@@ -204,4 +204,3 @@ def prepare(
         **({"launch_pdl": True} if pdl else {}),
     )
     return out, Blocks(expert, block_pairs, arrived)
-

@@ -29,7 +29,8 @@ def commands() -> str:
         parts += [f"## gemq {name}", text.strip()]
         if examples:
             parts.append(f"```text\ngemq {name} {' '.join(examples.split())}\n```".replace(" gemq ", "\ngemq "))
-        rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
+        shown = (p for p in command.params if p.name != "help" and not getattr(p, "hidden", False))
+        rows = [_row(parameter) for parameter in shown]
         parts.append("| | default | |\n|---|---|---|\n" + "\n".join(rows))
     return "\n\n".join(parts)
 

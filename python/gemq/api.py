@@ -14,6 +14,7 @@ from gemq.engine.walk import OnLayer
 from gemq.outcome import QuantizeOutcome
 from gemq.pipeline import QuantizeConfig
 from gemq.recipes import budgets_of, quantize_config, shared_of
+from gemq.run_log import logging_layers
 
 
 def _config(model: str | os.PathLike | QuantizeConfig, output, options: dict[str, Any]) -> QuantizeConfig:
@@ -49,7 +50,8 @@ def quantize(
     continued by the same call. Raises :class:`gemq.GemqError`, ``ValueError`` or ``TypeError`` with one line that says
     what to change.
     """
-    found = pipeline.quantize(_config(model, output, options), progress, on_layer)
+    config = _config(model, output, options)
+    found = pipeline.quantize(config, progress, logging_layers(config.log, on_layer))
     return found if isinstance(model, QuantizeConfig) else _one_or_all(options.get("bits"), found)
 
 

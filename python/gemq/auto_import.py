@@ -1,10 +1,10 @@
 """Let ``transformers`` load gemq checkpoints in programs that never ``import gemq``: a hook in site-packages.
 
 Off unless asked for (``gemq auto-import on``). Two files are written beside the installed packages: a ``.pth`` file,
-one line that Python runs at every start, and the module that it imports. That module only puts a finder on
-``sys.meta_path``, which waits for ``transformers.modeling_utils`` and imports gemq after it. A start of Python costs
-one small import; a program without transformers never sees gemq; with gemq removed, or broken, transformers works as
-before (a broken one says so in a warning).
+one line that Python runs at every start, and the module that it imports, a copy of :mod:`gemq.transformers_hook`. That
+module only puts a finder on ``sys.meta_path``, which waits for transformers' quantizers. A start of Python costs one
+small import, and gemq is imported when a gemq checkpoint is loaded. With gemq removed transformers works as before;
+with a broken one it loads everything but gemq checkpoints, which are refused with the reason.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from gemq import transformers_hook
 from gemq.errors import GemqError
 
 PTH_FILE = "_gemq_auto_import.pth"
@@ -22,58 +23,7 @@ MODULE_FILE = "_gemq_auto_import.py"
 # an exception here would be printed at every start of Python
 PTH_LINE = 'import sys; exec("try:\\n import _gemq_auto_import\\nexcept Exception:\\n pass")\n'
 
-MODULE = '''"""Written by `gemq auto-import on`, removed by `gemq auto-import off`: imports gemq after transformers."""
-
-import sys
-
-_AFTER = "transformers.modeling_utils"
-
-
-class _Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != _AFTER:
-            return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        import importlib.util
-
-        try:
-            spec = importlib.util.find_spec(name)
-            if "gemq" not in sys.modules and importlib.util.find_spec("gemq") is not None:
-                spec.loader = _Loader(spec.loader)
-            return spec
-        except Exception:
-            return None
-
-
-class _Loader:
-    def __init__(self, loader):
-        self._loader = loader
-
-    def __getattr__(self, name):
-        return getattr(self._loader, name)
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module):
-        self._loader.exec_module(module)
-        module.__loader__ = module.__spec__.loader = self._loader
-        try:
-            import gemq.hf
-        except Exception as error:
-            import warnings
-
-            warnings.warn(
-                f"gemq could not be imported ({type(error).__name__}: {error}): transformers will not load its "
-                "checkpoints. `gemq auto-import off` ends this attempt.", RuntimeWarning, stacklevel=2,
-            )
-
-
-if not any(type(finder).__name__ == _Finder.__name__ and type(finder).__module__ == __name__
-           for finder in sys.meta_path):
-    sys.meta_path.insert(0, _Finder())
-'''
+MODULE = Path(transformers_hook.__file__).read_text(encoding="utf-8")
 
 
 def folder() -> Path:

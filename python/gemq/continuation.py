@@ -13,9 +13,9 @@ from gemq.generation import Generation, GenerationOptions, generate_rows, render
 from gemq.generation.chat import token_ids
 from gemq.generation.decoding import check_room
 from gemq.generation.text import check_rows, encode
+from gemq.loading import load_any, load_tokenizer
 from gemq.model_config import model_config
 from gemq.models.families import check_supported
-from gemq.pipeline import load_any, load_tokenizer
 
 Prompt = str | Sequence[str] | Tensor
 

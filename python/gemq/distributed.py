@@ -10,37 +10,24 @@ round's tensors to everyone in the order of the batches, so whoever sums them su
 from __future__ import annotations
 
 import datetime
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from gemq.errors import DistributedError, FailedElsewhereError, first_line
+from gemq.launch import World as World
+from gemq.launch import environment_number, launched
+from gemq.launch import leave as leave
+from gemq.launch import place_to_report as place_to_report
+from gemq.launch import processes_here as processes_here
 
 T = TypeVar("T")
 # a process that is silent for longer counts as lost; rank 0 writes checkpoints while the others wait
 PATIENCE = datetime.timedelta(minutes=60)
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's ``rank`` among ``size``."""
-
-    rank: int
-    size: int
-
-    @property
-    def first(self) -> bool:
-        """True for the process that saves and prints: rank 0."""
-        return self.rank == 0
-
-
 # True while rank 0 works inside on_first
 _alone = False
 
@@ -54,52 +41,10 @@ def world() -> World:
     return World(0, 1)
 
 
-def launched() -> World:
-    """The place that ``torchrun`` gave this process, before and after the job has begun.
-
-    Raises :class:`gemq.errors.DistributedError` for environment variables that are no such place.
-    """
-    size = _environment("WORLD_SIZE", 1, 1)
-    if size == 1:
-        # other programs' RANK
-        return World(0, 1)
-    rank = _environment("RANK", 0, 0)
-    if rank >= size:
-        raise DistributedError(f"the environment variable RANK must be below WORLD_SIZE, {size}, got {rank}")
-    return World(rank, size)
-
-
-def place_to_report() -> World:
-    """Return the place as :func:`launched` for an error report; a place that cannot be read counts as that of a single
-    process."""
-    try:
-        return launched()
-    except DistributedError:
-        return World(0, 1)
-
-
-def _environment(name: str, default: int, least: int) -> int:
-    """A whole number that the launcher set."""
-    text = os.environ.get(name, "").strip()
-    if not text:
-        return default
-    if not text.isdecimal() or len(text) > 9 or int(text) < least:
-        raise DistributedError(
-            f"the environment variable {name} must be a whole number of at least {least}, got {text!r:.60}; torchrun "
-            "sets it, elsewhere it should not be set"
-        )
-    return int(text)
-
-
-def processes_here() -> int:
-    """Number of the job's processes on this machine."""
-    return _environment("LOCAL_WORLD_SIZE", 1, 1) if launched().size > 1 else 1
-
-
 def own_device() -> str | None:
     """The GPU of this process where a job was launched on a machine with GPUs, else None."""
     if launched().size > 1 and torch.cuda.is_available():
-        return f"cuda:{_environment('LOCAL_RANK', 0, 0) % torch.cuda.device_count()}"
+        return f"cuda:{environment_number('LOCAL_RANK', 0, 0) % torch.cuda.device_count()}"
     return None
 
 
@@ -119,16 +64,6 @@ def job(device: torch.device, patience: datetime.timedelta = PATIENCE) -> Iterat
     yield world()
     # after an error the process ends, and with it its connections: the others notice
     dist.destroy_process_group()
-
-
-def leave(status: int) -> NoReturn:
-    """End this process with an exit status. A process of a job that failed ends at once: threads of connections that it
-    lost may abort an orderly end."""
-    if status and place_to_report().size > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 @contextmanager
@@ -238,4 +173,3 @@ def on_first(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise FailedElsewhereError(f"rank 0 failed, and with it the job: {outcome[1]}")
     return outcome[0]
-

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -21,6 +20,7 @@ from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
+from gemq.transformers_hook import register_quantization_config, register_quantizer
 
 _FLOATS = ("F32", "F16", "BF16")
 # a number of layers above this is believed only if there are as many tensors

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,12 @@ from gemq.algorithms.gptq import GptqConfig
 from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.algorithms.tensor_bits import TensorBits
+from gemq.choices import Changed, Keep, Recipe
 from gemq.format import MAX_BITS
 from gemq.interchange import read_allocation
 from gemq.pipeline import QuantizeConfig
 
 DEFAULT_BITS = 2.5
-
-
-class Recipe(StrEnum):
-    """Sets of options."""
-
-    default = "default"
-    best = "best"
-    paper = "paper"
-    fast = "fast"
 
 
 # what a recipe may set, as it is without one
@@ -112,6 +104,28 @@ def given_allocation(
     return limits, read_allocation(Path(allocation), None if bits is None else limits[0])
 
 
+def _renamed(former: dict[str, Any], keep: str, changed: str) -> tuple[str, str]:
+    """``keep`` and ``changed`` as the keywords of the release before say them, with a ``DeprecationWarning``. Raises
+    ``TypeError`` for a keyword that never was, ``ValueError`` for a value that was not allowed."""
+    unknown = sorted(set(former) - {"stream", "scratch", "redo", "restart"})
+    if unknown:
+        raise TypeError(f"quantize_config() got an unexpected keyword argument {unknown[0]!r}")
+    if former.get("redo") and former.get("restart"):
+        raise ValueError("redo and restart exclude each other")
+    if former.get("scratch", "disk") not in ("disk", "memory"):
+        raise ValueError(f"scratch must be one of disk, memory, got {former['scratch']!r:.80}")
+    if "stream" in former or "scratch" in former:
+        activations = former.get("scratch") == "memory"
+        keep = Keep.layer if former.get("stream", True) else Keep.model
+        keep = Keep.activations if activations and keep is Keep.layer else keep
+    for name in ("redo", "restart"):
+        changed = Changed(name) if former.get(name) else changed
+    for name in former:
+        new = f"keep={str(keep)!r}" if name in ("stream", "scratch") else f"changed={str(changed)!r}"
+        warnings.warn(f"{name} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=3)
+    return keep, changed
+
+
 def quantize_config(
     model: str | os.PathLike, output: str | os.PathLike, *, bits: float | str | Sequence[float] | None = None,
     recipe: str = "default", method: str = "gemq", candidates: str | Sequence[int] = (1, 2, 3),
@@ -123,20 +137,21 @@ def quantize_config(
     tune_routers: bool | None = None, router_text: str | None = None, router_method: str = "loss",
     router_lr: float = 1e-4, router_epochs: int = 1, router_batch: int = 1, affinity: float = 0.0,
     estimate: str | None = None, batch_size: int = 4, device: str | None = None, dtype: str = "auto",
-    overwrite: bool = False, trust_remote_code: bool = False, check: bool = True, keep: str = "layer",
-    run_dir: str | os.PathLike | None = None, redo: bool = False, restart: bool = False,
+    overwrite: bool = False, trust_remote_code: bool = False, check: bool = True,
+    keep: str = Keep.layer, run_dir: str | os.PathLike | None = None, changed: str = Changed.refuse,
     keep_run: bool = False, log: str | os.PathLike | None = None, allocation: str | os.PathLike | None = None,
     tensor_bits: Mapping[str, int] | Sequence[str] | None = None, costs: str | os.PathLike | None = None,
+    **former: Any,
 ) -> QuantizeConfig:
     """The settings of a run from the options of ``gemq quantize``, by the same names (docs/command-line.md).
 
-    What is None and in :data:`DEFAULTS` is the recipe's. Raises ``ValueError`` naming the option, what was given and
-    what is allowed.
+    What is None and in :data:`DEFAULTS` is the recipe's. ``former`` are keywords of the release before: ``stream``,
+    ``scratch``, ``redo`` and ``restart``. Raises ``ValueError`` naming the option, what was given and what is allowed.
     """
-    if recipe not in set(Recipe):
-        raise ValueError(f"recipe must be one of {', '.join(Recipe)}, got {recipe!r:.80}")
-    if redo and restart:
-        raise ValueError("redo and restart exclude each other")
+    keep, changed = _renamed(former, keep, changed)
+    for name, value, allowed in (("recipe", recipe, Recipe), ("keep", keep, Keep), ("changed", changed, Changed)):
+        if value not in set(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r:.80}")
     budgets, given = given_allocation(allocation, bits)
     told = {"perturbation": perturbation, "constraints": constraints, "samples": samples, "estimate": estimate,
             "tune_routers": tune_routers, "accounting": accounting, "granularity": granularity}
@@ -155,6 +170,6 @@ def quantize_config(
     places = [None if place is None else os.fspath(place) for place in (run_dir, log, costs)]
     return QuantizeConfig(
         os.fspath(model), os.fspath(output), calibration, chosen["samples"], length, seed, router_text, device, dtype,
-        overwrite, trust_remote_code, whole, keep, places[0],
-        "redo" if redo else "restart" if restart else "refuse", keep_run, places[1], check, places[2],
+        overwrite, trust_remote_code, whole, str(Keep(keep)), places[0], str(changed), keep_run, places[1], check,
+        places[2],
     )

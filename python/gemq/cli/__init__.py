@@ -13,8 +13,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from gemq.cli.run import run
-        from gemq.distributed import leave
+        from gemq.launch import leave
     except KeyboardInterrupt:
-        # importing torch takes seconds, long enough to change one's mind
+        # long enough on a busy machine to change one's mind
         sys.exit(130)
     leave(run(arguments, debug))

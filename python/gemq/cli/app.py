@@ -1,73 +1,32 @@
-"""The commands: options in, one library call, a table out."""
+"""The application of commands. A command imports what it needs when it runs: help and errors of usage take no time."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 import gemq
-from gemq import distributed
-from gemq.algorithms.allocation import curve, pareto
-from gemq.cli import display, options, quantizing
+from gemq.cli.allocate import allocate
 from gemq.cli.auto_import import auto_import
 from gemq.cli.bench import bench
+from gemq.cli.demo import demo
 from gemq.cli.evaluate import evaluate
-from gemq.cli.formats import Column, Format, FormatOption, LongFormatOption, emit
 from gemq.cli.generation import chat, generate
 from gemq.cli.inspecting import inspect, verify
 from gemq.cli.interchange import export, import_gptq
-from gemq.cli.panels import HelpAll, PanelledCommand
+from gemq.cli.panels import PanelledCommand
 from gemq.cli.plan import plan
+from gemq.cli.quantize import quantize
 from gemq.cli.report import report
-from gemq.cli.resume import resumed
-from gemq.cli.settings import ConfigFile, given, settings
+from gemq.cli.settings import settings
 from gemq.cli.tune import tune
 from gemq.cli.upload import upload
-from gemq.pipeline import COSTS_FILE, load_costs
-from gemq.recipes import Recipe, quantize_config
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Quantize the experts of Mixture-of-Experts language models globally, and run them packed.",
 )
-
-
-class Method(StrEnum):
-    """Bit allocation."""
-
-    gemq = "gemq"
-    pmq = "pmq"
-    uniform = "uniform"
-    global_pmq = "global-pmq"
-    two_step = "two-step"
-    fisher = "fisher"
-
-
-class RouterMethod(StrEnum):
-    """Targets of router tuning."""
-
-    loss = "loss"
-    alignment = "alignment"
-
-
-class Clip(StrEnum):
-    """Range search."""
-
-    none = "none"
-    paper = "paper"
-    mse = "mse"
-
-
-_CONSTRAINTS = "Per layer an expert at the highest width (c2), the second highest (c3), c2c3 or none (paper: Table 17)."
-_ACCOUNTING = "What shared experts count of the budget: exact, their size; paper, as its experiments count them."
-_GRANULARITY = "What has its own width: expert; matrix, gate-and-up or down; auto, matrix if 0 is no candidate."
-_RECIPE = "best, paper, fast or default: sets what is not given."
-_TENSOR_BITS = "Width of every matrix whose path a regular expression finds: 'o_proj=8'; may be repeated."
 
 
 def _version(value: bool) -> None:
@@ -89,210 +48,11 @@ def root(
     """Quantize the experts of Mixture-of-Experts language models globally, and run them packed."""
 
 
-Bits = Annotated[str, typer.Option("--bits", "-b", help="Bits per expert; several, falling: 3,2.5,2.")]
-Device = Annotated[str | None, typer.Option(
-    metavar="NAME", help="cpu, cuda, cuda:1 (default: CUDA where there is one).")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Length = Annotated[int, typer.Option(metavar="N", help="Tokens per window.", min=2)]
-
-
-@app.command(cls=PanelledCommand)
-def quantize(
-    context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="Folder or hub name of the full-precision model.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")] = None,
-    bits: Annotated[str | None, typer.Option(
-        "--bits", "-b", metavar="BITS",
-        help="Bits per expert; several, falling: 3,2.5,2 (default: 2.5, or the allocation's).",
-    )] = None,
-    method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
-    candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8 (paper: Table 18).")] = "1,2,3",
-    granularity: Annotated[str, typer.Option(help=_GRANULARITY)] = "auto",
-    constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
-    calibration: Annotated[str, typer.Option(
-        metavar="TEXT", help="wikitext2, c4, file.txt, file.jsonl#field, or a mixture.")] = "wikitext2",
-    samples: Annotated[int, typer.Option(metavar="N", help="Calibration windows.", min=1)] = 128,
-    length: Length = 2048,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed for choosing calibration windows.")] = 0,
-    attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is (paper: Table 19).")] = 4,
-    dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
-    shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
-    accounting: Annotated[str, typer.Option(help=_ACCOUNTING)] = "exact",
-    router_bits: Annotated[int, typer.Option(help="Routers after tuning: 1..8, or 16 (paper: Table 20).")] = 16,
-    group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
-    recipe: Annotated[Recipe, typer.Option(metavar="NAME", help=_RECIPE)] = Recipe.default,
-    clip: Annotated[Clip | None, typer.Option(help="Range search (default: the recipe's).")] = None,
-    refine: Annotated[int | None, typer.Option(
-        help="Rounds that improve codes and grids after GPTQ (default: the recipe's).", min=0, max=100)] = None,
-    compensate: Annotated[bool | None, typer.Option(
-        help="Fit down projections to what quantized gate and up give them (default: the recipe's).")] = None,
-    rescale: Annotated[bool | None, typer.Option(
-        help="Scale rows so that their outputs keep their power (default: the recipe's).")] = None,
-    perturbation: Annotated[str, typer.Option(help="How an expert is quantized to measure it: gptq or rtn.")] = "gptq",
-    damping: Annotated[float, typer.Option(help="Of the Hessian, in units of its mean diagonal.")] = 0.01,
-    tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
-    router_text: Annotated[str | None, typer.Option(help="Text for that (default: the calibration windows).")] = None,
-    router_method: Annotated[RouterMethod, typer.Option(help="On the loss, or towards the full-precision routers.")]
-    = RouterMethod.loss,
-    router_lr: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
-    router_epochs: Annotated[int, typer.Option(help="Passes over that text.", min=1)] = 1,
-    router_batch: Annotated[int, typer.Option(help="Windows a step (paper: 1); processes share them.", min=1)] = 1,
-    affinity: Annotated[float, typer.Option(help="Weight tokens in GPTQ by routing weight to this power.")] = 0.0,
-    estimate: Annotated[str, typer.Option(help="Model of later budgets' costs: fp, quantized or tuned.")] = "tuned",
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-    = False,
-    check: Annotated[bool, typer.Option(help="Refuse to start where memory or disk will not do (gemq plan).")] = True,
-    stream: Annotated[bool, typer.Option(
-        "--stream/--no-stream", help="Read one layer at a time from disk; --no-stream cannot be resumed.")] = True,
-    scratch: Annotated[str, typer.Option(help="Where activations are kept: disk or memory.")] = "disk",
-    run_dir: Annotated[str | None, typer.Option(help="Folder of unfinished work (default: OUTPUT.run).")] = None,
-    resume: Annotated[Path | None, typer.Option(
-        metavar="DIR", help="Continue the run of this folder with its options.")] = None,
-    redo: Annotated[bool, typer.Option("--redo", help="Options changed: do again what that touches.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard what the run directory holds.")] = False,
-    keep_run: Annotated[bool, typer.Option("--keep-run", help="Leave the run directory when done.")] = False,
-    log: Annotated[str | None, typer.Option(help="File for JSON lines about every stage.")] = None,
-    allocation: Annotated[Path | None, typer.Option(
-        help="Widths decided elsewhere (.json, .pkl or a checkpoint): nothing is measured; --bits is then a limit."
-    )] = None,
-    tensor_bits: Annotated[list[str] | None, typer.Option(help=_TENSOR_BITS)] = None,
-    costs: Annotated[Path | None, typer.Option(help="Use costs that an earlier run saved: its folder, or the file.")]
-    = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show widths and sizes by tensor; write nothing.")] = False,
-    layer_log: Annotated[Path | None, typer.Option(help="Also write the line of each layer to a .csv or .jsonl file.")]
-    = None,
-    upload_repo: Annotated[str | None, typer.Option(help="Put the result on the hub, as owner/name.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
-    form: LongFormatOption = Format.table,
-    config_file: ConfigFile = None,
-    help_all: HelpAll = False,
-) -> None:
-    """Measure, allocate, quantize, tune the routers, and save a packed checkpoint.
-
-    The same command, given again after it was ended, continues where it was.
-
-    [dim]gemq quantize mistralai/Mixtral-8x7B-v0.1 --bits 2.5 -o mixtral-2.5[/dim]
-
-    [dim]torchrun --nproc-per-node 4 -m gemq quantize ...[/dim] shares the work among processes.
-    """
-    if redo and restart:
-        raise typer.BadParameter("--redo and --restart exclude each other")
-    if resume is None and (model is None or output is None):
-        raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
-    own = distributed.own_device()
-    device = device or own
-    told = {"constraints": constraints, "samples": samples, "perturbation": perturbation, "estimate": estimate,
-            "tune_routers": tune_routers, "accounting": accounting, "granularity": granularity}
-    with options.named("bits", "candidates", "shared_bits", "tensor_bits", "allocation"):
-        config = quantize_config(
-            model or "", output or "", bits=bits, recipe=recipe, method=method.value, candidates=candidates,
-            calibration=calibration, length=length, seed=seed, attention_bits=attention_bits, dense_bits=dense_bits,
-            shared_bits=shared_bits, router_bits=router_bits, group_size=group_size, clip=clip.value if clip else None,
-            refine=refine, compensate=compensate, rescale=rescale, damping=damping, router_text=router_text,
-            router_method=router_method.value, router_lr=router_lr, router_epochs=router_epochs,
-            router_batch=router_batch, affinity=affinity, batch_size=batch_size, device=device, dtype=dtype,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, check=check,
-            keep="model" if not stream else "layer" if scratch == "disk" else "activations",
-            run_dir=run_dir, redo=redo, restart=restart, keep_run=keep_run, log=log, allocation=allocation,
-            tensor_bits=tensor_bits, costs=costs,
-            # a recipe sets what is not given
-            **{name: value if given(context, name) else None for name, value in told.items()},
-        )
-    if resume is not None:
-        # each process of a job has a GPU of its own
-        config = replace(resumed(resume, config, context), **({"device": own} if own else {}))
-    if dry_run:
-        quantizing.show_preview(config, form)
-    else:
-        quantizing.run(config, layer_log, form, upload_repo, private)
-
-
-@app.command()
-def allocate(
-    costs: Annotated[Path, typer.Argument(help=f"{COSTS_FILE}, or the checkpoint folder that holds it.")],
-    bits: Bits = "2.5",
-    constraints: Annotated[str, typer.Option(help=_CONSTRAINTS)] = "c2c3",
-    shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
-    accounting: Annotated[str, typer.Option(help=_ACCOUNTING)] = "exact",
-    granularity: Annotated[str, typer.Option(help=_GRANULARITY)] = "auto",
-    solver: Annotated[str, typer.Option(help="auto, highs or cbc.")] = "auto",
-    points: Annotated[int | None, typer.Option(
-        "--curve", min=2, help="Instead of --bits: this many budgets, lowest to highest."
-    )] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
-    form: FormatOption = Format.table,
-) -> None:
-    """Solve the program again for any budget, from the costs that quantize saved.
-
-    [dim]gemq allocate mixtral-2.5 --bits 3,2.75,2.5,2.25,2 -o md[/dim]
-    """
-    loaded = load_costs(costs)
-    how = {"per_layer": constraints, "solver": solver, "fixed_shared_bits": options.shared(shared_bits),
-           "accounting": accounting, "granularity": granularity}
-    found = curve(loaded, points, **how) if points else pareto(loaded, list(options.budgets(bits)), **how)
-
-    def by_layer(bits: np.ndarray | None) -> dict[int, list[int]] | None:
-        return None if bits is None else dict(zip(loaded.layers, bits.tolist(), strict=True))
-
-    records = [
-        {"budget": a.budget, "bits_per_expert": a.bits_per_expert, "objective": a.objective, "gap": a.gap,
-         "solver": a.solver, "seconds": a.seconds, "expert_bits": by_layer(a.bits),
-         "down_bits": by_layer(a.down_bits), "shared_bits": None if a.shared_bits is None else a.shared_bits.tolist()}
-        for a in found
-    ]
-    form = Format.json if as_json else form
-    emit("allocations", _ALLOCATION, records, form)
-    if form is not Format.table or points:
-        return
-    for allocation in found:
-        display.output().print(f"budget {allocation.budget:g}")
-        maps = (by_layer(bits) or {} for bits in (allocation.bits, allocation.shared_bits, allocation.down_bits))
-        display.output().print(display.bit_map(*maps))
-
-
-_ALLOCATION = (
-    Column("budget", "budget", lambda v: f"{v:g}"), Column("bits/expert", "bits_per_expert", lambda v: f"{v:.3f}"),
-    Column("loss increase", "objective", lambda v: f"{v:.6g}"), Column("gap", "gap", lambda v: f"{v:.1e}"),
-    Column("solver", "solver"), Column("s", "seconds", lambda v: f"{v:.2f}"),
-)
-
-
+app.command(cls=PanelledCommand)(quantize)
+app.command()(allocate)
 app.command("eval")(evaluate)
-app.command()(plan)
-app.command()(generate)
-app.command()(chat)
-app.command()(bench)
-
-
-app.command()(inspect)
-app.command()(verify)
-app.command()(report)
-app.command()(upload)
-app.command()(settings)
-app.command()(tune)
-app.command()(export)
+for command in (plan, generate, chat, bench, inspect, verify, report, upload, settings, tune, export):
+    app.command()(command)
 app.command("import-gptq")(import_gptq)
 app.command("auto-import")(auto_import)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, picture and table.")]
-    = Path("demo-out"),
-    bits: Bits = "3,2.5,2,1.5",
-    windows: Annotated[int | None, typer.Option(help="Bound the held-out windows (default: all).", min=1)] = None,
-) -> None:
-    """Quantize the small trained model that ships with gemq on its text, compare methods, and generate.
-
-    [dim]gemq demo --bits 3,2 -o demo-out[/dim]
-    """
-    from gemq.cli.demo import show
-    from gemq.demo.run import DemoConfig, run_demo
-
-    with display.stages() as report:
-        result = run_demo(DemoConfig(output, options.budgets(bits), windows), report)
-    show(result)
+app.command()(demo)

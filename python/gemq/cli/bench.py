@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemq.bench import BenchConfig, BenchResult, run_bench, write_json
-from gemq.bench.measuring import Measurement, Memory
-from gemq.cli import display
+from gemq.choices import Compile, Dtype
+from gemq.cli import display, former
 from gemq.cli.formats import Column, Format, FormatOption, emit
-from gemq.cli.generation import Compile, Device, Dtype
+from gemq.cli.generation import Device, DtypeOption
 from gemq.cli.settings import ConfigFile
-from gemq.generation.memory import GIB
 from gemq.plain_json import dumps
 
+if TYPE_CHECKING:
+    from gemq.bench import BenchResult
+    from gemq.bench.measuring import Measurement, Memory
+
 _SHOWN_KERNELS = 12
+_GIB = 1 << 30
 
 
 def bench(
@@ -42,20 +45,31 @@ def bench(
     profile_steps: Annotated[int, typer.Option(help="Steps of the breakdown by kernel; 0 leaves it out.", min=0)] = 4,
     seed: Annotated[int, typer.Option(help="Of the weights and the prompt.")] = 0,
     device: Device = None,
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = Dtype.auto,
     prompt_repeats: Annotated[int, typer.Option(help="Runs of the prompt, for the spread of the first token.", min=1)]
     = 3,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="File for the result as JSON.")]
+    = None,
     form: FormatOption = Format.table,
     config_file: ConfigFile = None,
+    former_output: Annotated[Path | None, typer.Option("--json", hidden=True)] = None,
 ) -> None:
     """Decoding speed, memory and kernels of a real architecture with random packed weights.
 
-    [dim]gemq bench --model-config mixtral-8x7b --bits 2.5 --random-weights --json mixtral-2.5.json[/dim]
+    [dim]gemq bench --model-config mixtral-8x7b --bits 2.5 --random-weights -o mixtral-2.5.json[/dim]
     """
+    from gemq.bench import BenchConfig, run_bench, write_json
+
     if not random_weights:
         raise typer.BadParameter("a config has no weights: say --random-weights")
-    _check_writable(json_file)
+    if output is not None and str(output) in set(Format):
+        # what -o was before
+        former.tell(f"-o {output}", f"--format {output}")
+        form, output = Format(str(output)), None
+    if former_output is not None:
+        former.tell("--json", "--output")
+        output = former_output
+    _check_writable(output)
     config = BenchConfig(
         model_config, bits, None if mix is None else _parse_mix(mix), layers, attention_bits, shared_bits, baseline,
         tokens, batch, prompt_length, compile.value, device, dtype, seed, profile_steps,
@@ -63,8 +77,8 @@ def bench(
     )
     note = display.notes()
     result = run_bench(config, lambda text: note.print(text, style="dim", highlight=False))
-    if json_file is not None:
-        write_json(result, json_file)
+    if output is not None:
+        write_json(result, output)
     if form is Format.table:
         _show(result)
     else:
@@ -114,7 +128,7 @@ def _check_writable(file: Path | None) -> None:
     if file is None:
         return
     if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
-        raise typer.BadParameter(f"--json {file} cannot be written")
+        raise typer.BadParameter(f"--output {file} cannot be written")
 
 
 def _parse_mix(text: str) -> tuple[tuple[int, float], ...]:
@@ -152,12 +166,11 @@ def _row(name: str, run: Measurement) -> list[str]:
         f"{name} ({run.mode})", f"{rate['p50']:.1f}", f"{rate['p20']:.1f}", f"{rate['p80']:.1f}",
         f"{1e3 * run.step_seconds['p50']:.2f}", f"{1e3 * run.step_seconds['p95']:.2f}",
         f"{1e3 * run.first_token['p50']:.0f}",
-        f"{run.memory.weights / GIB:.2f} GiB", _peak(run.memory), f"{run.roofline.bytes_per_step / 1e9:.3f}",
+        f"{run.memory.weights / _GIB:.2f} GiB", _peak(run.memory), f"{run.roofline.bytes_per_step / 1e9:.3f}",
         f"{100 * run.roofline.share:.0f}%",
     ]
 
 
 def _peak(memory: Memory) -> str:
     held = memory.reserved if memory.reserved is not None else memory.resident
-    return "unknown" if held is None else f"{held / GIB:.2f} GiB"
-
+    return "unknown" if held is None else f"{held / _GIB:.2f} GiB"

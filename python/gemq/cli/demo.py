@@ -1,9 +1,35 @@
-"""Print the demo's result."""
+"""``gemq demo``."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
 from gemq.cli import display
-from gemq.demo.run import DemoResult
+from gemq.cli.allocate import Bits
+
+if TYPE_CHECKING:
+    from gemq.demo.run import DemoResult
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, picture and table.")]
+    = Path("demo-out"),
+    bits: Bits = "3,2.5,2,1.5",
+    windows: Annotated[int | None, typer.Option(help="Bound the held-out windows (default: all).", min=1)] = None,
+) -> None:
+    """Quantize the small trained model that ships with gemq on its text, compare methods, and generate.
+
+    [dim]gemq demo --bits 3,2 -o demo-out[/dim]
+    """
+    from gemq.cli import options
+    from gemq.demo.run import DemoConfig, run_demo
+
+    with display.stages() as report:
+        result = run_demo(DemoConfig(output, options.budgets(bits), windows), report)
+    show(result)
 
 
 def show(result: DemoResult) -> None:

@@ -22,7 +22,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gemq import distributed
 from gemq.cli.plain import printable
 from gemq.format import mean_width
 
@@ -109,6 +108,8 @@ class RateColumn(ProgressColumn):
 @contextmanager
 def stages() -> Iterator[Stages]:
     """A progress display on standard error, and the time all took at the end. Of several processes, rank 0's."""
+    from gemq import distributed
+
     if not distributed.world().first:
         yield Stages(None)
         return

@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 
 import gemq
-from gemq.card import write_card
-from gemq.checkpoint import load_packed_config
+from gemq.choices import Dtype
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, FormatOption, emit
-from gemq.cli.generation import Device, Dtype
+from gemq.cli.former import FormerForm
+from gemq.cli.generation import Device, DtypeOption
 from gemq.cli.settings import ConfigFile
-from gemq.evaluations import Score, record
 
 _COLUMNS = (
     Column("model", "model"), Column("perplexity", "perplexity", lambda v: f"{v:.3f}"),
@@ -30,17 +29,22 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most this many windows.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
     device: Device = None,
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = Dtype.auto,
     keep: Annotated[bool, typer.Option("--record", help="Keep the result with the checkpoint, for gemq report and its "
                                                         "model card.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     form: FormatOption = Format.table,
+    former_form: FormerForm = None,
     config_file: ConfigFile = None,
 ) -> None:
     """Token perplexity on held-out text.
 
     [dim]gemq eval mixtral-2.5 --data wikitext2 --record[/dim]
     """
+    from gemq.card import write_card
+    from gemq.checkpoint import load_packed_config
+    from gemq.evaluations import Score, record
+
     if keep:
         if not Path(model).is_dir():
             raise typer.BadParameter(f"--record needs the checkpoint's folder, got {model!r}")
@@ -62,4 +66,4 @@ def evaluate(
         print(json.dumps(found, allow_nan=False))
         return
     rate = result.tokens / result.seconds
-    emit(data, _COLUMNS, [found | {"rate": rate}], form)
+    emit(data, _COLUMNS, [found | {"rate": rate}], former_form or form)

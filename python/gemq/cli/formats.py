@@ -1,4 +1,4 @@
-"""``-o md|json|jsonl|csv``: one set of rows, for people or for the next program."""
+"""``--format md|json|jsonl|csv``: one set of rows, for people or for the next program."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class Format(StrEnum):
     csv = "csv"
 
 
-FormatOption = Annotated[Format, typer.Option("--format", "-o", help="table, md, json, jsonl or csv.")]
-# where -o is the output already
-LongFormatOption = Annotated[Format, typer.Option("--format", help="table, md, json, jsonl or csv.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="Format of what is printed.")]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import typer
 import gemq
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, FormatOption, emit
+from gemq.cli.former import FormerForm
 from gemq.plain_json import dumps
-from gemq.summary import summarize
 
 _BYTES = (
     Column("tensors", "tensors"), Column("size", "bytes", display.size),
@@ -21,12 +21,15 @@ _BYTES = (
 def inspect(
     model: Annotated[str, typer.Argument(help="Packed checkpoint: a folder or hub name.")],
     form: FormatOption = Format.table,
+    former_form: FormerForm = None,
 ) -> None:
     """Bits and sizes of a packed checkpoint, and its bit map.
 
-    [dim]gemq inspect mixtral-2.5 -o json[/dim]
+    [dim]gemq inspect mixtral-2.5 --format json[/dim]
     """
-    summary = summarize(model)
+    from gemq.summary import summarize
+
+    form, summary = former_form or form, summarize(model)
     config, widths, total = summary.config, summary.config.widths, summary.tensor_bytes
     counts = summary.bytes_by_kind | {"all tensors": total, "files": summary.file_bytes}
     rows = [{"tensors": kind, "bytes": count, "share": count / max(total, 1)} for kind, count in counts.items()]
@@ -51,12 +54,13 @@ def inspect(
 def verify(
     model: Annotated[str, typer.Argument(help="Packed checkpoint: a folder or hub name.")],
     form: FormatOption = Format.table,
+    former_form: FormerForm = None,
 ) -> None:
     """Compare every file of a checkpoint with the SHA-256 sums recorded when it was saved.
 
     [dim]gemq verify mixtral-2.5[/dim]
     """
-    found = gemq.verify(model)
+    form, found = former_form or form, gemq.verify(model)
     if form is not Format.table:
         columns = (Column("checkpoint", "checkpoint"), Column("files", "files"), Column("size", "bytes", display.size))
         emit("", columns, [{"checkpoint": model, "files": found.files, "bytes": found.bytes}], form)

@@ -7,25 +7,31 @@ from typing import Annotated
 
 import typer
 
-from gemq import interchange
-from gemq.cli import display
-from gemq.pipeline import parse_dtype
-from gemq.shards import parse_size
+from gemq.cli import display, former
 
 _SHOWN = 20
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")]
+# how the output was given before
+FormerOutput = Annotated[Path | None, typer.Argument(hidden=True, metavar="")]
 ShardSize = Annotated[str, typer.Option(help="Largest file: 5GB, 500MB.")]
 
 
 def export(
     model: Annotated[str, typer.Argument(help="Packed checkpoint: a folder or hub name.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    former_output: FormerOutput = None,
+    output: Output = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float16 or bfloat16.")] = "auto",
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Write a packed checkpoint as a plain 16-bit one, which transformers loads without gemq.
 
-    [dim]gemq export mixtral-2.5 mixtral-2.5-dense[/dim]
+    [dim]gemq export mixtral-2.5 -o mixtral-2.5-dense[/dim]
     """
+    from gemq import interchange
+    from gemq.loading import parse_dtype
+    from gemq.shards import parse_size
+
+    output = former.written(output, former_output, "export")
     with display.stages() as report:
         done = interchange.export(
             model, output, dtype=parse_dtype(dtype), shard_bytes=parse_size(shard_size),
@@ -51,13 +57,18 @@ def say_left_out(names: list[str]) -> None:
 
 def import_gptq(
     source: Annotated[str, typer.Argument(help="GPTQ checkpoint (AutoGPTQ's or GPTQModel's): a folder or hub name.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    former_output: FormerOutput = None,
+    output: Output = None,
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Write a GPTQ checkpoint of a Mixture-of-Experts model as a packed checkpoint of gemq: the same codes.
 
-    [dim]gemq import-gptq Mixtral-8x7B-GPTQ mixtral-4[/dim]
+    [dim]gemq import-gptq Mixtral-8x7B-GPTQ -o mixtral-4[/dim]
     """
+    from gemq import interchange
+    from gemq.shards import parse_size
+
+    output = former.written(output, former_output, "import-gptq")
     with display.stages() as report:
         done = interchange.import_gptq(
             source, output, shard_bytes=parse_size(shard_size),

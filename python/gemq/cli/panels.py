@@ -14,8 +14,8 @@ PANELS = {
     "Method": ("method", "constraints", "accounting", "perturbation", "estimate", "costs", "clip", "refine",
                "compensate", "rescale", "damping", "affinity", "tune_routers", "router_text", "router_method",
                "router_lr", "router_epochs", "router_batch"),
-    "Run": ("batch_size", "dtype", "trust_remote_code", "check", "stream", "scratch", "run_dir", "redo", "restart",
-            "keep_run", "log", "layer_log", "form"),
+    "Run": ("batch_size", "dtype", "trust_remote_code", "check", "keep", "run_dir", "changed", "keep_run", "log",
+            "form"),
     "Publish": ("upload_repo", "private"),
 }
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from gemq.algorithms.method import MethodConfig
-from gemq.algorithms.router_tuning import RouterTuningConfig
-from gemq.bench.architectures import PUBLISHED, load_config
-from gemq.cli import display, options
-from gemq.cli.formats import Column, Format, LongFormatOption, emit
-from gemq.pipeline import check_model, parse_dtype, pick_device
+from gemq.choices import Accounting, Constraints, Dtype, Keep, Method, Perturbation
+from gemq.cli import display, former
+from gemq.cli.formats import Column, Format, FormatOption, emit
 from gemq.plain_json import dumps
-from gemq.planning import Machine, Plan, PlanConfig, make_plan, other_machine, this_machine
-from gemq.planning.memory import peak
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemq.planning import Machine, Plan
 
 
 def plan(
@@ -26,34 +25,45 @@ def plan(
         "qwen3-30b-a3b.")],
     bits: Annotated[str, typer.Option("--bits", "-b", help="Bits per expert; several, falling: 3,2.5,2.")] = "2.5",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where it would be written.")] = Path("."),
-    method: Annotated[str, typer.Option(help="gemq, pmq or uniform.")] = "gemq",
+    method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
     candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8.")] = "1,2,3",
-    constraints: Annotated[str, typer.Option(help="none, c2, c3 or c2c3.")] = "c2c3",
+    constraints: Annotated[Constraints, typer.Option(help="Experts that every layer must have.")] = Constraints.c2c3,
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 2048,
     attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is.")] = 4,
     dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
-    accounting: Annotated[str, typer.Option(help="What shared experts count of the budget: exact or paper.")]
-    = "exact",
-    perturbation: Annotated[str, typer.Option(help="Costs by gptq or rtn.")] = "gptq",
+    accounting: Annotated[Accounting, typer.Option(help="What shared experts count of the budget.")]
+    = Accounting.exact,
+    perturbation: Annotated[Perturbation, typer.Option(help="How an expert is quantized to measure it.")]
+    = Perturbation.gptq,
     tune_routers: Annotated[bool, typer.Option(help="Fine-tune the routers after quantizing.")] = True,
     router_epochs: Annotated[int, typer.Option(help="Passes over the text.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4,
-    keep: Annotated[str, typer.Option(help="In memory: layer, activations, or model.")] = "layer",
+    keep: Annotated[Keep, typer.Option(help="In memory: one layer, also the activations, or the model.")]
+    = Keep.layer,
     device: Annotated[str | None, typer.Option(
         help="cpu, cuda, cuda:1, or h100, h200, a100-80gb, a100-40gb, l40s, rtx4090 by data sheet.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="To compute in.")] = Dtype.auto,
     context: Annotated[int, typer.Option(help="Tokens a row when the result runs.", min=1)] = 4096,
     rows: Annotated[int, typer.Option(help="Rows when the result runs.", min=1)] = 1,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
-    form: LongFormatOption = Format.table,
+    form: FormatOption = Format.table,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    engine: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Predict from the config alone what quantizing takes (memory, disk, time), and running the result.
 
     [dim]gemq plan mixtral-8x7b --bits 2.5 --device rtx4090[/dim]
     """
+    from gemq.algorithms.method import MethodConfig
+    from gemq.algorithms.router_tuning import RouterTuningConfig
+    from gemq.bench.architectures import PUBLISHED, load_config
+    from gemq.cli import options
+    from gemq.loading import check_model, parse_dtype
+    from gemq.planning import PlanConfig, make_plan
+
+    keep = former.planned(keep, engine)
     chosen = parse_dtype(dtype)
     wanted = None if isinstance(chosen, str) else chosen
     config = PlanConfig(
@@ -74,6 +84,11 @@ def plan(
 
 
 def _machine(device: str | None, output: Path, dtype: torch.dtype | None) -> Machine:
+    import torch
+
+    from gemq.loading import pick_device
+    from gemq.planning import other_machine, this_machine
+
     if device is not None and device.partition(":")[0] not in ("cpu", "cuda"):
         return other_machine(device, dtype or torch.bfloat16)
     here = pick_device(device)
@@ -149,6 +164,8 @@ _RESULTS = (
 
 def _stages(found: Plan) -> list[dict[str, Any]]:
     """Bytes and seconds of every stage, the most of all, and what is free; None where it is not known."""
+    from gemq.planning.memory import peak
+
     seconds, machine = found.seconds or {}, found.machine
     rows = [
         {"stage": name, "device": sum(need.device.values()), "memory": sum(need.host.values()),

@@ -16,6 +16,7 @@ from gemq.dry_run import Preview, preview
 from gemq.generation.memory import peak_bytes
 from gemq.hub import check_login, check_repo, upload
 from gemq.pipeline import QuantizeConfig, QuantizeOutcome, pick_device
+from gemq.run_log import logging_layers
 
 _SHOWN_EXPERTS = 8
 
@@ -90,7 +91,7 @@ def run(config: QuantizeConfig, log: Path | None, form: Format, repo: str | None
     with distributed.job(pick_device(config.device)) as place:
         lines = LayerLog(log, config) if log is not None and place.first else None
         with display.stages() as report:
-            outcomes = pipeline.quantize(config, report, layer_lines(lines, report))
+            outcomes = pipeline.quantize(config, report, logging_layers(config.log, layer_lines(lines, report)))
     if not place.first:
         return
     emit("quantized", _OUTCOME, [_outcome(o) for o in outcomes], form)

@@ -15,7 +15,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("gemq-report.html"),
     png: Annotated[Path | None, typer.Option(help="Also write the figures as PNGs into this folder.")] = None,
     scores: Annotated[list[Path] | None, typer.Option(
-        help="Files of gemq eval -o json, for instance of the original model; may be repeated.")] = None,
+        help="Files of gemq eval --format json, for instance of the original model; may be repeated.")] = None,
     source: Annotated[str | None, typer.Option(help="The original model (folder or hub name), to compare its routers.")]
     = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "gemq report",

@@ -10,12 +10,16 @@ from typing import Any
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from gemq.choices import Keep
 from gemq.engine.journal import MANIFEST, read_manifest
 from gemq.errors import CheckpointError
 from gemq.pipeline import QuantizeConfig, run_directory
 
 # what may lie elsewhere by now: known by content, or the choice of this command line
 _MOVABLE = ("model", "output", "calibration", "router_text", "costs")
+
+# former names of options
+_RENAMED = {"stream": "keep", "scratch": "keep", "redo": "changed", "restart": "changed"}
 
 # which fields of the config an option decides
 _FIELDS = {
@@ -36,9 +40,14 @@ _FIELDS = {
     "perturbation": ("method.perturbation",), "damping": ("method.gptq.damping",),
     "tune_routers": ("method.tune",), "router_text": ("router_text",), "router_lr": ("method.router.learning_rate",),
     "router_epochs": ("method.router.epochs",), "estimate": ("method.estimate",),
-    "batch_size": ("method.batch_size",), "device": ("device",), "dtype": ("dtype",), "stream": ("keep",),
+    "batch_size": ("method.batch_size",), "device": ("device",), "dtype": ("dtype",), "keep": ("keep",),
     "trust_remote_code": ("trust_remote_code",), "tensor_bits": ("method.tensor_bits",), "costs": ("costs",),
 }
+
+
+def _may_differ(name: str, stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    # activations can be in memory one time and in files the next
+    return name in _MOVABLE or (name == "keep" and Keep.model not in (stored["keep"], wanted["keep"]))
 
 
 def _field(config: dict[str, Any], path: str) -> Any:
@@ -77,18 +86,19 @@ def resumed(folder: Path, given: QuantizeConfig, context: typer.Context) -> Quan
     model or a text that was moved is given by its new place; the engine compares contents.
     """
     config = stored_config(folder)
-    stored, wanted = asdict(config), asdict(given)
-    explicit = [n for n in context.params if context.get_parameter_source(n).name == "COMMANDLINE"]
-    if "redo" in explicit or "restart" in explicit:
-        raise CheckpointError("--resume takes the options of the run, so --redo and --restart have nothing to do")
+    stored, wanted = (asdict(c) for c in (config, given))
+    explicit = {_RENAMED.get(name, name) for name in context.params
+                if context.get_parameter_source(name).name == "COMMANDLINE"}
+    if "changed" in explicit:
+        raise CheckpointError("--resume takes the options of the run, so --changed has nothing to do")
     if config.trust_remote_code and not given.trust_remote_code:
         raise CheckpointError(
             f"the run in {folder} was begun with --trust-remote-code: give it again to run the model's code"
         )
     conflicts = [
         f"--{name.replace('_', '-')} ({_field(stored, path)} there, {_field(wanted, path)} here)"
-        for name in explicit for path in _FIELDS.get(name, ())
-        if name not in _MOVABLE and _field(stored, path) != _field(wanted, path)
+        for name, paths in _FIELDS.items() if name in explicit for path in paths
+        if not _may_differ(name, stored, wanted) and _field(stored, path) != _field(wanted, path)
     ]
     if conflicts:
         raise CheckpointError(f"{folder} was begun with other options: {', '.join(conflicts)}")

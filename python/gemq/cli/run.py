@@ -11,11 +11,11 @@ import warnings
 
 import typer
 
-from gemq import distributed
 from gemq.cli.app import app
 from gemq.cli.display import configure, errors
 from gemq.cli.plain import printable
 from gemq.errors import FailedElsewhereError, GemqError
+from gemq.launch import place_to_report
 
 # characters of an error message that are shown
 _LONGEST = 2000
@@ -25,18 +25,23 @@ def _fail(message: str) -> None:
     # a tensor or file name may hold codes that move a terminal's cursor, or a megabyte
     shown = printable(message, keep="")
     shown = shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
-    place = distributed.place_to_report()
+    place = place_to_report()
     who = f"rank {place.rank}: " if place.size > 1 and not shown.startswith("rank ") else ""
     errors().print(f"error: {who}{shown}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet_libraries() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    """Silence libraries: those that are not imported yet read the environment when they are."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # an unknown hub name is said once, by us, and not at every retry
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if "transformers" in sys.modules:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     # a model without shared experts may have one of no width
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
@@ -47,7 +52,7 @@ class _Notices(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record in one line."""
-        if distributed.place_to_report().rank == 0:
+        if place_to_report().rank == 0:
             text = printable(record.getMessage(), keep="")
             errors().print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
@@ -111,9 +116,9 @@ def _call(arguments: list[str]) -> int:
 
 def _out_of_memory(error: Exception) -> bool:
     """An allocation that failed, on the host or a GPU; torch has no class of its own for the host's."""
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, kinds):
         # gemq's own says what would fit already
         return not isinstance(error, GemqError)
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
@@ -123,7 +128,7 @@ def _report(error: Exception) -> int:
     usage = getattr(error, "format_message", None)
     if usage is not None:
         # typer's own errors, of a bad option or argument; empty where it has shown the help instead
-        text = " ".join(usage().split())
+        text = " ".join(usage().split()).replace(": Value error, ", ": ")
         if text:
             _fail(text)
         return 2

@@ -159,7 +159,7 @@ def settings(
     known = [name for name, c in commands.items() if any(p.name == "config_file" for p in c.params)]
     if command not in known:
         raise typer.BadParameter(f"settings files are for {', '.join(known)}, got {command!r}")
-    options = _options(commands[command])
+    options = {name: p for name, p in _options(commands[command]).items() if not getattr(p, "hidden", False)}
     if not example:
         print("\n".join(options))
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemq.cli import display, options
+from gemq.cli import display
 
 
 def tune(
@@ -26,6 +26,7 @@ def tune(
 
     [dim]gemq tune --shape mixtral-8x7b[/dim]
     """
+    from gemq.cli import options
     from gemq.ops import tuning
 
     shapes = [tuning.parse_shape(text) for text in shape] if shape else list(tuning.PRESETS.values())

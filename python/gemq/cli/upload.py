@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from gemq import hub
 from gemq.cli import display
 from gemq.cli.interchange import say_left_out
 from gemq.errors import CheckpointError
@@ -22,6 +21,8 @@ def upload(
 
     [dim]gemq upload out/2.5 me/mixtral-2.5[/dim]
     """
+    from gemq import hub
+
     if not checkpoint.is_dir():
         raise CheckpointError(f"there is no folder {str(checkpoint)!r} to upload")
     hub.check_repo(repo)

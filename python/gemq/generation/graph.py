@@ -36,4 +36,3 @@ class GraphedStep:
 
     def __call__(self) -> None:
         self.graph.replay()
-

@@ -79,4 +79,3 @@ def descend_codes(products: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor
 def _compiled_for(tensor: Tensor) -> bool:
     """Return True if the extension runs on the tensor's device; elsewhere the reference does."""
     return tensor.device.type == "cpu" or (tensor.is_cuda and core().cuda_built())
-

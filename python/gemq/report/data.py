@@ -100,8 +100,8 @@ def load(
     """Read checkpoints, which are folders or hub names, and folders whose subfolders are checkpoints (as several
     budgets and the demo leave them).
 
-    ``scores`` are files of ``gemq eval -o json`` or ``-o jsonl``; ``source`` is the folder of the original model, whose
-    routers are compared. Raises :class:`CheckpointError` naming the folder or file that cannot be used.
+    ``scores`` are files of ``gemq eval --format json`` or ``jsonl``; ``source`` is the folder of the original model,
+    whose routers are compared. Raises :class:`CheckpointError` naming the folder or file that cannot be used.
     """
     found, table = [], []
     for given in folders:
@@ -243,7 +243,7 @@ def _scores(file: Path) -> list[Score]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{file} does not hold records of gemq eval -o json ({error})") from None
+        raise CheckpointError(f"{file} does not hold records of gemq eval --format json ({error})") from None
 
 
 def _share_out(found: list[Checkpoint], extra: list[Score]) -> tuple[list[Checkpoint], list[Score]]:
