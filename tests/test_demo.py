@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from gemq.cli.run import run
 from gemq.demo.run import ASSETS, DemoConfig, run_demo
-from gemq.pipeline import load_tokenizer
+from gemq.loading import load_tokenizer
 from gemq.summary import summarize
 
 
@@ -38,6 +39,16 @@ def test_sizes_are_what_the_bits_say(result) -> None:
         assert summary.tensor_bytes == pytest.approx(row.bytes, rel=1e-6)
         assert summary.file_bytes == pytest.approx(row.bytes, rel=0.02)
         assert summary.expert_bits <= budget
+
+
+def test_the_last_row_is_what_the_plain_command_gives(result, tmp_path) -> None:
+    """README's table is of the defaults: the demo's checkpoints are those of the command, to the byte."""
+    arguments = ["quantize", str(ASSETS / "model"), "-o", str(tmp_path / "out"), "--bits", "2,1.5", "--samples", "16",
+                 "--length", "256", "--calibration", str(ASSETS / "text" / "calibration.txt")]
+    assert run([*arguments, "-q"]) == 0
+    for budget, folder in result.checkpoints.items():
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / "out" / f"{budget:g}" / name).read_bytes() == (folder / name).read_bytes(), (budget, name)
 
 
 def test_picture_and_text_are_there(result) -> None:

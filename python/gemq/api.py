@@ -67,7 +67,7 @@ def preview(
 
 
 def allocate(
-    costs: str | os.PathLike, bits: float | str | Sequence[float] = 2.5, *, constraints: str = "c2c3",
+    costs: str | os.PathLike, bits: float | str | Sequence[float] = 2.5, *, constraints: str = "none",
     shared_bits: str | int | None = "auto", accounting: str = "exact", granularity: str = "auto",
     solver: str = "auto",
 ) -> Allocation | list[Allocation]:

@@ -23,17 +23,16 @@ DEFAULT_BITS = 2.5
 
 # what a recipe may set, as it is without one
 DEFAULTS: dict[str, Any] = {
-    "perturbation": "gptq", "constraints": "c2c3", "samples": 128, "estimate": "tuned", "tune_routers": True,
+    "perturbation": "gptq", "constraints": "none", "samples": 128, "estimate": "tuned", "tune_routers": True,
     "accounting": "exact", "granularity": "auto",
 }
 RECIPES: dict[Recipe, dict[str, Any]] = {
     Recipe.default: {"perturbation": "gptq"},
-    # the per-layer constraints cost more than they bring where experts are few (docs/findings.md)
-    Recipe.best: {"perturbation": "gptq", "constraints": "none", "samples": 256},
+    Recipe.best: {"perturbation": "gptq", "samples": 256},
     # the authors' scripts; besides these, GPTQ propagates no errors inside a group at 3 bits and below
     Recipe.paper: {"perturbation": "rtn", "constraints": "c2c3", "accounting": "paper", "granularity": "expert"},
     # one measurement by rounding on a quarter of the text, for all budgets, and no tuning
-    Recipe.fast: {"perturbation": "rtn", "constraints": "none", "samples": 32, "estimate": "fp",
+    Recipe.fast: {"perturbation": "rtn", "samples": 32, "estimate": "fp",
                   "tune_routers": False},
 }
 

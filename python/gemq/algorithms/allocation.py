@@ -152,7 +152,7 @@ def _minimum_bits(costs: Costs, per_layer: str, shared_units: float) -> float:
 
 
 def feasible_range(
-    costs: Costs, *, per_layer: str = "c2c3", fixed_shared_bits: int | None = None, accounting: str = "exact"
+    costs: Costs, *, per_layer: str = "none", fixed_shared_bits: int | None = None, accounting: str = "exact"
 ) -> tuple[float, float]:
     """The ``(lowest, highest)`` budget in bits per expert that :func:`solve` accepts with these options.
 
@@ -179,7 +179,7 @@ def solve(
     costs: Costs,
     budget: float,
     *,
-    per_layer: str = "c2c3",
+    per_layer: str = "none",
     max_gap: float = 1e-4,
     time_limit: float = 60.0,
     solver: str = "auto",

@@ -85,11 +85,11 @@ def pmq(
     coefficients = _pmq_costs(frequency, weight, loss, (alpha, beta, gamma))
     num_layers, num_experts, _ = coefficients.shape
     layers = [Costs(tuple(candidates), coefficients[i : i + 1], (i,)) for i in range(num_layers)]
-    low, high = feasible_range(layers[0])
+    low, high = feasible_range(layers[0], per_layer="c2c3")
     if not low - BUDGET_SLACK <= budget <= high:
         raise ValueError(f"budget must be in {low:.6g}..{high:.6g} bits per expert for these candidates, got {budget}")
     per_layer = math.floor(budget * num_experts + BUDGET_SLACK) / num_experts
-    parts = [solve(layer, per_layer, solver=solver) for layer in layers]
+    parts = [solve(layer, per_layer, per_layer="c2c3", solver=solver) for layer in layers]
     return joined(parts, budget, time.monotonic() - start)
 
 

@@ -20,7 +20,7 @@ from gemq.models import MoeModel
 from gemq.widths import Widths
 
 METHODS = ("gemq", "pmq", "uniform", "global-pmq", "two-step", "fisher")
-# their budget covers routed experts alone; shared ones have shared_bits, or the widest candidate
+# they choose no width for shared experts: those have shared_bits, or the widest candidate, as PMQ gives them
 ROUTED_ONLY = ("pmq", "global-pmq", "two-step")
 ROUTER_METHODS = ("loss", "alignment")
 ESTIMATES = ("fp", "quantized", "tuned")
@@ -60,7 +60,7 @@ class MethodConfig:
     method: str = "gemq"
     candidates: tuple[int, ...] = (1, 2, 3)
     granularity: str = "auto"
-    per_layer: str = "c2c3"
+    per_layer: str = "none"
     attention_bits: int = 4
     dense_bits: int = 4
     shared_bits: int | None = None
@@ -139,7 +139,7 @@ def widths_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> Wi
     if moe.moe[0].shared is not None:
         fixed = config.shared_bits
         if fixed is None and allocation.shared_bits is None:
-            # the baselines do not allocate shared experts: they get the widest candidate, as PMQ gives them
+            # an allocation decided elsewhere that says nothing of them
             fixed = max(config.candidates)
         shared = {
             index: int(allocation.shared_bits[row]) if fixed is None else fixed for row, index in enumerate(indices)
@@ -176,17 +176,13 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
     if config.given is not None:
         return config.given.fit(moe, budget, config.shared_bits if moe.moe[0].shared is not None else None)
     if config.method == "uniform":
-        return uniform(len(moe.moe), moe.num_experts, budget)
+        found = uniform(len(moe.moe), moe.num_experts, budget)
+        return _with_shared(moe, found, budget, config, np.maximum(found.bits[:, 0], 1))
     if statistics is None:
         raise ValueError(f"method {config.method!r} needs statistics")
-    if config.method == "pmq":
-        sums = (statistics.frequency, statistics.weight, statistics.error)
-        return distributed.on_first(lambda: pmq(*sums, config.candidates, budget))
-    if config.method == "global-pmq":
-        sums = (statistics.frequency, statistics.weight, statistics.error)
-        return distributed.on_first(lambda: global_pmq(*sums, config.candidates, budget, per_layer=config.per_layer))
-    if config.method == "two-step":
-        return distributed.on_first(lambda: two_step(statistics.costs, budget, per_layer=config.per_layer))
+    if config.method in ROUTED_ONLY:
+        found = distributed.on_first(lambda: _routed(statistics, routed_budget(moe, budget, config), config))
+        return _with_shared(moe, found, budget, config, np.full(len(moe.moe), max(config.candidates)))
     has_shared = moe.moe[0].shared is not None
     fixed = config.shared_bits if has_shared else None
     options = {
@@ -194,6 +190,35 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
         "granularity": config.granularity,
     }
     return distributed.on_first(lambda: solve(statistics.costs, budget, **options))
+
+
+def routed_budget(moe: MoeModel, budget: float, config: MethodConfig) -> float:
+    """Bits per routed expert that a method of :data:`ROUTED_ONLY` may spend, so that ``budget`` is the mean of all
+    experts, shared ones included; with ``shared_bits`` given it is of the routed ones."""
+    shared = moe.shared_multiple
+    if not shared or config.shared_bits is not None:
+        return budget
+    return (budget * (moe.num_experts + shared) - shared * max(config.candidates)) / moe.num_experts
+
+
+def _routed(statistics: ExpertStatistics, budget: float, config: MethodConfig) -> Allocation:
+    """Widths of routed experts by a method that chooses no others."""
+    if config.method == "two-step":
+        return two_step(statistics.costs, budget, per_layer=config.per_layer)
+    sums = (statistics.frequency, statistics.weight, statistics.error)
+    if config.method == "pmq":
+        return pmq(*sums, config.candidates, budget)
+    return global_pmq(*sums, config.candidates, budget, per_layer=config.per_layer)
+
+
+def _with_shared(
+    moe: MoeModel, allocation: Allocation, budget: float, config: MethodConfig, widths: np.ndarray
+) -> Allocation:
+    """Add the ``widths [L]`` of shared experts, counted in the budget, where the model has some and the method is to
+    choose."""
+    if not moe.shared_multiple or config.shared_bits is not None:
+        return allocation
+    return replace(allocation, shared_bits=widths, shared_multiple=moe.shared_multiple, budget=float(budget))
 
 
 def must_measure(config: MethodConfig, step: int, statistics: ExpertStatistics | None) -> bool:

@@ -58,7 +58,7 @@ def two_step(costs: Costs, budget: float, *, per_layer: str = "none", solver: st
     """Divide ``budget`` bits per expert over the layers, then each layer's share over its experts.
 
     ``costs`` and ``per_layer`` are those of :func:`gemq.algorithms.allocation.solve`. Shared experts have no place in
-    a layer's curve: their width is not chosen, and the budget covers the routed experts, as in PMQ.
+    a layer's curve: their width is not chosen, and ``budget`` is that of the routed experts, as in PMQ.
 
     Raises ``ValueError`` for a budget outside :func:`gemq.algorithms.allocation.feasible_range`.
     """

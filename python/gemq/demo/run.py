@@ -98,7 +98,7 @@ class _Demo:
 
     def measure(self, perturbation: str) -> ExpertStatistics:
         return measure_importance(
-            self.source, self.windows, (1, 2, 3), perturbation=Perturbation(perturbation), batch_size=8, matrices=True,
+            self.source, self.windows, (1, 2, 3), perturbation=Perturbation(perturbation), matrices=True,
             progress=lambda d, t: self.progress(f"measure experts ({perturbation})", d, t),
         )
 
@@ -143,7 +143,7 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
     demo = _Demo(config, progress)
     statistics = demo.full_precision()
     # With 8 experts a layer the paper's constraints take 1.375 bits of every budget: one row shows what that costs.
-    base = MethodConfig(budgets=config.budgets, batch_size=8, tune=False, per_layer="none")
+    base = MethodConfig(budgets=config.budgets, tune=False)
     demo.run_method("uniform", replace(base, method="uniform"), statistics)
     demo.run_method("PMQ", replace(base, method="pmq", estimate="fp"), statistics)
     constrained = replace(base, granularity="expert", per_layer="c2c3", perturbation="rtn", estimate="quantized")

@@ -7,9 +7,8 @@ import math
 import numpy as np
 
 from gemq.algorithms.allocation import BUDGET_SLACK, PER_LAYER, feasible_range, total_bits
-from gemq.algorithms.baselines import uniform
 from gemq.algorithms.costs import Costs
-from gemq.algorithms.method import ROUTED_ONLY, MethodConfig, allocate, overridden
+from gemq.algorithms.method import ROUTED_ONLY, MethodConfig, allocate, overridden, routed_budget
 from gemq.algorithms.tensor_bits import resolve
 from gemq.models import MoeModel
 from gemq.packed_config import PackedConfig
@@ -30,8 +29,13 @@ def budget_range(moe: MoeModel, method: MethodConfig) -> tuple[float, float]:
     if not method.measures:
         return 0.0, 8.0
     costs = _empty_costs(moe, method)
-    if method.method == "pmq":
-        return feasible_range(costs)
+    if method.method in ROUTED_ONLY:
+        kept = "c2c3" if method.method == "pmq" else method.per_layer
+        low, high = feasible_range(costs, per_layer=kept)
+        # the budget at which routed experts get these
+        set_aside = routed_budget(moe, 0.0, method)
+        per_bit = routed_budget(moe, 1.0, method) - set_aside
+        return (low - set_aside) / per_bit, (high - set_aside) / per_bit
     fixed = method.shared_bits if costs.shared_multiple else None
     return feasible_range(
         costs, per_layer=method.per_layer, fixed_shared_bits=fixed, accounting=method.accounting
@@ -71,6 +75,8 @@ def _program_bits(moe: MoeModel, method: MethodConfig, budget: float, shared: in
     least = moe.num_experts * narrowest + sum(method.candidates[-back] - narrowest for back in kept)
     most = moe.num_experts * widest - sum(widest - method.candidates[-back] for back in kept)
     variable = bool(costs.shared_multiple) and method.shared_bits is None
+    if method.method in ROUTED_ONLY:
+        budget = routed_budget(moe, budget, method)
     total = total_bits(budget, costs, count_shared=variable, accounting=method.accounting)
     if variable:
         units = layers * (moe.shared_multiple if method.accounting == "exact" else 1)
@@ -88,16 +94,15 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
     the published allocations chose, and an estimate.
     """
     check_budgets(moe, method)
-    if method.given is not None:
+    if not method.measures:
         _, widths = overridden(moe, allocate(moe, None, budget, method), method)
         return PackedConfig(widths, method.gptq.group_size)
     layers, widest = [layer.index for layer in moe.moe], max(method.candidates)
     count = moe.num_experts
     shared = widest if method.shared_bits is None else method.shared_bits
-    if method.method == "uniform":
-        rows = uniform(len(layers), count, budget).bits.tolist()
-    elif method.method == "pmq":
-        rows = [_spread(int(budget * count + BUDGET_SLACK), count, method.candidates)] * len(layers)
+    if method.method == "pmq":
+        each = int(routed_budget(moe, budget, method) * count + BUDGET_SLACK)
+        rows = [_spread(each, count, method.candidates)] * len(layers)
     else:
         total, shared = _program_bits(moe, method, budget, shared)
         # dealt out like cards, so that layers are alike
