@@ -48,7 +48,8 @@ def test_the_last_row_is_what_the_plain_command_gives(result, tmp_path) -> None:
     assert run([*arguments, "-q"]) == 0
     for budget, folder in result.checkpoints.items():
         for name in ("model.safetensors", "config.json"):
-            assert (tmp_path / "out" / f"{budget:g}" / name).read_bytes() == (folder / name).read_bytes(), (budget, name)
+            made = tmp_path / "out" / f"{budget:g}" / name
+            assert made.read_bytes() == (folder / name).read_bytes(), (budget, name)
 
 
 def test_picture_and_text_are_there(result) -> None:

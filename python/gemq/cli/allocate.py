@@ -25,7 +25,7 @@ Bits = Annotated[str, typer.Option("--bits", "-b", help="Bits per expert; severa
 def allocate(
     costs: Annotated[Path, typer.Argument(help="gemq_costs.json, or the checkpoint folder that holds it.")],
     bits: Bits = "2.5",
-    constraints: Annotated[Constraints, typer.Option(help=_CONSTRAINTS)] = Constraints.c2c3,
+    constraints: Annotated[Constraints, typer.Option(help=_CONSTRAINTS)] = Constraints.none,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto or 1..8.")] = "auto",
     accounting: Annotated[Accounting, typer.Option(help=_ACCOUNTING)] = Accounting.exact,
     granularity: Annotated[Granularity, typer.Option(help=_GRANULARITY)] = Granularity.auto,

@@ -27,7 +27,7 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where it would be written.")] = Path("."),
     method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
     candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8.")] = "1,2,3",
-    constraints: Annotated[Constraints, typer.Option(help="Experts that every layer must have.")] = Constraints.c2c3,
+    constraints: Annotated[Constraints, typer.Option(help="Experts that every layer must have.")] = Constraints.none,
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 2048,
     attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is.")] = 4,

@@ -50,7 +50,7 @@ def quantize(
     method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
     candidates: Annotated[str, typer.Option(help="Widths an expert may take, of 0..8 (paper: Table 18).")] = "1,2,3",
     granularity: Annotated[Granularity, typer.Option(help=_GRANULARITY)] = Granularity.auto,
-    constraints: Annotated[Constraints, typer.Option(help=_CONSTRAINTS)] = Constraints.c2c3,
+    constraints: Annotated[Constraints, typer.Option(help=_CONSTRAINTS)] = Constraints.none,
     calibration: Annotated[str, typer.Option(
         metavar="TEXT", help="wikitext2, c4, file.txt, file.jsonl#field, or a mixture.")] = "wikitext2",
     samples: Annotated[int, typer.Option(metavar="N", help="Calibration windows.", min=1)] = 128,
