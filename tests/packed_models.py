@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from tiny_models import random_windows, tiny_model
@@ -33,8 +35,14 @@ class Quantized:
 
 
 def quantized(family: str, budget: float = 2.0, layers: int = 2, experts: int = 4, **method) -> Quantized:
-    """A tiny model of ``family`` after the whole method at ``budget`` bits per expert."""
-    return quantized_model(tiny_model(family, layers=layers, experts=experts), budget, **method)
+    """A tiny model of ``family`` after the whole method at ``budget`` bits per expert; the models are the caller's."""
+    made = _quantized(family, budget, layers, experts, tuple(sorted(method.items())))
+    return replace(made, dense=copy.deepcopy(made.dense), packed=copy.deepcopy(made.packed))
+
+
+@functools.cache
+def _quantized(family: str, budget: float, layers: int, experts: int, method: tuple) -> Quantized:
+    return quantized_model(tiny_model(family, layers=layers, experts=experts), budget, **dict(method))
 
 
 def quantized_model(model: torch.nn.Module, budget: float = 2.0, **method) -> Quantized:

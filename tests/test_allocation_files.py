@@ -247,7 +247,7 @@ def test_quantize_by_a_file(tmp_path, model_folder, text_file, capsys):
     target = tmp_path / "out"
     assert run(["quantize", str(model_folder), "-o", str(target), "--allocation", str(path), *options]) == 0
     packed = load_packed_config(target)
-    assert packed.expert_bits == {0: [2, 3, 1, 2], 1: [1, 3, 2, 2]}
+    assert packed.widths.experts == {0: [2, 3, 1, 2], 1: [1, 3, 2, 2]}
     assert (packed.method, packed.budget) == ("given", 2.0)
     report = json.loads((target / "gemq_report.json").read_text())
     assert report["solver"] == "file" and report["options"]["method"]["given"]["source"] == str(path)
@@ -283,7 +283,7 @@ def test_a_plan_has_the_given_widths(mixtral, deepseek):
 
     given = GivenAllocation("f", rows(DEEPSEEK), (1, 2))
     planned = planned_widths(deepseek, MethodConfig(budgets=(8,), given=given), 8)
-    assert planned.expert_bits == {1: [1, 3, 2, 1], 2: [2, 3, 1, 1]} and planned.shared_bits == {1: 3, 2: 2}
+    assert planned.widths.experts == {1: [1, 3, 2, 1], 2: [2, 3, 1, 1]} and planned.widths.shared == {1: 3, 2: 2}
     with pytest.raises(ValueError, match="f allocates layers 1, 2"):
         check_budgets(mixtral, MethodConfig(budgets=(8,), given=given))
 

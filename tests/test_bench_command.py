@@ -105,7 +105,7 @@ def packed(configs, family, bits=2.5, dtype=torch.float32, attention=4):
 @pytest.mark.parametrize("attention", [4, 16])
 def test_random_models_run(configs, family, attention):
     model, plan = packed(configs, family, attention=attention)
-    assert plan.bits_per_expert == 2.5
+    assert plan.widths.bits_per_expert == 2.5
     # what a checkpoint of these widths holds, nothing on the meta device, finite logits of some spread
     assert not [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     logits = model(random_windows(2, 12)).logits

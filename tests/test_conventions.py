@@ -343,7 +343,7 @@ def test_recipes_set_what_is_not_given(gemq_run, told, tmp_path):
     file = write(tmp_path / "s.yaml", {"recipe": "fast", "constraints": "c2c3"})
     assert gemq_run(*base, "--config", file)[0] == 0
     default, best, paper, fast, explicit, mixed = told
-    assert (default.samples, default.method.per_layer, default.method.perturbation) == (128, "c2c3", "gptq")
+    assert (default.samples, default.method.per_layer, default.method.perturbation) == (128, "none", "gptq")
     assert (best.samples, best.method.per_layer, best.method.perturbation) == (256, "none", "gptq")
     assert (paper.samples, paper.method.perturbation, paper.method.gptq.propagate_from) == (128, "rtn", 4)
     assert (fast.samples, fast.method.estimate, fast.method.tune) == (32, "fp", False)

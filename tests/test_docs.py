@@ -74,7 +74,7 @@ def test_the_table_of_recipes_is_the_codes() -> None:
     row = r"\| `(\w+)` \| (\w+) \| (\w+) \| ([^|]+) \| ([^|]+) \| (\d+) \| ([^|]+) \| ([^|]+) \| (\w+) \|"
     rows = re.findall(row, (DOCS / "command-line.md").read_text())
     assert [name for name, *_ in rows] == [recipe.value for recipe in Recipe]
-    defaults = {"perturbation": "gptq", "constraints": "c2c3", "samples": 128, "estimate": "tuned",
+    defaults = {"perturbation": "gptq", "constraints": "none", "samples": 128, "estimate": "tuned",
                 "tune_routers": True, "accounting": "exact", "granularity": "auto"}
     words = {"tuned": "the tuned model", "fp": "the original, once", "exact": "exactly",
              "paper": "as the paper has them", "auto": "a matrix", "expert": "an expert"}

@@ -183,7 +183,7 @@ def test_from_costs_to_an_allocation_to_a_checkpoint(tmp_path, model_folder, tex
     capsys.readouterr()
     assert run(["inspect", str(once)]) == 0
     shown = capsys.readouterr().out
-    assert "gate, up" in shown and "down" in shown and f"{config.bits_per_expert:.3f} bits" in shown
+    assert "gate, up" in shown and "down" in shown and f"{config.widths.bits_per_expert:.3f} bits" in shown
     assert run([*solve_again, "--granularity", "expert", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["down_bits"] is None
     record["down_bits"] = {"0": [2, 2, 2, 2]}
@@ -197,6 +197,6 @@ def test_the_papers_recipe_gives_experts_one_width(tmp_path, model_folder, text_
     options = ["--calibration", str(text_file), "--samples", "6", "--length", "24", "--no-tune-routers", "-q"]
     target = tmp_path / "out"
     assert run(["quantize", str(model_folder), "-o", str(target), "--bits", "2.25", "--recipe", "paper", *options]) == 0
-    assert load_packed_config(target).down_bits == {}
+    assert load_packed_config(target).widths.down == {}
     assert Costs.load(target / "gemq_costs.json").matrices is None
     assert run(["allocate", str(target), "--bits", "2.25", "--granularity", "matrix"]) == 2

@@ -88,7 +88,7 @@ def test_every_drawing_has_a_title_a_description_and_a_table(made):
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     drawings = page.all("svg")
-    maps = sum(2 if load_packed_config(made / path).down_bits else 1 for path in ("2.5", "2"))
+    maps = sum(2 if load_packed_config(made / path).widths.down else 1 for path in ("2.5", "2"))
     assert len(drawings) == 1 + 2 * 6 + maps
     for drawing in drawings:
         assert drawing["role"] == "img" and set(drawing["aria-labelledby"].split()) <= set(ids)
@@ -172,7 +172,7 @@ def test_the_command_writes_the_page_and_pictures(made, tmp_path, capsys):
     assert written[0] == str(page) and Page(page.read_text()).all("svg")
     names = {p.name for p in pictures.iterdir()}
     kinds = {"importance", "routers", "times"}
-    apart = {n: bool(load_packed_config(made / n).down_bits) for n in ("2", "2.5")}
+    apart = {n: bool(load_packed_config(made / n).widths.down) for n in ("2", "2.5")}
     maps = {n: {"bits-gate-up", "bits-down"} if two else {"bits"} for n, two in apart.items()}
     assert names == {"pareto.png"} | {f"{n}-{k}.png" for n, own in maps.items() for k in kinds | own}
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 3000 for p in pictures.iterdir())

@@ -145,7 +145,7 @@ def test_no_shared_experts(family, tmp_path, tokenizer, quick):
     agrees(folder)
     out = tmp_path / "out"
     assert run(["quantize", str(folder), "-o", str(out), "--bits", "2", *quick, "-q"]) == 0
-    assert not gemq.checkpoint.load_packed_config(out).shared_bits
+    assert not gemq.checkpoint.load_packed_config(out).widths.shared
     model = gemq.from_pretrained(out)
     ids = random_windows(1, 6, 1)
     tokens = gemq.generate(model, ids[0], max_new_tokens=6, ignore_eos=True).tokens

@@ -68,8 +68,8 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
         ), (("PMQ", "uniform"), ("GEMQ", "PMQ"), ("GEMQ", "uniform"), ("GEMQ, paper's options", "PMQ"),
             ("GEMQ", "GEMQ, paper's options"))),
         Table("1s", "The same with every method's shared experts at 3 bits, beside the budget", (
-            ("FP", FP), ("FP, routers tuned", FP_TUNED), ("uniform", at(UNIFORM)), ("PMQ", at(PMQ)),
-            ("GEMQ, no tuning", at(GEMQ, shared_bits=3)), ("GEMQ", at(TUNED, shared_bits=3)),
+            ("FP", FP), ("FP, routers tuned", FP_TUNED), ("uniform", at(UNIFORM, shared_bits=3)),
+            ("PMQ", at(PMQ, shared_bits=3)), ("GEMQ, no tuning", at(GEMQ, shared_bits=3)), ("GEMQ", at(TUNED, shared_bits=3)),
         ), (("GEMQ", "PMQ"), ("GEMQ", "uniform"))),
         # outliers cannot be refined, so all are compared by GPTQ alone
         Table("2", "Stand-ins for SpQR, MoEQuant and EAQuant at equal bits per expert", (
@@ -97,6 +97,9 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
         Table("17", "Constraints per layer, one width an expert",
               _rows(EXPERTS, low, per_layer=("none", "c2", "c3", "c2c3")), (("c2c3", "none"),),
               varied="at least one expert a layer at"),
+        Table("17m", "Constraints per layer, gate and up apart from down", (
+            ("FP", FP), *_rows(GEMQ, budgets, per_layer=("none", "c2c3")),
+        ), (("none", "c2c3"),), varied="at least one expert a layer at"),
         Table("18", "Candidate widths of an expert, and what is minimised", (
             *((",".join(map(str, c)), at(EXPERTS, low, candidates=c)) for c in
               ((1, 2, 3), (0, 1, 2, 3), (1, 2, 3, 4), (0, 1, 2, 3, 4), (1, 2, 4))),
@@ -138,5 +141,5 @@ def build(calibrations: list[str], budgets: tuple[float, ...], low: tuple[float,
 
 
 # of them, what is most worth its time, in this order
-PRIORITY = ("1", "1s", "21", "5", "17", "18", "eq6", "routes", "maps", "importance", "6", "2", "3", "15", "20", "19",
+PRIORITY = ("1", "1s", "21", "5", "17", "17m", "18", "eq6", "routes", "maps", "importance", "6", "2", "3", "15", "20", "19",
             "16", "tuning")

@@ -15,7 +15,7 @@ from torch import Tensor
 from gemq.algorithms.gptq import GptqReport
 from gemq.algorithms.matrices import QuantizedWeights
 from gemq.engine.source import Source
-from gemq.engine.stored_experts import PackedStack
+from gemq.engine.stored_experts import PackedProjection
 from gemq.models import MoeModel
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.experts import PROJECTIONS
@@ -86,7 +86,7 @@ def lay_over(record: LayerRecord, source: Source, index: int) -> None:
             source.put(f"{path}.weight", _linear(module, source.dtype).to(source.device))
         else:
             source.experts[index] = tuple(
-                PackedStack(module, name, source.dtype, source.device) for name in PROJECTIONS
+                PackedProjection(module, name, source.dtype, source.device) for name in PROJECTIONS
             )
 
 

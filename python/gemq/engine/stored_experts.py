@@ -28,7 +28,7 @@ class StoredStack:
         return self._weight[which].to(self._dtype)
 
 
-class PackedStack:
+class PackedProjection:
     """A projection of packed experts in canonical layout; an index gives one dequantized, on ``device``."""
 
     def __init__(self, module: LowBitExperts, name: str, dtype: torch.dtype, device: torch.device):
@@ -50,7 +50,7 @@ class PackedStack:
         return dequantize_codes(codes.to(self._device), meta.to(self._device), self._dtype)
 
 
-Stack = StoredStack | PackedStack
+Stack = StoredStack | PackedProjection
 
 
 class _Grouped(torch.autograd.Function):
