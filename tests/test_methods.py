@@ -17,8 +17,9 @@ from gemq.algorithms.costs import Costs
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
+from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.matrices import quantize_experts
-from gemq.algorithms.method import MethodConfig
+from gemq.algorithms.method import METHODS, MethodConfig, allocate, overridden
 from gemq.algorithms.perturbation import Perturbation
 from gemq.algorithms.router_alignment import aligned, routing_divergence
 from gemq.algorithms.router_tuning import RouterTuningConfig
@@ -29,6 +30,8 @@ from gemq.format import default_group_size
 from gemq.integrity import WEIGHTS_FILE
 from gemq.models import describe
 from gemq.pipeline import QuantizeConfig, quantize
+from gemq.planning import planned_widths
+from gemq.planning.widths import budget_range
 from gemq.reference.grid import dequantize_codes, round_to_nearest
 
 RTN = Perturbation("rtn")
@@ -151,6 +154,41 @@ def test_methods_run_within_their_budget(method: str, family: str) -> None:
         assert 0 < stage.allocation.bits_per_expert <= stage.budget + 1e-9
         assert stage.widths.experts == {layer.index: list(row) for layer, row in
                                       zip(source.moe.moe, stage.allocation.bits.tolist(), strict=True)}
+
+
+def random_statistics(moe) -> ExpertStatistics:
+    rng, shape = np.random.default_rng(0), (len(moe.moe), moe.num_experts)
+    falling = np.array([9.0, 3.0, 1.0])
+    shared = rng.random((len(moe.moe), 1)) * falling if moe.shared_multiple else None
+    layers = tuple(layer.index for layer in moe.moe)
+    costs = Costs((1, 2, 3), rng.random((*shape, 1)) * falling, layers, shared, moe.shared_multiple)
+    return ExpertStatistics(costs, rng.random(shape), rng.random(shape), rng.random((*shape, 1)) * falling)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "glm4_moe", "qwen2_moe"])
+def test_a_budget_is_the_mean_of_all_experts_whatever_the_method(method: str, family: str) -> None:
+    moe = describe(tiny_model(family))
+    statistics, multiple = random_statistics(moe), moe.shared_multiple
+    config = MethodConfig(method=method)
+    low, high = (2.0, 2.0) if method == "uniform" else budget_range(moe, config)
+    for budget in np.linspace(low, high, 4):
+        found, widths = overridden(moe, allocate(moe, statistics, budget, config), config)
+        bits = sum(sum(row) for layer in widths.experts for row in widths.of_experts(layer)) / 2
+        bits += multiple * sum(widths.shared.values())
+        units = len(moe.moe) * (moe.num_experts + multiple)
+        assert bits / units == pytest.approx(found.bits_per_expert) and found.bits_per_expert <= budget + 1e-9
+        assert found.budget == pytest.approx(budget)
+        planned = planned_widths(moe, config, budget).widths
+        # a width that the program chooses for shared experts is an estimate before
+        if not multiple or method not in ("gemq", "fisher"):
+            assert sum(map(sum, planned.experts.values())) == sum(map(sum, widths.experts.values()))
+    # what is fixed by hand is beside the budget
+    if multiple:
+        config = replace(config, shared_bits=4)
+        found, widths = overridden(moe, allocate(moe, statistics, 2.0, config), config)
+        assert set(widths.shared.values()) == {4} and found.bits_per_expert <= 2.0
+        assert np.mean([np.mean(row) for row in widths.experts.values()]) == pytest.approx(2.0, abs=0.3)
 
 
 # --- routers ---

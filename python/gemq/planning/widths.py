@@ -67,20 +67,26 @@ def _spread(total: int, count: int, candidates: tuple[int, ...]) -> list[int]:
     return found
 
 
+def _bounds(moe: MoeModel, method: MethodConfig, per_layer: str) -> tuple[int, int]:
+    """The fewest and the most bits that the routed experts of a layer take together."""
+    kept = PER_LAYER[per_layer] if len(method.candidates) > 1 else ()
+    narrowest, widest = method.candidates[0], method.candidates[-1]
+    least = moe.num_experts * narrowest + sum(method.candidates[-back] - narrowest for back in kept)
+    return least, moe.num_experts * widest - sum(widest - method.candidates[-back] for back in kept)
+
+
 def _program_bits(moe: MoeModel, method: MethodConfig, budget: float, shared: int) -> tuple[int, int]:
     """``(bits of all routed experts together, width of the shared ones)`` that Eq. 7 comes to."""
     costs, layers = _empty_costs(moe, method), len(moe.moe)
-    kept = PER_LAYER[method.per_layer] if len(method.candidates) > 1 else ()
-    narrowest, widest = method.candidates[0], method.candidates[-1]
-    least = moe.num_experts * narrowest + sum(method.candidates[-back] - narrowest for back in kept)
-    most = moe.num_experts * widest - sum(widest - method.candidates[-back] for back in kept)
+    least, most = _bounds(moe, method, method.per_layer)
     variable = bool(costs.shared_multiple) and method.shared_bits is None
     if method.method in ROUTED_ONLY:
         budget = routed_budget(moe, budget, method)
     total = total_bits(budget, costs, count_shared=variable, accounting=method.accounting)
     if variable:
         units = layers * (moe.shared_multiple if method.accounting == "exact" else 1)
-        shared = max((b for b in method.candidates if total - b * units >= least * layers), default=narrowest)
+        fitting = [b for b in method.candidates if total - b * units >= least * layers]
+        shared = max(fitting, default=method.candidates[0])
         total -= shared * units
     return min(math.floor(total + BUDGET_SLACK), most * layers), shared
 
@@ -101,7 +107,8 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
     count = moe.num_experts
     shared = widest if method.shared_bits is None else method.shared_bits
     if method.method == "pmq":
-        each = int(routed_budget(moe, budget, method) * count + BUDGET_SLACK)
+        _, most = _bounds(moe, method, "c2c3")
+        each = min(int(routed_budget(moe, budget, method) * count + BUDGET_SLACK), most)
         rows = [_spread(each, count, method.candidates)] * len(layers)
     else:
         total, shared = _program_bits(moe, method, budget, shared)
