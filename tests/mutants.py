@@ -121,7 +121,7 @@ MUTANTS = (
            "parts = [costs.matrices[:, :, which].reshape(", "parts = [costs.matrices[:, :, 0].reshape(",
            ("tests/test_granularity.py",)),
     Mutant("coefficients: down alone behind quantized gate and up", "python/gemq/engine/layer_importance.py",
-           "inner.expand_as(given) if part == DOWN else given", "given", ("tests/test_engine.py",)),
+           "inner.expand_as(given) if part == DOWN else given", "given", IMPORTANCE),
     Mutant("a packed layer: down with the widths of gate and up", "python/gemq/nn/experts.py",
            '"down_proj": list(bits if down_bits is None else down_bits)', '"down_proj": list(bits)',
            ("tests/test_granularity.py",)),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from random_costs import make_costs
 
-from gemq.algorithms.allocation import curve, feasible_range, pareto, solve, total_bits
+from gemq.algorithms import allocation
+from gemq.algorithms.allocation import curve, pareto, total_bits
 from gemq.algorithms.baselines import pmq, uniform
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.program import Program
@@ -18,6 +19,16 @@ from gemq.algorithms.reduction import reduce
 
 GAP = 1e-4
 SOLVERS = ("highs", "cbc")
+
+
+def solve(costs, budget, **options):
+    """Solve with the paper's constraints unless told otherwise: the harder program."""
+    return allocation.solve(costs, budget, **{"per_layer": "c2c3"} | options)
+
+
+def feasible_range(costs, **options):
+    """The range of :func:`solve`."""
+    return allocation.feasible_range(costs, **{"per_layer": "c2c3"} | options)
 
 
 def layer_options(costs, layer, per_layer, shared, units=1.0):

@@ -71,9 +71,11 @@ def test_linear_bits_of_an_unknown_module_are_refused(made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "copy")
     config = load_packed_config(folder)
     edited = json.loads((folder / "config.json").read_text())
-    edited["quantization_config"] = replace(config, linear_bits={"model.layers.9.q": 8}).to_dict()
+    edited["quantization_config"] = replace(
+        config, widths=replace(config.widths, linears={"model.layers.9.q": 8})
+    ).to_dict()
     (folder / "config.json").write_text(json.dumps(edited))
-    with pytest.raises(gemq.CheckpointError, match=r"linear_bits names 'model\.layers\.9\.q'"):
+    with pytest.raises(gemq.CheckpointError, match=r"a width for 'model\.layers\.9\.q', which is no linear"):
         gemq.from_pretrained(folder)
 
 
@@ -115,7 +117,7 @@ def test_a_preview_with_costs_is_the_checkpoint_to_the_byte(gemq_run, made, mode
     config = load_packed_config(folder)
     for layer in range(2):
         experts = [widths[f"model.layers.{layer}.mlp.experts.{name}"] for name in PROJECTIONS]
-        assert tuple(experts) == config.widths(layer)
+        assert tuple(experts) == config.widths.of_experts(layer)
     assert config.widths.down != config.widths.experts
     # nothing was measured anew
     assert "measure" not in json.loads((folder / "gemq_run.json").read_text())["seconds"]
@@ -142,7 +144,7 @@ def test_a_preview_of_uniform_widths_is_exact(gemq_run, model_folder, quick, tmp
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--bits", "1.1"], r"the budget must be in"),
+    (["--bits", "0.9"], r"the budget must be in"),
     (["--costs", "nowhere"], "no costs in nowhere"),
     (["--costs", "{made}", "--candidates", "1,2,4"], "costs have no width 4"),
     (["--costs", "{made}", "--method", "pmq"], "costs are for method gemq, got 'pmq'"),

@@ -109,3 +109,8 @@ def test_tests_that_the_documents_name_exist() -> None:
     for page in PAGES:
         for name in re.findall(r"`(?:\w+/)?(?:\w+(?:\.py)?::)?(test_\w+)", page.read_text(encoding="utf-8")):
             assert name in sources or f"def {name}(" in every, f"{page.name} names {name}"
+
+
+def test_the_drawings_are_what_the_layouts_say() -> None:
+    done = subprocess.run([sys.executable, DOCS / "draw_layouts.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -179,7 +179,7 @@ def test_from_costs_to_an_allocation_to_a_checkpoint(tmp_path, model_folder, tex
         given = ["quantize", str(model_folder), "-o", str(tmp_path / name), "--allocation", str(source), *options]
         assert run(given) == 0
         again = load_packed_config(tmp_path / name)
-        assert (again.expert_bits, again.down_bits) == (config.widths.experts, config.widths.down)
+        assert (again.widths.experts, again.widths.down) == (config.widths.experts, config.widths.down)
     capsys.readouterr()
     assert run(["inspect", str(once)]) == 0
     shown = capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_a_budget_below_one_bit_is_of_empty_experts():
     rows = planned_widths(moe, options, 0.5).widths.experts
     assert sum(map(sum, rows.values())) == 4 and {b for row in rows.values() for b in row} == {0, 1}
     with pytest.raises(ValueError, match=r"the budget must be in 1.75.*got 1"):
-        planned_widths(moe, MethodConfig(budgets=(1.0,)), 1.0)
+        planned_widths(moe, MethodConfig(budgets=(1.0,), per_layer="c2c3"), 1.0)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "qwen3_next"])

@@ -138,7 +138,7 @@ def run_bench(config: BenchConfig, report: Report = lambda text: None) -> BenchR
         model = random_model.build_packed(architecture, plan, dtype, device, config.seed)
         report("decode")
         runs, failures = {"gemq": _measure(config, model, config.compile)}, {}
-        bits, shares = plan.bits_per_expert, _shares(plan)
+        bits, shares = plan.widths.bits_per_expert, _shares(plan)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     return BenchResult(
         config, architecture.model_type, architecture.num_hidden_layers, total, bits,
