@@ -104,7 +104,7 @@ def layouts() -> str:
             d.text(x + 2 * CELL, y + 44, f"vector {vector}, byte {j}", 11, "middle")
     where, words = positions("gpu_tile"), fmt.gpu_kw(COLUMNS, BITS)
     d.text(16, 306, f"gpu_tile: {fmt.GPU_ROWS} rows a tile, {words} int32 a row and span. Each half of a word has a")
-    d.text(16, 324, "field of every block of columns: one AND leaves a float16 subnormal. Below, words 0 and 1 of row 0.")
+    d.text(16, 324, "field of every block of columns: one AND leaves a float16 subnormal. Below, two words of row 0.")
     for word in range(2):
         for half in range(2):
             x, y = 16 + (1 - half) * (8 * CELL + 24), 336 + word * 62
@@ -153,8 +153,8 @@ def launches() -> str:
             d.text(x + 126, 112 + 22 * n, line, 12, "middle")
         if at < 2:
             d.arrow(x + 254, 120, 36)
-    d.text(16, 214, "In: x [T, H], ids and weights [T, k] of the router, packed stacks. Out: [T, H]. The host has no part")
-    d.text(16, 232, "in it: a step is captured in one CUDA graph. A dense matrix takes two: prepare and product.")
+    d.text(16, 214, "In: x [T, H], ids and weights [T, k] of the router, packed stacks. Out: [T, H]. The host has no")
+    d.text(16, 232, "part in it: a step is captured in one CUDA graph. A dense matrix takes two: prepare and product.")
     return d.svg()
 
 

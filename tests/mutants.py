@@ -155,7 +155,7 @@ MUTANTS = (
            "valid = (topk_ids >= 0) & (topk_ids <= stack[2].numel())", ("tests/test_ops.py",)),
     Mutant("checkpoint: the digest is not compared", "python/gemq/packed_config.py",
            'if data.get("digest") != _digest(stored):', 'if data.get("digest") is None:', CHECKPOINT),
-    Mutant("checkpoint: correction biases rounded like weights", "python/gemq/checkpoint.py",
+    Mutant("checkpoint: correction biases rounded like weights", "python/gemq/packed_model.py",
            "as_is = packed | kept_in_float32(model)", "as_is = packed",
            ("tests/test_families.py::test_correction_biases_stay_in_float32",)),
     Mutant("verify: sums are not compared", "python/gemq/integrity.py",

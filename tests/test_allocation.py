@@ -371,7 +371,7 @@ def test_pareto_falls_with_the_budget():
 
 def test_a_curve_spans_the_feasible_range():
     costs = make_costs(3, 4, 8, multiple=2.0)
-    found = curve(costs, 6, fixed_shared_bits=4)
+    found = curve(costs, 6, fixed_shared_bits=4, per_layer="c2c3")
     low, high = feasible_range(costs, fixed_shared_bits=4)
     assert [a.budget for a in found] == pytest.approx(np.linspace(low, high, 6).tolist())
     assert all(a.objective >= b.objective for a, b in itertools.pairwise(found))
