@@ -40,10 +40,12 @@ def write_card(folder: Path, name: str | None = None) -> Path:
     options = report.get("options") or {}
     model = options.get("model") if isinstance(options, dict) else None
     base = hub_name(model) if isinstance(model, str) else None
+    # a field of the hub's own, by name
+    relation: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
     data = ModelCardData(
         base_model=base, library_name="transformers", pipeline_tag="text-generation",
         tags=["gemq", "quantized", "mixture-of-experts", "moe"],
-        **({"base_model_relation": "quantized"} if base else {}),
+        **relation,
     )
     title, place = (name or _name(folder.resolve(), between) for between in "-/")
     text = _text(folder, title, place, config, base, report)

@@ -16,6 +16,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -78,7 +79,8 @@ class Stages:
     ``bars`` it is silent."""
 
     def __init__(self, bars: Progress | None):
-        self._bars, self._tasks = bars, {}
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._bars is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,7 +77,8 @@ def inference_of(
     longest = None
     if free is not None:
         left = free - weights - state - process
-        longest = _most(lambda length: length * token + working(length) <= left, model.config.max_position_embeddings)
+        own: Any = model.config
+        longest = _most(lambda length: length * token + working(length) <= left, own.max_position_embeddings)
     return Inference(weights, state + context * token, working(context), read, process, free, longest)
 
 
