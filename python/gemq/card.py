@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from gemq import __version__, durable
 from gemq.checkpoint import load_packed_config
+from gemq.checkpoint_summary import summarize
 from gemq.evaluations import read_evaluations
 from gemq.folders import is_hub_name
 from gemq.integrity import CARD_FILE, read_json
 from gemq.packed_config import PackedConfig
-from gemq.summary import summarize
 
 # bytes of a megabyte on the hub's pages
 _MB = 1e6

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gemq.errors import CheckpointError
 from gemq.model_config import alone_config, check_sizes
 from gemq.models.families import check_supported
-from gemq.planning.parts import meta_model
+from gemq.planning.model_parts import meta_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

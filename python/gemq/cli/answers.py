@@ -9,7 +9,7 @@ from typing import Any
 
 import gemq
 from gemq.cli import display
-from gemq.cli.plain import printable
+from gemq.cli.escapes import printable
 from gemq.generation import ContinuationStreamer, Conversation, Decoding, Generation, GenerationOptions, stream_row
 from gemq.loading import load_any, load_tokenizer
 

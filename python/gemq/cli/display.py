@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gemq.cli.plain import printable
+from gemq.cli.escapes import printable
 from gemq.format import mean_width
 
 # dark to bright with the width, legible on light and dark grounds

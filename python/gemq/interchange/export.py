@@ -19,7 +19,7 @@ from gemq.folders import checkpoint_folder
 from gemq.format import expert_layout
 from gemq.hf import check_files
 from gemq.integrity import weight_files
-from gemq.interchange.source import TensorReader, copy_companions, disk_name, meta_model
+from gemq.interchange.reading import TensorReader, copy_companions, disk_name, meta_model
 from gemq.models import describe, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.ops import backends

@@ -19,7 +19,7 @@ from gemq.format import UNQUANTIZED, default_group_size
 from gemq.hf import check_files
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.interchange.gptq_tensors import PARTS, GptqShape, checkpoint_format, common_group_size, convert, shape_of
-from gemq.interchange.source import TensorReader, copy_companions, disk_name, disk_names, meta_model
+from gemq.interchange.reading import TensorReader, copy_companions, disk_name, disk_names, meta_model
 from gemq.models import MoeModel, describe, replace_with_packed
 from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.packed_config import PackedConfig

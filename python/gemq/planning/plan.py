@@ -13,8 +13,8 @@ from gemq.errors import ResourceError
 from gemq.planning import memory
 from gemq.planning.machine import Machine
 from gemq.planning.memory import KEEP, Need, Work
+from gemq.planning.model_parts import ModelParts, count_parts, located
 from gemq.planning.output import OutputSize, output_size
-from gemq.planning.parts import ModelParts, count_parts, located
 from gemq.planning.running import Inference, bits_that_run, inference_of
 from gemq.planning.seconds import stage_operations
 from gemq.planning.widths import budget_range, planned_widths

@@ -16,8 +16,8 @@ from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
 from gemq.packed_config import PackedConfig
 from gemq.planning.machine import Machine
 from gemq.planning.memory import CONTEXT, PROCESS
+from gemq.planning.model_parts import ModelParts
 from gemq.planning.output import OutputSize, resident_bytes
-from gemq.planning.parts import ModelParts
 
 # budgets that are tried lie this far apart
 _STEP = 0.25
