@@ -25,7 +25,7 @@ from gemq.bench.architectures import PUBLISHED, load_config
 from gemq.engine.disk_source import DiskSource
 from gemq.engine.session import RunOptions, Session
 from gemq.models import describe
-from gemq.planning.parts import meta_model
+from gemq.planning.model_parts import meta_model
 
 
 def save_random(config, folder: Path, device: str, shard: str = "2GB") -> None:

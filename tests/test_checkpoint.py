@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import gemq
 from gemq.checkpoint import load_packed_config, save_packed
+from gemq.checkpoint_summary import summarize
 from gemq.errors import CheckpointError
 from gemq.integrity import INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, weight_files
 from gemq.packed_config import STORED, PackedConfig
-from gemq.summary import summarize
 from gemq.widths import Widths
 
 LOADERS = {"gemq": gemq.from_pretrained, "transformers": AutoModelForCausalLM.from_pretrained}

@@ -361,7 +361,7 @@ def test_internal_errors_are_one_line_too(gemq_run, monkeypatch, tmp_path):
     def fail(path):
         raise RuntimeError("a [bold]bug[/bold]\nof many lines")
 
-    monkeypatch.setattr("gemq.summary.summarize", fail)
+    monkeypatch.setattr("gemq.checkpoint_summary.summarize", fail)
     message = r"internal error, RuntimeError: a \[bold\]bug\[/bold\] of many lines \(--debug shows more\)"
     fails(gemq_run("inspect", tmp_path), message, code=1)
 

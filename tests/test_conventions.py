@@ -19,6 +19,7 @@ import gemq
 from gemq import hub
 from gemq.card import hub_name, write_card
 from gemq.checkpoint import load_packed_config
+from gemq.checkpoint_summary import summarize
 from gemq.cli.app import app
 from gemq.cli.panels import PANELS
 from gemq.cli.run import run
@@ -26,7 +27,6 @@ from gemq.evaluations import Score, record
 from gemq.loading import load_unquantized
 from gemq.nn.experts import PROJECTIONS
 from gemq.recipes import RECIPES, Recipe
-from gemq.summary import summarize
 
 
 @pytest.fixture(scope="module")

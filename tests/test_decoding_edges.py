@@ -14,7 +14,7 @@ from transformers import TextStreamer
 
 import gemq
 from gemq.cli import answers as commands
-from gemq.cli.plain import printable
+from gemq.cli.escapes import printable
 from gemq.generation import Conversation, Decoding, GenerationOptions, sampling
 from gemq.generation.streaming import ContinuationStreamer, Pieces
 from gemq.generation.text import continuation

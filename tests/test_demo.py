@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from gemq.checkpoint_summary import summarize
 from gemq.cli.run import run
 from gemq.demo.run import ASSETS, DemoConfig, run_demo
 from gemq.loading import load_tokenizer
-from gemq.summary import summarize
 
 
 @pytest.fixture(scope="module")

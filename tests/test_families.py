@@ -19,6 +19,7 @@ import gemq
 from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig, tune_routers
 from gemq.checkpoint import save_packed
+from gemq.checkpoint_summary import summarize
 from gemq.engine.progression import quantize_progressively
 from gemq.engine.source import ResidentSource
 from gemq.errors import UnsupportedModelError
@@ -27,7 +28,6 @@ from gemq.models import SUPPORTED, describe, packed_modules
 from gemq.models.families import check_supported
 from gemq.packed_model import kept_in_float32
 from gemq.pipeline import QuantizeConfig, check_budgets
-from gemq.summary import summarize
 
 # layers, first MoE layer, linears of attention and dense MLPs in the model, shared multiple
 STRUCTURE = {

@@ -19,10 +19,10 @@ from gemq.algorithms.costs import Costs
 from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.method import MethodConfig
 from gemq.checkpoint import load_packed_config, save_packed
+from gemq.checkpoint_summary import summarize
 from gemq.cli.run import run
 from gemq.engine.fingerprint import of_costs
 from gemq.packed_config import PackedConfig
-from gemq.summary import summarize
 from gemq.widths import Widths
 
 KEPT = {"none": (), "c2": (3,), "c3": (2,), "c2c3": (2, 3)}

@@ -13,13 +13,13 @@ import gemq
 from gemq import interchange
 from gemq.card import write_card
 from gemq.checkpoint import load_packed_config
+from gemq.checkpoint_summary import summarize
 from gemq.cli.run import run
 from gemq.errors import CheckpointError
 from gemq.folders import checkpoint_folder, is_hub_name
 from gemq.integrity import WEIGHTS_FILE
 from gemq.pipeline import load_costs
 from gemq.report import load
-from gemq.summary import summarize
 
 NAME = "me/packed"
 

@@ -30,7 +30,7 @@ LAYERS = [
     ("generation", "engine"),
     ("run_log",),
     ("planning",),
-    ("summary",),
+    ("checkpoint_summary",),
     ("card",),
     ("outcome",),
     ("pipeline", "hub", "serving", "interchange", "tasks"),

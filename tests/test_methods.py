@@ -308,8 +308,8 @@ def test_fisher_and_output_gradients_agree_on_which_experts_matter() -> None:
 
 @pytest.mark.parametrize("method", ["global-pmq", "two-step", "fisher"])
 def test_methods_on_the_command_line(method, model_folder, text_file, tmp_path) -> None:
+    from gemq.checkpoint_summary import summarize
     from gemq.cli.run import run
-    from gemq.summary import summarize
 
     target = tmp_path / "out"
     done = run([
@@ -359,7 +359,7 @@ def test_methods_give_the_same_bytes_from_disk_and_from_memory(options, model_fo
 
 def test_the_plan_knows_what_the_fisher_information_takes() -> None:
     from gemq.planning.memory import Work, layerwise, resident
-    from gemq.planning.parts import count_parts
+    from gemq.planning.model_parts import count_parts
 
     parts = count_parts(describe(tiny_model("mixtral")))
 

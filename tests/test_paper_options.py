@@ -26,13 +26,13 @@ from gemq.algorithms.costs import Costs
 from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.checkpoint import save_packed
+from gemq.checkpoint_summary import summarize
 from gemq.engine.progression import quantize_progressively
 from gemq.engine.source import ResidentSource
 from gemq.integrity import WEIGHTS_FILE
 from gemq.models import describe
 from gemq.nn.experts import PROJECTIONS
 from gemq.pipeline import QuantizeConfig
-from gemq.summary import summarize
 
 # learning fast enough that tuned routers differ clearly
 ROUTER = RouterTuningConfig(learning_rate=1e-2)

@@ -23,8 +23,8 @@ from gemq.models import describe, packed_modules
 from gemq.planning import Machine, Plan, PlanConfig, Rates, check, make_plan, other_machine, planned_widths
 from gemq.planning.machine import free_disk_bytes, measure_rates, this_machine
 from gemq.planning.memory import KEEP, Work, gptq_bytes, layerwise, peak, resident
+from gemq.planning.model_parts import count_parts, located
 from gemq.planning.output import output_size, resident_bytes
-from gemq.planning.parts import count_parts, located
 from gemq.planning.seconds import forward, stage_operations
 
 RATES = Rates(1e12, 1e11, 1e8, 1e11, "a test")

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from gemq.algorithms.costs import Costs
+from gemq.checkpoint_summary import Summary
 from gemq.evaluations import Score
 from gemq.packed_config import PackedConfig
 from gemq.report import render
 from gemq.report.data import Checkpoint, ReportData, RouterShift
 from gemq.report.style import DARK, LIGHT
-from gemq.summary import Summary
 from gemq.widths import Widths
 
 SHAPES = {"qwen3-30b-a3b": (48, 128), "deepseek-v2-lite": (26, 64), "mixtral-8x7b": (32, 8)}

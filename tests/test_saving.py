@@ -15,10 +15,10 @@ from packed_models import logits, quantized
 import gemq
 from gemq import durable
 from gemq.checkpoint import check_output, save_packed
+from gemq.checkpoint_summary import summarize
 from gemq.errors import CheckpointError
 from gemq.integrity import MANIFEST_FILE, WEIGHTS_FILE, read_header, weight_files
 from gemq.staging import claimed
-from gemq.summary import summarize
 
 
 @pytest.fixture(scope="module")

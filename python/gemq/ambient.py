@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -47,4 +47,4 @@ def plain_inference(function: F) -> F:
         with torch.inference_mode() if _is_plain() else plain_torch(inference=True):
             return function(*args, **kwargs)
 
-    return call
+    return cast(F, call)

@@ -17,7 +17,9 @@ from gemq.recipes import budgets_of, quantize_config, shared_of
 from gemq.run_log import logging_layers
 
 
-def _config(model: str | os.PathLike | QuantizeConfig, output, options: dict[str, Any]) -> QuantizeConfig:
+def _config(
+    model: str | os.PathLike | QuantizeConfig, output: str | os.PathLike | None, options: dict[str, Any]
+) -> QuantizeConfig:
     if not isinstance(model, QuantizeConfig):
         if output is None:
             raise TypeError("output must be given: the folder to write")

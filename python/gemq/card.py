@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from gemq import __version__, durable
 from gemq.checkpoint import load_packed_config
+from gemq.checkpoint_summary import summarize
 from gemq.evaluations import read_evaluations
 from gemq.folders import is_hub_name
 from gemq.integrity import CARD_FILE, read_json
 from gemq.packed_config import PackedConfig
-from gemq.summary import summarize
 
 # bytes of a megabyte on the hub's pages
 _MB = 1e6
@@ -40,10 +40,12 @@ def write_card(folder: Path, name: str | None = None) -> Path:
     options = report.get("options") or {}
     model = options.get("model") if isinstance(options, dict) else None
     base = hub_name(model) if isinstance(model, str) else None
+    # a field of the hub's own, by name
+    relation: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
     data = ModelCardData(
         base_model=base, library_name="transformers", pipeline_tag="text-generation",
         tags=["gemq", "quantized", "mixture-of-experts", "moe"],
-        **({"base_model_relation": "quantized"} if base else {}),
+        **relation,
     )
     title, place = (name or _name(folder.resolve(), between) for between in "-/")
     text = _text(folder, title, place, config, base, report)

@@ -51,7 +51,7 @@ def score_of(record: Any) -> Score:
     """A score from JSON. Raises ``ValueError`` saying what is wrong with the record."""
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object, got {type(record).__name__}")
-    wanted = {"data": str, "length": int, "perplexity": (int, float), "tokens": int}
+    wanted: dict[str, type | tuple[type, ...]] = {"data": str, "length": int, "perplexity": (int, float), "tokens": int}
     for name, kind in wanted.items():
         value = record.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):

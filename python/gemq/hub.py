@@ -6,13 +6,16 @@ import glob
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemq.card import write_card
 from gemq.checkpoint import load_packed_config
 from gemq.errors import CheckpointError, GemqError, first_line
 from gemq.folders import is_known, is_legal, lies_inside
 from gemq.integrity import CARD_FILE, MANIFEST_FILE, NOTES, recorded_files, verify
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 class UploadError(GemqError, OSError):
@@ -88,7 +91,7 @@ def published(folder: Path) -> tuple[list[str], list[str]]:
     return goes, [name for name in files if name not in goes]
 
 
-def _api():
+def _api() -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(library_name="gemq")

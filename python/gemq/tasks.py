@@ -27,7 +27,7 @@ from torch import nn
 from gemq.errors import CalibrationError
 
 
-def _harness():
+def _harness() -> Any:
     try:
         import lm_eval
         import lm_eval.models.huggingface

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemq.errors import CheckpointError
 from gemq.model_config import alone_config, check_sizes
 from gemq.models.families import check_supported
-from gemq.planning.parts import meta_model
+from gemq.planning.model_parts import meta_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 FOLDER = Path(__file__).parent / "configs"
 # config.json of the published models (without auto_map: no code that comes with a model is ever run)
@@ -19,7 +23,7 @@ PUBLISHED = {
 }
 
 
-def load_config(name: str, layers: int | None = None):
+def load_config(name: str, layers: int | None = None) -> PreTrainedConfig:
     """The transformers config of a name of :data:`PUBLISHED` or of a ``config.json`` (or the folder that holds it).
 
     ``layers`` keeps only that many decoder layers. Raises :class:`CheckpointError` for what is not there or not JSON,
@@ -35,7 +39,7 @@ def load_config(name: str, layers: int | None = None):
     return config if layers is None else _truncated(config, layers)
 
 
-def _truncated(config, layers: int):
+def _truncated(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     first = getattr(config, "first_k_dense_replace", 0) + 1
     if not first <= layers <= config.num_hidden_layers:
         raise ValueError(f"layers must be in {first}..{config.num_hidden_layers} for this model, got {layers}")
@@ -45,6 +49,6 @@ def _truncated(config, layers: int):
     return config
 
 
-def parameters(config) -> int:
+def parameters(config: PreTrainedConfig) -> int:
     """Parameters of the unquantized model, counted on the meta device."""
     return sum(p.numel() for p in meta_model(config).parameters())

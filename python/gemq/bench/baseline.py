@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 GATHER = "gemq_gather_einsum"
 # name on the command line: transformers' implementation
@@ -13,7 +15,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def gather_einsum(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def gather_einsum(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``[T, H] -> [T, H]``: gather the chosen experts' weights and multiply by einsum, as the GEMQ authors' decode
     script does."""
     gate, up = torch.einsum("th,tknh->tkn", hidden, module.gate_up_proj[top_k_index]).chunk(2, dim=-1)
@@ -24,7 +26,7 @@ def gather_einsum(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
 PREFILL = "grouped_mm"
 
 
-def use_experts(model: nn.Module, name: str) -> None:
+def use_experts(model: Any, name: str) -> None:
     """Run the unquantized experts of ``model`` by one of :data:`IMPLEMENTATIONS`.
 
     Long prompts are best run by :data:`PREFILL`: gathering implementations copy an expert for every token.

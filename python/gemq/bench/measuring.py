@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def reset_peaks(device: torch.device) -> None:
 
 
 def measure(
-    model: nn.Module, *, tokens: int = 200, batch: int = 1, prompt_length: int = 128, compile: str = "auto",
+    model: Any, *, tokens: int = 200, batch: int = 1, prompt_length: int = 128, compile: str = "auto",
     profile_steps: int = 4, seed: int = 0, bandwidth: float | None = None, prompt_repeats: int = 1,
     phase: Callable[[str], None] = lambda name: None,
 ) -> Measurement:
@@ -121,6 +122,7 @@ def measure(
     bandwidth = bandwidth or copy_bandwidth(device)
     first.append(decoding.timing.prefill)
     low, high = _quantile(steady, 0.2), _quantile(steady, 0.8)
+    assert decoding.step_kind is not None
     return Measurement(
         decoding.mode, decoding.step_kind, batch, prompt_length, tokens,
         {"p50": batch / median, "p20": batch / high, "p80": batch / low},
@@ -156,7 +158,7 @@ def _memory(model: nn.Module, decoding: Decoding, device: torch.device) -> Memor
     return Memory(sum(held.values()), cache, resident=peak_resident_bytes())
 
 
-def _profile(stream, decoding: Decoding, steps: int, device: torch.device) -> list[Kernel]:
+def _profile(stream: Generator[Tensor], decoding: Decoding, steps: int, device: torch.device) -> list[Kernel]:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ from gemq.generation import MAX_BATCH, MODES
 from gemq.packed_config import PackedConfig
 from gemq.pipeline import parse_dtype, pick_device
 from gemq.plain_json import dumps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Report = Callable[[str], None]
 SHARED_BITS = {"deepseek_v2": 3}
@@ -146,9 +150,12 @@ def run_bench(config: BenchConfig, report: Report = lambda text: None) -> BenchR
     )
 
 
-def _plan(config: BenchConfig, architecture) -> PackedConfig:
+def _plan(config: BenchConfig, architecture: PreTrainedConfig) -> PackedConfig:
     shared = config.shared_bits or SHARED_BITS.get(architecture.model_type, 4)
-    mix = config.mix or random_model.mix_for(config.bits)
+    mix = config.mix
+    if mix is None:
+        assert config.bits is not None
+        mix = random_model.mix_for(config.bits)
     return random_model.packed_plan(architecture, mix, config.attention_bits, shared)
 
 
@@ -157,16 +164,16 @@ def _shares(plan: PackedConfig) -> dict[str, float]:
     return {str(b): found.count(b) / len(found) for b in sorted(set(found))}
 
 
-def _dtype(config: BenchConfig, architecture) -> torch.dtype:
+def _dtype(config: BenchConfig, architecture: PreTrainedConfig) -> torch.dtype:
     """The dtype that was asked for, else the model's own."""
     asked = parse_dtype(config.dtype)
-    if asked != "auto":
+    if isinstance(asked, torch.dtype):
         return asked
     own = getattr(architecture, "dtype", None)
     return own if isinstance(own, torch.dtype) else torch.bfloat16
 
 
-def _measure(config: BenchConfig, model: nn.Module, compile: str, **options) -> Measurement:
+def _measure(config: BenchConfig, model: nn.Module, compile: str, **options: Any) -> Measurement:
     # every run builds a step of its own: what was compiled for an earlier one is of no use
     torch.compiler.reset()
     return measure(

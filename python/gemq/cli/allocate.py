@@ -65,8 +65,10 @@ def allocate(
         return
     for allocation in found:
         display.output().print(f"budget {allocation.budget:g}")
-        maps = (by_layer(bits) or {} for bits in (allocation.bits, allocation.shared_bits, allocation.down_bits))
-        display.output().print(display.bit_map(*maps))
+        given = [] if allocation.shared_bits is None else allocation.shared_bits.tolist()
+        shared = dict(zip(loaded.layers, given, strict=False))
+        experts, down = by_layer(allocation.bits) or {}, by_layer(allocation.down_bits)
+        display.output().print(display.bit_map(experts, shared, down))
 
 
 _ALLOCATION = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import gemq
 from gemq.cli import display
-from gemq.cli.plain import printable
+from gemq.cli.escapes import printable
 from gemq.generation import ContinuationStreamer, Conversation, Decoding, Generation, GenerationOptions, stream_row
 from gemq.loading import load_any, load_tokenizer
 
@@ -17,7 +17,7 @@ from gemq.loading import load_any, load_tokenizer
 def continue_texts(model: str, prompt: Sequence[str], *, chat: bool, **options: Any) -> None:
     """Show the continuation of one text as it is made, of several at the end; ``options`` as for
     :func:`gemq.generate`."""
-    def streamer(tokenizer):
+    def streamer(tokenizer: Any) -> _Shown:
         # only now, after all that could fail, does anything go to standard output
         if not chat:
             _write(prompt[0], end="")
@@ -25,6 +25,7 @@ def continue_texts(model: str, prompt: Sequence[str], *, chat: bool, **options: 
 
     one = len(prompt) == 1
     found = gemq.generate(model, list(prompt), chat=chat, streamer=streamer if one else None, **options)
+    assert isinstance(found, list)
     if not one:
         for text, result in zip(prompt, found, strict=True):
             _write(("" if chat else text) + result.text)
@@ -96,7 +97,7 @@ def _ask() -> str | None:
 
 
 def _answer(
-    model, conversation: Conversation, line: str, options: GenerationOptions, compile: str
+    model: Any, conversation: Conversation, line: str, options: GenerationOptions, compile: str
 ) -> tuple[str, str | None] | None:
     """Show what the model answers; the step that decoded it, with a reason, where one was taken."""
     conversation.add("user", line)
@@ -110,7 +111,7 @@ def _answer(
         )
         return None
     limited = GenerationOptions(**asdict(options) | {"max_new_tokens": min(options.max_new_tokens, room)})
-    said, steps = _Said(conversation), []
+    said, steps = _Said(conversation), list[tuple[str, str | None]]()
 
     def at_end(decoding: Decoding) -> None:
         if decoding.step_kind is not None:
@@ -133,7 +134,8 @@ class _Said:
     """An answer as it arrives: shown at once, except for what could be the start of a stop text."""
 
     def __init__(self, conversation: Conversation):
-        self.conversation, self.shown, self.waiting = conversation, [], ""
+        self.conversation, self.waiting = conversation, ""
+        self.shown: list[str] = []
         self.held = max((len(s) for s in conversation.stop), default=0)
 
     def hear(self, piece: str) -> bool:

@@ -10,10 +10,10 @@ import gemq
 from gemq.cli.allocate import allocate
 from gemq.cli.auto_import import auto_import
 from gemq.cli.bench import bench
+from gemq.cli.checkpoints import inspect, verify
 from gemq.cli.demo import demo
 from gemq.cli.evaluate import evaluate
 from gemq.cli.generation import chat, generate
-from gemq.cli.inspecting import inspect, verify
 from gemq.cli.interchange import export, import_gptq
 from gemq.cli.panels import PanelledCommand
 from gemq.cli.plan import plan

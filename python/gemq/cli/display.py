@@ -16,13 +16,14 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
-from gemq.cli.plain import printable
+from gemq.cli.escapes import printable
 from gemq.format import mean_width
 
 # dark to bright with the width, legible on light and dark grounds
@@ -78,7 +79,8 @@ class Stages:
     ``bars`` it is silent."""
 
     def __init__(self, bars: Progress | None):
-        self._bars, self._tasks = bars, {}
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._bars is None:

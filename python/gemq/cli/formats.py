@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from gemq.cli import display
-from gemq.cli.plain import printable
+from gemq.cli.escapes import printable
 from gemq.plain_json import dumps, plain
 
 # what begins a formula in a spreadsheet (OWASP, CSV injection); a number does not

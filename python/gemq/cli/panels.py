@@ -24,6 +24,8 @@ _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 class PanelledCommand(TyperCommand):
     """A command whose help shows :data:`PANELS` when it was asked for all, and says so otherwise."""
 
+    params: list[Any]
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help; options in panels only after ``--help-all``."""
         whole = ctx.meta.get("gemq.help_all", False)

@@ -137,7 +137,7 @@ def _does_not_run(found: Plan) -> Iterator[str]:
         if not run.fits:
             longest = f", or {run.longest:,} tokens a row at these" if run.longest else ""
             yield (f"the result of {budget:g} bits does not run on {found.machine.name}: it needs "
-                   f"{display.size(run.total)}, {display.size(run.free)} are free; {instead}{longest}")
+                   f"{display.size(run.total)}, {display.size(run.free or 0)} are free; {instead}{longest}")
 
 
 def _paragraph(text: str, form: Format, style: str | None = None) -> None:

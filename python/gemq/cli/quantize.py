@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -138,8 +138,10 @@ def quantize(
         raise typer.BadParameter("give a MODEL and --output, or --resume with the folder of a run")
     own = distributed.own_device()
     device = device or own
-    told = {"constraints": constraints, "samples": samples, "perturbation": perturbation, "estimate": estimate,
-            "tune_routers": tune_routers, "accounting": accounting, "granularity": granularity}
+    told: dict[str, Any] = {
+        "constraints": constraints, "samples": samples, "perturbation": perturbation, "estimate": estimate,
+        "tune_routers": tune_routers, "accounting": accounting, "granularity": granularity,
+    }
     with options.named("bits", "candidates", "shared_bits", "tensor_bits", "allocation"):
         config = quantize_config(
             model or "", output or "", bits=bits, recipe=recipe, method=method.value, candidates=candidates,
@@ -156,7 +158,8 @@ def quantize(
         )
     if resume is not None:
         # each process of a job has a GPU of its own
-        config = replace(resumed(resume, config, context), **({"device": own} if own else {}))
+        config = resumed(resume, config, context)
+        config = config if own is None else replace(config, device=own)
     if dry_run:
         quantizing.show_preview(config, form)
     else:

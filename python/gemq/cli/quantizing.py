@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -12,7 +13,7 @@ from gemq.algorithms.layer_report import LayerReport
 from gemq.cli import display
 from gemq.cli.formats import Column, Format, emit
 from gemq.cli.layer_log import LayerLog
-from gemq.dry_run import Preview, preview
+from gemq.dry_run import Preview, TensorPlan, preview
 from gemq.generation.memory import peak_bytes
 from gemq.hub import check_login, check_repo, upload
 from gemq.pipeline import QuantizeConfig, QuantizeOutcome, pick_device
@@ -56,7 +57,7 @@ _PREVIEW = (
 )
 
 
-def _record(found: Preview, tensor) -> dict:
+def _record(found: Preview, tensor: TensorPlan) -> dict[str, Any]:
     return {"budget": found.budget, "tensor": tensor.name, "shape": list(tensor.shape), "bits": tensor.bits,
             "widths": None if tensor.widths is None else list(tensor.widths), "before": tensor.before,
             "after": tensor.after}

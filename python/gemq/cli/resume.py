@@ -88,7 +88,7 @@ def resumed(folder: Path, given: QuantizeConfig, context: typer.Context) -> Quan
     config = stored_config(folder)
     stored, wanted = (asdict(c) for c in (config, given))
     explicit = {_RENAMED.get(name, name) for name in context.params
-                if context.get_parameter_source(name).name == "COMMANDLINE"}
+                if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"}
     if "changed" in explicit:
         raise CheckpointError("--resume takes the options of the run, so --changed has nothing to do")
     if config.trust_remote_code and not given.trust_remote_code:

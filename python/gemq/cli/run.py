@@ -13,7 +13,7 @@ import typer
 
 from gemq.cli.app import app
 from gemq.cli.display import configure, errors
-from gemq.cli.plain import printable
+from gemq.cli.escapes import printable
 from gemq.errors import FailedElsewhereError, GemqError
 from gemq.launch import place_to_report
 

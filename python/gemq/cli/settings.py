@@ -58,7 +58,7 @@ def _shown(value: Any) -> str:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _distinct)
 
 
-def _options(command) -> dict[str, Any]:
+def _options(command: Any) -> dict[str, Any]:
     """The parameters of a command by the name that a settings file uses: the long option, or the argument."""
     found = {}
     for parameter in command.params:
@@ -89,7 +89,7 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def _value(path: Path, key: str, value: Any, parameter) -> Any:
+def _value(path: Path, key: str, value: Any, parameter: Any) -> Any:
     """A YAML value as the command line would spell it."""
     repeats = bool(getattr(parameter, "multiple", False)) or parameter.nargs == -1
     if getattr(parameter, "is_flag", False):
@@ -155,7 +155,7 @@ def settings(
 
     [dim]gemq settings --example > settings.yaml[/dim]
     """
-    commands = context.find_root().command.commands
+    commands: dict[str, Any] = getattr(context.find_root().command, "commands", {})
     known = [name for name, c in commands.items() if any(p.name == "config_file" for p in c.params)]
     if command not in known:
         raise typer.BadParameter(f"settings files are for {', '.join(known)}, got {command!r}")
@@ -173,7 +173,7 @@ def settings(
         print(_line(name, parameter))
 
 
-def _line(name: str, parameter) -> str:
+def _line(name: str, parameter: Any) -> str:
     default = parameter.default
     if default is None or callable(default) or default == [] or type(default).__name__ == "Sentinel":
         return f"# {name}:"

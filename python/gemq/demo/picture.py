@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _STYLES = {
     "uniform": ("#8c8c8c", "o", "-"), "PMQ": ("#c08a2e", "s", "-"), "GEMQ, paper": ("#8fbfe0", "v", "-"),
@@ -23,7 +27,7 @@ class Row:
     seconds: float
 
 
-def _curves(axis, rows: list[Row]) -> None:
+def _curves(axis: Axes, rows: list[Row]) -> None:
     for method, (colour, marker, line) in _STYLES.items():
         points = sorted((r.bits, r.perplexity) for r in rows if r.method == method)
         axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=method, markersize=4)
@@ -41,7 +45,7 @@ def _curves(axis, rows: list[Row]) -> None:
     axis.legend(fontsize=7, frameon=False)
 
 
-def bit_map(axis, budget: float, maps: list[dict[int, list[int]]], widest: int) -> None:
+def bit_map(axis: Axes, budget: float, maps: list[dict[int, list[int]]], widest: int) -> None:
     """Layers down, experts across, digits where they have room: side by side the widths of gate and up and those of
     down, or of experts as a whole."""
     gap, layers, experts = [float("nan")], list(maps[0]), len(next(iter(maps[0].values())))
@@ -68,8 +72,9 @@ def draw(rows: list[Row], maps: dict[float, list[dict[int, list[int]]]], path: P
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    figure.set_layout_engine("constrained", h_pad=0.12)
+    parts: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    left, right = parts
     _curves(left.subplots(), rows)
     columns = min(2, len(maps))
     axes = right.subplots(-(-len(maps) // columns), columns, squeeze=False).flatten()

@@ -160,6 +160,7 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult
     generation = generate(
         packed, config.prompt, tokenizer=demo.tokenizer, max_new_tokens=60, temperature=0.7, top_p=0.9
     )
+    assert not isinstance(generation, list)
     apart = any(stage.widths.down for stage in stages)
     maps = {
         s.budget: [s.widths.experts, s.widths.down or s.widths.experts] if apart else [s.widths.experts] for s in stages

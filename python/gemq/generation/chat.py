@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from gemq.algorithms import conversations
 from gemq.errors import CheckpointError
@@ -58,7 +59,7 @@ class Conversation:
         return (answer[: min(found)], True) if found else (answer, False)
 
 
-def token_ids(tokenizer, text: str, **options) -> list[int]:
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """Token ids of a text. Raises ``ValueError`` for halves of surrogate pairs, which belong to no text."""
     try:
         text.encode()
@@ -67,7 +68,7 @@ def token_ids(tokenizer, text: str, **options) -> list[int]:
     return list(tokenizer(text, return_token_type_ids=False, **options)["input_ids"])
 
 
-def render(tokenizer, messages: list[dict]) -> str:
+def render(tokenizer: Any, messages: list[dict]) -> str:
     """Messages through the tokenizer's chat template, as text that ends where the assistant is to speak.
 
     Raises :class:`CheckpointError` if there is no template, it fails on these messages, or makes no text of them.

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +76,13 @@ class Decoding:
         self.prompt, self.mask = self.prompt.to(self.device), self.mask.to(self.device)
         if step not in STEPS:
             raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
-        self.wanted, self.automatic, self.step_kind, self.step_reason = step, compile == "auto", None, None
+        self.wanted, self.automatic = step, compile == "auto"
+        self.step_kind: str | None = None
+        self.step_reason: str | None = None
         self.eos, self.pad = ending(self.options, model)
         self.timing, self._alive = Timing(), False
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Generator[Tensor]:
         run = copy.copy(self) if self._alive else self
         run._alive = True
         try:
@@ -88,7 +90,7 @@ class Decoding:
         finally:
             run._alive = False
 
-    def _decode(self) -> Iterator[Tensor]:
+    def _decode(self) -> Generator[Tensor]:
         self.timing, self._advance = Timing(), None
         started = time.perf_counter()
         self._prefill()

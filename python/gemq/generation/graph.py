@@ -28,7 +28,7 @@ class GraphedStep:
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
         self.graph = torch.cuda.CUDAGraph()
-        if generator is not None:
+        if generator is not None and saved_generator is not None:
             generator.set_state(saved_generator)
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):

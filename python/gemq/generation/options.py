@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gemq.errors import CheckpointError
 
@@ -89,7 +90,7 @@ def _number(name: str, value: float, low: float, high: float, allowed: str, open
         raise ValueError(f"{name} must be {allowed}, got {value:g}")
 
 
-def ending(options: GenerationOptions, model) -> tuple[tuple[int, ...], int]:
+def ending(options: GenerationOptions, model: Any) -> tuple[tuple[int, ...], int]:
     """``(end tokens, token that fills ended rows)``, from the options or else the model's generation config.
 
     Every one is a row of the model's embedding. ``ValueError`` for an option that is not. An end token of the config
@@ -110,7 +111,7 @@ def ending(options: GenerationOptions, model) -> tuple[tuple[int, ...], int]:
     return eos, (*pad, *eos, 0)[0]
 
 
-def _own(config, name: str) -> tuple[int, ...]:
+def _own(config: Any, name: str) -> tuple[int, ...]:
     """Token ids of a model's generation config."""
     value = getattr(config, name, None)
     found = (() if value is None else (value,)) if not isinstance(value, list | tuple) else tuple(value)

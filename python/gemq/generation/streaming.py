@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers import TextStreamer
 
@@ -22,7 +24,11 @@ class ContinuationStreamer(TextStreamer):
     last tokens are decoded again with each new one.
     """
 
-    def __init__(self, tokenizer):
+    next_tokens_are_prompt: bool
+    token_cache: list[int]
+    print_len: int
+
+    def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
         # decoded text that was not returned yet, in parts
         self.held: list[str] = []
@@ -83,7 +89,7 @@ class ContinuationStreamer(TextStreamer):
 class Pieces(ContinuationStreamer):
     """Collects the text that is final."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
         self.pieces: list[str] = []
 

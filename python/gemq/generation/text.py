@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +139,7 @@ def continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
 def stream_row(
     model: nn.Module, tokenizer, row: list[int], options: GenerationOptions, *, compile: str = "auto",
     at_end: Callable[[Decoding], None] = lambda decoding: None,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Continue one row of token ids; yields the text in pieces of whole words as they are made.
 
     Closing the iterator stops the generation; Ctrl-C comes after the text so far. Errors of the arguments come at the
@@ -147,7 +147,7 @@ def stream_row(
     """
     decoding = Decoding(model, torch.tensor([row]), None, options, compile=compile)
 
-    def pieces() -> Iterator[str]:
+    def pieces() -> Generator[str]:
         streamer, interrupt = Pieces(tokenizer), None
         streamer.put(decoding.prompt)
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,16 @@ from gemq.folders import checkpoint_folder
 from gemq.format import expert_layout
 from gemq.hf import check_files
 from gemq.integrity import weight_files
-from gemq.interchange.source import TensorReader, copy_companions, disk_name, meta_model
+from gemq.interchange.reading import TensorReader, copy_companions, disk_name, meta_model
 from gemq.models import describe, replace_with_packed
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.ops import backends
 from gemq.packed_model import kept_in_float32, packed_skeleton
 from gemq.shards import ShardWriter
 from gemq.staging import new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def export(
     return Exported(out, count, writer.total, chosen, left_out)
 
 
-def _dtype(dtype: torch.dtype | str, config) -> torch.dtype:
+def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
     if dtype == "auto":
         return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     if dtype not in (torch.float16, torch.bfloat16):
@@ -87,7 +91,7 @@ def _dtype(dtype: torch.dtype | str, config) -> torch.dtype:
 
 
 def _tensors(
-    model: nn.Module, modules: dict[str, nn.Module], reader: TensorReader, dtype: torch.dtype
+    model: nn.Module, modules: dict[str, LowBitExperts | LowBitLinear], reader: TensorReader, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the plain model under its module path, packed ones dequantized."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

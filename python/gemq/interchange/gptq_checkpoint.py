@@ -19,7 +19,7 @@ from gemq.format import UNQUANTIZED, default_group_size
 from gemq.hf import check_files
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.interchange.gptq_tensors import PARTS, GptqShape, checkpoint_format, common_group_size, convert, shape_of
-from gemq.interchange.source import TensorReader, copy_companions, disk_name, disk_names, meta_model
+from gemq.interchange.reading import TensorReader, copy_companions, disk_name, disk_names, meta_model
 from gemq.models import MoeModel, describe, replace_with_packed
 from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.packed_config import PackedConfig
@@ -150,7 +150,7 @@ def _locate(moe: MoeModel, read: _Source) -> _Layout:
                     f"expert {e} of layer {layer.index} has widths {widths}: gate and up have one width in gemq, and "
                     "all have 2, 3, 4 or 8 bits from GPTQ"
                 )
-            shapes[layer.index].append(found)
+            shapes[layer.index].append({role: s for role, s in found.items() if s is not None})
     linears = {}
     for path, module in moe.linears().items():
         stem = disk_name(moe.model, f"{path}.weight").removesuffix(".weight")
@@ -165,7 +165,7 @@ def _expert_stems(moe: MoeModel, path: str) -> list[dict[str, str]]:
         for stored in disk_names(moe.model, f"{path}.{name}"):
             match = _EXPERT.search(stored)
             role = _ROLES.get(match[2]) if match else None
-            if role is None:
+            if match is None or role is None:
                 raise CheckpointError(f"{stored} is not a linear of an expert by any name that is known")
             found[int(match[1])][role] = stored.removesuffix(".weight")
     return found
@@ -176,7 +176,7 @@ def _packed_config(moe: MoeModel, layout: _Layout) -> PackedConfig:
         shapes = {path: layout.linears[path][1] for path in paths}
         found = {path: UNQUANTIZED if shape is None else shape.bits for path, shape in shapes.items()}
         if len(set(found.values())) > 1:
-            low, high = min(found, key=found.get), max(found, key=found.get)
+            low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
             raise CheckpointError(
                 f"{kind} has linears of {found[low]} bits ({low}) and {found[high]} ({high}): gemq keeps one width"
             )

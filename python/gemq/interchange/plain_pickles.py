@@ -36,7 +36,8 @@ class _Dtype:
     def value(self) -> np.dtype:
         if not isinstance(self.code, str) or self.code[:1] not in _KINDS or not self.code[1:].isdecimal():
             raise PickleError(f"arrays of {self.code!r} are not read, only of numbers")
-        return np.dtype(self.code).newbyteorder("=" if self.order == "|" else self.order)
+        order: Any = "=" if self.order == "|" else self.order
+        return np.dtype(self.code).newbyteorder(order)
 
 
 def _from_bytes(raw: Any, dtype: Any, shape: Any, fortran: Any) -> np.ndarray:
@@ -93,7 +94,7 @@ STAND_INS = {
 
 
 # the one written in Python: the C one allocates what a file's memo index says, up to 64 GB
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
+class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in STAND_INS:
             raise PickleError(f"it names {module}.{name}, which is neither a plain container nor an array of numpy")

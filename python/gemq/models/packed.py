@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from gemq.nn import LowBitExperts, LowBitLinear
 
 
-def replace_with_packed(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+def replace_with_packed(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Replace the module at each path (``model.layers.0.mlp.experts``) by the packed one, in the model's own training
     mode."""
     for path, module in modules.items():

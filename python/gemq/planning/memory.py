@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gemq.algorithms.method import MethodConfig
-from gemq.planning.parts import LayerParts, ModelParts
+from gemq.planning.model_parts import LayerParts, ModelParts
 
 KEEP = ("layer", "activations", "model")
 # An interpreter with torch and transformers loaded, measured: 0.75 GB. A CUDA context, as NVIDIA's runtime takes it

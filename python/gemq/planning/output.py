@@ -33,7 +33,7 @@ class OutputSize:
 
 
 def output_size(moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: int = _SHARD) -> OutputSize:
-    """The size of the checkpoint of a model without storage (of :func:`gemq.planning.parts.located`) with these
+    """The size of the checkpoint of a model without storage (of :func:`gemq.planning.model_parts.located`) with these
     widths; unquantized tensors are stored in ``dtype``, a file holds about ``shard`` bytes. The model is packed by
     this."""
     replace_with_packed(moe.model, packed_skeleton(moe, config.widths, config.group_size, "meta"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,11 +13,14 @@ from gemq.errors import ResourceError
 from gemq.planning import memory
 from gemq.planning.machine import Machine
 from gemq.planning.memory import KEEP, Need, Work
+from gemq.planning.model_parts import ModelParts, count_parts, located
 from gemq.planning.output import OutputSize, output_size
-from gemq.planning.parts import ModelParts, count_parts, located
 from gemq.planning.running import Inference, bits_that_run, inference_of
 from gemq.planning.seconds import stage_operations
 from gemq.planning.widths import budget_range, planned_widths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,9 @@ class Plan:
         for place, label in (("device", "device memory"), ("host", "memory")):
             stage, need = max(self.stages.items(), key=lambda item: sum(getattr(item[1], place).values()))
             needed = getattr(need, place)
-            if free[place] is not None and sum(needed.values()) > free[place]:
-                found.append(Shortage(label, stage, needed, free[place]))
+            room = free[place]
+            if room is not None and sum(needed.values()) > room:
+                found.append(Shortage(label, stage, needed, room))
         if self.machine.disk_free is not None and sum(self.disk.values()) > self.machine.disk_free:
             found.append(Shortage("disk", "save", self.disk, self.machine.disk_free))
         return found
@@ -125,7 +130,7 @@ class Plan:
         }
 
 
-def computed_dtype(config, dtype: torch.dtype | None, on_cpu: bool) -> torch.dtype:
+def computed_dtype(config: PreTrainedConfig, dtype: torch.dtype | None, on_cpu: bool) -> torch.dtype:
     """The dtype that quantizing computes in: ``dtype``, else float32 on a CPU and the model's own on a GPU."""
     if dtype is not None:
         return dtype
@@ -133,12 +138,12 @@ def computed_dtype(config, dtype: torch.dtype | None, on_cpu: bool) -> torch.dty
     return torch.float32 if on_cpu else declared if isinstance(declared, torch.dtype) else torch.bfloat16
 
 
-def _stored_dtype(config) -> torch.dtype:
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     declared = getattr(config, "dtype", None)
     return declared if declared in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def make_plan(config, options: PlanConfig, machine: Machine) -> Plan:
+def make_plan(config: PreTrainedConfig, options: PlanConfig, machine: Machine) -> Plan:
     """Predict everything for the model of a transformers ``config``; no weight is read.
 
     Raises :class:`gemq.errors.UnsupportedModelError` for a model that gemq does not know, ``ValueError`` for a budget
@@ -176,7 +181,9 @@ def _needs(options: PlanConfig, parts: ModelParts, work: Work, output: int) -> d
     return stages
 
 
-def _packed(config, options: PlanConfig, machine: Machine, budget: float, stored: torch.dtype):
+def _packed(
+    config: PreTrainedConfig, options: PlanConfig, machine: Machine, budget: float, stored: torch.dtype
+) -> tuple[OutputSize, Inference]:
     """Sizes of one budget's checkpoint, on disk and running."""
     moe = located(config)
     parts = count_parts(moe)
@@ -186,7 +193,7 @@ def _packed(config, options: PlanConfig, machine: Machine, budget: float, stored
     return size, inference_of(model, parts, widths, size, machine, options.rows, options.context, stored)
 
 
-def check(plan: Plan, config) -> None:
+def check(plan: Plan, config: PreTrainedConfig) -> None:
     """Raise :class:`gemq.errors.ResourceError` if something does not fit. The message lists what takes how much, and a
     change that would fit."""
     found = plan.shortages()
@@ -204,11 +211,11 @@ def _sentence(shortage: Shortage) -> str:
             f"{shortage.free / 1e9:.2f} GB are free")
 
 
-def _what_would_fit(plan: Plan, config) -> Iterator[str]:
+def _what_would_fit(plan: Plan, config: PreTrainedConfig) -> Iterator[str]:
     """List smaller calibrations that fit, each by one change."""
     options = plan.config
 
-    def fits(**changes) -> bool:
+    def fits(**changes: Any) -> bool:
         changed = replace(options, **changes)
         work = Work(changed.samples, changed.length, changed.method,
                     computed_dtype(config, options.dtype, plan.machine.on_cpu).itemsize, plan.machine.on_cpu,

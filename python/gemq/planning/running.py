@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,8 @@ from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
 from gemq.packed_config import PackedConfig
 from gemq.planning.machine import Machine
 from gemq.planning.memory import CONTEXT, PROCESS
+from gemq.planning.model_parts import ModelParts
 from gemq.planning.output import OutputSize, resident_bytes
-from gemq.planning.parts import ModelParts
 
 # budgets that are tried lie this far apart
 _STEP = 0.25
@@ -76,7 +77,8 @@ def inference_of(
     longest = None
     if free is not None:
         left = free - weights - state - process
-        longest = _most(lambda length: length * token + working(length) <= left, model.config.max_position_embeddings)
+        own: Any = model.config
+        longest = _most(lambda length: length * token + working(length) <= left, own.max_position_embeddings)
     return Inference(weights, state + context * token, working(context), read, process, free, longest)
 
 

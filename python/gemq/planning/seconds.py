@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gemq.planning.machine import Rates
 from gemq.planning.memory import Work
-from gemq.planning.parts import LayerParts, ModelParts
+from gemq.planning.model_parts import LayerParts, ModelParts
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from gemq.algorithms.costs import Costs
+from gemq.checkpoint_summary import Summary, summarize
 from gemq.errors import CheckpointError
 from gemq.evaluations import Score, read_evaluations, score_of
 from gemq.folders import checkpoint_folder, local_folder
 from gemq.format import mean_width
 from gemq.integrity import RUN_FILE, read_json
 from gemq.pipeline import COSTS_FILE, REPORT_FILE
-from gemq.summary import Summary, summarize
 
 TABLE_FILE = "table.json"
 

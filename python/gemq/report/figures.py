@@ -19,7 +19,7 @@ class Table:
     """Column names and rows of text; the first column is left-aligned."""
 
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def bits_by_layer(means: dict[int, float]) -> Figure:
         plot.bar(at - 0.38, at + 0.38, mean, "s0", f"layer {layer}: {mean:.2f} bits")
         if len(layers) <= 12:
             plot.marks.append(text(plot.x(at), plot.y(mean) - 4, f"{mean:.2f}", "middle", "value"))
-    most, least = max(means, key=means.get), min(means, key=means.get)
+    most, least = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
     sentence = (f"Layer {most} keeps most ({means[most]:.2f} bits), layer {least} least ({means[least]:.2f})."
                 if means[most] > means[least] else f"Every layer has {means[most]:.2f} bits.")
     table = Table(("layer", "mean bits"), [(str(n), f"{m:.3f}") for n, m in means.items()])
@@ -195,7 +195,8 @@ def router_shift(shift: dict[int, RouterShift]) -> Figure | None:
         return None
     layers = sorted(shift)
     weights = [100 * shift[n].weights for n in layers]
-    selected = [None if shift[n].selected is None else 100 * shift[n].selected for n in layers]
+    shares = (shift[n].selected for n in layers)
+    selected = [None if share is None else 100 * share for share in shares]
     known = [v for v in selected if v is not None]
     plot = Plot.over((-0.5, len(layers) - 0.5), (0, max([*weights, *known, 1e-6]) * 1.15), height=270, left=40)
     plot.y = Scale(plot.y.low, plot.y.high, plot.y.start, plot.y.stop + _LEGEND_ROW)
@@ -203,8 +204,9 @@ def router_shift(shift: dict[int, RouterShift]) -> Figure | None:
     for at, layer in enumerate(layers):
         plot.bar(at - 0.38, at - 0.01 if known else at + 0.38, weights[at], "s0",
                  f"layer {layer}: weights moved by {number(weights[at])}%")
-        if selected[at] is not None:
-            plot.bar(at + 0.01, at + 0.38, selected[at], "s1", f"layer {layer}: {number(selected[at])}% selected anew")
+        anew = selected[at]
+        if anew is not None:
+            plot.bar(at + 0.01, at + 0.38, anew, "s1", f"layer {layer}: {number(anew)}% selected anew")
     legend(plot, ["router weights"] + ["selected experts"] * bool(known), bars=True)
     sentence = f"Router weights moved by {number(sum(weights) / len(weights))}% on average"
     sentence += f"; {number(sum(known) / len(known))}% of the selected experts are other ones than the original's." \
@@ -225,7 +227,7 @@ def output_error(checkpoint: Checkpoint) -> Figure | None:
     plot.axes("decoder layer", "output error, %", _layer_ticks(layers), lambda i: str(layers[int(i)]))
     for at, layer in enumerate(layers):
         plot.bar(at - 0.38, at + 0.38, values[at], "s2", f"layer {layer}: {number(values[at])}%")
-    fewest = min(checkpoint.tokens, key=checkpoint.tokens.get)
+    fewest = min(checkpoint.tokens, key=checkpoint.tokens.__getitem__)
     sentence = f"GPTQ leaves {number(sum(values) / len(values))}% of the outputs' energy as error on average; the " \
                f"expert that saw least had {checkpoint.tokens[fewest]:,} calibration tokens (layer {fewest})."
     rows = [(str(n), f"{number(v)}%", f"{checkpoint.tokens[n]:,}") for n, v in zip(layers, values, strict=True)]
@@ -246,7 +248,7 @@ def run_times(seconds: dict[str, float]) -> Figure | None:
         marks.append(element("rect", x=118, y=y, width=width, height=18, class_="s3"))
         marks.append(text(122 + width, y + 14, duration(value), class_="value"))
         y += 26
-    slowest = max(seconds, key=seconds.get)
+    slowest = max(seconds, key=seconds.__getitem__)
     sentence = f"{duration(total)} in all; {slowest} took {100 * seconds[slowest] / (total or 1):.0f}%."
     rows = [(stage, duration(v), f"{100 * v / (total or 1):.0f}%") for stage, v in seconds.items()]
     svg = drawing("Run time by stage", sentence, 380, y + 4, *marks)

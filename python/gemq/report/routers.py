@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from gemq.checkpoint import load_packed_config
@@ -28,7 +29,7 @@ def _routers(folder: Path) -> dict[int, tuple[Path, str]]:
     return found
 
 
-def _read(file: Path, name: str):
+def _read(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name).double()
 

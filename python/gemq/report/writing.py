@@ -6,6 +6,7 @@ import io
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemq import durable
 from gemq.errors import CheckpointError
@@ -14,6 +15,10 @@ from gemq.report.page import render
 from gemq.report.pareto import Point, curves
 from gemq.report.style import LIGHT, SERIES_LIGHT, WIDTHS
 from gemq.report.svg import DASHES, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _INCHES = (6.4, 4.0)
 
@@ -66,7 +71,7 @@ def write_pictures(data: ReportData, folder: str | os.PathLike) -> list[Path]:
     return paths
 
 
-def _figure(title: str, size: tuple[float, float] = _INCHES):
+def _figure(title: str, size: tuple[float, float] = _INCHES) -> tuple[Figure, Axes]:
     """An empty figure and its axis, without matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,12 +87,12 @@ def _figure(title: str, size: tuple[float, float] = _INCHES):
     return figure, axis
 
 
-def _dash(index: int):
+def _dash(index: int) -> str | tuple[float, tuple[float, ...]]:
     pattern = DASHES[index % len(DASHES)]
     return (0, tuple(float(v) for v in pattern.split())) if pattern else "solid"
 
 
-def _pareto(where: str, points: list[Point], lines: list[tuple[str, float]]):
+def _pareto(where: str, points: list[Point], lines: list[tuple[str, float]]) -> Figure:
     figure, axis = _figure(f"Size against perplexity: {where}")
     for index, series in enumerate(dict.fromkeys(p.series for p in points)):
         own = sorted((p.bytes / 1e6, p.perplexity) for p in points if p.series == series)
@@ -101,7 +106,7 @@ def _pareto(where: str, points: list[Point], lines: list[tuple[str, float]]):
     return figure
 
 
-def _bit_map(name: str, of: str, bits: dict[int, list[int]]):
+def _bit_map(name: str, of: str, bits: dict[int, list[int]]) -> Figure:
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     rows = list(bits.values())
@@ -122,10 +127,12 @@ def _bit_map(name: str, of: str, bits: dict[int, list[int]]):
     return figure
 
 
-def _importance(checkpoint: Checkpoint):
+def _importance(checkpoint: Checkpoint) -> Figure:
     figure, axis = _figure(f"{checkpoint.name}: predicted loss increase by expert")
-    routed = checkpoint.costs.routed
-    for b, bits in enumerate(checkpoint.costs.candidates):
+    costs = checkpoint.costs
+    assert costs is not None
+    routed = costs.routed
+    for b, bits in enumerate(costs.candidates):
         axis.plot(sorted(routed[..., b].ravel(), reverse=True), color=SERIES_LIGHT[b % 6], linestyle=_dash(b),
                   label=f"{bits} bit{'s' * (bits != 1)}")
     if (routed > 0).any():
@@ -136,7 +143,7 @@ def _importance(checkpoint: Checkpoint):
     return figure
 
 
-def _routers(checkpoint: Checkpoint):
+def _routers(checkpoint: Checkpoint) -> Figure:
     figure, axis = _figure(f"{checkpoint.name}: router shift")
     layers = sorted(checkpoint.shift)
     at = range(len(layers))
@@ -153,7 +160,7 @@ def _routers(checkpoint: Checkpoint):
     return figure
 
 
-def _times(checkpoint: Checkpoint):
+def _times(checkpoint: Checkpoint) -> Figure:
     figure, axis = _figure(f"{checkpoint.name}: run time by stage", (6.4, 0.9 + 0.4 * len(checkpoint.seconds)))
     names, values = list(checkpoint.seconds), list(checkpoint.seconds.values())
     bars = axis.barh(range(len(names)), values, color=SERIES_LIGHT[3])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from gemq.model_config import skeleton
 from gemq.models import MoeModel, describe
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def meta_model(config) -> nn.Module:
+
+def meta_model(config: PreTrainedConfig) -> nn.Module:
     """The unquantized model of a transformers config, without any storage."""
     return skeleton(config).eval().requires_grad_(False)
 
@@ -80,7 +84,8 @@ def _layer(moe: MoeModel, index: int, module: nn.Module) -> LayerParts:
     dense = [m for p, m in moe.dense.items() if p.startswith(prefix)]
     block = next((layer for layer in moe.moe if layer.index == index), None)
     if block is not None and block.shared is not None:
-        dense = [block.shared.gate_proj, block.shared.up_proj, block.shared.down_proj]
+        shared: Any = block.shared
+        dense = [shared.gate_proj, shared.up_proj, shared.down_proj]
     linears = [(m.out_features, m.in_features) for m in [*attention.values(), *dense]]
     width = dense[-1].in_features if dense else 0
     parameters = sum(p.numel() for p in module.parameters())
@@ -92,13 +97,14 @@ def count_parts(moe: MoeModel) -> ModelParts:
     layers = tuple(_layer(moe, index, module) for index, module in enumerate(moe.layers))
     parameters = sum(p.numel() for p in moe.model.parameters())
     outside = parameters - sum(layer.parameters for layer in layers)
-    vocabulary = moe.model.get_input_embeddings().weight.shape[0]
+    model: Any = moe.model
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     return ModelParts(
         parameters, outside, layers, moe.hidden, moe.intermediate, moe.num_experts, moe.top_k, vocabulary
     )
 
 
-def located(config) -> MoeModel:
+def located(config: PreTrainedConfig) -> MoeModel:
     """The model of a transformers config without storage, located. Raises
     :class:`gemq.errors.UnsupportedModelError`."""
     return describe(meta_model(config))

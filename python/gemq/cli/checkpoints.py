@@ -27,7 +27,7 @@ def inspect(
 
     [dim]gemq inspect mixtral-2.5 --format json[/dim]
     """
-    from gemq.summary import summarize
+    from gemq.checkpoint_summary import summarize
 
     form, summary = former_form or form, summarize(model)
     config, widths, total = summary.config, summary.config.widths, summary.tensor_bytes

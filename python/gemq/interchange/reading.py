@@ -29,7 +29,7 @@ def meta_model(source: str | os.PathLike) -> tuple[nn.Module, Any]:
     """
     config = model_config(os.fspath(source))
     check_supported(config)
-    check_sizes(config, source)
+    check_sizes(config, os.fspath(source))
     # the code that it names is neither run nor copied
     for name in ("quantization_config", "auto_map"):
         if hasattr(config, name):
@@ -41,7 +41,7 @@ class TensorReader:
     """Tensors of several safetensors files by name."""
 
     def __init__(self, files: list[Path], stack: ExitStack):
-        self.handles = {}
+        self.handles: dict[str, Any] = {}
         for file in files:
             # the library's own errors say less
             read_header(file)
