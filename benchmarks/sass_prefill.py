@@ -142,7 +142,7 @@ def unpacking(only: int, group: int = 128, kw: int = 16) -> Row:
     from gemq.triton_kernels.grouped import dequantize_kernel
 
     constants = {f"KW{bits}": kw for bits in FIELDS} | {
-        "GROUP": group, "FAST": True, "ONLY": only, "THREADS_FIRST": tuning.threads_first(triton.__version__)
+        "GROUP": group, "FAST": True, "ONLY": only, "WARPS": 4, "THREADS_FIRST": tuning.threads_first(triton.__version__)
     }
     compiled = compile_kernel(dequantize_kernel, _pointers(2), constants, 4)
     return measure(f"unpack {'mixed' if only == -1 else f'{only} bit'}", compiled, 4, 0)

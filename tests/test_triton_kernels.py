@@ -29,7 +29,8 @@ def test_layout_mirrors_the_format():
     from gemq.triton_kernels import layout
 
     for bits in layout.WIDTHS:
-        assert layout.FIELDS[bits] == fmt.GPU_FIELDS[bits]
+        assert layout.fields(bits) == fmt.GPU_FIELDS[bits]
+        assert layout.word_blocks(bits) == fmt.GPU_WORDS[bits]
         for k in range(32, 4096, 32):
             assert layout.words_along_k(k, bits) == fmt.gpu_kw(k, bits)
             spans, span = fmt.gpu_spans(k, bits)

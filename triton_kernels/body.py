@@ -1,4 +1,4 @@
-"""One 64-row tile of a packed expert times a few token columns: the inner loop of every kernel here.
+"""One tile of a packed expert times a few token columns: the inner loop of every kernel here.
 
 Each of the ``WARPS`` warps multiplies spans of its own (the batch dimension of the dot), so a program needs no
 barrier before its last sum. Everything is loaded in the places where the tensor core wants it, so that a thread reads
@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .layout import K_LANES, LINE, ROW_LANES, TILE_ROWS, WARP, fields, span_columns, span_words, word_blocks
 
 
 @triton.jit
@@ -78,36 +80,37 @@ def _repeats(count: tl.constexpr, RUN: tl.constexpr):
 @triton.jit
 def _words(at, ROWS: tl.constexpr, KW: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
     """int32 ``[WARPS, ROWS, KW]`` of one word block."""
-    RH: tl.constexpr = ROWS // 8
+    RH: tl.constexpr = ROWS // ROW_LANES
     w = tl.load(at)
     if RUN == 2:
-        w = tl.permute(tl.reshape(w, (WARPS, 8, 4, RH, KW // 4 // RUN, RUN)), (0, 3, 1, 4, 2, 5))
+        w = tl.permute(tl.reshape(w, (WARPS, ROW_LANES, K_LANES, RH, KW // K_LANES // RUN, RUN)), (0, 3, 1, 4, 2, 5))
     else:
-        w = tl.permute(tl.reshape(w, (RH, WARPS, 8, 4, KW // 4 // RUN, RUN)), (1, 0, 2, 4, 3, 5))
+        w = tl.permute(tl.reshape(w, (RH, WARPS, ROW_LANES, K_LANES, KW // K_LANES // RUN, RUN)), (1, 0, 2, 4, 3, 5))
     return tl.reshape(w, (WARPS, ROWS, KW))
 
 
 @triton.jit
 def _columns(at, VEC: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
-    """fp16 ``[WARPS, 8 * VEC, COLUMNS]`` of activations."""
-    CN: tl.constexpr = COLUMNS // 8
+    """fp16 ``[WARPS, 2 * K_LANES * VEC, COLUMNS]`` of activations."""
+    CN: tl.constexpr = COLUMNS // ROW_LANES
     b = tl.load(at)
     if RUN == 2:
-        b = tl.permute(tl.reshape(b, (WARPS, 8, 4, CN, VEC // RUN, 2 * RUN)), (0, 4, 2, 5, 3, 1))
+        b = tl.permute(tl.reshape(b, (WARPS, ROW_LANES, K_LANES, CN, VEC // RUN, 2 * RUN)), (0, 4, 2, 5, 3, 1))
     else:
-        b = tl.permute(tl.reshape(b, (CN, WARPS, 8, 4, VEC // RUN, 2 * RUN)), (1, 4, 3, 5, 0, 2))
-    return tl.reshape(b, (WARPS, 8 * VEC, COLUMNS))
+        b = tl.permute(tl.reshape(b, (CN, WARPS, ROW_LANES, K_LANES, VEC // RUN, 2 * RUN)), (1, 4, 3, 5, 0, 2))
+    return tl.reshape(b, (WARPS, 2 * K_LANES * VEC, COLUMNS))
 
 
 @triton.jit
 def _per_column(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
     """``[WARPS, ROWS, COLUMNS]`` of a value per column, the same in every row."""
-    CN: tl.constexpr = COLUMNS // 8
+    CN: tl.constexpr = COLUMNS // ROW_LANES
     if RUN == 2:
-        value = tl.permute(tl.reshape(value, (WARPS, 8, 4, CN, 2, 1)), (0, 5, 1, 3, 2, 4))
+        value = tl.permute(tl.reshape(value, (WARPS, ROW_LANES, K_LANES, CN, 2, 1)), (0, 5, 1, 3, 2, 4))
     else:
-        value = tl.permute(tl.reshape(value, (CN, 2, WARPS, 8, 4, 1)), (2, 5, 3, 0, 4, 1))
-    return tl.reshape(tl.broadcast_to(value, (WARPS, ROWS // 8, 8, CN, 4, 2)), (WARPS, ROWS, COLUMNS))
+        value = tl.permute(tl.reshape(value, (CN, 2, WARPS, ROW_LANES, K_LANES, 1)), (2, 5, 3, 0, 4, 1))
+    value = tl.broadcast_to(value, (WARPS, ROWS // ROW_LANES, ROW_LANES, CN, K_LANES, 2))
+    return tl.reshape(value, (WARPS, ROWS, COLUMNS))
 
 
 @triton.jit
@@ -125,12 +128,14 @@ def _fetch_span(
 ):
     """Prefetch what a warp will read of a span: 128 bytes a lane of the codes, and its (s, m)."""
     span = tl.minimum(span, last)
-    # a word block holds 64 rows, of which these are read; a line is 32 words
-    LINES: tl.constexpr = ROWS * KW // 32
-    for r in tl.static_range(0, NWORDS * LINES, 32):
+    # a word block holds the whole tile's rows, of which these are read
+    LINES: tl.constexpr = ROWS * KW // LINE
+    BLOCK: tl.constexpr = TILE_ROWS * KW
+    for r in tl.static_range(0, NWORDS * LINES, WARP):
         line = tl.minimum(r + lane, NWORDS * LINES - 1)
-        _fetch(codes + (code_at + span * (NWORDS * 64 * KW) + line // LINES * (64 * KW) + line % LINES * 32))
-    _fetch(meta + (meta_at + span * (GROUPS * 64) + lane % GROUPS * 64 + lane // GROUPS % (ROWS // 32) * 32))
+        _fetch(codes + (code_at + span * (NWORDS * BLOCK) + line // LINES * BLOCK + line % LINES * LINE))
+    part = lane // GROUPS % (ROWS // LINE) * LINE
+    _fetch(meta + (meta_at + span * (GROUPS * TILE_ROWS) + lane % GROUPS * TILE_ROWS + part))
 
 
 @triton.jit
@@ -143,12 +148,13 @@ def token_row(pair_at, row_pairs, lead):
 @triton.jit
 def _per_row(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
     """``[WARPS, ROWS, COLUMNS]`` of a value per row."""
-    RH: tl.constexpr = ROWS // 8
+    RH: tl.constexpr = ROWS // ROW_LANES
     if RUN == 2:
-        value = tl.permute(tl.reshape(value, (WARPS, 8, 4, RH, 1, 1)), (0, 3, 1, 4, 2, 5))
+        value = tl.permute(tl.reshape(value, (WARPS, ROW_LANES, K_LANES, RH, 1, 1)), (0, 3, 1, 4, 2, 5))
     else:
-        value = tl.permute(tl.reshape(value, (RH, WARPS, 8, 4, 1, 1)), (1, 0, 2, 4, 3, 5))
-    return tl.reshape(tl.broadcast_to(value, (WARPS, RH, 8, COLUMNS // 8, 4, 2)), (WARPS, ROWS, COLUMNS))
+        value = tl.permute(tl.reshape(value, (RH, WARPS, ROW_LANES, K_LANES, 1, 1)), (1, 0, 2, 4, 3, 5))
+    value = tl.broadcast_to(value, (WARPS, RH, ROW_LANES, COLUMNS // ROW_LANES, K_LANES, 2))
+    return tl.reshape(value, (WARPS, ROWS, COLUMNS))
 
 
 @triton.jit
@@ -166,32 +172,33 @@ def tile_product(
     2, the same ``up_tiles`` further (one expert stays below 2**31 words). ``x`` is the normalised activations of this
     width, ``groups`` their ``(sum, 1 / scale)``, ``pair_ptr`` the pairs of the token columns.
     """
-    FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
-    NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
+    FIELDS: tl.constexpr = fields(BITS)
+    NWORDS: tl.constexpr = word_blocks(BITS)
     IN_WORD: tl.constexpr = 16 // BITS
     FIELD: tl.constexpr = 2 * KW
-    SPAN: tl.constexpr = FIELDS * FIELD
+    SPAN: tl.constexpr = span_columns(BITS, KW)
     PER_GROUP: tl.constexpr = GROUP // FIELD
-    VEC: tl.constexpr = KW // 4
+    VEC: tl.constexpr = KW // K_LANES
     KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
-    BLOCK: tl.constexpr = 64 * KW
+    BLOCK: tl.constexpr = TILE_ROWS * KW
 
-    thread = tl.arange(0, 32 * WARPS)
-    warp = thread // 32
-    rl = thread // 4 % 8
-    lane = thread % 4
+    thread = tl.arange(0, WARP * WARPS)
+    warp = thread // WARP
+    rl = thread // K_LANES % ROW_LANES
+    lane = thread % K_LANES
     part = warp // KWARPS
     tile = part % TILES + part // TILES * up_tiles
-    word = _threads(tile * tile_words + rl * KW + lane * VEC, RUN) + _repeats(ROWS // 8, RUN) * (8 * KW)
+    word = _threads(tile * tile_words + rl * KW + lane * VEC, RUN) + _repeats(ROWS // ROW_LANES, RUN) * (ROW_LANES * KW)
     word = word + tl.arange(0, VEC)[None, None, :]
-    pairs = meta + (_threads(tile * tile_meta + rl, RUN) + _repeats(ROWS // 8, RUN) * 8)
-    x_row = token_row(pair_ptr + (_threads(rl, RUN) + _repeats(COLUMNS // 8, RUN) * 8), row_pairs, lead) * k_padded
+    pairs = meta + (_threads(tile * tile_meta + rl, RUN) + _repeats(ROWS // ROW_LANES, RUN) * ROW_LANES)
+    pair = pair_ptr + (_threads(rl, RUN) + _repeats(COLUMNS // ROW_LANES, RUN) * ROW_LANES)
+    x_row = token_row(pair, row_pairs, lead) * k_padded
     x_at = x + x_row + (_threads(lane * (2 * VEC), RUN) + tl.arange(0, 2 * VEC)[None, None, :])
 
     # the repeats are (n, h) of columns 8 * n + 2 * c + h; an AND hides from the compiler that h is contiguous, for
     # which it would deal out the load's threads in another order than those of the loop
-    repeat = _repeats(COLUMNS // 4, RUN)
-    pair = pair_ptr + (_threads(lane * 2, RUN) + repeat // 2 * 8 + (repeat & 1))
+    repeat = _repeats(COLUMNS // K_LANES, RUN)
+    pair = pair_ptr + (_threads(lane * 2, RUN) + repeat // 2 * ROW_LANES + (repeat & 1))
     groups_at = groups + token_row(pair, row_pairs, lead) * (k_padded // GROUP * 2) + tl.arange(0, 2)[None, None, :]
 
     acc = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
@@ -199,17 +206,17 @@ def tile_product(
     last = spans_to - 1
     for d in tl.static_range(1, AHEAD):
         _fetch_span(
-            codes, meta, tile * tile_words, tile * tile_meta, first + d * KWARPS, last, thread % 32, ROWS, KW, NWORDS,
+            codes, meta, tile * tile_words, tile * tile_meta, first + d * KWARPS, last, thread % WARP, ROWS, KW, NWORDS,
             SPAN // GROUP,
         )
     for step in range(0, spans_to - spans_from, KWARPS):
         # a warp beyond the last span repeats its words against the zeros that follow the activations
         mine = first + step
-        span = word + _threads(tl.minimum(mine, last) * (NWORDS * BLOCK), RUN)
+        span = word + _threads(tl.minimum(mine, last) * span_words(BITS, KW), RUN)
         w = _words(codes + span, ROWS, KW, WARPS, RUN)
         if AHEAD > 0:
             _fetch_span(
-                codes, meta, tile * tile_words, tile * tile_meta, mine + AHEAD * KWARPS, last, thread % 32, ROWS, KW,
+                codes, meta, tile * tile_words, tile * tile_meta, mine + AHEAD * KWARPS, last, thread % WARP, ROWS, KW,
                 NWORDS, SPAN // GROUP,
             )
         mine = tl.minimum(mine, spans)
@@ -237,7 +244,7 @@ def tile_product(
                 p = tl.dot(weights, b, acc=p, out_dtype=tl.float32)
             if f % PER_GROUP == PER_GROUP - 1:
                 g = group + f // PER_GROUP
-                at = _threads(tl.minimum(g, last_group) * 64, RUN)
+                at = _threads(tl.minimum(g, last_group) * TILE_ROWS, RUN)
                 s, m = _as_fp16(tl.load(pairs + at), ASM)
                 total, inverse = tl.split(tl.load(groups_at + _threads(g * 2, RUN)))
                 p = p * _per_column(inverse, ROWS, COLUMNS, WARPS, RUN)

@@ -126,7 +126,7 @@ def _fused_ffn(
     qweight, meta, bits, offsets, meta_offsets = gate_up
     experts, pairs, top_k = bits.numel(), ids.numel(), ids.numel() // tokens
     name = device_name(x.device)
-    tiles = 2 if down_group_size == 128 else 1
+    tiles = down_group_size // ROWS
     first = tuning.decode_launch(name, "ffn", tokens, experts, top_k, intermediate, hidden, tiles)
     second = tuning.decode_launch(name, "gemm", tokens, experts, top_k, hidden, intermediate)
     # both products read the same tables
@@ -153,15 +153,15 @@ def ffn_decode(
     """``sum_j w_j * down_j(silu(gate_j(x)) * up_j(x))`` for a few tokens ``x [T, hidden]``, in the dtype of ``x``.
 
     Three launches: tables and activations, gate and up, down and sum. The inner activations keep the 11 significant
-    bits of fp16 with an exponent per group. Where the intermediate size does not fill tiles, or groups are of 32
-    columns, two products with torch between them do.
+    bits of fp16 with an exponent per group. Where the intermediate size does not fill tiles, or a group is
+    smaller than a tile, two products with torch between them do.
     """
     down_group_size = down_group_size or group_size
     check(x, topk_ids, group_size)
     out = torch.empty_like(x) if out is None else out
     if topk_ids.numel() == 0:
         return out.zero_()
-    if down_group_size % 64 == 0 and intermediate % down_group_size == 0:
+    if down_group_size % ROWS == 0 and intermediate % down_group_size == 0:
         ids = topk_ids.contiguous().view(-1)
         mode = _mode(x, fast)
         _fused_ffn(x, gate_up, down, ids, topk_weights, intermediate, group_size, down_group_size, out, mode)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
 from .prefill import gated, grouped_order
 from .token_rows import leading_exponent, power_of_two
 from .unpack import half_weights, repeats, threads, trip_words
@@ -17,19 +18,17 @@ def _unpack_tile(
     GROUP: tl.constexpr, FAST: tl.constexpr,
 ):
     """A tile's span: every lane writes its 8 columns of a half as 16 bytes."""
-    FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
-    NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
-    STEPS: tl.constexpr = FIELDS * KW // 32
-    spans = tl.cdiv(k, 64 * STEPS)
+    STEPS: tl.constexpr = span_columns(BITS, KW) // STEP
+    spans = tl.cdiv(k, STEP * STEPS)
     groups = k // GROUP
     if at_span < spans:
-        words = codes + (tile * spans + at_span) * (NWORDS * 64 * KW) + row * KW + lane % (KW // 4) * 4
+        words = codes + (tile * spans + at_span) * span_words(BITS, KW) + row * KW + lane % (KW // 4) * 4
         words = words + tl.arange(0, 4)[None, None, :]
-        pairs = meta + tile * (groups * 64) + row
+        pairs = meta + tile * (groups * TILE_ROWS) + row
         w0, w1, w2 = trip_words(words, 0, BITS, KW, STEPS, STEPS)
-        row_at = (tile * 64 + row).to(tl.int64) * stride
+        row_at = (tile * TILE_ROWS + row).to(tl.int64) * stride
         for half in tl.static_range(2 * STEPS):
-            column = at_span * (64 * STEPS) + 32 * half
+            column = at_span * (STEP * STEPS) + HALF_STEP * half
             f = half_weights(
                 w0, w1, w2, words, 0, lane // 2, pairs, column // GROUP, groups - 1, half, BITS, KW, True, FAST
             )
@@ -42,11 +41,11 @@ def _unpack_tile(
 def dequantize_kernel(
     codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, counts_ptr, out_ptr, first, n_padded, k, stride,
     KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr,
-    GROUP: tl.constexpr, FAST: tl.constexpr, THREADS_FIRST: tl.constexpr, ONLY: tl.constexpr = -1,
+    GROUP: tl.constexpr, FAST: tl.constexpr, THREADS_FIRST: tl.constexpr, WARPS: tl.constexpr, ONLY: tl.constexpr = -1,
 ):
     """``out [programs on axis 2, n_padded, stride]``: float16 weights of the experts from ``first`` that have tokens.
 
-    Grid ``(spans of the narrowest width, tiles, experts)``, 4 warps.
+    Grid ``(spans of the narrowest width, tiles, experts)``.
     """
     tile = tl.program_id(1)
     slot = tl.program_id(2)
@@ -58,9 +57,10 @@ def dequantize_kernel(
     meta = meta_ptr + tl.multiple_of(tl.load(meta_offsets_ptr + expert) // 2, 16)
     out = out_ptr + slot.to(tl.int64) * n_padded * stride
     at_span = tl.program_id(0)
-    thread = tl.arange(0, 128)
-    lane = threads(thread % 4, THREADS_FIRST)
-    row = threads(thread // 4, THREADS_FIRST) + repeats(2, THREADS_FIRST) * 32
+    thread = tl.arange(0, WARP * WARPS)
+    lane = threads(thread % K_LANES, THREADS_FIRST)
+    AT_ONCE: tl.constexpr = ROW_LANES * WARPS
+    row = threads(thread // K_LANES, THREADS_FIRST) + repeats(TILE_ROWS // AT_ONCE, THREADS_FIRST) * AT_ONCE
     if bits == 1 and (ONLY == -1 or ONLY == 1):
         _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 1, KW1, GROUP, FAST)
     if bits == 2 and (ONLY == -1 or ONLY == 2):
@@ -96,21 +96,22 @@ def grouped_kernel(
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
     source = (tl.where(pair < 0, tl.load(block_pairs), pair) // row_pairs).to(tl.int64)
-    x = x_ptr + (source * k_padded)[:, None] + tl.arange(0, 64)[None, :]
+    x = x_ptr + (source * k_padded)[:, None] + tl.arange(0, STEP)[None, :]
     r = tl.arange(0, ROWS)
     if PARTS == 2:
         # gate and up rows in turns of 8, so that a thread has both
-        row = tl.minimum(at_tile * OUTPUTS + r // 16 * 8 + r % 8, n - 1) + r // 8 % 2 * n
+        row = at_tile * OUTPUTS + r // (2 * ROW_LANES) * ROW_LANES + r % ROW_LANES
+        row = tl.minimum(row, n - 1) + r // ROW_LANES % 2 * n
     else:
         row = tl.minimum(at_tile * OUTPUTS + r, n - 1)
     slot = tl.maximum(tl.minimum(expert, until - 1) - first, 0).to(tl.int64)
-    w = weights_ptr + slot * n_padded * stride + (row.to(tl.int64) * stride)[None, :] + tl.arange(0, 64)[:, None]
+    w = weights_ptr + slot * n_padded * stride + (row.to(tl.int64) * stride)[None, :] + tl.arange(0, STEP)[:, None]
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
-    steps = tl.cdiv(k, 64)
+    steps = tl.cdiv(k, STEP)
     if bits == 0:
         steps = 0
     for step in tl.range(0, steps, num_stages=STAGES):
-        acc = tl.dot(tl.load(x + step * 64), tl.load(w + step * 64), acc)
+        acc = tl.dot(tl.load(x + step * STEP), tl.load(w + step * STEP), acc)
     acc = acc * tl.load(inverse_ptr + source)[:, None]
     acc = tl.where(bits == 0, 0.0, acc)
 
@@ -118,7 +119,7 @@ def grouped_kernel(
     at = pair.to(tl.int64)[:, None] * n + out_row[None, :]
     inside = (pair[:, None] >= 0) & (out_row[None, :] < n)
     if PARTS == 2:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (COLUMNS, ROWS // 16, 2, 8)), (0, 1, 3, 2)))
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (COLUMNS, ROWS // (2 * ROW_LANES), 2, ROW_LANES)), (0, 1, 3, 2)))
         result = tl.reshape(gated(gate, up), (COLUMNS, OUTPUTS))
         exponent = leading_exponent(tl.max(result.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
         tl.store(exponent_ptr + pair.to(tl.int64) * tl.cdiv(n, OUTPUTS) + at_tile, exponent, pair >= 0)

@@ -1,4 +1,4 @@
-"""The decode kernels: a program multiplies 64-row tiles of one expert with a block of its tokens.
+"""The decode kernels: a program multiplies tiles of one expert with a block of its tokens.
 
 Two launches make a block of experts: :func:`gate_up_kernel`, whose result is what the next product wants to read
 (normalised, scaled for the width of that expert's down projection), and :func:`product_kernel`, whose programs leave
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .body import tile_product
+from .layout import TILE_ROWS, span_columns, span_words
 from .prepare import exponent_of_largest, position, power_of_two
 
 
@@ -23,12 +24,10 @@ def _width(
     AHEAD: tl.constexpr, RUN: tl.constexpr,
 ):
     """tile_product for one width: where the tile lies and which spans are this split's."""
-    NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
-    FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
     KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
-    spans = tl.cdiv(k, 2 * KW * FIELDS)
-    tile_words = spans * (NWORDS * 64 * KW)
-    tile_meta = k // GROUP * 64
+    spans = tl.cdiv(k, span_columns(BITS, KW))
+    tile_words = spans * span_words(BITS, KW)
+    tile_meta = k // GROUP * TILE_ROWS
     # whole steps of the loop, so that only the last split's warps can run past the matrix
     share = tl.cdiv(spans, SPLITS * KWARPS) * KWARPS
     spans_from = split * share
@@ -36,20 +35,21 @@ def _width(
     x += PLANE * tl.cast(rows, tl.int64) * k_padded
     codes += tile.to(tl.int64) * tile_words
     meta += tile.to(tl.int64) * tile_meta
-    # halves of the rows, one after the other, where all 64 would not fit the registers
-    ROWS: tl.constexpr = 32 if BITS == 3 or COLUMNS > 8 else 64
+    # halves of the rows, one after the other, where all would not fit the registers
+    HALF: tl.constexpr = TILE_ROWS // 2
+    ROWS: tl.constexpr = HALF if BITS == 3 or COLUMNS > 8 else TILE_ROWS
     acc = tile_product(
         codes, meta, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles, tile_words,
         tile_meta, k // GROUP - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, TILES, PARTS, MODE, ASM,
         AHEAD if ASM else 0, RUN,
     )
-    if ROWS == 32:
+    if ROWS == HALF:
         high = tile_product(
-            codes + 32 * KW, meta + 32, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles,
+            codes + HALF * KW, meta + HALF, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles,
             tile_words, tile_meta, k // GROUP - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, TILES, PARTS,
             MODE, ASM, AHEAD if ASM else 0, RUN,
         )
-        acc = tl.reshape(tl.permute(tl.join(acc, high), (0, 3, 1, 2)), (WARPS, 64, COLUMNS))
+        acc = tl.reshape(tl.permute(tl.join(acc, high), (0, 3, 1, 2)), (WARPS, TILE_ROWS, COLUMNS))
     return acc
 
 
@@ -61,14 +61,14 @@ def _expert_product(
     PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
     RUN: tl.constexpr, PLANES: tl.constexpr, ONLY: tl.constexpr, DENSE: tl.constexpr,
 ):
-    """float32 ``[PARTS, TILES, 64, COLUMNS]`` of one expert's tiles from ``tile`` on; zeros where ``bits`` is 0."""
+    """float32 ``[PARTS, TILES, TILE_ROWS, COLUMNS]`` of an expert's tiles from ``tile`` on; zeros at 0 ``bits``."""
     codes = codes_ptr
     meta = meta_ptr
     if bits > 0 and not DENSE:
         codes += tl.multiple_of(tl.load(offsets_ptr + expert) // 4, 16)
         meta += tl.multiple_of(tl.load(meta_offsets_ptr + expert) // 2, 16)
     lead = tl.load(pair_ptr)
-    acc = tl.zeros([WARPS, 64, COLUMNS], tl.float32)
+    acc = tl.zeros([WARPS, TILE_ROWS, COLUMNS], tl.float32)
     if bits == 1 and (ONLY == 0 or ONLY == 1):
         acc = _width(
             codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 1, KW1, 0,
@@ -95,7 +95,7 @@ def _expert_product(
             4 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
         )
     KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
-    acc = tl.sum(tl.reshape(acc, (PARTS, TILES, KWARPS, 64, COLUMNS)), 2)
+    acc = tl.sum(tl.reshape(acc, (PARTS, TILES, KWARPS, TILE_ROWS, COLUMNS)), 2)
     if MODE != 0:
         acc = acc * 16777216.0
     # a column that repeats the first pair, or an expert of width 0, whose NaN and infinity are not its own
@@ -122,7 +122,7 @@ def gate_up_kernel(
 ):
     """``act [pairs, act_padded]``: ``silu(gate) * up``, normalised by groups and scaled for the down projection.
 
-    Grid ``(blocks, n / (64 * TILES))``: blocks of one expert are neighbours and share its weights in the L2. The
+    Grid ``(blocks, n / (TILE_ROWS * TILES))``: blocks of one expert are neighbours and share its weights in the L2. The
     matrix has ``2 * n`` rows, gate then up; ``row_pairs`` pairs share a row of ``x``. ``ONLY`` compiles a single
     width.
     """
@@ -139,22 +139,22 @@ def gate_up_kernel(
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
     both = _expert_product(
         x_ptr, groups_ptr, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, block_pairs, row_pairs,
-        tile, n // 64, 0, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, TILES, 2, 1, MODE, ASM,
-        AHEAD, RUN, MODE == 2, ONLY, False,
+        tile, n // TILE_ROWS, 0, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, TILES, 2, 1, MODE,
+        ASM, AHEAD, RUN, MODE == 2, ONLY, False,
     )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     gate, up = tl.split(tl.permute(both, (1, 2, 3, 0)))
     act = gate / (1.0 + tl.exp(-gate)) * up
 
-    GROUPS: tl.constexpr = TILES * 64 // ACT_GROUP
+    GROUPS: tl.constexpr = TILES * TILE_ROWS // ACT_GROUP
     act = tl.reshape(act, (GROUPS, ACT_GROUP, COLUMNS))
     exponent = exponent_of_largest(act, 1)
     act = (act * power_of_two(14 - exponent)[:, None, :]).to(tl.float16)
     inverse = power_of_two(exponent - 14)
     total = tl.sum(act.to(tl.float32), 1) * inverse
-    column = tile * 64 + tl.arange(0, TILES * 64)
-    act = tl.reshape(act, (TILES * 64, COLUMNS))
+    column = tile * TILE_ROWS + tl.arange(0, TILES * TILE_ROWS)
+    act = tl.reshape(act, (TILES * TILE_ROWS, COLUMNS))
     if MODE == 2:
         # the products come in units of 2**-24
         total = total * 5.9604644775390625e-08
@@ -165,7 +165,7 @@ def gate_up_kernel(
     mine = pair[None, :] >= 0
     pair = pair[None, :].to(tl.int64)
     tl.store(act_ptr + pair * act_padded + column[:, None], act, mine)
-    group = tile * 64 // ACT_GROUP + tl.arange(0, GROUPS)
+    group = tile * TILE_ROWS // ACT_GROUP + tl.arange(0, GROUPS)
     at = act_groups_ptr + (pair * (act_padded // ACT_GROUP) + group[:, None]) * 2
     tl.store(at, total, mine)
     tl.store(at + 1, inverse, mine)
@@ -176,9 +176,9 @@ def _sum_slots(
     partial_ptr, out_ptr, ids_ptr, weights_ptr, bits_ptr, row, experts, pairs, n, slots, SLOTS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """64 rows of ``out [tokens, n]``: the weighted sums over slots of the sums over splits, 16 or more pairs at once.
+    """A tile's rows of ``out [tokens, n]``: the weighted sums over slots of the sums over splits.
 
-    ``SLOTS`` is ``slots`` rounded up to a power of two.
+    16 or more pairs at once; ``SLOTS`` is ``slots`` rounded up to a power of two.
     """
     TOKENS: tl.constexpr = 16 // SLOTS if SLOTS < 16 else 1
     i = tl.arange(0, TOKENS * SLOTS)
@@ -194,12 +194,12 @@ def _sum_slots(
         weight = tl.load(weights_ptr + pair, valid, other=0.0).to(tl.float32)
         at = partial_ptr + pair.to(tl.int64)[:, None] * n + row[None, :]
         inside = valid[:, None] & (row[None, :] < n)
-        value = tl.zeros([TOKENS * SLOTS, 64], tl.float32)
+        value = tl.zeros([TOKENS * SLOTS, TILE_ROWS], tl.float32)
         for split in tl.static_range(SPLITS):
             # other programs wrote these: past this multiprocessor's own cache
             plane = tl.cast(pairs, tl.int64) * n * split
             value += tl.load(at + plane, inside, other=0.0, cache_modifier=".cg")
-        total = tl.sum(tl.reshape(value * weight[:, None], (TOKENS, SLOTS, 64)), 1)
+        total = tl.sum(tl.reshape(value * weight[:, None], (TOKENS, SLOTS, TILE_ROWS)), 1)
         token = first + tl.arange(0, TOKENS)
         to = out_ptr + token.to(tl.int64)[:, None] * n + row[None, :]
         tl.store(to, total.to(out_ptr.dtype.element_ty), (token[:, None] < tokens) & (row[None, :] < n))
@@ -209,10 +209,10 @@ def _sum_slots(
 def _sum_splits(
     partial_ptr, out_ptr, pair, row, pairs, n, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """64 rows of ``out [pairs, n]`` for one block's pairs."""
+    """A tile's rows of ``out [pairs, n]`` for one block's pairs."""
     inside = (pair[None, :] >= 0) & (row[:, None] < n)
     at = pair[None, :].to(tl.int64) * n + row[:, None]
-    value = tl.zeros([64, COLUMNS], tl.float32)
+    value = tl.zeros([TILE_ROWS, COLUMNS], tl.float32)
     for split in tl.static_range(SPLITS):
         plane = tl.cast(pairs, tl.int64) * n * split
         value += tl.load(partial_ptr + plane + at, inside, other=0.0, cache_modifier=".cg")
@@ -230,7 +230,7 @@ def product_kernel(
 ):
     """``out [tokens, n]``, weighted sums over ``slots``; ``out [pairs, n]``, unweighted, where ``SLOTS`` is 0.
 
-    Grid ``(blocks, tiles of 64 of the n rows, SPLITS)``. ``PLANES``: ``x`` has one plane a width, else one that is
+    Grid ``(blocks, tiles of the n rows, SPLITS)``. ``PLANES``: ``x`` has one plane a width, else one that is
     scaled for its pair's expert. ``DENSE`` is the width of a single matrix, whose tables are not read.
     """
     if PDL:
@@ -252,9 +252,9 @@ def product_kernel(
         tile, 0, split, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, 1, 1, SPLITS, MODE, ASM,
         AHEAD, RUN, PLANES, WIDTH, DENSE != 0,
     )
-    result = tl.reshape(result, (64, COLUMNS))
+    result = tl.reshape(result, (TILE_ROWS, COLUMNS))
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
-    row = tile * 64 + tl.arange(0, 64)
+    row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     at = pair[None, :].to(tl.int64) * n + row[:, None]
     inside = (pair[None, :] >= 0) & (row[:, None] < n)
     if SLOTS == 0 and SPLITS == 1:

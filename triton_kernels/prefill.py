@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
 from .token_rows import leading_exponent, power_of_two
 from .unpack import half_weights, repeats, threads, trip_words
 
@@ -33,16 +34,16 @@ def gated(gate, up):
 
 @triton.jit
 def _operand(f0, f1, ROWS: tl.constexpr, WARPS: tl.constexpr, THREADS_FIRST: tl.constexpr):
-    """float16 ``[ROWS, 64]`` of two halves: registers take the places that the tensor core reads, no data moves."""
-    REP: tl.constexpr = ROWS // (16 * WARPS)
+    """float16 ``[ROWS, STEP]`` of two halves: registers take the places that the tensor core reads, no data moves."""
+    REP: tl.constexpr = ROWS // (2 * ROW_LANES * WARPS)
     both = tl.join(f0, f1)
     if THREADS_FIRST:
-        both = tl.reshape(both, (WARPS, 8, 4, REP, 2, 2, 2, 2, 2))
+        both = tl.reshape(both, (WARPS, ROW_LANES, K_LANES, REP, 2, 2, 2, 2, 2))
         both = tl.permute(both, (3, 0, 4, 1, 8, 5, 6, 2, 7))
     else:
-        both = tl.reshape(both, (REP, 2, WARPS, 8, 4, 2, 2, 2, 2))
+        both = tl.reshape(both, (REP, 2, WARPS, ROW_LANES, K_LANES, 2, 2, 2, 2))
         both = tl.permute(both, (0, 2, 1, 3, 8, 5, 6, 4, 7))
-    return tl.reshape(both, (ROWS, 64))
+    return tl.reshape(both, (ROWS, STEP))
 
 
 @triton.jit
@@ -52,33 +53,31 @@ def _product(
     THREADS_FIRST: tl.constexpr,
 ):
     """float32 ``[ROWS, COLUMNS]`` at one width; ``tile``, ``row`` and ``lane`` say which row each thread loads."""
-    FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
-    NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
-    STEPS: tl.constexpr = FIELDS * KW // 32
-    SPAN: tl.constexpr = NWORDS * 64 * KW
+    STEPS: tl.constexpr = span_columns(BITS, KW) // STEP
+    SPAN: tl.constexpr = span_words(BITS, KW)
     # three words that share a bit are worth a whole span at a time, with fewer of them on their way
     WHOLE: tl.constexpr = STEPS <= ROOM or (BITS == 3 and STEPS * COLUMNS <= 256)
     TRIP: tl.constexpr = STEPS if WHOLE else ROOM
     TRIPS: tl.constexpr = STEPS // TRIP
     AHEAD: tl.constexpr = 2 if BITS == 3 and STEPS > ROOM else STAGES
-    spans = tl.cdiv(k, 64 * STEPS)
+    spans = tl.cdiv(k, STEP * STEPS)
     groups = k // GROUP
     words = codes + (tile * (spans * SPAN) + row * KW + lane % (KW // 4) * 4)
     words = words + tl.arange(0, 4)[None, None, :]
-    pairs = meta + (tile * (groups * 64) + row)
+    pairs = meta + (tile * (groups * TILE_ROWS) + row)
     lane_field = lane // 2
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for trip in tl.range(0, tl.cdiv(k, 64 * TRIP), num_stages=AHEAD):
+    for trip in tl.range(0, tl.cdiv(k, STEP * TRIP), num_stages=AHEAD):
         span = words + (trip // TRIPS) * SPAN
-        start = (trip % TRIPS) * (TRIP * 32 // KW)
+        start = (trip % TRIPS) * (TRIP * STEP // (2 * KW))
         w0, w1, w2 = trip_words(span, start, BITS, KW, TRIP, STEPS)
         for j in tl.static_range(TRIP):
-            b = tl.load(x + (trip * TRIP + j) * 64)
-            if TRIP * 64 % GROUP == 0:
-                group = trip * (TRIP * 64 // GROUP) + j * 64 // GROUP
+            b = tl.load(x + (trip * TRIP + j) * STEP)
+            if TRIP * STEP % GROUP == 0:
+                group = trip * (TRIP * STEP // GROUP) + j * STEP // GROUP
             else:
-                group = trip * TRIP * 64 // GROUP
-            next_group = group + 1 if GROUP == 32 else group
+                group = trip * TRIP * STEP // GROUP
+            next_group = group + 1 if GROUP == HALF_STEP else group
             f0 = half_weights(
                 w0, w1, w2, span, start, lane_field, pairs, group, groups - 1, 2 * j, BITS, KW, TRIPS == 1, FAST
             )
@@ -121,23 +120,23 @@ def packed_kernel(
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
     # a column without a pair repeats the first one: the same cache lines, and no mask
     source = (tl.where(pair < 0, tl.load(block_pairs), pair) // row_pairs).to(tl.int64)
-    x = x_ptr + (source * k_padded)[None, :] + tl.arange(0, 64)[:, None]
+    x = x_ptr + (source * k_padded)[None, :] + tl.arange(0, STEP)[:, None]
 
     first = at_tile * OUTPUTS
-    tiles = tl.cdiv(n, 64)
-    thread = tl.arange(0, 32 * WARPS)
-    lane = threads(thread % 4, THREADS_FIRST)
-    g = threads(thread // 4 % 8, THREADS_FIRST)
-    rep = repeats(ROWS // (8 * WARPS), THREADS_FIRST)
-    sixteen = rep // 2 * WARPS + threads(thread // 32, THREADS_FIRST)
+    tiles = tl.cdiv(n, TILE_ROWS)
+    thread = tl.arange(0, WARP * WARPS)
+    lane = threads(thread % K_LANES, THREADS_FIRST)
+    g = threads(thread // K_LANES % ROW_LANES, THREADS_FIRST)
+    rep = repeats(ROWS // (ROW_LANES * WARPS), THREADS_FIRST)
+    sixteen = rep // 2 * WARPS + threads(thread // WARP, THREADS_FIRST)
     if PARTS == 2:
         # row r of the product is 8 * (r // 16) + r % 8 of gate, if r // 8 is even, or of up: a thread has both
-        row = first + sixteen * 8 + g
-        tile = tl.minimum(row // 64, tiles - 1) + rep % 2 * tiles
+        row = first + sixteen * ROW_LANES + g
+        tile = tl.minimum(row // TILE_ROWS, tiles - 1) + rep % 2 * tiles
     else:
-        row = first + sixteen * 16 + rep % 2 * 8 + g
-        tile = tl.minimum(row // 64, tiles - 1)
-    row = row % 64
+        row = first + sixteen * (2 * ROW_LANES) + rep % 2 * ROW_LANES + g
+        tile = tl.minimum(row // TILE_ROWS, tiles - 1)
+    row = row % TILE_ROWS
 
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     if bits == 1 and (ONLY == -1 or ONLY == 1):
@@ -173,7 +172,7 @@ def packed_kernel(
     at = pair.to(tl.int64)[None, :] * n + out_row[:, None]
     inside = (pair[None, :] >= 0) & (out_row[:, None] < n)
     if PARTS == 2:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, COLUMNS)), (0, 2, 3, 1)))
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // (2 * ROW_LANES), 2, ROW_LANES, COLUMNS)), (0, 2, 3, 1)))
         result = tl.reshape(gated(gate, up), (OUTPUTS, COLUMNS))
         exponent = leading_exponent(tl.max(result.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
         tl.store(exponent_ptr + pair.to(tl.int64) * tl.cdiv(n, OUTPUTS) + at_tile, exponent, pair >= 0)

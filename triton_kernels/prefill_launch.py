@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import tuning
 from .grouped import dequantize_kernel, grouped_kernel
-from .layout import FIELDS, ROWS, WIDTHS, words_along_k
+from .layout import ROWS, STEP_COLUMNS, WIDTHS, span_columns, words_along_k
 from .prefill import packed_kernel
 from .sorting import sort_pairs
 from .token_rows import combine, normalize, rescale
@@ -23,6 +23,7 @@ Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # float16 weights of the dense method live in at most so many bytes at a time, or in one expert's if that is more
 SCRATCH_BYTES = 512 << 20
+UNPACKING_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,18 @@ def _multiply_dense(
     block_expert, block_pairs, counts = job.order
     (_, n), parts, k, experts = out.shape, options["PARTS"], rows.k, bits.numel()
     blocks, launch = block_expert.numel(), job.launch
-    height, stride = triton.cdiv(parts * n, ROWS) * ROWS, triton.cdiv(k, 64) * 64
+    height, stride = triton.cdiv(parts * n, ROWS) * ROWS, triton.cdiv(k, STEP_COLUMNS) * STEP_COLUMNS
     chunk = max(1, min(experts, SCRATCH_BYTES // (2 * height * stride)))
     weights = torch.empty(chunk, height, stride, dtype=torch.float16, device=out.device)
     words = _words(k)
-    spans = max(triton.cdiv(k, 2 * FIELDS[width] * words[f"KW{width}"]) for width in WIDTHS)
+    spans = max(triton.cdiv(k, span_columns(width, words[f"KW{width}"])) for width in WIDTHS)
     for first in range(0, experts, chunk):
         until = min(first + chunk, experts)
         dequantize_kernel[(spans, height // ROWS, until - first)](
             qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets, counts, weights, first,
             height, k, stride, **words, GROUP=group_size, FAST=job.fast,
-            THREADS_FIRST=tuning.threads_first(triton.__version__), num_warps=4, num_stages=1,
+            THREADS_FIRST=tuning.threads_first(triton.__version__), WARPS=UNPACKING_WARPS,
+            num_warps=UNPACKING_WARPS, num_stages=1,
         )
         grouped_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
             rows.x, rows.inverse, weights, bits, block_expert, block_pairs, out,

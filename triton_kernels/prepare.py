@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import WIDTHS, padded_columns, words_along_k
+from .layout import LARGEST_SPAN, WIDTHS, fields, padded_columns, words_along_k
 from .routing import MOST_PAIRS, block_count, route_by_sorting, route_pairs
 
-CHUNK = 512
+# columns that a program normalises: a row's padded columns are whole chunks
+CHUNK = LARGEST_SPAN
 # columns of zeros that may follow k: up to a whole span, and the span that idle warps read
-TAIL = 1024
+TAIL = 2 * LARGEST_SPAN
 
 
 @triton.jit
@@ -41,10 +42,9 @@ def exponent_of_largest(value, AXIS: tl.constexpr):
 @triton.jit
 def position(k, KW: tl.constexpr, BITS: tl.constexpr):
     """The bit at which MODE 2 leaves the field of column ``k``; see body._field."""
-    FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
     IN_WORD: tl.constexpr = 16 // BITS
     KEPT: tl.constexpr = 10 // BITS
-    field = (k // (2 * KW)) % FIELDS
+    field = (k // (2 * KW)) % fields(BITS)
     pos = ((field % IN_WORD) % KEPT) * BITS
     if BITS == 3:
         pos = tl.where(field == 15, 0, pos)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import tables
+from .layout import LARGEST_SPAN, ROWS
 from .tables import DEFAULT, table_name
 
 __all__ = [
@@ -56,7 +57,7 @@ def decode_launch(
     """Choose the launch of ``kind`` ``gemm`` or ``ffn``. An ``ffn`` program has ``tiles`` tiles of gate and of up, and
     K is never split for it. ``n`` is the number of rows that the grid covers."""
     entry = table(device_name)["decode"]
-    programs = -(-n // (64 * tiles)) * min(tokens * top_k, experts)
+    programs = -(-n // (ROWS * tiles)) * min(tokens * top_k, experts)
     default = entry[kind] | {
         "columns": _up_to(entry["columns"], tokens), "warps": _up_to(entry[kind]["warps"], programs),
     }  # fmt: skip
@@ -66,7 +67,7 @@ def decode_launch(
     if kind == "gemm":
         wanted = -(-config["programs"] // max(programs, 1))
         # each warp of a split should find at least one of the widest spans
-        splits = max(1, min(wanted, k // (512 * warps), 16))
+        splits = max(1, min(wanted, k // (LARGEST_SPAN * warps), 16))
     else:
         warps = max(warps, 2 * tiles)
     return Launch(columns, warps, splits, config["ahead"], config.get("registers"), config.get("pdl", False))

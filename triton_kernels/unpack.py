@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .layout import TILE_ROWS
+
 
 @triton.jit
 def threads(value, THREADS_FIRST: tl.constexpr):
@@ -94,7 +96,7 @@ def _three_bits(span, field, last, BLOCK: tl.constexpr):
 def trip_words(span, start, BITS: tl.constexpr, KW: tl.constexpr, TRIP: tl.constexpr, STEPS: tl.constexpr):
     """The words that ``TRIP`` of a span's ``STEPS`` steps share, the first field ``start`` (a multiple of BITS shifted)
     at bit 0; as many of the three as there are, the others repeat the first."""
-    BLOCK: tl.constexpr = 64 * KW
+    BLOCK: tl.constexpr = TILE_ROWS * KW
     if BITS == 8 and TRIP < STEPS:
         w0 = tl.load(span + start // 2 * BLOCK)
     else:
@@ -121,9 +123,9 @@ def _codes(
     if BITS == 3 and not WHOLE:
         if KW == 8:
             field = start + 2 * HALF + lane_field
-            w = _three_bits(span, field, start + 2 * HALF == 14, 64 * KW)
+            w = _three_bits(span, field, start + 2 * HALF == 14, TILE_ROWS * KW)
         else:
-            w = _three_bits(span, start + HALF, start + HALF == 15, 64 * KW)
+            w = _three_bits(span, start + HALF, start + HALF == 15, TILE_ROWS * KW)
     elif KW == 8:
         # lanes 2 and 3 take the next field
         FIRST: tl.constexpr = 2 * HALF
@@ -158,7 +160,7 @@ def half_weights(
     ``lane_field`` is 0 in lanes 0 and 1, 1 in lanes 2 and 3; WHOLE: a trip is a span.
     """
     PER_WORD: tl.constexpr = 5 if BITS == 3 else 16 // BITS
-    s, m = _scale_and_minimum(meta + tl.minimum(group, last_group) * 64, FAST)
+    s, m = _scale_and_minimum(meta + tl.minimum(group, last_group) * TILE_ROWS, FAST)
     w = _codes(w0, w1, w2, span, start, lane_field, HALF, BITS, KW, WHOLE)
     if KW == 8 or (BITS == 3 and (not WHOLE or HALF == 15)):
         AT: tl.constexpr = 0
