@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from sass_report import FIELDS, _instructions, _tool, compile_kernel
+from sass_report import _instructions, _tool, compile_kernel
 
 # limits of one program on sm_90
 SHARED_BYTES = 232448
@@ -105,24 +105,26 @@ def _pointers(parts: int) -> dict[str, str]:
 def packed(
     columns: int, parts: int, only: int, group: int = 128, kw: int = 16, fast: bool = True, ones: tuple[str, ...] = ()
 ) -> Row:
-    """The packed kernel of the default table with so many columns, at one width or mixed (``only`` -1).
+    """The packed kernel of the default table with so many columns, at one width or mixed (``only`` 0).
 
     ``ones``: arguments that are 1, which triton compiles as constants.
     """
     from gemq.triton_kernels import tuning
+    from gemq.triton_kernels.layout import WIDTHS
     from gemq.triton_kernels.prefill import packed_kernel
+    from gemq.triton_kernels.widths import Packed
 
     e = _entry("packed", columns)
-    constants = {f"KW{bits}": kw for bits in FIELDS} | {
-        "GROUP": group, "ROWS": e["rows"], "COLUMNS": columns, "PARTS": parts, "WARPS": e["warps"],
-        "STAGES": e["stages"], "ROOM": e["steps"], "FAST": fast, "ONLY": only,
-        "THREADS_FIRST": tuning.threads_first(triton.__version__),
-    } | dict.fromkeys(ones, 1)
-    compiled = compile_kernel(packed_kernel, _pointers(parts), constants, e["warps"])
-    width = "mixed" if only == -1 else f"{only} bit"
+    how = Packed(
+        kws=(kw,) * len(WIDTHS), group=group, rows=e["rows"], columns=columns, parts=parts, warps=e["warps"],
+        stages=e["stages"], room=e["steps"], fast=fast, threads_first=tuning.threads_first(triton.__version__),
+        only=only,
+    )
+    compiled = compile_kernel(packed_kernel, _pointers(parts), {"HOW": how} | dict.fromkeys(ones, 1), e["warps"])
+    width = f"{only} bit" if only else "mixed"
     name = f"packed{' gate+up' if parts == 2 else ''} {width} {columns} columns"
     name += (f" kw{kw} g{group}" if (kw, group) != (16, 128) else "") + ("" if fast else " plain")
-    return measure(name, compiled, e["warps"], e["rows"] if only != -1 else 0)
+    return measure(name, compiled, e["warps"], e["rows"] if only else 0)
 
 
 def dense(parts: int, ones: tuple[str, ...] = ()) -> Row:
@@ -140,12 +142,12 @@ def unpacking(only: int, group: int = 128, kw: int = 16) -> Row:
     """The kernel that unpacks to memory."""
     from gemq.triton_kernels import tuning
     from gemq.triton_kernels.grouped import dequantize_kernel
+    from gemq.triton_kernels.layout import WIDTHS
+    from gemq.triton_kernels.widths import Unpacking
 
-    constants = {f"KW{bits}": kw for bits in FIELDS} | {
-        "GROUP": group, "FAST": True, "ONLY": only, "WARPS": 4, "THREADS_FIRST": tuning.threads_first(triton.__version__)
-    }
-    compiled = compile_kernel(dequantize_kernel, _pointers(2), constants, 4)
-    return measure(f"unpack {'mixed' if only == -1 else f'{only} bit'}", compiled, 4, 0)
+    how = Unpacking((kw,) * len(WIDTHS), group, 4, True, tuning.threads_first(triton.__version__), only)
+    compiled = compile_kernel(dequantize_kernel, _pointers(2), {"HOW": how}, how.warps)
+    return measure(f"unpack {f'{only} bit' if only else 'mixed'}", compiled, how.warps, 0)
 
 
 def small(ones: tuple[str, ...] = ()) -> list[Row]:
@@ -178,15 +180,15 @@ def report():
         for only in (1, 2, 3, 4, 8):
             yield packed(count, 1, only)
         for parts in (1, 2):
-            yield packed(count, parts, -1)
+            yield packed(count, parts, 0)
     for kw, group in ((8, 128), (16, 64), (16, 32), (8, 32)):
         for parts in (1, 2):
-            yield packed(columns[0], parts, -1, group, kw)
-            yield packed(columns[-1], parts, -1, group, kw)
-    yield packed(columns[0], 1, -1, fast=False)
+            yield packed(columns[0], parts, 0, group, kw)
+            yield packed(columns[-1], parts, 0, group, kw)
+    yield packed(columns[0], 1, 0, fast=False)
     for parts in (1, 2):
         yield dense(parts)
-    for only in (1, 2, 3, 4, 8, -1):
+    for only in (1, 2, 3, 4, 8, 0):
         yield unpacking(only)
     yield from small()
 

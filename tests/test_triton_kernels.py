@@ -38,6 +38,16 @@ def test_layout_mirrors_the_format():
     assert layout.ROWS == fmt.GPU_ROWS
 
 
+@pytest.mark.parametrize("rows", [32, 128])
+def test_the_height_of_a_tile_is_one_line(rows, tmp_path):
+    """With that line of layout.py edited, kernels and launchers compute the same from tiles of another height."""
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(HERE / "tile_rows.py"), str(rows), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def test_launch_tables():
     from gemq.triton_kernels import tuning
 
@@ -142,7 +152,7 @@ def test_small_kernels_compile_for_sm90(sass_report):
         "logits_ptr": "*bf16", "bias_ptr": "*fp32", "weights_ptr": "*fp32", "scale": "fp32",
     }
     prepare = {
-        "KW1": 16, "KW2": 16, "KW3": 16, "KW4": 16, "GROUP": 128, "ACT_GROUP": 128, "CHUNK": 512, "TAIL": 1024,
+        "KWS": (16,) * 5, "GROUP": 128, "ACT_GROUP": 128, "CHUNK": 512, "TAIL": 1024,
         "P": 128, "COLUMNS": 16, "ROUTE": 1, "ACT": True, "SCALED": True, "PDL": False,
     }
     topk = {

@@ -78,7 +78,7 @@ def test_one_width_for_sm90(sass_prefill, bits, columns, most):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("columns, parts", [(16, 1), (64, 2), (128, 1), (128, 2)])
 def test_mixed_widths_for_sm90(sass_prefill, columns, parts):
-    row = sass_prefill.packed(columns, parts, -1)
+    row = sass_prefill.packed(columns, parts, 0)
     assert row.spills == 0 and row.registers <= 255
     assert row.shared <= sass_prefill.SHARED_BYTES
     assert row.loop.get("HGMMA", 0) > 0
@@ -95,7 +95,7 @@ def test_dense_product_for_sm90(sass_prefill, parts):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_unpacking_for_sm90(sass_prefill):
-    row = sass_prefill.unpacking(-1)
+    row = sass_prefill.unpacking(0)
     assert row.spills == 0
     assert row.code.get("LDG.128", 0) >= 8
     assert row.code.get("STG.128", 0) >= 48 and not row.code.get("STG", 0)

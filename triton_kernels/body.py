@@ -21,10 +21,74 @@ without it the latency of memory shows twice a span.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .layout import K_LANES, LINE, ROW_LANES, TILE_ROWS, WARP, fields, span_columns, span_words, word_blocks
+from .layout import (
+    K_LANES,
+    LINE,
+    ROW_LANES,
+    ROWS,
+    TILE_ROWS,
+    WARP,
+    fields,
+    span_columns,
+    span_words,
+    width_index,
+    word_blocks,
+)  # fmt: skip
+
+
+class Tokens(NamedTuple):
+    """Normalised activations of a block's pairs, as :mod:`.prepare` makes them."""
+
+    # float16 [planes, rows, k_padded], and float32 [rows, groups, 2]: (sum, 1 / scale) of a group
+    x: tl.tensor
+    groups: tl.tensor
+    # the pairs of the token columns, of which row_pairs share a row of x
+    pairs: tl.tensor
+    row_pairs: tl.tensor
+    rows: tl.tensor
+    k: tl.tensor
+    k_padded: tl.tensor
+
+
+class Work(NamedTuple):
+    """Run-time values of one program's product."""
+
+    # int32 of the expert's first tile, and its (s, m), an int32 each
+    codes: tl.tensor
+    meta: tl.tensor
+    tokens: Tokens
+    # the first pair
+    lead: tl.tensor
+    # the first tile, and how many tiles further the other part begins
+    tile: tl.tensor
+    up_tiles: tl.tensor
+    split: tl.tensor
+
+
+class Tile(NamedTuple):
+    """The first tile of a program, as it lies in memory at one width."""
+
+    codes: tl.tensor
+    meta: tl.tensor
+    x: tl.tensor
+    # int32 from a tile to the next, of codes and of (s, m)
+    words: tl.tensor
+    pairs: tl.tensor
+    # spans of this split, of all there are
+    first: tl.tensor
+    end: tl.tensor
+    spans: tl.tensor
+
+
+@triton.constexpr_function
+def rows_at_once(bits: int, columns: int) -> int:
+    """Rows of a tile whose words and sums fit a warp's registers beside each other."""
+    return min(ROWS, 32 if bits == 3 or columns > 8 else 64)
 
 
 @triton.jit
@@ -122,20 +186,20 @@ def _fetch(at):
 
 
 @triton.jit
-def _fetch_span(
-    codes, meta, code_at, meta_at, span, last, lane, ROWS: tl.constexpr, KW: tl.constexpr, NWORDS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+def _fetch_span(tile, at_words, at_pairs, span, lane, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr,
+                GROUPS: tl.constexpr):  # fmt: skip
     """Prefetch what a warp will read of a span: 128 bytes a lane of the codes, and its (s, m)."""
-    span = tl.minimum(span, last)
+    span = tl.minimum(span, tile.end - 1)
     # a word block holds the whole tile's rows, of which these are read
     LINES: tl.constexpr = ROWS * KW // LINE
     BLOCK: tl.constexpr = TILE_ROWS * KW
+    NWORDS: tl.constexpr = word_blocks(BITS)
     for r in tl.static_range(0, NWORDS * LINES, WARP):
         line = tl.minimum(r + lane, NWORDS * LINES - 1)
-        _fetch(codes + (code_at + span * (NWORDS * BLOCK) + line // LINES * BLOCK + line % LINES * LINE))
+        at = at_words + span * (NWORDS * BLOCK) + line // LINES * BLOCK + line % LINES * LINE
+        _fetch(tile.codes + at)
     part = lane // GROUPS % (ROWS // LINE) * LINE
-    _fetch(meta + (meta_at + span * (GROUPS * TILE_ROWS) + lane % GROUPS * TILE_ROWS + part))
+    _fetch(tile.meta + (at_pairs + span * (GROUPS * TILE_ROWS) + lane % GROUPS * TILE_ROWS + part))
 
 
 @triton.jit
@@ -158,28 +222,29 @@ def _per_row(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constex
 
 
 @triton.jit
-def tile_product(
-    codes, meta, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles, tile_words, tile_meta,
-    last_group, k_padded, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, MODE: tl.constexpr,
-    ASM: tl.constexpr, AHEAD: tl.constexpr, RUN: tl.constexpr,
-):
-    """float32 ``[WARPS, ROWS, COLUMNS]``: each warp's share of ``W @ x`` for the first ROWS of the tile's rows, in
-    units of ``2**-24`` unless MODE is 0.
+def _tile_product(work, tile, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
+    """float32 ``[warps, ROWS, columns]``: each warp's share of ``W @ x`` for the first ROWS of the rows of ``tile``.
 
-    ``codes`` int32 and ``meta`` int32 (one ``(s, m)`` each) point at the first tile, of ``tile_words`` and
-    ``tile_meta`` of them. The warps are shared out over ``PARTS * TILES`` tiles: ``TILES`` neighbours, then, for PARTS
-    2, the same ``up_tiles`` further (one expert stays below 2**31 words). ``x`` is the normalised activations of this
-    width, ``groups`` their ``(sum, 1 / scale)``, ``pair_ptr`` the pairs of the token columns.
+    The warps are shared out over ``parts * tiles`` tiles: ``tiles`` neighbours, then, for 2 parts, the same
+    ``work.up_tiles`` further (one expert stays below 2**31 words).
     """
+    GROUP: tl.constexpr = HOW.group
+    COLUMNS: tl.constexpr = HOW.columns
+    WARPS: tl.constexpr = HOW.warps
+    MODE: tl.constexpr = HOW.mode
+    ASM: tl.constexpr = HOW.asm
+    AHEAD: tl.constexpr = HOW.ahead if HOW.asm else 0
+    RUN: tl.constexpr = HOW.run
+    k_padded = work.tokens.k_padded
+    row_pairs = work.tokens.row_pairs
+    last_group = work.tokens.k // GROUP - 1
     FIELDS: tl.constexpr = fields(BITS)
-    NWORDS: tl.constexpr = word_blocks(BITS)
     IN_WORD: tl.constexpr = 16 // BITS
     FIELD: tl.constexpr = 2 * KW
     SPAN: tl.constexpr = span_columns(BITS, KW)
     PER_GROUP: tl.constexpr = GROUP // FIELD
     VEC: tl.constexpr = KW // K_LANES
-    KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
+    KWARPS: tl.constexpr = WARPS // (HOW.parts * HOW.tiles)
     BLOCK: tl.constexpr = TILE_ROWS * KW
 
     thread = tl.arange(0, WARP * WARPS)
@@ -187,39 +252,35 @@ def tile_product(
     rl = thread // K_LANES % ROW_LANES
     lane = thread % K_LANES
     part = warp // KWARPS
-    tile = part % TILES + part // TILES * up_tiles
-    word = _threads(tile * tile_words + rl * KW + lane * VEC, RUN) + _repeats(ROWS // ROW_LANES, RUN) * (ROW_LANES * KW)
+    own = part % HOW.tiles + part // HOW.tiles * work.up_tiles
+    word = _threads(own * tile.words + rl * KW + lane * VEC, RUN) + _repeats(ROWS // ROW_LANES, RUN) * (ROW_LANES * KW)
     word = word + tl.arange(0, VEC)[None, None, :]
-    pairs = meta + (_threads(tile * tile_meta + rl, RUN) + _repeats(ROWS // ROW_LANES, RUN) * ROW_LANES)
-    pair = pair_ptr + (_threads(rl, RUN) + _repeats(COLUMNS // ROW_LANES, RUN) * ROW_LANES)
-    x_row = token_row(pair, row_pairs, lead) * k_padded
-    x_at = x + x_row + (_threads(lane * (2 * VEC), RUN) + tl.arange(0, 2 * VEC)[None, None, :])
+    pairs = tile.meta + (_threads(own * tile.pairs + rl, RUN) + _repeats(ROWS // ROW_LANES, RUN) * ROW_LANES)
+    pair = work.tokens.pairs + (_threads(rl, RUN) + _repeats(COLUMNS // ROW_LANES, RUN) * ROW_LANES)
+    x_row = token_row(pair, row_pairs, work.lead) * k_padded
+    x_at = tile.x + x_row + (_threads(lane * (2 * VEC), RUN) + tl.arange(0, 2 * VEC)[None, None, :])
 
     # the repeats are (n, h) of columns 8 * n + 2 * c + h; an AND hides from the compiler that h is contiguous, for
     # which it would deal out the load's threads in another order than those of the loop
     repeat = _repeats(COLUMNS // K_LANES, RUN)
-    pair = pair_ptr + (_threads(lane * 2, RUN) + repeat // 2 * ROW_LANES + (repeat & 1))
-    groups_at = groups + token_row(pair, row_pairs, lead) * (k_padded // GROUP * 2) + tl.arange(0, 2)[None, None, :]
+    pair = work.tokens.pairs + (_threads(lane * 2, RUN) + repeat // 2 * ROW_LANES + (repeat & 1))
+    groups_at = work.tokens.groups + token_row(pair, row_pairs, work.lead) * (k_padded // GROUP * 2)
+    groups_at = groups_at + tl.arange(0, 2)[None, None, :]
 
     acc = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-    first = spans_from + warp % KWARPS
-    last = spans_to - 1
+    first = tile.first + warp % KWARPS
     for d in tl.static_range(1, AHEAD):
-        _fetch_span(
-            codes, meta, tile * tile_words, tile * tile_meta, first + d * KWARPS, last, thread % WARP, ROWS, KW, NWORDS,
-            SPAN // GROUP,
-        )
-    for step in range(0, spans_to - spans_from, KWARPS):
+        ahead = first + d * KWARPS
+        _fetch_span(tile, own * tile.words, own * tile.pairs, ahead, thread % WARP, ROWS, BITS, KW, SPAN // GROUP)
+    for step in range(0, tile.end - tile.first, KWARPS):
         # a warp beyond the last span repeats its words against the zeros that follow the activations
         mine = first + step
-        span = word + _threads(tl.minimum(mine, last) * span_words(BITS, KW), RUN)
-        w = _words(codes + span, ROWS, KW, WARPS, RUN)
+        span = word + _threads(tl.minimum(mine, tile.end - 1) * span_words(BITS, KW), RUN)
+        w = _words(tile.codes + span, ROWS, KW, WARPS, RUN)
         if AHEAD > 0:
-            _fetch_span(
-                codes, meta, tile * tile_words, tile * tile_meta, mine + AHEAD * KWARPS, last, thread % WARP, ROWS, KW,
-                NWORDS, SPAN // GROUP,
-            )
-        mine = tl.minimum(mine, spans)
+            ahead = mine + AHEAD * KWARPS
+            _fetch_span(tile, own * tile.words, own * tile.pairs, ahead, thread % WARP, ROWS, BITS, KW, SPAN // GROUP)
+        mine = tl.minimum(mine, tile.spans)
         column = _threads(mine * SPAN, RUN)
         group = mine * (SPAN // GROUP)
         for f in tl.static_range(FIELDS):
@@ -227,7 +288,7 @@ def tile_product(
                 q = spare  # noqa: F821 - the spare bits of the words before
             else:
                 if f > 0 and f % IN_WORD == 0:
-                    w = _words(codes + (span + (f // IN_WORD) * BLOCK), ROWS, KW, WARPS, RUN)
+                    w = _words(tile.codes + (span + (f // IN_WORD) * BLOCK), ROWS, KW, WARPS, RUN)
                 if BITS == 3 and f == 0:
                     spare = (w >> 15) & 0x00010001
                 if BITS == 3 and f == 5:
@@ -252,3 +313,43 @@ def tile_product(
                 total = _per_column(total, ROWS, COLUMNS, WARPS, RUN)
                 acc = tl.fma(_per_row(m.to(tl.float32), ROWS, COLUMNS, WARPS, RUN), total, acc)
     return acc
+
+
+@triton.jit
+def _rows_product(
+    work, tile, FIRST: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr
+):
+    """:func:`_tile_product` of ROWS rows from FIRST, in halves one after the other where all do not fit registers."""
+    if rows_at_once(BITS, HOW.columns) >= ROWS:
+        here = Tile(
+            tile.codes + FIRST * KW, tile.meta + FIRST, tile.x, tile.words, tile.pairs, tile.first, tile.end, tile.spans
+        )
+        acc = _tile_product(work, here, ROWS, BITS, KW, HOW)
+    else:
+        low = _rows_product(work, tile, FIRST, ROWS // 2, BITS, KW, HOW)
+        high = _rows_product(work, tile, FIRST + ROWS // 2, ROWS // 2, BITS, KW, HOW)
+        acc = tl.reshape(tl.permute(tl.join(low, high), (0, 3, 1, 2)), (HOW.warps, ROWS, HOW.columns))
+    return acc
+
+
+@triton.jit
+def tile_product(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
+    """float32 ``[warps, TILE_ROWS, columns]``: each warp's share of ``W @ x`` at one width, in units of ``2**-24``
+    unless the mode is 0.
+
+    A :class:`Work` and :class:`.widths.Decode` say what is multiplied; the sum over the warps of a tile is the product.
+    """
+    KWARPS: tl.constexpr = HOW.warps // (HOW.parts * HOW.tiles)
+    tokens = work.tokens
+    spans = tl.cdiv(tokens.k, span_columns(BITS, KW))
+    words = spans * span_words(BITS, KW)
+    pairs = tokens.k // HOW.group * TILE_ROWS
+    # whole steps of the loop, so that only the last split's warps can run past the matrix
+    share = tl.cdiv(spans, HOW.splits * KWARPS) * KWARPS
+    first = work.split * share
+    PLANE: tl.constexpr = width_index(BITS) if HOW.planes else 0
+    x = tokens.x + PLANE * tl.cast(tokens.rows, tl.int64) * tokens.k_padded
+    codes = work.codes + work.tile.to(tl.int64) * words
+    meta = work.meta + work.tile.to(tl.int64) * pairs
+    tile = Tile(codes, meta, x, words, pairs, first, tl.minimum(first + share, spans), spans)
+    return _rows_product(work, tile, 0, TILE_ROWS, BITS, KW, HOW)

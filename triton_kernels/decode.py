@@ -17,9 +17,10 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .layout import ROWS, WIDTHS, words_along_k
+from .layout import ROWS, all_words_along_k, stored_bits
 from .moe import gate_up_kernel, product_kernel
 from .prepare import Activations, Blocks, prepare
+from .widths import Decode
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 PLAIN, SCALED = 0, 2
@@ -44,18 +45,19 @@ def _mode(x: Tensor, fast: bool | None) -> int:
     return SCALED if fast else PLAIN
 
 
-def _options(launch: tuning.Launch, mode: int) -> dict:
-    """The arguments that both kernels share."""
+def _how(k: int, group_size: int, launch: tuning.Launch, mode: int, tiles: int, parts: int, splits: int,
+         planes: bool, only: int = 0) -> Decode:  # fmt: skip
+    """The compile-time choices of a product over ``k`` columns."""
+    return Decode(
+        all_words_along_k(k), group_size, launch.columns, launch.warps, tiles, parts, splits, mode, not _interpreted(),
+        launch.ahead, tuning.fragment_run(triton.__version__), planes, launch.pdl, only,
+    )
+
+
+def _options(launch: tuning.Launch) -> dict:
+    """Options of triton's own that both kernels are launched with."""
     pdl = {"launch_pdl": True} if launch.pdl else {}
-    return pdl | {
-        "COLUMNS": launch.columns, "WARPS": launch.warps, "MODE": mode, "ASM": not _interpreted(),
-        "AHEAD": launch.ahead, "RUN": tuning.fragment_run(triton.__version__), "PDL": launch.pdl,
-        "num_warps": launch.warps, "num_stages": 1, "maxnreg": launch.registers,
-    }
-
-
-def _words(k: int, prefix: str = "KW", widths: tuple[int, ...] = WIDTHS) -> dict[str, int]:
-    return {f"{prefix}{width}": words_along_k(k, width) for width in widths}
+    return pdl | {"num_warps": launch.warps, "num_stages": 1, "maxnreg": launch.registers}
 
 
 def check(x: Tensor, topk_ids: Tensor, group_size: int) -> None:
@@ -79,9 +81,9 @@ def _product(
         act.x, act.groups, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         blocks.expert, blocks.pairs, bits if ids is None else ids, bits if topk_weights is None else topk_weights,
         blocks.arrived, partial, out, bits.numel(), act.x.shape[1], pairs, top_k, row_pairs, n, act.columns,
-        act.x.shape[-1], **_words(act.columns), GROUP=group_size, SPLITS=launch.splits,
-        SLOTS=0 if topk_weights is None else triton.next_power_of_2(top_k), PLANES=act.x.shape[0] > 1, DENSE=dense,
-        **_options(launch, mode),
+        act.x.shape[-1],
+        HOW=_how(act.columns, group_size, launch, mode, 1, 1, launch.splits, act.x.shape[0] > 1, stored_bits(dense)),
+        SLOTS=0 if topk_weights is None else triton.next_power_of_2(top_k), DENSE=dense, **_options(launch),
     )
 
 
@@ -139,8 +141,8 @@ def _fused_ffn(
     gate_up_kernel[(blocks.count, intermediate // (ROWS * tiles))](
         act.x, act.groups, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         blocks.expert, blocks.pairs, inner.x, inner.groups, down[2], experts, tokens, top_k, intermediate, hidden,
-        act.x.shape[-1], inner.x.shape[-1], **_words(hidden), **_words(intermediate, "ACT_KW", (1, 2, 3, 4)),
-        GROUP=group_size, ACT_GROUP=down_group_size, TILES=tiles, **_options(first, mode),
+        act.x.shape[-1], inner.x.shape[-1], HOW=_how(hidden, group_size, first, mode, tiles, 2, 1, mode == SCALED),
+        ACT_KWS=all_words_along_k(intermediate), ACT_GROUP=down_group_size, **_options(first),
     )
     weights = topk_weights.contiguous()
     _product(inner, down, blocks, ids, weights, out, pairs, top_k, 1, hidden, down_group_size, second, mode)

@@ -3,51 +3,64 @@ ones."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
 from .prefill import gated, grouped_order
 from .token_rows import leading_exponent, power_of_two
-from .unpack import half_weights, repeats, threads, trip_words
+from .unpack import Span, half_weights, repeats, threads, trip_words
+from .widths import at_width
+
+
+class Target(NamedTuple):
+    """Run-time values of unpacking one span of a tile; ``row`` and ``lane`` say which row each thread loads."""
+
+    codes: tl.tensor
+    meta: tl.tensor
+    # float16 rows, stride apart
+    out: tl.tensor
+    stride: tl.tensor
+    tile: tl.tensor
+    span: tl.tensor
+    row: tl.tensor
+    lane: tl.tensor
+    k: tl.tensor
 
 
 @triton.jit
-def _unpack_tile(
-    codes, meta, out, tile, at_span, row, lane, k, stride, BITS: tl.constexpr, KW: tl.constexpr,
-    GROUP: tl.constexpr, FAST: tl.constexpr,
-):
-    """A tile's span: every lane writes its 8 columns of a half as 16 bytes."""
+def _unpack_tile(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
+    """Unpack a :class:`Target`: every lane writes its 8 columns of a half as 16 bytes. Returns 0."""
     STEPS: tl.constexpr = span_columns(BITS, KW) // STEP
-    spans = tl.cdiv(k, STEP * STEPS)
-    groups = k // GROUP
-    if at_span < spans:
-        words = codes + (tile * spans + at_span) * span_words(BITS, KW) + row * KW + lane % (KW // 4) * 4
-        words = words + tl.arange(0, 4)[None, None, :]
-        pairs = meta + tile * (groups * TILE_ROWS) + row
+    spans = tl.cdiv(work.k, STEP * STEPS)
+    groups = work.k // HOW.group
+    if work.span < spans:
+        words = work.codes + (work.tile * spans + work.span) * span_words(BITS, KW) + work.row * KW
+        words = words + work.lane % (KW // 4) * 4 + tl.arange(0, 4)[None, None, :]
+        pairs = work.meta + work.tile * (groups * TILE_ROWS) + work.row
         w0, w1, w2 = trip_words(words, 0, BITS, KW, STEPS, STEPS)
-        row_at = (tile * TILE_ROWS + row).to(tl.int64) * stride
+        span = Span(w0, w1, w2, words, 0, work.lane // 2, pairs, groups - 1)
+        row_at = (work.tile * TILE_ROWS + work.row).to(tl.int64) * work.stride
         for half in tl.static_range(2 * STEPS):
-            column = at_span * (STEP * STEPS) + HALF_STEP * half
-            f = half_weights(
-                w0, w1, w2, words, 0, lane // 2, pairs, column // GROUP, groups - 1, half, BITS, KW, True, FAST
-            )
+            column = work.span * (STEP * STEPS) + HALF_STEP * half
+            f = half_weights(span, column // HOW.group, half, BITS, KW, True, HOW.fast)
             f = tl.reshape(f, (f.shape[0], f.shape[1], 8))
-            at = column + lane * 8 + tl.arange(0, 8)[None, None, :]
-            tl.store(out + row_at + at, f, (row >= 0) & (at < stride))
+            at = column + work.lane * 8 + tl.arange(0, 8)[None, None, :]
+            tl.store(work.out + row_at + at, f, (work.row >= 0) & (at < work.stride))
+    return 0
 
 
 @triton.jit
 def dequantize_kernel(
     codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, counts_ptr, out_ptr, first, n_padded, k, stride,
-    KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr,
-    GROUP: tl.constexpr, FAST: tl.constexpr, THREADS_FIRST: tl.constexpr, WARPS: tl.constexpr, ONLY: tl.constexpr = -1,
+    HOW: tl.constexpr,
 ):
     """``out [programs on axis 2, n_padded, stride]``: float16 weights of the experts from ``first`` that have tokens.
 
-    Grid ``(spans of the narrowest width, tiles, experts)``.
+    Grid ``(spans of the narrowest width, tiles, experts)``; ``HOW`` is a :class:`.widths.Unpacking`.
     """
-    tile = tl.program_id(1)
     slot = tl.program_id(2)
     expert = first + slot
     if tl.load(counts_ptr + expert) == 0:
@@ -56,21 +69,13 @@ def dequantize_kernel(
     codes = codes_ptr + tl.multiple_of(tl.load(offsets_ptr + expert) // 4, 16)
     meta = meta_ptr + tl.multiple_of(tl.load(meta_offsets_ptr + expert) // 2, 16)
     out = out_ptr + slot.to(tl.int64) * n_padded * stride
-    at_span = tl.program_id(0)
-    thread = tl.arange(0, WARP * WARPS)
-    lane = threads(thread % K_LANES, THREADS_FIRST)
-    AT_ONCE: tl.constexpr = ROW_LANES * WARPS
-    row = threads(thread // K_LANES, THREADS_FIRST) + repeats(TILE_ROWS // AT_ONCE, THREADS_FIRST) * AT_ONCE
-    if bits == 1 and (ONLY == -1 or ONLY == 1):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 1, KW1, GROUP, FAST)
-    if bits == 2 and (ONLY == -1 or ONLY == 2):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 2, KW2, GROUP, FAST)
-    if bits == 3 and (ONLY == -1 or ONLY == 3):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 3, KW3, GROUP, FAST)
-    if bits == 4 and (ONLY == -1 or ONLY == 4):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 4, KW4, GROUP, FAST)
-    if bits > 4 and (ONLY == -1 or ONLY == 8):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 8, KW8, GROUP, FAST)
+    thread = tl.arange(0, WARP * HOW.warps)
+    # rows that the warps load at once, of those of a tile
+    AT_ONCE: tl.constexpr = ROW_LANES * HOW.warps
+    row = threads(thread // K_LANES, HOW.threads_first) + repeats(TILE_ROWS // AT_ONCE, HOW.threads_first) * AT_ONCE
+    lane = threads(thread % K_LANES, HOW.threads_first)
+    work = Target(codes, meta, out, stride, tl.program_id(1), tl.program_id(0), row, lane, k)
+    at_width(_unpack_tile, bits, 0, work, HOW)
 
 
 @triton.jit

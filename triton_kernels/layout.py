@@ -18,12 +18,13 @@ WIDTHS = (1, 2, 3, 4, 8)
 STEP_COLUMNS = 64
 
 
-def _constant(value: int):
+def _constant(value):
     """As kernels may read it: the compiler asks for a constexpr, the interpreter, which has none, for a number."""
     return value if triton.knobs.runtime.interpret else tl.constexpr(value)
 
 
 TILE_ROWS = _constant(ROWS)
+WIDTH_OF = _constant(WIDTHS)
 STEP = _constant(STEP_COLUMNS)
 HALF_STEP = _constant(STEP_COLUMNS // 2)
 # threads of a warp: ROW_LANES rows lie side by side, K_LANES threads share a row (the tensor core's fragments)
@@ -67,6 +68,12 @@ def stored_bits(bits: int) -> int:
     return bits if bits in (0, *WIDTHS) else 8
 
 
+@triton.constexpr_function
+def width_index(bits: int) -> int:
+    """Place of a stored width among :data:`WIDTHS`, which is the order of everything that comes once a width."""
+    return sum(width < bits for width in WIDTHS)
+
+
 LARGEST_SPAN = max(span_columns(bits, 16) for bits in WIDTHS)
 
 
@@ -74,6 +81,11 @@ def words_along_k(k: int, bits: int) -> int:
     """int32 words along K of a tile: 16 or 8, the one that pads ``k`` less, 16 on a tie."""
     wide, narrow = span_columns(bits, 16), span_columns(bits, 8)
     return 8 if -(-k // narrow) * narrow < -(-k // wide) * wide else 16
+
+
+def all_words_along_k(k: int) -> tuple[int, ...]:
+    """:func:`words_along_k` of every width, in the order of :data:`WIDTHS`."""
+    return tuple(words_along_k(k, bits) for bits in WIDTHS)
 
 
 def padded_columns(k: int) -> int:

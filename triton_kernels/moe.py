@@ -8,125 +8,73 @@ so no two runs differ. A dense matrix is an expert that every token goes to.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .body import tile_product
-from .layout import TILE_ROWS, span_columns, span_words
+from .body import Tokens, Work, tile_product
+from .layout import TILE_ROWS, WIDTH_OF
 from .prepare import exponent_of_largest, position, power_of_two
+from .widths import at_width
+
+
+class Experts(NamedTuple):
+    """Pointers of a packed stack: int32 codes and (s, m), the experts' offsets in bytes and float16 elements."""
+
+    codes: tl.tensor
+    meta: tl.tensor
+    offsets: tl.tensor
+    meta_offsets: tl.tensor
 
 
 @triton.jit
-def _width(
-    codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, BITS: tl.constexpr,
-    KW: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-    TILES: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr,
-    AHEAD: tl.constexpr, RUN: tl.constexpr,
-):
-    """tile_product for one width: where the tile lies and which spans are this split's."""
-    KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
-    spans = tl.cdiv(k, span_columns(BITS, KW))
-    tile_words = spans * span_words(BITS, KW)
-    tile_meta = k // GROUP * TILE_ROWS
-    # whole steps of the loop, so that only the last split's warps can run past the matrix
-    share = tl.cdiv(spans, SPLITS * KWARPS) * KWARPS
-    spans_from = split * share
-    spans_to = tl.minimum(spans_from + share, spans)
-    x += PLANE * tl.cast(rows, tl.int64) * k_padded
-    codes += tile.to(tl.int64) * tile_words
-    meta += tile.to(tl.int64) * tile_meta
-    # halves of the rows, one after the other, where all would not fit the registers
-    HALF: tl.constexpr = TILE_ROWS // 2
-    ROWS: tl.constexpr = HALF if BITS == 3 or COLUMNS > 8 else TILE_ROWS
-    acc = tile_product(
-        codes, meta, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles, tile_words,
-        tile_meta, k // GROUP - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, TILES, PARTS, MODE, ASM,
-        AHEAD if ASM else 0, RUN,
-    )
-    if ROWS == HALF:
-        high = tile_product(
-            codes + HALF * KW, meta + HALF, x, groups, pair_ptr, row_pairs, lead, spans_from, spans_to, spans, up_tiles,
-            tile_words, tile_meta, k // GROUP - 1, k_padded, ROWS, BITS, KW, GROUP, COLUMNS, WARPS, TILES, PARTS,
-            MODE, ASM, AHEAD if ASM else 0, RUN,
-        )
-        acc = tl.reshape(tl.permute(tl.join(acc, high), (0, 3, 1, 2)), (WARPS, TILE_ROWS, COLUMNS))
-    return acc
+def _expert_product(experts, expert, bits, tokens, tile, up_tiles, split, HOW: tl.constexpr, DENSE: tl.constexpr):
+    """float32 ``[parts, tiles, TILE_ROWS, columns]`` of an expert's tiles from ``tile`` on; zeros where ``bits`` is 0.
 
-
-@triton.jit
-def _expert_product(
-    x, groups, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, pair_ptr, row_pairs, tile, up_tiles,
-    split, rows, k, k_padded, KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr,
-    KW8: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
-    RUN: tl.constexpr, PLANES: tl.constexpr, ONLY: tl.constexpr, DENSE: tl.constexpr,
-):
-    """float32 ``[PARTS, TILES, TILE_ROWS, COLUMNS]`` of an expert's tiles from ``tile`` on; zeros at 0 ``bits``."""
-    codes = codes_ptr
-    meta = meta_ptr
+    ``DENSE``: one matrix, whose tables are not read.
+    """
+    codes = experts.codes
+    meta = experts.meta
     if bits > 0 and not DENSE:
-        codes += tl.multiple_of(tl.load(offsets_ptr + expert) // 4, 16)
-        meta += tl.multiple_of(tl.load(meta_offsets_ptr + expert) // 2, 16)
-    lead = tl.load(pair_ptr)
-    acc = tl.zeros([WARPS, TILE_ROWS, COLUMNS], tl.float32)
-    if bits == 1 and (ONLY == 0 or ONLY == 1):
-        acc = _width(
-            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 1, KW1, 0,
-            GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
-        )
-    elif bits == 2 and (ONLY == 0 or ONLY == 2):
-        acc = _width(
-            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 2, KW2,
-            1 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
-        )
-    elif bits == 3 and (ONLY == 0 or ONLY == 3):
-        acc = _width(
-            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 3, KW3,
-            2 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
-        )
-    elif bits == 4 and (ONLY == 0 or ONLY == 4):
-        acc = _width(
-            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 4, KW4,
-            3 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
-        )
-    elif bits > 4 and (ONLY == 0 or ONLY == 8):
-        acc = _width(
-            codes, meta, x, groups, pair_ptr, row_pairs, lead, tile, up_tiles, split, rows, k, k_padded, 8, KW8,
-            4 if PLANES else 0, GROUP, COLUMNS, WARPS, TILES, PARTS, SPLITS, MODE, ASM, AHEAD, RUN,
-        )
-    KWARPS: tl.constexpr = WARPS // (PARTS * TILES)
-    acc = tl.sum(tl.reshape(acc, (PARTS, TILES, KWARPS, TILE_ROWS, COLUMNS)), 2)
-    if MODE != 0:
+        codes += tl.multiple_of(tl.load(experts.offsets + expert) // 4, 16)
+        meta += tl.multiple_of(tl.load(experts.meta_offsets + expert) // 2, 16)
+    work = Work(codes, meta, tokens, tl.load(tokens.pairs), tile, up_tiles, split)
+    nothing = tl.zeros([HOW.warps, TILE_ROWS, HOW.columns], tl.float32)
+    acc = at_width(tile_product, bits, nothing, work, HOW)
+    KWARPS: tl.constexpr = HOW.warps // (HOW.parts * HOW.tiles)
+    acc = tl.sum(tl.reshape(acc, (HOW.parts, HOW.tiles, KWARPS, TILE_ROWS, HOW.columns)), 2)
+    if HOW.mode != 0:
         acc = acc * 16777216.0
     # a column that repeats the first pair, or an expert of width 0, whose NaN and infinity are not its own
     return tl.where(bits == 0, 0.0, acc)
 
 
 @triton.jit
-def _position_of(k, bits, KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr):
+def _position_of(k, bits, KWS: tl.constexpr):
     """prepare.position for a width known at run time."""
-    pos = tl.where(bits == 1, position(k, KW1, 1), 0)
-    pos = tl.where(bits == 2, position(k, KW2, 2), pos)
-    pos = tl.where(bits == 3, position(k, KW3, 3), pos)
-    return tl.where(bits == 4, position(k, KW4, 4), pos)
+    pos = tl.where(bits == WIDTH_OF[0], position(k, KWS[0], WIDTH_OF[0]), 0)
+    # the fields of the last width lie at bit 0
+    for i in tl.static_range(1, len(KWS) - 1):
+        pos = tl.where(bits == WIDTH_OF[i], position(k, KWS[i], WIDTH_OF[i]), pos)
+    return pos
 
 
 @triton.jit
 def gate_up_kernel(
     x_ptr, groups_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr, act_ptr,
-    act_groups_ptr, down_bits_ptr, experts, rows, row_pairs, n, k, k_padded, act_padded, KW1: tl.constexpr,
-    KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr, ACT_KW1: tl.constexpr,
-    ACT_KW2: tl.constexpr, ACT_KW3: tl.constexpr, ACT_KW4: tl.constexpr, GROUP: tl.constexpr, ACT_GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr,
-    AHEAD: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr, ONLY: tl.constexpr = 0,
+    act_groups_ptr, down_bits_ptr, experts, rows, row_pairs, n, k, k_padded, act_padded, HOW: tl.constexpr,
+    ACT_KWS: tl.constexpr, ACT_GROUP: tl.constexpr,
 ):
     """``act [pairs, act_padded]``: ``silu(gate) * up``, normalised by groups and scaled for the down projection.
 
-    Grid ``(blocks, n / (TILE_ROWS * TILES))``: blocks of one expert are neighbours and share its weights in the L2. The
-    matrix has ``2 * n`` rows, gate then up; ``row_pairs`` pairs share a row of ``x``. ``ONLY`` compiles a single
-    width.
+    Grid ``(blocks, n / (TILE_ROWS * tiles))``: blocks of one expert are neighbours and share its weights in the L2. The
+    matrix has ``2 * n`` rows, gate then up; ``row_pairs`` pairs share a row of ``x``. ``HOW`` is a
+    :class:`.widths.Decode` of two parts; ``ACT_KWS`` and ``ACT_GROUP`` are of the down projection.
     """
-    if PDL:
+    COLUMNS: tl.constexpr = HOW.columns
+    TILES: tl.constexpr = HOW.tiles
+    if HOW.pdl:
         tl.extra.cuda.gdc_wait()
     block = tl.program_id(0)
     tile = tl.program_id(1) * TILES
@@ -137,12 +85,10 @@ def gate_up_kernel(
     if expert < experts:
         bits = tl.load(bits_ptr + expert)
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
-    both = _expert_product(
-        x_ptr, groups_ptr, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, block_pairs, row_pairs,
-        tile, n // TILE_ROWS, 0, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, TILES, 2, 1, MODE,
-        ASM, AHEAD, RUN, MODE == 2, ONLY, False,
-    )
-    if PDL:
+    stack = Experts(codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr)
+    tokens = Tokens(x_ptr, groups_ptr, block_pairs, row_pairs, rows, k, k_padded)
+    both = _expert_product(stack, expert, bits, tokens, tile, n // TILE_ROWS, 0, HOW, False)
+    if HOW.pdl:
         tl.extra.cuda.gdc_launch_dependents()
     gate, up = tl.split(tl.permute(both, (1, 2, 3, 0)))
     act = gate / (1.0 + tl.exp(-gate)) * up
@@ -155,11 +101,11 @@ def gate_up_kernel(
     total = tl.sum(act.to(tl.float32), 1) * inverse
     column = tile * TILE_ROWS + tl.arange(0, TILES * TILE_ROWS)
     act = tl.reshape(act, (TILES * TILE_ROWS, COLUMNS))
-    if MODE == 2:
+    if HOW.mode == 2:
         # the products come in units of 2**-24
         total = total * 5.9604644775390625e-08
         down_bits = tl.load(down_bits_ptr + expert, expert < experts, other=0)
-        pos = _position_of(column, down_bits, ACT_KW1, ACT_KW2, ACT_KW3, ACT_KW4)
+        pos = _position_of(column, down_bits, ACT_KWS)
         act = (act.to(tl.float32) * power_of_two(-pos)[:, None]).to(tl.float16)
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
     mine = pair[None, :] >= 0
@@ -223,17 +169,17 @@ def _sum_splits(
 def product_kernel(
     x_ptr, groups_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr, ids_ptr,
     weights_ptr, arrived_ptr, partial_ptr, out_ptr, experts, rows, pairs, slots, row_pairs, n, k, k_padded,
-    KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-    MODE: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
-    PDL: tl.constexpr, DENSE: tl.constexpr = 0, ONLY: tl.constexpr = 0,
+    HOW: tl.constexpr, SLOTS: tl.constexpr, DENSE: tl.constexpr = 0,
 ):
     """``out [tokens, n]``, weighted sums over ``slots``; ``out [pairs, n]``, unweighted, where ``SLOTS`` is 0.
 
-    Grid ``(blocks, tiles of the n rows, SPLITS)``. ``PLANES``: ``x`` has one plane a width, else one that is
-    scaled for its pair's expert. ``DENSE`` is the width of a single matrix, whose tables are not read.
+    Grid ``(blocks, tiles of the n rows, splits)``. ``HOW`` is a :class:`.widths.Decode` of one part and tile; without
+    its ``planes``, ``x`` is scaled for its pair's expert. ``DENSE`` is the width of a single matrix, whose tables are
+    not read.
     """
-    if PDL:
+    COLUMNS: tl.constexpr = HOW.columns
+    SPLITS: tl.constexpr = HOW.splits
+    if HOW.pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0)
@@ -246,12 +192,9 @@ def product_kernel(
     if DENSE == 0 and expert < experts:
         bits = tl.load(bits_ptr + expert)
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
-    WIDTH: tl.constexpr = ONLY if DENSE == 0 else (8 if DENSE > 4 else DENSE)
-    result = _expert_product(
-        x_ptr, groups_ptr, codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr, expert, bits, block_pairs, row_pairs,
-        tile, 0, split, rows, k, k_padded, KW1, KW2, KW3, KW4, KW8, GROUP, COLUMNS, WARPS, 1, 1, SPLITS, MODE, ASM,
-        AHEAD, RUN, PLANES, WIDTH, DENSE != 0,
-    )
+    stack = Experts(codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr)
+    tokens = Tokens(x_ptr, groups_ptr, block_pairs, row_pairs, rows, k, k_padded)
+    result = _expert_product(stack, expert, bits, tokens, tile, 0, split, HOW, DENSE != 0)
     result = tl.reshape(result, (TILE_ROWS, COLUMNS))
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
     row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)

@@ -7,12 +7,15 @@ come to shared memory by asynchronous copies, and so do the packed words and the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
 from .token_rows import leading_exponent, power_of_two
-from .unpack import half_weights, repeats, threads, trip_words
+from .unpack import Span, half_weights, repeats, threads, trip_words
+from .widths import at_width
 
 
 @triton.jit
@@ -46,64 +49,74 @@ def _operand(f0, f1, ROWS: tl.constexpr, WARPS: tl.constexpr, THREADS_FIRST: tl.
     return tl.reshape(both, (ROWS, STEP))
 
 
+class Product(NamedTuple):
+    """Run-time values of one program's product; ``tile``, ``row`` and ``lane`` say which row each thread loads."""
+
+    codes: tl.tensor
+    meta: tl.tensor
+    # pointers at the first step's activations [STEP, columns]
+    x: tl.tensor
+    tile: tl.tensor
+    row: tl.tensor
+    lane: tl.tensor
+    k: tl.tensor
+
+
 @triton.jit
-def _product(
-    codes, meta, x, tile, row, lane, k, BITS: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, ROOM: tl.constexpr,
-    THREADS_FIRST: tl.constexpr,
-):
-    """float32 ``[ROWS, COLUMNS]`` at one width; ``tile``, ``row`` and ``lane`` say which row each thread loads."""
+def _product(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
+    """float32 ``[rows, columns]`` of a :class:`Product` at one width."""
+    GROUP: tl.constexpr = HOW.group
+    ROOM: tl.constexpr = HOW.room
+    k = work.k
     STEPS: tl.constexpr = span_columns(BITS, KW) // STEP
     SPAN: tl.constexpr = span_words(BITS, KW)
     # three words that share a bit are worth a whole span at a time, with fewer of them on their way
-    WHOLE: tl.constexpr = STEPS <= ROOM or (BITS == 3 and STEPS * COLUMNS <= 256)
+    WHOLE: tl.constexpr = STEPS <= ROOM or (BITS == 3 and STEPS * HOW.columns <= 256)
     TRIP: tl.constexpr = STEPS if WHOLE else ROOM
     TRIPS: tl.constexpr = STEPS // TRIP
-    AHEAD: tl.constexpr = 2 if BITS == 3 and STEPS > ROOM else STAGES
+    AHEAD: tl.constexpr = 2 if BITS == 3 and STEPS > ROOM else HOW.stages
     spans = tl.cdiv(k, STEP * STEPS)
     groups = k // GROUP
-    words = codes + (tile * (spans * SPAN) + row * KW + lane % (KW // 4) * 4)
+    words = work.codes + (work.tile * (spans * SPAN) + work.row * KW + work.lane % (KW // 4) * 4)
     words = words + tl.arange(0, 4)[None, None, :]
-    pairs = meta + (tile * (groups * TILE_ROWS) + row)
-    lane_field = lane // 2
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    pairs = work.meta + (work.tile * (groups * TILE_ROWS) + work.row)
+    lane_field = work.lane // 2
+    acc = tl.zeros([HOW.rows, HOW.columns], tl.float32)
     for trip in tl.range(0, tl.cdiv(k, STEP * TRIP), num_stages=AHEAD):
         span = words + (trip // TRIPS) * SPAN
         start = (trip % TRIPS) * (TRIP * STEP // (2 * KW))
         w0, w1, w2 = trip_words(span, start, BITS, KW, TRIP, STEPS)
+        trip_span = Span(w0, w1, w2, span, start, lane_field, pairs, groups - 1)
         for j in tl.static_range(TRIP):
-            b = tl.load(x + (trip * TRIP + j) * STEP)
+            b = tl.load(work.x + (trip * TRIP + j) * STEP)
             if TRIP * STEP % GROUP == 0:
                 group = trip * (TRIP * STEP // GROUP) + j * STEP // GROUP
             else:
                 group = trip * TRIP * STEP // GROUP
             next_group = group + 1 if GROUP == HALF_STEP else group
-            f0 = half_weights(
-                w0, w1, w2, span, start, lane_field, pairs, group, groups - 1, 2 * j, BITS, KW, TRIPS == 1, FAST
-            )
-            f1 = half_weights(
-                w0, w1, w2, span, start, lane_field, pairs, next_group, groups - 1, 2 * j + 1, BITS, KW, TRIPS == 1,
-                FAST,
-            )
-            acc = tl.dot(_operand(f0, f1, ROWS, WARPS, THREADS_FIRST), b, acc)
+            f0 = half_weights(trip_span, group, 2 * j, BITS, KW, TRIPS == 1, HOW.fast)
+            f1 = half_weights(trip_span, next_group, 2 * j + 1, BITS, KW, TRIPS == 1, HOW.fast)
+            acc = tl.dot(_operand(f0, f1, HOW.rows, HOW.warps, HOW.threads_first), b, acc)
     return acc
 
 
 @triton.jit
 def packed_kernel(
     x_ptr, inverse_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr,
-    out_ptr, exponent_ptr, experts, blocks, row_pairs, n, k, k_padded, KW1: tl.constexpr, KW2: tl.constexpr,
-    KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    ROOM: tl.constexpr, THREADS_FIRST: tl.constexpr, ONLY: tl.constexpr = -1,
+    out_ptr, exponent_ptr, experts, blocks, row_pairs, n, k, k_padded, HOW: tl.constexpr,
 ):
-    """``out [pairs, n]``, every element written once; grid of ``blocks * cdiv(n, ROWS / PARTS)`` programs.
+    """``out [pairs, n]``, every element written once; grid of ``blocks * cdiv(n, rows / parts)`` programs.
 
     ``x`` float16 ``[rows, k_padded]`` and ``inverse [rows]`` as token_rows.normalize makes them, ``row_pairs`` pairs
-    sharing a row. PARTS 2: the matrix has 2 n rows, gate then up, and the result is ``silu(gate) * up``, as float16
-    scaled by ``2**(14 - exponent)`` with an ``exponent [pairs, n / (ROWS / 2)]`` for each of a pair's blocks of rows.
-    A trip of the loop is ROOM steps of 64 columns. ``ONLY`` compiles a single width, for reports.
+    sharing a row. ``HOW`` is a :class:`.widths.Packed`. Two parts: the matrix has 2 n rows, gate then up, and the
+    result is ``silu(gate) * up``, as float16 scaled by ``2**(14 - exponent)`` with an ``exponent [pairs, n / (rows /
+    2)]`` for each of a pair's blocks of rows.
     """
+    ROWS: tl.constexpr = HOW.rows
+    COLUMNS: tl.constexpr = HOW.columns
+    PARTS: tl.constexpr = HOW.parts
+    WARPS: tl.constexpr = HOW.warps
+    THREADS_FIRST: tl.constexpr = HOW.threads_first
     OUTPUTS: tl.constexpr = ROWS // PARTS
     block, at_tile = grouped_order(blocks, tl.cdiv(n, OUTPUTS))
     expert = tl.load(expert_ptr + block)
@@ -138,32 +151,8 @@ def packed_kernel(
         tile = tl.minimum(row // TILE_ROWS, tiles - 1)
     row = row % TILE_ROWS
 
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if bits == 1 and (ONLY == -1 or ONLY == 1):
-        acc = _product(
-            codes, meta, x, tile, row, lane, k, 1, KW1, GROUP, FAST, ROWS, COLUMNS, WARPS, STAGES, ROOM,
-            THREADS_FIRST,
-        )
-    if bits == 2 and (ONLY == -1 or ONLY == 2):
-        acc = _product(
-            codes, meta, x, tile, row, lane, k, 2, KW2, GROUP, FAST, ROWS, COLUMNS, WARPS, STAGES, ROOM,
-            THREADS_FIRST,
-        )
-    if bits == 3 and (ONLY == -1 or ONLY == 3):
-        acc = _product(
-            codes, meta, x, tile, row, lane, k, 3, KW3, GROUP, FAST, ROWS, COLUMNS, WARPS, STAGES, ROOM,
-            THREADS_FIRST,
-        )
-    if bits == 4 and (ONLY == -1 or ONLY == 4):
-        acc = _product(
-            codes, meta, x, tile, row, lane, k, 4, KW4, GROUP, FAST, ROWS, COLUMNS, WARPS, STAGES, ROOM,
-            THREADS_FIRST,
-        )
-    if bits > 4 and (ONLY == -1 or ONLY == 8):
-        acc = _product(
-            codes, meta, x, tile, row, lane, k, 8, KW8, GROUP, FAST, ROWS, COLUMNS, WARPS, STAGES, ROOM,
-            THREADS_FIRST,
-        )
+    work = Product(codes, meta, x, tile, row, lane, k)
+    acc = at_width(_product, bits, tl.zeros([ROWS, COLUMNS], tl.float32), work, HOW)
     acc = acc * tl.load(inverse_ptr + source)[None, :]
     # a column that repeats the first pair, or an expert of width 0, whose NaN and infinity are not its own
     acc = tl.where(bits == 0, 0.0, acc)

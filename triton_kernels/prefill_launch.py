@@ -14,10 +14,11 @@ from torch import Tensor
 
 from . import tuning
 from .grouped import dequantize_kernel, grouped_kernel
-from .layout import ROWS, STEP_COLUMNS, WIDTHS, span_columns, words_along_k
+from .layout import ROWS, STEP_COLUMNS, WIDTHS, all_words_along_k, span_columns
 from .prefill import packed_kernel
 from .sorting import sort_pairs
 from .token_rows import combine, normalize, rescale
+from .widths import Packed, Unpacking
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -48,50 +49,47 @@ class Rows:
 def _multiply(rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job) -> None:
     """``out [pairs, n]``; with ``exponents``, the float16 ``silu(gate) * up`` that they scale."""
     (_, n), parts = out.shape, 1 if exponents is None else 2
-    options = {"PARTS": parts, "STAGES": job.launch.stages, "num_warps": job.launch.warps}
     if job.launch.method == "dense":
-        _multiply_dense(rows, stack, out, exponents, group_size, job, options)
+        _multiply_dense(rows, stack, out, exponents, group_size, job)
         return
     qweight, meta, bits, offsets, meta_offsets = stack
     block_expert, block_pairs, _ = job.order
     blocks, launch = block_expert.numel(), job.launch
+    how = Packed(
+        all_words_along_k(rows.k), group_size, launch.rows, launch.columns, parts, launch.warps, launch.stages,
+        launch.steps, job.fast, tuning.threads_first(triton.__version__),
+    )
     packed_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
         rows.x, rows.inverse, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         block_expert, block_pairs, out, out if exponents is None else exponents, bits.numel(), blocks, rows.sharing, n,
-        rows.k, rows.x.shape[1], **_words(rows.k), GROUP=group_size, ROWS=launch.rows, COLUMNS=launch.columns,
-        WARPS=launch.warps, ROOM=launch.steps, FAST=job.fast, THREADS_FIRST=tuning.threads_first(triton.__version__),
-        num_stages=1, **options,
+        rows.k, rows.x.shape[1], HOW=how, num_warps=launch.warps, num_stages=1,
     )
 
 
-def _words(k: int) -> dict[str, int]:
-    return {f"KW{width}": words_along_k(k, width) for width in WIDTHS}
-
-
 def _multiply_dense(
-    rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job, options: dict
+    rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job
 ) -> None:
     qweight, meta, bits, offsets, meta_offsets = stack
     block_expert, block_pairs, counts = job.order
-    (_, n), parts, k, experts = out.shape, options["PARTS"], rows.k, bits.numel()
+    (_, n), parts, k, experts = out.shape, 1 if exponents is None else 2, rows.k, bits.numel()
     blocks, launch = block_expert.numel(), job.launch
     height, stride = triton.cdiv(parts * n, ROWS) * ROWS, triton.cdiv(k, STEP_COLUMNS) * STEP_COLUMNS
     chunk = max(1, min(experts, SCRATCH_BYTES // (2 * height * stride)))
     weights = torch.empty(chunk, height, stride, dtype=torch.float16, device=out.device)
-    words = _words(k)
-    spans = max(triton.cdiv(k, span_columns(width, words[f"KW{width}"])) for width in WIDTHS)
+    words = all_words_along_k(k)
+    spans = max(triton.cdiv(k, span_columns(width, kw)) for width, kw in zip(WIDTHS, words, strict=True))
+    how = Unpacking(words, group_size, UNPACKING_WARPS, job.fast, tuning.threads_first(triton.__version__))
     for first in range(0, experts, chunk):
         until = min(first + chunk, experts)
         dequantize_kernel[(spans, height // ROWS, until - first)](
             qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets, counts, weights, first,
-            height, k, stride, **words, GROUP=group_size, FAST=job.fast,
-            THREADS_FIRST=tuning.threads_first(triton.__version__), WARPS=UNPACKING_WARPS,
-            num_warps=UNPACKING_WARPS, num_stages=1,
+            height, k, stride, HOW=how, num_warps=how.warps, num_stages=1,
         )
         grouped_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
             rows.x, rows.inverse, weights, bits, block_expert, block_pairs, out,
             out if exponents is None else exponents, first, until, experts, blocks, rows.sharing, n, height, k,
-            rows.x.shape[1], stride, COLUMNS=launch.columns, ROWS=launch.rows, num_stages=launch.stages, **options,
+            rows.x.shape[1], stride, COLUMNS=launch.columns, ROWS=launch.rows, PARTS=parts, STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages,
         )
 
 
