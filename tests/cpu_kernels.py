@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gemq._core import core
+from gemq.ops.packed_stack import Stack
 
 TOLERANCE = 1e-6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PRECISIONS = ["exact", "int16", "int8"]
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def variants() -> list[str]:

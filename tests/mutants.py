@@ -95,7 +95,7 @@ MUTANTS = (
            "        codes.append(code_at)\n        metas.append(meta_at)\n",
            "        codes.append(code_at + (1 if index else 0))\n        metas.append(meta_at)\n",
            ("tests/test_ops.py::test_a_stack_comes_back", "tests/test_nn.py")),
-    Mutant("experts: metadata of the expert before", "python/gemq/ops/stacks.py",
+    Mutant("experts: metadata of the expert before", "python/gemq/ops/expert_buffers.py",
            "        out_meta[new.meta_offsets[e] : new.meta_offsets[e] + part_meta.numel()] = part_meta",
            "        out_meta[new.meta_offsets[max(e - 1, 0)] :][: part_meta.numel()] = part_meta",
            ("tests/test_nn.py",)),

@@ -17,12 +17,11 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .layout import ROWS, all_words_along_k, stored_bits
+from .layout import ROWS, Stack, all_words_along_k, stored_bits
 from .moe import gate_up_kernel, product_kernel
 from .prepare import Activations, Blocks, prepare
 from .widths import Decode
 
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 PLAIN, SCALED = 0, 2
 
 

@@ -7,7 +7,8 @@ import triton
 from torch import Tensor
 
 from . import prefill_launch, tuning
-from .decode import Stack, check, dense_decode, device_name, ffn_decode, moe_decode
+from .decode import check, dense_decode, device_name, ffn_decode, moe_decode
+from .layout import Stack
 
 
 def _fast(x: Tensor, fast: bool | None) -> bool:

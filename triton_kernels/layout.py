@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# (qweight uint8, meta float16, expert_bits int32 [E], expert_offsets int64 [E] bytes, meta_offsets int64 [E] elements)
+Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # rows of a tile: a power of two, and at least the rows that four warps load words of at once
 ROWS = 64

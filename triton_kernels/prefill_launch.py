@@ -14,13 +14,11 @@ from torch import Tensor
 
 from . import tuning
 from .grouped import dequantize_kernel, grouped_kernel
-from .layout import ROWS, STEP_COLUMNS, WIDTHS, all_words_along_k, span_columns
+from .layout import ROWS, STEP_COLUMNS, WIDTHS, Stack, all_words_along_k, span_columns
 from .prefill import packed_kernel
 from .sorting import sort_pairs
 from .token_rows import combine, normalize, rescale
 from .widths import Packed, Unpacking
-
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # float16 weights of the dense method live in at most so many bytes at a time, or in one expert's if that is more
 SCRATCH_BYTES = 512 << 20

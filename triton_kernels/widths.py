@@ -90,7 +90,8 @@ def at_width(function: tl.constexpr, bits, nothing, work, HOW: tl.constexpr):
     """
     result = nothing
     for i in tl.static_range(len(HOW.kws)):
-        if HOW.only == 0 or HOW.only == WIDTH_OF[i]:
+        # the outer condition is decided when compiling
+        if HOW.only == 0 or HOW.only == WIDTH_OF[i]:  # noqa: SIM102
             if _stores(bits, WIDTH_OF[i]):
                 result = function(work, WIDTH_OF[i], HOW.kws[i], HOW)
     return result

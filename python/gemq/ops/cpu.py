@@ -27,8 +27,7 @@ from torch import Tensor
 
 from gemq._core import core
 from gemq.ops import checks
-
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from gemq.ops.packed_stack import Stack
 
 ACTIVATIONS = ("exact", "int16", "int8")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -77,6 +76,7 @@ def empty(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def address(stack: Stack):
+    """Return the extension's ``StackAddress`` of a stack's tensors, which it does not keep alive."""
     codes, meta, bits, offsets, meta_offsets = stack
     return core().stack_address(
         codes=codes.data_ptr(), meta=meta.data_ptr(), bits=bits.data_ptr(), offsets=offsets.data_ptr(),

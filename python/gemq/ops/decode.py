@@ -16,8 +16,8 @@ from torch import Tensor
 from gemq import format as fmt
 from gemq._core import core
 from gemq.ops import checks, cpu
+from gemq.ops.packed_stack import PackedStack
 
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 MAX_ROWS = 16
 GROUP_SCORES = (None, "largest", "two_largest")
 
@@ -201,20 +201,22 @@ class DecodeProgram:
         ))
 
     def experts(
-        self, logits: int, x: int, out: int, routing: Routing, gate_up: Stack, down: Stack, intermediate: int,
-        group_size: int, down_group_size: int,
+        self, logits: int, x: int, out: int, routing: Routing, gate_up: PackedStack, down: PackedStack
     ) -> None:
         """Add to ``out`` the outputs for ``x`` of the experts chosen by ``logits [batch, E]``. The stacks are as in
         :func:`gemq.ops.moe_lowbit_ffn`, in the layout ``cpu_tile``."""
-        count = gate_up[2].numel()
-        self._held += [*gate_up, *down]
+        for name, stack in (("gate_up", gate_up), ("down", down)):
+            if stack.layout != "cpu_tile":
+                raise ValueError(f"{name} must be in cpu_tile, got {stack.layout}")
+            self._held += stack.tensors
         self._program.experts(core().experts_address(
             logits=logits, x=x, out=out, top_k=routing.top_k, sigmoid=routing.scoring == "sigmoid",
             normalize=routing.normalize, epsilon=routing.epsilon, scale=routing.scale,
-            bias=self._floats("bias", routing.bias, count), group_score=GROUP_SCORES.index(routing.group_score),
-            groups=routing.groups, kept_groups=routing.kept_groups, gate_up=cpu.address(gate_up),
-            down=cpu.address(down), experts=count, intermediate=intermediate, group_size=group_size,
-            down_group_size=down_group_size,
+            bias=self._floats("bias", routing.bias, gate_up.experts),
+            group_score=GROUP_SCORES.index(routing.group_score), groups=routing.groups,
+            kept_groups=routing.kept_groups, gate_up=cpu.address(gate_up.tensors), down=cpu.address(down.tensors),
+            experts=gate_up.experts, intermediate=down.k, group_size=gate_up.group_size,
+            down_group_size=down.group_size,
         ))
 
     def run(self, tokens: Tensor, positions: Tensor, starts: Tensor, slot: int) -> None:

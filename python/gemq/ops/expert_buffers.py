@@ -1,7 +1,8 @@
-"""Stacks of experts of different widths as flat buffers: build them, take them apart."""
+"""Flat buffers of a layer's experts, of widths that may differ: build them, take them apart, change their layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from gemq import format as fmt
 from gemq.ops import checks, cpu
+from gemq.ops.packed_stack import PackedStack
 from gemq.ops.packing import pack, repack, unpack
 
 
@@ -107,3 +109,21 @@ def expert_tables(
         torch.tensor(plan.code_offsets, dtype=torch.int64, device=device),
         torch.tensor(plan.meta_offsets, dtype=torch.int64, device=device),
     )
+
+
+def pack_stack(
+    codes: Sequence[Tensor | None], meta: Sequence[Tensor | None], bits: Sequence[int], group_size: int = 128,
+    layout: str = "canonical",
+) -> PackedStack:
+    """Pack experts ``codes[e]`` uint8 ``[n, k]`` with ``meta[e]`` float16 ``[n, k // group_size, 2]``.
+
+    Both are ``None`` for an expert of 0 bits. Raises ``TypeError`` or ``ValueError`` if a length, a width, a dtype or a
+    shape does not fit, or if every expert has 0 bits.
+    """
+    first = next((c for c in codes if c is not None), None)
+    if first is None:
+        raise ValueError("codes must hold at least one expert of more than 0 bits, got none")
+    n, k = first.shape
+    buffers = pack_experts(list(codes), list(meta), list(bits), n, k, group_size, layout)
+    tables = expert_tables(list(bits), n, k, group_size, layout, first.device)
+    return PackedStack(*buffers, *tables, n, k, group_size, layout)
