@@ -4,7 +4,7 @@
 #include <string>
 
 #include "checks.h"
-#include "gemq/tiles.h"
+#include "gemq/layouts.h"
 #include "moe_cpu/moe.h"
 
 namespace gemq {

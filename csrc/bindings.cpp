@@ -9,6 +9,7 @@
 #include "bind_pack.h"
 #include "checks.h"
 #include "gemq/huge_pages.h"
+#include "gemq/layouts.h"
 #include "keywords.h"
 #include "moe_cpu/kernels.h"
 
@@ -36,6 +37,7 @@ py::dict build_info() {
 #else
   info["cpu_variants"] = py::make_tuple("portable");
 #endif
+  info["tile_rows"] = py::dict(py::arg("cpu_tile") = kCpuRows, py::arg("gpu_tile") = kGpuRows);
   return info;
 }
 
