@@ -19,7 +19,7 @@ from gpu_subnormals import copy_bandwidth, facts
 
 from gemq import format as fmt
 from gemq import triton_kernels as tk
-from gemq.ops import trials
+from gemq.ops import measuring
 
 HIDDEN, FFN, EXPERTS, TOP_K, GROUP = 4096, 14336, 8, 2, 128
 COPIES = 6
@@ -69,7 +69,7 @@ def timed(run, repeats: int = 60) -> dict[str, float]:
 
 def packed(bits: list[int], tokens: int, copy_gb_s: float, dtype: torch.dtype) -> dict:
     stacks = [
-        tuple(trials.random_stack(bits, n, k, GROUP, "gpu_tile", "cuda") for n, k in ((2 * FFN, HIDDEN), (HIDDEN, FFN)))
+        [measuring.random_stack(bits, n, k, GROUP, "gpu_tile", "cuda") for n, k in ((2 * FFN, HIDDEN), (HIDDEN, FFN))]
         for _ in range(COPIES)
     ]
     routes = [routing(tokens, c) for c in range(COPIES)]

@@ -145,10 +145,10 @@ class Variant:
 
 def variant(v: Variant) -> Row:
     """Compile one variant and measure it."""
-    from gemq.triton_kernels.body import rows_at_once
+    from gemq.triton_kernels.decode_kernels import gate_up_kernel, product_kernel
+    from gemq.triton_kernels.decode_tile import rows_at_once
+    from gemq.triton_kernels.launch_parameters import fragment_run
     from gemq.triton_kernels.layout import ROWS, WIDTHS, span_columns
-    from gemq.triton_kernels.moe import gate_up_kernel, product_kernel
-    from gemq.triton_kernels.tuning import fragment_run
     from gemq.triton_kernels.widths import Decode
 
     how = Decode(

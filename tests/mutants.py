@@ -78,7 +78,7 @@ MUTANTS = (
            "panel_all(panel, a, static_cast<int64_t>(g) * a.group_size, out);",
            "panel_all(panel, a, static_cast<int64_t>(g > 0 ? g - 1 : 0) * a.group_size, out);",
            ("tests/test_core_moe.py",)),
-    Mutant("Triton: metadata of the next group", "triton_kernels/body.py",
+    Mutant("Triton: metadata of the next group", "triton_kernels/decode_tile.py",
            "at = _threads(tl.minimum(g, last_group) * TILE_ROWS, RUN)",
            "at = _threads(tl.minimum(g + 1, last_group) * TILE_ROWS, RUN)",
            ("tests/triton_cases.py::test_padded_columns",)),

@@ -44,7 +44,7 @@ def compare(name: str, out: torch.Tensor, expected: torch.Tensor) -> None:
 def products(kernels) -> None:
     """The product of few and of many tokens, at every width."""
     prefill = importlib.import_module("edited_kernels.prefill_launch")
-    tuning = importlib.import_module("edited_kernels.tuning")
+    launch_parameters = importlib.import_module("edited_kernels.launch_parameters")
     n, k, group = 136, 192, 64
     stack = random_stack(BITS, n, k, group, "gpu_tile", n)
     ids = torch.tensor([[0, 1], [2, 3], [4, 5], [-1, 2]])
@@ -52,8 +52,8 @@ def products(kernels) -> None:
     options = {"n": n, "group_size": group}
     expected = reference.moe_lowbit_gemm(x, *stack, ids, layout="gpu_tile", compute_dtype=torch.float64, **options)
     compare("decode", kernels.moe_decode(x, *stack, ids, fast=True, **options), expected)
-    for line in tuning.table("default")["prefill"][::4]:
-        launch = tuning.Prefill(**{name: value for name, value in line.items() if name != "tokens"})
+    for line in launch_parameters.table("default")["prefill"][::4]:
+        launch = launch_parameters.Prefill(**{name: value for name, value in line.items() if name != "tokens"})
         out = torch.full_like(expected, float("nan"), dtype=torch.float16)
         prefill.gemm(x, stack, ids, None, n, group, out, False, launch)
         compare(launch.method, out, expected)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .body import Tokens, Work, tile_product
+from .decode_prepare import exponent_of_largest, position, power_of_two
+from .decode_tile import Tokens, Work, tile_product
 from .layout import TILE_ROWS, WIDTH_OF
-from .prepare import exponent_of_largest, position, power_of_two
 from .widths import at_width
 
 
@@ -52,7 +52,7 @@ def _expert_product(experts, expert, bits, tokens, tile, up_tiles, split, HOW: t
 
 @triton.jit
 def _position_of(k, bits, KWS: tl.constexpr):
-    """prepare.position for a width known at run time."""
+    """decode_prepare.position for a width known at run time."""
     pos = tl.where(bits == WIDTH_OF[0], position(k, KWS[0], WIDTH_OF[0]), 0)
     # the fields of the last width lie at bit 0
     for i in tl.static_range(1, len(KWS) - 1):

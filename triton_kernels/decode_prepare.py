@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks import block_count
+from .blocks_by_counting import MOST_PAIRS, route_by_sorting, route_pairs
 from .layout import LARGEST_SPAN, WIDTH_OF, WIDTHS, all_words_along_k, fields, padded_columns
-from .routing import MOST_PAIRS, block_count, route_by_sorting, route_pairs
 
 # columns that a program normalises: a row's padded columns are whole chunks
 CHUNK = LARGEST_SPAN
@@ -41,7 +42,7 @@ def exponent_of_largest(value, AXIS: tl.constexpr):
 
 @triton.jit
 def position(k, KW: tl.constexpr, BITS: tl.constexpr):
-    """The bit at which MODE 2 leaves the field of column ``k``; see body._field."""
+    """The bit at which MODE 2 leaves the field of column ``k``; see decode_tile._field."""
     IN_WORD: tl.constexpr = 16 // BITS
     KEPT: tl.constexpr = 10 // BITS
     field = (k // (2 * KW)) % fields(BITS)
@@ -157,7 +158,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Pairs that each program multiplies (:mod:`.routing`), and the counters of what has arrived for the sums."""
+    """Pairs that each program multiplies (:mod:`.blocks`), and the counters of what has arrived for the sums."""
 
     expert: Tensor
     pairs: Tensor

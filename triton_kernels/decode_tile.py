@@ -1,20 +1,37 @@
-"""One tile of a packed expert times a few token columns: the inner loop of every kernel here.
+"""One tile of a packed expert times a few token columns: the inner loop of every decode kernel.
 
-Each of the ``WARPS`` warps multiplies spans of its own (the batch dimension of the dot), so a program needs no
-barrier before its last sum. Everything is loaded in the places where the tensor core wants it, so that a thread reads
-16 bytes at once and the permutations that make matrices of it rename registers instead of moving data:
+Each of the warps multiplies spans of its own (the batch dimension of the dot), so a program needs no barrier before its
+last sum. Everything is loaded in the places where the tensor core wants it, so that a thread reads 16 bytes at once and
+the permutations that make matrices of it rename registers instead of moving data.
 
-* lane ``4 * rl + c`` of a warp holds rows ``8 * rh + rl`` and, of each, words ``VEC * c + v``;
-* ``RUN`` is how many int32 of a row the compiler's fragments keep together, a choice of its version (:mod:`.tuning`):
-  the dot sees the columns in the order ``(v / RUN, c, v % RUN, half)``, and activations are loaded in the same one.
-  The versions where it is 2 also deal a load's threads out from the first axis, the others from the last.
-  A wrong ``RUN`` costs shuffles, never correctness.
+The word block of a span at 16 words along K, and the thread of a warp, ``lane = 4 * rl + c``, that loads each part::
 
-Activations come normalised by group (:mod:`.prepare`): fp16 times a power of two of each (column, group).
+                words 0..3   4..7    8..11   12..15        a thread holds, of its rows, the words 4 * c + v
+                (c = 0)     (c = 1)  (c = 2)  (c = 3)       (VEC = KW / K_LANES = 4 of them, 16 bytes)
+    row  0      lane  0     lane  1  lane  2  lane  3   |
+    row  1      lane  4     lane  5  lane  6  lane  7   |  rl = 0 .. 7 (ROW_LANES), rh = 0
+      :            :                            :       |
+    row  7      lane 28     lane 29  lane 30  lane 31   |
+    row  8      lane  0     lane  1     ..              |  rh = 1: the same lanes, eight rows on
+      :
+    row 63      lane 28        ..             lane 31      TILE_ROWS / ROW_LANES repeats of a load
 
-``MODE`` 0 converts codes with plain arithmetic. 1 reads a field as an fp16 subnormal, ``q * 2**-24``. 2 also leaves
-the field where it lies in the word, ``q * 2**(pos - 24)``, and expects activations scaled by ``2**-pos``. ``ASM``
-reinterprets 32 bits as two fp16 by one move; without it, by plain Triton, which the interpreter can run. ``AHEAD``
+    field f of word i, low half:   column f * FIELD + 2 * i       FIELD = 2 * KW columns
+    field f of word i, high half:  column f * FIELD + 2 * i + 1   SPAN = FIELDS * FIELD columns
+
+    codes:  span s, word block b, row r:  ((s * NWORDS + b) * TILE_ROWS + r) * KW + 4 * c      int32
+    (s, m): group g, row r:               g * TILE_ROWS + r                                    int32
+
+``run`` is how many int32 of a row the compiler's fragments keep together, a choice of its version
+(:mod:`.launch_parameters`): the dot sees the columns in the order ``(v / run, c, v % run, half)``, and activations are
+loaded in the same one. The versions where it is 2 also deal a load's threads out from the first axis, the others from
+the last. A wrong one costs shuffles, never correctness.
+
+Activations come normalised by group (:mod:`.decode_prepare`): fp16 times a power of two of each (column, group).
+
+``mode`` 0 converts codes with plain arithmetic. 1 reads a field as an fp16 subnormal, ``q * 2**-24``. 2 also leaves
+the field where it lies in the word, ``q * 2**(pos - 24)``, and expects activations scaled by ``2**-pos``. ``asm``
+reinterprets 32 bits as two fp16 by one move; without it, by plain Triton, which the interpreter can run. ``ahead``
 spans from now are fetched into the L2: registers hold one span a warp, and the compiler loads ``(s, m)`` late, so that
 without it the latency of memory shows twice a span.
 """
@@ -42,7 +59,7 @@ from .layout import (
 
 
 class Tokens(NamedTuple):
-    """Normalised activations of a block's pairs, as :mod:`.prepare` makes them."""
+    """Normalised activations of a block's pairs, as :mod:`.decode_prepare` makes them."""
 
     # float16 [planes, rows, k_padded], and float32 [rows, groups, 2]: (sum, 1 / scale) of a group
     x: tl.tensor
@@ -239,12 +256,16 @@ def _tile_product(work, tile, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.con
     row_pairs = work.tokens.row_pairs
     last_group = work.tokens.k // GROUP - 1
     FIELDS: tl.constexpr = fields(BITS)
+    # fields of one word block, columns of a field and of a span, fields of a group of one (s, m)
     IN_WORD: tl.constexpr = 16 // BITS
     FIELD: tl.constexpr = 2 * KW
     SPAN: tl.constexpr = span_columns(BITS, KW)
     PER_GROUP: tl.constexpr = GROUP // FIELD
+    # int32 of a row that a thread loads at once
     VEC: tl.constexpr = KW // K_LANES
+    # warps that share a tile, each with spans of its own
     KWARPS: tl.constexpr = WARPS // (HOW.parts * HOW.tiles)
+    # int32 from one word block of a span to the next
     BLOCK: tl.constexpr = TILE_ROWS * KW
 
     thread = tl.arange(0, WARP * WARPS)

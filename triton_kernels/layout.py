@@ -1,5 +1,19 @@
 """The ``gpu_tile`` layout in numbers. Kernels, launchers and reports derive every size and stride from this file.
 
+How codes and scales of an expert lie in memory (``n`` x ``k``, 2 bits, 16 words along K, groups of 128)::
+
+    codes   tile 0 (rows 0..63)                                         tile 1 ..
+            span 0 (256 columns)              span 1 ..
+            row 0: 16 int32 | row 1 | .. | row 63       span_words = word_blocks * ROWS * 16
+            int32 i:  high half [f7 f6 .. f1 f0] low half [f7 f6 .. f1 f0]
+                      field f: columns 32 * f + 2 * i + 1 and 32 * f + 2 * i of the span
+
+    3 bits  three word blocks of a span, each with all rows: fields 0..4, 5..9, 10..14, a spare bit on top of each half
+            that together are field 15
+    8 bits  two word blocks: fields 0 and 1, fields 2 and 3
+
+    scales  tile 0: group 0: (s, m) of row 0, row 1, .., row 63 | group 1 .. | tile 1 ..
+
 :data:`ROWS` is the one number to change for tiles of another height; ``gemq.format`` and ``csrc/include/gemq`` state
 the same layout for the packers, and tests and ``static_assert`` hold them together. :func:`fields` and the like are
 evaluated at compile time inside a kernel and are plain functions outside.

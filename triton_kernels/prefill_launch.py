@@ -1,7 +1,7 @@
 """Launchers for many tokens: sort pairs by expert, normalise rows, multiply by either method, sum over slots.
 
-As in :mod:`.launch`: no host sync, no data-dependent grid, arguments are trusted. The inner activations of a block are
-float16 with a power of two a row, found between the two products.
+As in :mod:`.by_tokens`: no host sync, no data-dependent grid, arguments are trusted. The inner activations of a block
+are float16 with a power of two a row, found between the two products.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tuning
-from .grouped import dequantize_kernel, grouped_kernel
+from . import launch_parameters
+from .blocks_by_sorting import sort_pairs
 from .layout import ROWS, STEP_COLUMNS, WIDTHS, Stack, all_words_along_k, span_columns
-from .prefill import packed_kernel
-from .sorting import sort_pairs
-from .token_rows import combine, normalize, rescale
+from .prefill_packed import packed_kernel
+from .prefill_rows import combine, normalize, rescale
+from .prefill_unpacked import dequantize_kernel, grouped_kernel
 from .widths import Packed, Unpacking
 
 # float16 weights of the dense method live in at most so many bytes at a time, or in one expert's if that is more
@@ -27,10 +27,10 @@ UNPACKING_WARPS = 4
 
 @dataclass(frozen=True)
 class Job:
-    """Values that all products of a call share; ``order`` is that of sorting.sort_pairs."""
+    """Values that all products of a call share; ``order`` is that of blocks_by_sorting.sort_pairs."""
 
     order: tuple[Tensor, Tensor, Tensor]
-    launch: tuning.Prefill
+    launch: launch_parameters.Prefill
     fast: bool
 
 
@@ -55,7 +55,7 @@ def _multiply(rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, g
     blocks, launch = block_expert.numel(), job.launch
     how = Packed(
         all_words_along_k(rows.k), group_size, launch.rows, launch.columns, parts, launch.warps, launch.stages,
-        launch.steps, job.fast, tuning.threads_first(triton.__version__),
+        launch.steps, job.fast, launch_parameters.threads_first(triton.__version__),
     )
     packed_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
         rows.x, rows.inverse, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
@@ -76,7 +76,7 @@ def _multiply_dense(
     weights = torch.empty(chunk, height, stride, dtype=torch.float16, device=out.device)
     words = all_words_along_k(k)
     spans = max(triton.cdiv(k, span_columns(width, kw)) for width, kw in zip(WIDTHS, words, strict=True))
-    how = Unpacking(words, group_size, UNPACKING_WARPS, job.fast, tuning.threads_first(triton.__version__))
+    how = Unpacking(words, group_size, UNPACKING_WARPS, job.fast, launch_parameters.threads_first(triton.__version__))
     for first in range(0, experts, chunk):
         until = min(first + chunk, experts)
         dequantize_kernel[(spans, height // ROWS, until - first)](
@@ -91,7 +91,7 @@ def _multiply_dense(
         )
 
 
-def _rows(x: Tensor, top_k: int, launch: tuning.Prefill) -> Rows:
+def _rows(x: Tensor, top_k: int, launch: launch_parameters.Prefill) -> Rows:
     """Normalise rows ``[T, k]``, which a token's pairs share, or ``[T, top_k, k]``."""
     k = x.shape[-1]
     sharing = top_k if x.dim() == 2 else 1
@@ -100,7 +100,7 @@ def _rows(x: Tensor, top_k: int, launch: tuning.Prefill) -> Rows:
 
 def gemm(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, out: Tensor,
-    fast: bool, launch: tuning.Prefill,
+    fast: bool, launch: launch_parameters.Prefill,
 ) -> Tensor:
     """Write ``[T, top_k, n]``, or the weighted sum ``[T, n]``, to ``out``; ``x`` is ``[T, k]`` or ``[T, top_k, k]``."""
     experts, top_k = stack[2].numel(), topk_ids.shape[1]
@@ -124,7 +124,7 @@ def _multiply_and_sum(
 
 def ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int, group_size: int,
-    down_group_size: int, out: Tensor, fast: bool, launch: tuning.Prefill,
+    down_group_size: int, out: Tensor, fast: bool, launch: launch_parameters.Prefill,
 ) -> Tensor:
     """Write the output of the whole expert block for ``x [T, hidden]`` to ``out``."""
     experts, top_k = gate_up[2].numel(), topk_ids.shape[1]

@@ -1,8 +1,8 @@
 """Multiply many tokens by packed experts; weights are unpacked in registers on their way to the tensor cores.
 
-One program multiplies ``ROWS`` rows of an expert with ``COLUMNS`` of its tokens. The weights are the left operand,
-from registers (wgmma on sm_90); the activations, in the column order of :func:`gemq.triton_kernels.token_rows.column`,
-come to shared memory by asynchronous copies, and so do the packed words and their metadata, ``STAGES`` trips ahead.
+One program multiplies ``rows`` rows of an expert with ``columns`` of its tokens. The weights are the left operand,
+from registers (wgmma on sm_90); the activations, in the column order of :func:`.prefill_rows.column`, come to shared
+memory by asynchronous copies, and so do the packed words and their (s, m), ``stages`` trips ahead.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
-from .token_rows import leading_exponent, power_of_two
-from .unpack import Span, half_weights, repeats, threads, trip_words
+from .prefill_rows import leading_exponent, power_of_two
+from .prefill_unpack import Span, half_weights, repeats, threads, trip_words
 from .widths import at_width
 
 
@@ -107,7 +107,7 @@ def packed_kernel(
 ):
     """``out [pairs, n]``, every element written once; grid of ``blocks * cdiv(n, rows / parts)`` programs.
 
-    ``x`` float16 ``[rows, k_padded]`` and ``inverse [rows]`` as token_rows.normalize makes them, ``row_pairs`` pairs
+    ``x`` float16 ``[rows, k_padded]`` and ``inverse [rows]`` as prefill_rows.normalize makes them, ``row_pairs`` pairs
     sharing a row. ``HOW`` is a :class:`.widths.Packed`. Two parts: the matrix has 2 n rows, gate then up, and the
     result is ``silu(gate) * up``, as float16 scaled by ``2**(14 - exponent)`` with an ``exponent [pairs, n / (rows /
     2)]`` for each of a pair's blocks of rows.

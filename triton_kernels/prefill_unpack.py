@@ -8,8 +8,8 @@ with 8 words it is two, lanes 2 and 3 taking the second from the words of lanes 
 A pair of weights costs three instructions: ``(w & mask) | 0x6400`` is ``1024 + q * 2**pos`` as float16, one FMA makes
 ``q`` of it, exactly, and one more ``q * s + m``, rounded once. Shifts and metadata are shared by many pairs.
 
-``THREADS_FIRST`` says which axis of a load the compiler deals its threads out from (:mod:`.tuning`); the wrong one
-costs data movement, never correctness.
+``THREADS_FIRST`` says which axis of a load the compiler deals its threads out from (:mod:`.launch_parameters`); the
+wrong one costs data movement, never correctness.
 """
 
 from __future__ import annotations

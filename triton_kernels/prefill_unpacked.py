@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
-from .prefill import gated, grouped_order
-from .token_rows import leading_exponent, power_of_two
-from .unpack import Span, half_weights, repeats, threads, trip_words
+from .prefill_packed import gated, grouped_order
+from .prefill_rows import leading_exponent, power_of_two
+from .prefill_unpack import Span, half_weights, repeats, threads, trip_words
 from .widths import at_width
 
 
@@ -84,7 +84,7 @@ def grouped_kernel(
     blocks, row_pairs, n, n_padded, k, k_padded, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """prefill.packed_kernel on ``weights [until - first, n_padded, stride]`` of the experts ``first`` to ``until``.
+    """Multiply as the packed kernel does by ``weights [until - first, n_padded, stride]``, of experts from ``first``.
 
     Blocks of other experts are left alone; the call with the last experts writes the zeros of invalid ids.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -152,9 +153,10 @@ class DecodeProgram:
     def _matrix(self, m: Matrix, k: int):
         bias = self._floats("bias", m.bias, m.n)
         if m.bits == 0:
-            at = self._address("weight", m.weight, shape=(m.n, k))
+            weight = cast(Tensor, m.weight)
+            at = self._address("weight", weight, shape=(m.n, k))
             return core().matrix_address(
-                weights=at, meta=0, bits=0, group_size=0, type=cpu.TYPES[m.weight.dtype], n=m.n, bias=bias, out=m.out
+                weights=at, meta=0, bits=0, group_size=0, type=cpu.TYPES[weight.dtype], n=m.n, bias=bias, out=m.out
             )
         codes, meta = m.weight
         fmt.check_bits(m.bits)
