@@ -113,7 +113,7 @@ class LowBitExperts(PackedModule):
 
     def prepare(self, layout: str | None = None) -> None:
         """Repack for the device's kernels (or to ``layout``) in place and build the offset tables there."""
-        device = self.gate_up_codes.device
+        device = self.packed_device()
         layout = layout or layout_for(device)
         for name in PROJECTIONS:
             if layout != self.layout:

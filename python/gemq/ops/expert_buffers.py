@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def pack_experts(
     ):
         if width == 0:
             continue
-        _check_expert(e, plain, pairs, n, k, group_size)
+        plain, pairs = _checked_expert(e, plain, pairs, n, k, group_size)
         packed, tiled = pack(plain, width).flatten(), pairs.contiguous().flatten()
         if layout != "canonical":
             packed, tiled = repack(packed, tiled, width, n, k, group_size, target=layout)
@@ -49,11 +50,15 @@ def pack_experts(
     return flat, flat_meta
 
 
-def _check_expert(e: int, codes: Tensor | None, meta: Tensor | None, n: int, k: int, group_size: int) -> None:
+def _checked_expert(
+    e: int, codes: Tensor | None, meta: Tensor | None, n: int, k: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    codes, meta = cast(Tensor, codes), cast(Tensor, meta)  # the checks refuse None
     checks.tensor(f"codes[{e}]", codes, dtype=torch.uint8, dim=2)
     if tuple(codes.shape) != (n, k):
         raise ValueError(f"codes[{e}] must have shape {[n, k]}, got {list(codes.shape)}")
     checks.metadata(f"meta[{e}]", meta, n, k, group_size)
+    return codes, meta
 
 
 def convert_experts(

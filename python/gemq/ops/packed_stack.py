@@ -51,4 +51,5 @@ class PackedStack:
 
     def to(self, device: torch.device | str) -> PackedStack:
         """Move the tensors; the layout stays, so the device must have kernels for it."""
-        return PackedStack(*(t.to(device) for t in self.tensors), self.n, self.k, self.group_size, self.layout)
+        qweight, meta, bits, offsets, meta_offsets = (t.to(device) for t in self.tensors)
+        return PackedStack(qweight, meta, bits, offsets, meta_offsets, self.n, self.k, self.group_size, self.layout)
