@@ -20,7 +20,7 @@ from measure import TOLERANCE, Rows, Step, Stopwatch, copies, limits, relative_e
 from record import conditions
 from shapes import Case, cpu_cases, gpu_cases
 
-from gemq.ops import trials
+from gemq.ops import measuring
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -88,7 +88,8 @@ def prepare(case: Case, layers: Layers) -> list[Step]:
     for held in layers.of(case, make, count):
         layer = held if case.mix else Unquantized(held, case.provider, case.tokens, case.compiled)
         x = torch.randn(case.tokens, block.hidden, generator=generator).to(DEVICE, dtype)
-        steps.append(Step(layer, x, *trials.random_routing(case.tokens, block.experts, block.top_k, DEVICE, generator)))
+        routing = measuring.random_routing(case.tokens, block.experts, block.top_k, DEVICE, generator)
+        steps.append(Step(layer, x, *routing))
     return steps
 
 

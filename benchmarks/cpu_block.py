@@ -33,6 +33,7 @@ from gemq import format as fmt
 from gemq import ops
 from gemq._core import core
 from gemq.ops import cpu
+from gemq.ops.packed_stack import Stack
 
 # hidden, ffn, experts, top-k
 SHAPES = {
@@ -80,7 +81,8 @@ def filled(size: int) -> Tensor:
     return out
 
 
-def random_stack(bits: list[int], n: int, k: int) -> tuple[Tensor, ...]:
+def stack_on_large_pages(bits: list[int], n: int, k: int) -> Stack:
+    """Random experts where :func:`filled` puts their codes: modules hold theirs on large pages too."""
     plan = fmt.expert_layout(bits, n, k, 128, "cpu_tile")
     meta = cpu.empty(plan.meta_elements, torch.float16).copy_(torch.rand(plan.meta_elements) * 0.02)
     return filled(plan.code_bytes), meta, *ops.expert_tables(bits, n, k, 128, "cpu_tile")
@@ -96,7 +98,10 @@ class Block:
         layers = layers or -(-BEYOND_CACHES // (self.experts * self.expert_bytes))
         widths = [bits] * self.experts
         self.stacks = [
-            (random_stack(widths, 2 * self.ffn, self.hidden), random_stack(widths, self.hidden, self.ffn))
+            (
+                stack_on_large_pages(widths, 2 * self.ffn, self.hidden),
+                stack_on_large_pages(widths, self.hidden, self.ffn),
+            )
             for _ in range(layers)
         ]
         self.turn = itertools.cycle(itertools.product(range(self.experts // self.top_k), range(layers)))
@@ -231,7 +236,7 @@ def gptq(options: argparse.Namespace) -> list[dict]:
 
 def overhead(options: argparse.Namespace) -> list[dict]:
     """Measure the cost of a call around the kernels, in microseconds: a block of one group."""
-    stack = random_stack([2] * 8, 256, 128), random_stack([2] * 8, 128, 128)
+    stack = stack_on_large_pages([2] * 8, 256, 128), stack_on_large_pages([2] * 8, 128, 128)
     x, ids, weights = torch.randn(1, 128), torch.tensor([[0, 1]]), torch.ones(1, 2)
 
     def call() -> Tensor:

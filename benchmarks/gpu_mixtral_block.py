@@ -19,6 +19,7 @@ from gpu_subnormals import copy_bandwidth, facts
 
 from gemq import format as fmt
 from gemq import triton_kernels as tk
+from gemq.ops import measuring
 
 HIDDEN, FFN, EXPERTS, TOP_K, GROUP = 4096, 14336, 8, 2, 128
 COPIES = 6
@@ -26,21 +27,6 @@ MIXES = {
     "1.0": [1] * 8, "1.5": [1, 2] * 4, "2.0": [1, 3, 2, 2, 1, 3, 2, 2], "2.0 uniform": [2] * 8,
     "2.5": [2, 3] * 4, "3.0": [3] * 8, "4.0": [4] * 8,
 }
-Stack = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def random_stack(bits: list[int], n: int, k: int) -> Stack:
-    """Random codes; scales that keep activations near their size."""
-    where = fmt.expert_layout(bits, n, k, GROUP, "gpu_tile")
-    codes = torch.randint(0, 256, (where.code_bytes,), dtype=torch.uint8, device="cuda")
-    meta = torch.empty(where.meta_elements // 2, 2, dtype=torch.float16, device="cuda")
-    ends = [*where.meta_offsets[1:], where.meta_elements]
-    for width, begin, end in zip(bits, where.meta_offsets, ends, strict=True):
-        s = 3.5 / (((1 << width) - 1) * k**0.5)
-        meta[begin // 2 : end // 2, 0] = s
-        meta[begin // 2 : end // 2, 1] = -s * ((1 << width) - 1) / 2
-    tables = (torch.tensor(where.bits, dtype=torch.int32), torch.tensor(where.code_offsets, dtype=torch.int64))
-    return codes, meta.view(-1), tables[0].cuda(), tables[1].cuda(), torch.tensor(where.meta_offsets).cuda()
 
 
 def expert_bytes(bits: int) -> int:
@@ -82,7 +68,10 @@ def timed(run, repeats: int = 60) -> dict[str, float]:
 
 
 def packed(bits: list[int], tokens: int, copy_gb_s: float, dtype: torch.dtype) -> dict:
-    stacks = [(random_stack(bits, 2 * FFN, HIDDEN), random_stack(bits, HIDDEN, FFN)) for _ in range(COPIES)]
+    stacks = [
+        [measuring.random_stack(bits, n, k, GROUP, "gpu_tile", "cuda") for n, k in ((2 * FFN, HIDDEN), (HIDDEN, FFN))]
+        for _ in range(COPIES)
+    ]
     routes = [routing(tokens, c) for c in range(COPIES)]
     x = torch.randn(tokens, HIDDEN, device="cuda").to(dtype)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from gemq import ops, reference
-from gemq.ops import trials
+from gemq.ops import measuring
 
 BITS = [1, 2, 3, 4, 8, 0]
 
@@ -25,10 +25,10 @@ def check(name: str, out: torch.Tensor, expected: torch.Tensor, allowed: float) 
 
 def block(tokens: int, hidden: int = 256, ffn: int = 192) -> None:
     generator = torch.Generator().manual_seed(tokens)
-    gate_up = trials.random_stack(BITS, 2 * ffn, hidden, 64, "gpu_tile", "cpu", generator)
-    down = trials.random_stack(BITS[::-1], hidden, ffn, 64, "gpu_tile", "cpu", generator)
+    gate_up = measuring.random_stack(BITS, 2 * ffn, hidden, 64, "gpu_tile", "cpu", generator)
+    down = measuring.random_stack(BITS[::-1], hidden, ffn, 64, "gpu_tile", "cpu", generator)
     x = torch.randn(tokens, hidden, generator=generator).half()
-    ids, weights = trials.random_routing(tokens, len(BITS), 2, "cpu", generator)
+    ids, weights = measuring.random_routing(tokens, len(BITS), 2, "cpu", generator)
     ids[0, 1] = -1
     options = {"intermediate": ffn, "group_size": 64, "layout": "gpu_tile"}
     expected = reference.moe_lowbit_ffn(x, gate_up, down, ids, weights, compute_dtype=torch.float64, **options)

@@ -16,7 +16,7 @@ from torch.nn.functional import linear, silu
 
 from gemq import format as fmt
 from gemq import ops
-from gemq.ops import trials
+from gemq.ops import measuring
 
 
 class Unsupported(Exception):
@@ -58,7 +58,7 @@ class Packed:
         generator = torch.Generator(device).manual_seed(seed)
 
         def stack(bits, n, k):
-            return trials.random_stack(bits, n, k, GROUP, layout, device, generator)
+            return measuring.random_stack(bits, n, k, GROUP, layout, device, generator)
 
         self.gate_up = stack(self.bits, 2 * block.ffn, block.hidden)
         self.down = stack(self.bits, block.hidden, block.ffn)

@@ -13,7 +13,7 @@ import torch
 from shapes import Case
 from torch import Tensor
 
-from gemq.ops import trials
+from gemq.ops import measuring
 
 # relative error of the norm: float16 and bfloat16 results of random layers against float32
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -24,7 +24,7 @@ def limits(device: str) -> dict:
     bytes read by a sum over 1 GiB with all threads), and ``matmul_tflop_s`` of torch's large dense product in
     ``matmul_dtype``: float16, on the CPU the faster of float32 and bfloat16."""
     cuda = device == "cuda"
-    timer, repeats = (trials.event_time, 20) if cuda else (trials.clock_time, 5)
+    timer, repeats = (measuring.event_time, 20) if cuda else (measuring.clock_time, 5)
 
     # a ceiling is the best that was seen
     def least(run: Callable[[], object]) -> float:
@@ -118,7 +118,7 @@ class Stopwatch:
 
     def _capture(self) -> None:
         try:
-            self.graph = trials.graph_of(self._pass)
+            self.graph = measuring.graph_of(self._pass)
         except Exception as error:
             # a way that synchronises cannot be captured; it is timed with events instead, and the row says so
             self.no_graph = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
@@ -128,11 +128,11 @@ class Stopwatch:
         """Take one more sample, in microseconds a step."""
         if self.cuda:
             run = self._pass if self.graph is None else self.graph.replay
-            self.samples.append(trials.event_time(run) / len(self.steps))
+            self.samples.append(measuring.event_time(run) / len(self.steps))
         else:
             step = self.steps[self._turn % len(self.steps)]
             self._turn += 1
-            self.samples.append(trials.clock_time(step))
+            self.samples.append(measuring.clock_time(step))
 
     def percentiles(self) -> dict[str, float]:
         """20th, 50th and 80th of the samples."""

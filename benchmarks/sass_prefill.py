@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from sass_report import FIELDS, _instructions, _tool, compile_kernel
+from sass_report import _instructions, _tool, compile_kernel
 
 # limits of one program on sm_90
 SHARED_BYTES = 232448
@@ -92,9 +92,9 @@ def measure(name: str, compiled, warps: int, rows: int) -> Row:
 
 
 def _entry(method: str, columns: int | None = None) -> dict:
-    from gemq.triton_kernels import tuning
+    from gemq.triton_kernels import launch_parameters
 
-    entries = [e for e in tuning.table(tuning.DEFAULT)["prefill"] if e["method"] == method]
+    entries = [e for e in launch_parameters.table(launch_parameters.DEFAULT)["prefill"] if e["method"] == method]
     return next(e for e in entries if columns in (None, e["columns"]))
 
 
@@ -105,29 +105,31 @@ def _pointers(parts: int) -> dict[str, str]:
 def packed(
     columns: int, parts: int, only: int, group: int = 128, kw: int = 16, fast: bool = True, ones: tuple[str, ...] = ()
 ) -> Row:
-    """The packed kernel of the default table with so many columns, at one width or mixed (``only`` -1).
+    """The packed kernel of the default table with so many columns, at one width or mixed (``only`` 0).
 
     ``ones``: arguments that are 1, which triton compiles as constants.
     """
-    from gemq.triton_kernels import tuning
-    from gemq.triton_kernels.prefill import packed_kernel
+    from gemq.triton_kernels import launch_parameters
+    from gemq.triton_kernels.layout import WIDTHS
+    from gemq.triton_kernels.prefill_packed import packed_kernel
+    from gemq.triton_kernels.widths import Packed
 
     e = _entry("packed", columns)
-    constants = {f"KW{bits}": kw for bits in FIELDS} | {
-        "GROUP": group, "ROWS": e["rows"], "COLUMNS": columns, "PARTS": parts, "WARPS": e["warps"],
-        "STAGES": e["stages"], "ROOM": e["steps"], "FAST": fast, "ONLY": only,
-        "THREADS_FIRST": tuning.threads_first(triton.__version__),
-    } | dict.fromkeys(ones, 1)
-    compiled = compile_kernel(packed_kernel, _pointers(parts), constants, e["warps"])
-    width = "mixed" if only == -1 else f"{only} bit"
+    how = Packed(
+        kws=(kw,) * len(WIDTHS), group=group, rows=e["rows"], columns=columns, parts=parts, warps=e["warps"],
+        stages=e["stages"], room=e["steps"], fast=fast,
+        threads_first=launch_parameters.threads_first(triton.__version__), only=only,
+    )
+    compiled = compile_kernel(packed_kernel, _pointers(parts), {"HOW": how} | dict.fromkeys(ones, 1), e["warps"])
+    width = f"{only} bit" if only else "mixed"
     name = f"packed{' gate+up' if parts == 2 else ''} {width} {columns} columns"
     name += (f" kw{kw} g{group}" if (kw, group) != (16, 128) else "") + ("" if fast else " plain")
-    return measure(name, compiled, e["warps"], e["rows"] if only != -1 else 0)
+    return measure(name, compiled, e["warps"], e["rows"] if only else 0)
 
 
 def dense(parts: int, ones: tuple[str, ...] = ()) -> Row:
     """The product of unpacked weights."""
-    from gemq.triton_kernels.grouped import grouped_kernel
+    from gemq.triton_kernels.prefill_unpacked import grouped_kernel
 
     e = _entry("dense")
     constants = {"COLUMNS": e["columns"], "ROWS": e["rows"], "PARTS": parts, "STAGES": e["stages"]}
@@ -138,32 +140,32 @@ def dense(parts: int, ones: tuple[str, ...] = ()) -> Row:
 
 def unpacking(only: int, group: int = 128, kw: int = 16) -> Row:
     """The kernel that unpacks to memory."""
-    from gemq.triton_kernels import tuning
-    from gemq.triton_kernels.grouped import dequantize_kernel
+    from gemq.triton_kernels import launch_parameters
+    from gemq.triton_kernels.layout import WIDTHS
+    from gemq.triton_kernels.prefill_unpacked import dequantize_kernel
+    from gemq.triton_kernels.widths import Unpacking
 
-    constants = {f"KW{bits}": kw for bits in FIELDS} | {
-        "GROUP": group, "FAST": True, "ONLY": only, "THREADS_FIRST": tuning.threads_first(triton.__version__)
-    }
-    compiled = compile_kernel(dequantize_kernel, _pointers(2), constants, 4)
-    return measure(f"unpack {'mixed' if only == -1 else f'{only} bit'}", compiled, 4, 0)
+    how = Unpacking((kw,) * len(WIDTHS), group, 4, True, launch_parameters.threads_first(triton.__version__), only)
+    compiled = compile_kernel(dequantize_kernel, _pointers(2), {"HOW": how}, how.warps)
+    return measure(f"unpack {f'{only} bit' if only else 'mixed'}", compiled, how.warps, 0)
 
 
 def small(ones: tuple[str, ...] = ()) -> list[Row]:
     """Sorting, normalising and summing."""
-    from gemq.triton_kernels import sorting, token_rows
+    from gemq.triton_kernels import blocks_by_sorting, prefill_rows
 
     variants = (
-        (sorting.count_kernel, {"CHUNK": 4096}, 8),
-        (sorting.place_kernel, {"EXPERTS": 16, "COLUMNS": 64, "CHUNK": 4096}, 8),
-        (token_rows.normalize_kernel, {"BLOCK": 4096, "ORDERED": True}, 4),
-        (token_rows.rescale_kernel, {"PART": 64, "PARTS": 256, "BLOCK": 4096, "ORDERED": True}, 4),
-        (token_rows.combine_kernel, {"SLOTS": 2, "BLOCK": 1024}, 4),
+        (blocks_by_sorting.count_kernel, {"CHUNK": 4096}, 8),
+        (blocks_by_sorting.place_kernel, {"EXPERTS": 16, "COLUMNS": 64, "CHUNK": 4096}, 8),
+        (prefill_rows.normalize_kernel, {"BLOCK": 4096, "ORDERED": True}, 4),
+        (prefill_rows.rescale_kernel, {"PART": 64, "PARTS": 256, "BLOCK": 4096, "ORDERED": True}, 4),
+        (prefill_rows.combine_kernel, {"SLOTS": 2, "BLOCK": 1024}, 4),
     )
     rows = []
     for kernel, constants, warps in variants:
         types = POINTERS | {"weights_ptr": "*fp32"}
-        if kernel in (token_rows.normalize_kernel, token_rows.rescale_kernel):
-            types |= {"x_ptr": "*bf16" if kernel is token_rows.normalize_kernel else "*fp16", "out_ptr": "*fp16"}
+        if kernel in (prefill_rows.normalize_kernel, prefill_rows.rescale_kernel):
+            types |= {"x_ptr": "*bf16" if kernel is prefill_rows.normalize_kernel else "*fp16", "out_ptr": "*fp16"}
         fixed = constants | {a: 1 for a in ones if a in kernel.arg_names}
         rows.append(measure(kernel.__name__, compile_kernel(kernel, types, fixed, warps), warps, 0))
     return rows
@@ -171,22 +173,23 @@ def small(ones: tuple[str, ...] = ()) -> list[Row]:
 
 def report():
     """The variants that ship, one by one."""
-    from gemq.triton_kernels import tuning
+    from gemq.triton_kernels import launch_parameters
 
-    columns = [e["columns"] for e in tuning.table(tuning.DEFAULT)["prefill"] if e["method"] == "packed"]
+    entries = launch_parameters.table(launch_parameters.DEFAULT)["prefill"]
+    columns = [e["columns"] for e in entries if e["method"] == "packed"]
     for count in columns:
         for only in (1, 2, 3, 4, 8):
             yield packed(count, 1, only)
         for parts in (1, 2):
-            yield packed(count, parts, -1)
+            yield packed(count, parts, 0)
     for kw, group in ((8, 128), (16, 64), (16, 32), (8, 32)):
         for parts in (1, 2):
-            yield packed(columns[0], parts, -1, group, kw)
-            yield packed(columns[-1], parts, -1, group, kw)
-    yield packed(columns[0], 1, -1, fast=False)
+            yield packed(columns[0], parts, 0, group, kw)
+            yield packed(columns[-1], parts, 0, group, kw)
+    yield packed(columns[0], 1, 0, fast=False)
     for parts in (1, 2):
         yield dense(parts)
-    for only in (1, 2, 3, 4, 8, -1):
+    for only in (1, 2, 3, 4, 8, 0):
         yield unpacking(only)
     yield from small()
 

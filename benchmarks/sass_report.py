@@ -24,7 +24,6 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGET = GPUTarget("cuda", 90, 32)
-FIELDS = {1: 16, 2: 8, 3: 16, 4: 4, 8: 4}
 
 
 @dataclass
@@ -146,28 +145,35 @@ class Variant:
 
 def variant(v: Variant) -> Row:
     """Compile one variant and measure it."""
-    from gemq.triton_kernels.moe import gate_up_kernel, product_kernel
-    from gemq.triton_kernels.tuning import fragment_run
+    from gemq.triton_kernels.decode_kernels import gate_up_kernel, product_kernel
+    from gemq.triton_kernels.decode_tile import rows_at_once
+    from gemq.triton_kernels.launch_parameters import fragment_run
+    from gemq.triton_kernels.layout import ROWS, WIDTHS, span_columns
+    from gemq.triton_kernels.widths import Decode
 
-    constants = {f"KW{bits}": v.kw for bits in FIELDS} | {
-        "GROUP": v.group, "COLUMNS": v.columns, "WARPS": v.warps, "MODE": v.mode, "ASM": True, "AHEAD": v.ahead,
-        "RUN": fragment_run(triton.__version__), "ONLY": v.only, "PDL": v.pdl,
-    } | dict.fromkeys(v.ones, 1)
+    how = Decode(
+        kws=(v.kw,) * len(WIDTHS), group=v.group, columns=v.columns, warps=v.warps, tiles=1, parts=1, splits=v.splits,
+        mode=v.mode, asm=True, ahead=v.ahead, run=fragment_run(triton.__version__), planes=False, pdl=v.pdl,
+        only=v.only,
+    )
+    constants = dict.fromkeys(v.ones, 1)
     if v.kernel == "gate_up":
-        constants |= {f"ACT_KW{bits}": v.kw for bits in (1, 2, 3, 4)} | {"ACT_GROUP": 64 * v.tiles, "TILES": v.tiles}
+        how = how._replace(tiles=v.tiles, parts=2, splits=1, planes=v.mode == 2)
+        constants |= {"HOW": how, "ACT_KWS": how.kws, "ACT_GROUP": ROWS * v.tiles}
         compiled = compile_kernel(gate_up_kernel, POINTERS, constants, v.warps)
     else:
-        constants |= {"SPLITS": v.splits, "SLOTS": v.slots, "PLANES": False, "DENSE": v.dense}
+        constants |= {"HOW": how, "SLOTS": v.slots, "DENSE": v.dense}
         compiled = compile_kernel(product_kernel, POINTERS, constants, v.warps)
-    # a warp handles 64 rows (32 where registers are short: moe._width) of one span a trip
-    rows = 32 if v.only == 3 or v.columns > 8 else 64
-    weights = rows * 2 * v.kw * FIELDS[v.only] / 32 if v.only else None
+    # a warp handles so many rows of one span a trip
+    weights = rows_at_once(v.only, v.columns) * span_columns(v.only, v.kw) / 32 if v.only else None
     return measure(v.name, compiled, weights)
 
 
 def shipped(quick: bool) -> list[Variant]:
     """The variants that the launch tables choose."""
-    single = [Variant(k, b, c) for k in ("gate_up", "product") for c in (8, 16) for b in FIELDS]
+    from gemq.triton_kernels.layout import WIDTHS
+
+    single = [Variant(k, b, c) for k in ("gate_up", "product") for c in (8, 16) for b in WIDTHS]
     mixed = [Variant(k, 0, c) for k in ("gate_up", "product") for c in (8, 16)]
     others = [
         Variant("product", 0, 8, mode=0), Variant("gate_up", 0, 8, mode=0), Variant("gate_up", 0, 8, warps=8),

@@ -17,6 +17,12 @@ struct MatrixAddress {
   int64_t n;
   uintptr_t bias;
   int out;
+  static constexpr auto fields() {
+    using C = MatrixAddress;
+    return std::make_tuple(field("weights", &C::weights), field("meta", &C::meta), field("bits", &C::bits),
+                           field("group_size", &C::group_size), field("type", &C::type), field("n", &C::n),
+                           field("bias", &C::bias), field("out", &C::out));
+  }
 };
 
 struct AttentionAddress {
@@ -29,6 +35,16 @@ struct AttentionAddress {
   float scale;
   uintptr_t query_norm, key_norm;
   float eps;
+  static constexpr auto fields() {
+    using C = AttentionAddress;
+    return std::make_tuple(
+        field("query", &C::query), field("key", &C::key), field("value", &C::value), field("out", &C::out),
+        field("heads", &C::heads), field("groups", &C::groups), field("dim", &C::dim),
+        field("rotary", &C::rotary), field("cosines", &C::cosines), field("sines", &C::sines),
+        field("positions", &C::positions), field("keys", &C::keys), field("values", &C::values),
+        field("type", &C::type), field("slots", &C::slots), field("scale", &C::scale),
+        field("query_norm", &C::query_norm), field("key_norm", &C::key_norm), field("eps", &C::eps));
+  }
 };
 
 struct LatentAddress {
@@ -44,6 +60,17 @@ struct LatentAddress {
   int type;
   int64_t slots;
   float scale;
+  static constexpr auto fields() {
+    using C = LatentAddress;
+    return std::make_tuple(
+        field("query", &C::query), field("latent", &C::latent), field("out", &C::out),
+        field("heads", &C::heads), field("nope", &C::nope), field("rope", &C::rope), field("rank", &C::rank),
+        field("v_dim", &C::v_dim), field("into", &C::into), field("from_", &C::from),
+        field("expand_type", &C::expand_type), field("norm", &C::norm), field("eps", &C::eps),
+        field("cosines", &C::cosines), field("sines", &C::sines), field("positions", &C::positions),
+        field("apart", &C::apart), field("latents", &C::latents), field("ropes", &C::ropes),
+        field("type", &C::type), field("slots", &C::slots), field("scale", &C::scale));
+  }
 };
 
 struct ExpertsAddress {
@@ -54,6 +81,16 @@ struct ExpertsAddress {
   int group_score, groups, kept_groups;
   StackAddress gate_up, down;
   int experts, intermediate, group_size, down_group_size;
+  static constexpr auto fields() {
+    using C = ExpertsAddress;
+    return std::make_tuple(
+        field("logits", &C::logits), field("x", &C::x), field("out", &C::out), field("top_k", &C::top_k),
+        field("sigmoid", &C::sigmoid), field("normalize", &C::normalize), field("epsilon", &C::epsilon),
+        field("scale", &C::scale), field("bias", &C::bias), field("group_score", &C::group_score),
+        field("groups", &C::groups), field("kept_groups", &C::kept_groups), field("gate_up", &C::gate_up),
+        field("down", &C::down), field("experts", &C::experts), field("intermediate", &C::intermediate),
+        field("group_size", &C::group_size), field("down_group_size", &C::down_group_size));
+  }
 };
 
 int bind_buffer(Program& program, int64_t width, uintptr_t external);

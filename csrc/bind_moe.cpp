@@ -4,7 +4,7 @@
 #include <string>
 
 #include "checks.h"
-#include "gemq/tiles.h"
+#include "gemq/layouts.h"
 #include "moe_cpu/moe.h"
 
 namespace gemq {
@@ -71,65 +71,60 @@ Precision check_precision(int precision) {
   return static_cast<Precision>(precision);
 }
 
-void bind_moe_gemm(uintptr_t x, bool x_per_slot, const StackAddress& stack, int num_experts,
-                   uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k,
-                   int k, int64_t n, int group_size, int type, int precision, int threads) {
-  check_tokens(tokens, top_k, num_experts, threads);
-  check_groups("group_size", group_size, "k", k);
-  check_range("n", n, 1, std::numeric_limits<int32_t>::max());
-  const Element element = check_type(type);
-  const Precision rounding = check_precision(precision);
-  const Stack checked = check_stack("weight", stack, num_experts, n, k, group_size);
-  if (tokens == 0) return;
-  check_pointer("x", x);
-  check_pointer("topk_ids", topk_ids);
-  check_pointer("out", out);
-  moe_gemm_cpu(
-      {as<const void>(x), x_per_slot, checked, num_experts, as<const int64_t>(topk_ids),
-       as<const float>(topk_weights), as<void>(out), tokens, top_k, k, n, group_size, element, rounding},
-      threads);
+void bind_moe_gemm(const MoeGemmCall& c) {
+  check_tokens(c.tokens, c.top_k, c.num_experts, c.threads);
+  check_groups("group_size", c.group_size, "k", c.k);
+  check_range("n", c.n, 1, std::numeric_limits<int32_t>::max());
+  const Element element = check_type(c.type);
+  const Precision rounding = check_precision(c.precision);
+  const Stack checked = check_stack("weight", c.stack, c.num_experts, c.n, c.k, c.group_size);
+  if (c.tokens == 0) return;
+  check_pointer("x", c.x);
+  check_pointer("topk_ids", c.topk_ids);
+  check_pointer("out", c.out);
+  moe_gemm_cpu({as<const void>(c.x), c.x_per_slot, checked, c.num_experts, as<const int64_t>(c.topk_ids),
+                as<const float>(c.topk_weights), as<void>(c.out), c.tokens, c.top_k, c.k, c.n, c.group_size,
+                element, rounding},
+               c.threads);
 }
 
-void bind_moe_ffn(uintptr_t x, const StackAddress& gate_up, const StackAddress& down, int num_experts,
-                  uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k,
-                  int hidden, int intermediate, int group_size, int down_group_size, int type, int precision,
-                  int threads) {
-  check_tokens(tokens, top_k, num_experts, threads);
-  check_groups("group_size", group_size, "hidden", hidden);
-  check_groups("down_group_size", down_group_size, "intermediate", intermediate);
-  const Element element = check_type(type);
-  const Precision rounding = check_precision(precision);
-  const Stack first = check_stack("gate_up", gate_up, num_experts, 2 * static_cast<int64_t>(intermediate),
-                                  hidden, group_size);
-  const Stack second = check_stack("down", down, num_experts, hidden, intermediate, down_group_size);
-  if (tokens == 0) return;
-  check_pointer("x", x);
-  check_pointer("topk_ids", topk_ids);
-  check_pointer("topk_weights", topk_weights);
-  check_pointer("out", out);
-  moe_ffn_cpu({as<const void>(x), first, second, num_experts, as<const int64_t>(topk_ids),
-               as<const float>(topk_weights), as<void>(out), tokens, top_k, hidden, intermediate, group_size,
-               down_group_size, element, rounding},
-              threads);
+void bind_moe_ffn(const MoeFfnCall& c) {
+  check_tokens(c.tokens, c.top_k, c.num_experts, c.threads);
+  check_groups("group_size", c.group_size, "hidden", c.hidden);
+  check_groups("down_group_size", c.down_group_size, "intermediate", c.intermediate);
+  const Element element = check_type(c.type);
+  const Precision rounding = check_precision(c.precision);
+  const Stack first = check_stack("gate_up", c.gate_up, c.num_experts,
+                                  2 * static_cast<int64_t>(c.intermediate), c.hidden, c.group_size);
+  const Stack second =
+      check_stack("down", c.down, c.num_experts, c.hidden, c.intermediate, c.down_group_size);
+  if (c.tokens == 0) return;
+  check_pointer("x", c.x);
+  check_pointer("topk_ids", c.topk_ids);
+  check_pointer("topk_weights", c.topk_weights);
+  check_pointer("out", c.out);
+  moe_ffn_cpu({as<const void>(c.x), first, second, c.num_experts, as<const int64_t>(c.topk_ids),
+               as<const float>(c.topk_weights), as<void>(c.out), c.tokens, c.top_k, c.hidden, c.intermediate,
+               c.group_size, c.down_group_size, element, rounding},
+              c.threads);
 }
 
-void bind_lowbit_gemm(uintptr_t x, uintptr_t qweight, uintptr_t meta, uintptr_t out, int64_t tokens, int k,
-                      int64_t n, int bits, int group_size, int type, int precision, int threads) {
-  check_tokens(tokens, 1, 1, threads);
-  check_groups("group_size", group_size, "k", k);
-  check_range("bits", bits, 0, kMaxBits);
-  check_at_least("n", n, 1);
-  const Element element = check_type(type);
-  const Precision rounding = check_precision(precision);
-  if (tokens == 0) return;
-  check_pointer("x", x);
-  check_pointer("out", out);
-  if (bits > 0) {
-    check_pointer("qweight", qweight);
-    check_pointer("meta", meta);
+void bind_lowbit_gemm(const DenseCall& c) {
+  check_tokens(c.tokens, 1, 1, c.threads);
+  check_groups("group_size", c.group_size, "k", c.k);
+  check_range("bits", c.bits, 0, kMaxBits);
+  check_at_least("n", c.n, 1);
+  const Element element = check_type(c.type);
+  const Precision rounding = check_precision(c.precision);
+  if (c.tokens == 0) return;
+  check_pointer("x", c.x);
+  check_pointer("out", c.out);
+  if (c.bits > 0) {
+    check_pointer("qweight", c.qweight);
+    check_pointer("meta", c.meta);
   }
-  lowbit_gemm_cpu(as<const void>(x), as<const uint8_t>(qweight), as<const uint16_t>(meta), as<void>(out),
-                  tokens, k, n, bits, group_size, element, rounding, threads);
+  lowbit_gemm_cpu(as<const void>(c.x), as<const uint8_t>(c.qweight), as<const uint16_t>(c.meta),
+                  as<void>(c.out), c.tokens, c.k, c.n, c.bits, c.group_size, element, rounding, c.threads);
 }
 
 }  // namespace gemq

@@ -1,8 +1,10 @@
+// Products of packed experts at the border to Python: addresses and sizes in, checked.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
+#include "fields.h"
 #include "moe_cpu/moe.h"
 
 namespace gemq {
@@ -11,6 +13,12 @@ namespace gemq {
 struct StackAddress {
   uintptr_t codes, meta, bits, offsets, meta_offsets;
   int64_t code_bytes, meta_elements;
+  static constexpr auto fields() {
+    using C = StackAddress;
+    return std::make_tuple(field("codes", &C::codes), field("meta", &C::meta), field("bits", &C::bits),
+                           field("offsets", &C::offsets), field("meta_offsets", &C::meta_offsets),
+                           field("code_bytes", &C::code_bytes), field("meta_elements", &C::meta_elements));
+  }
 };
 
 // The stack behind the addresses, each expert n x k, named in messages with `name`. Every expert must lie
@@ -20,14 +28,66 @@ Stack check_stack(const std::string& name, const StackAddress& at, int num_exper
 Element check_type(int type);
 Precision check_precision(int precision);
 
-void bind_moe_gemm(uintptr_t x, bool x_per_slot, const StackAddress& stack, int num_experts,
-                   uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k,
-                   int k, int64_t n, int group_size, int type, int precision, int threads);
-void bind_moe_ffn(uintptr_t x, const StackAddress& gate_up, const StackAddress& down, int num_experts,
-                  uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t out, int64_t tokens, int top_k,
-                  int hidden, int intermediate, int group_size, int down_group_size, int type, int precision,
-                  int threads);
-void bind_lowbit_gemm(uintptr_t x, uintptr_t qweight, uintptr_t meta, uintptr_t out, int64_t tokens, int k,
-                      int64_t n, int bits, int group_size, int type, int precision, int threads);
+// As MoeGemmArgs, with numbers for Element and Precision; no topk_weights is 0.
+struct MoeGemmCall {
+  uintptr_t x;
+  bool x_per_slot;
+  StackAddress stack;
+  int num_experts;
+  uintptr_t topk_ids, topk_weights, out;
+  int64_t tokens;
+  int top_k, k;
+  int64_t n;
+  int group_size, type, precision, threads = 1;
+  static constexpr auto fields() {
+    using C = MoeGemmCall;
+    return std::make_tuple(field("x", &C::x), field("x_per_slot", &C::x_per_slot), field("stack", &C::stack),
+                           field("num_experts", &C::num_experts), field("topk_ids", &C::topk_ids),
+                           field("topk_weights", &C::topk_weights), field("out", &C::out),
+                           field("tokens", &C::tokens), field("top_k", &C::top_k), field("k", &C::k),
+                           field("n", &C::n), field("group_size", &C::group_size), field("type", &C::type),
+                           field("precision", &C::precision), optional_field("threads", &C::threads));
+  }
+};
+
+struct MoeFfnCall {
+  uintptr_t x;
+  StackAddress gate_up, down;
+  int num_experts;
+  uintptr_t topk_ids, topk_weights, out;
+  int64_t tokens;
+  int top_k, hidden, intermediate, group_size, down_group_size, type, precision, threads = 1;
+  static constexpr auto fields() {
+    using C = MoeFfnCall;
+    return std::make_tuple(
+        field("x", &C::x), field("gate_up", &C::gate_up), field("down", &C::down),
+        field("num_experts", &C::num_experts), field("topk_ids", &C::topk_ids),
+        field("topk_weights", &C::topk_weights), field("out", &C::out), field("tokens", &C::tokens),
+        field("top_k", &C::top_k), field("hidden", &C::hidden), field("intermediate", &C::intermediate),
+        field("group_size", &C::group_size), field("down_group_size", &C::down_group_size),
+        field("type", &C::type), field("precision", &C::precision), optional_field("threads", &C::threads));
+  }
+};
+
+// One matrix, n x k.
+struct DenseCall {
+  uintptr_t x, qweight, meta, out;
+  int64_t tokens;
+  int k;
+  int64_t n;
+  int bits, group_size, type, precision, threads = 1;
+  static constexpr auto fields() {
+    using C = DenseCall;
+    return std::make_tuple(field("x", &C::x), field("qweight", &C::qweight), field("meta", &C::meta),
+                           field("out", &C::out), field("tokens", &C::tokens), field("k", &C::k),
+                           field("n", &C::n), field("bits", &C::bits), field("group_size", &C::group_size),
+                           field("type", &C::type), field("precision", &C::precision),
+                           optional_field("threads", &C::threads));
+  }
+};
+
+void bind_moe_gemm(const MoeGemmCall& c);
+void bind_moe_ffn(const MoeFfnCall& c);
+void bind_lowbit_gemm(const DenseCall& c);
 
 }  // namespace gemq

@@ -26,73 +26,73 @@ bool check_matrix(int device, const char* rows_name, int64_t rows, int64_t k, in
 
 }  // namespace
 
-void bind_pack(int device, uintptr_t src, uintptr_t dst, int64_t rows, int64_t k, int bits, int threads,
-               uintptr_t stream) {
-  if (!check_matrix(device, "rows", rows, k, bits, threads)) return;
-  check_pointer("src", src);
-  check_pointer("dst", dst);
-  const PackArgs args{as<const uint8_t>(src), as<uint8_t>(dst), rows, k, bits};
-  device == kCpu ? pack_cpu(args, threads) : pack_cuda(args, as<void>(stream));
+void bind_pack(const PackCall& c) {
+  if (!check_matrix(c.device, "rows", c.rows, c.k, c.bits, c.threads)) return;
+  check_pointer("src", c.src);
+  check_pointer("dst", c.dst);
+  const PackArgs args{as<const uint8_t>(c.src), as<uint8_t>(c.dst), c.rows, c.k, c.bits};
+  c.device == kCpu ? pack_cpu(args, c.threads) : pack_cuda(args, as<void>(c.stream));
 }
 
-void bind_unpack(int device, uintptr_t src, uintptr_t dst, int64_t rows, int64_t k, int bits, int threads,
-                 uintptr_t stream) {
-  if (!check_matrix(device, "rows", rows, k, bits, threads)) return;
-  check_pointer("src", src);
-  check_pointer("dst", dst);
-  const PackArgs args{as<const uint8_t>(src), as<uint8_t>(dst), rows, k, bits};
-  device == kCpu ? unpack_cpu(args, threads) : unpack_cuda(args, as<void>(stream));
+void bind_unpack(const PackCall& c) {
+  if (!check_matrix(c.device, "rows", c.rows, c.k, c.bits, c.threads)) return;
+  check_pointer("src", c.src);
+  check_pointer("dst", c.dst);
+  const PackArgs args{as<const uint8_t>(c.src), as<uint8_t>(c.dst), c.rows, c.k, c.bits};
+  c.device == kCpu ? unpack_cpu(args, c.threads) : unpack_cuda(args, as<void>(c.stream));
 }
 
-void bind_dequantize(int device, uintptr_t src, uintptr_t meta, uintptr_t dst, int64_t rows, int64_t k,
-                     int bits, int group_size, int out_dtype, int threads, uintptr_t stream) {
-  const bool any = check_matrix(device, "rows", rows, k, bits, threads);
-  check_groups("group_size", group_size, "k", k);
-  if (out_dtype < kFloat32 || out_dtype > kBFloat16) {
-    bad_value("out_dtype", out_dtype, "0 (float32), 1 (float16) or 2 (bfloat16)");
+void bind_dequantize(const DequantizeCall& c) {
+  const bool any = check_matrix(c.device, "rows", c.rows, c.k, c.bits, c.threads);
+  check_groups("group_size", c.group_size, "k", c.k);
+  if (c.out_dtype < kFloat32 || c.out_dtype > kBFloat16) {
+    bad_value("out_dtype", c.out_dtype, "0 (float32), 1 (float16) or 2 (bfloat16)");
   }
   if (!any) return;
-  check_pointer("src", src);
-  check_pointer("meta", meta);
-  check_pointer("dst", dst);
-  check_multiple("meta", meta, 2);
-  check_multiple("dst", dst, out_dtype == kFloat32 ? 4 : 2);
-  const DequantizeArgs args{
-      as<const uint8_t>(src),         as<const uint16_t>(meta), as<void>(dst), rows, k, bits, group_size,
-      static_cast<OutType>(out_dtype)};
-  device == kCpu ? dequantize_cpu(args, threads) : dequantize_cuda(args, as<void>(stream));
+  check_pointer("src", c.src);
+  check_pointer("meta", c.meta);
+  check_pointer("dst", c.dst);
+  check_multiple("meta", c.meta, 2);
+  check_multiple("dst", c.dst, c.out_dtype == kFloat32 ? 4 : 2);
+  const DequantizeArgs args{as<const uint8_t>(c.src),
+                            as<const uint16_t>(c.meta),
+                            as<void>(c.dst),
+                            c.rows,
+                            c.k,
+                            c.bits,
+                            c.group_size,
+                            static_cast<OutType>(c.out_dtype)};
+  c.device == kCpu ? dequantize_cpu(args, c.threads) : dequantize_cuda(args, as<void>(c.stream));
 }
 
-void bind_repack(int device, uintptr_t src_codes, uintptr_t src_meta, uintptr_t dst_codes, uintptr_t dst_meta,
-                 int64_t n, int64_t k, int bits, int group_size, int layout, bool inverse, int threads,
-                 uintptr_t stream) {
-  const bool any = check_matrix(device, "n", n, k, bits, threads);
-  check_groups("group_size", group_size, "k", k);
-  if (layout != 1 && layout != 2) bad_value("layout", layout, "1 (cpu_tile) or 2 (gpu_tile)");
+void bind_repack(const RepackCall& c) {
+  const bool any = check_matrix(c.device, "n", c.n, c.k, c.bits, c.threads);
+  check_groups("group_size", c.group_size, "k", c.k);
+  if (c.layout != 1 && c.layout != 2) bad_value("layout", c.layout, "1 (cpu_tile) or 2 (gpu_tile)");
   if (!any) return;
   const struct {
     const char* name;
     uintptr_t pointer;
     unsigned bytes;
-  } pointers[] = {{"src_codes", src_codes, device == kCuda ? 4u : 1u},
-                  {"src_meta", src_meta, 2},
-                  {"dst_codes", dst_codes, device == kCuda ? 4u : 1u},
-                  {"dst_meta", dst_meta, 2}};
+  } pointers[] = {{"src_codes", c.src_codes, c.device == kCuda ? 4u : 1u},
+                  {"src_meta", c.src_meta, 2},
+                  {"dst_codes", c.dst_codes, c.device == kCuda ? 4u : 1u},
+                  {"dst_meta", c.dst_meta, 2}};
   for (const auto& p : pointers) {
     check_pointer(p.name, p.pointer);
     check_multiple(p.name, p.pointer, p.bytes);
   }
-  const RepackArgs args{as<const uint8_t>(src_codes),
-                        as<const uint16_t>(src_meta),
-                        as<uint8_t>(dst_codes),
-                        as<uint16_t>(dst_meta),
-                        n,
-                        k,
-                        bits,
-                        group_size,
-                        layout,
-                        inverse};
-  device == kCpu ? repack_cpu(args, threads) : repack_cuda(args, as<void>(stream));
+  const RepackArgs args{as<const uint8_t>(c.src_codes),
+                        as<const uint16_t>(c.src_meta),
+                        as<uint8_t>(c.dst_codes),
+                        as<uint16_t>(c.dst_meta),
+                        c.n,
+                        c.k,
+                        c.bits,
+                        c.group_size,
+                        c.layout,
+                        c.inverse};
+  c.device == kCpu ? repack_cpu(args, c.threads) : repack_cuda(args, as<void>(c.stream));
 }
 
 }  // namespace gemq

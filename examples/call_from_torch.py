@@ -24,8 +24,8 @@ def round_to_nearest(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, tor
     return codes.flatten(-2).to(torch.uint8), torch.cat([scale, offset], -1)
 
 
-def make_stack(weights: list[torch.Tensor], layout: str, device: str) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """The five tensors that the ops take for one projection, and its dequantized weights ``[E, n, k]``."""
+def make_stack(weights: list[torch.Tensor], layout: str, device: str) -> tuple[ops.PackedStack, torch.Tensor]:
+    """One projection as the ops take it, and its dequantized weights ``[E, n, k]``."""
     n, k = weights[0].shape
     codes, meta, dense = [], [], []
     for weight, bits in zip(weights, BITS, strict=True):
@@ -39,9 +39,7 @@ def make_stack(weights: list[torch.Tensor], layout: str, device: str) -> tuple[t
         meta.append(pairs)
         s, m = pairs.float().unbind(-1)
         dense.append((q.float().unflatten(-1, (-1, GROUP)) * s[..., None] + m[..., None]).flatten(-2))
-    qweight, scales = ops.pack_experts(codes, meta, BITS, n, k, GROUP, layout)
-    tables = ops.expert_tables(BITS, n, k, GROUP, layout)
-    return tuple(t.to(device) for t in (qweight, scales, *tables)), torch.stack(dense)
+    return ops.pack_stack(codes, meta, BITS, GROUP, layout).to(device), torch.stack(dense)
 
 
 def main() -> float:
@@ -61,16 +59,11 @@ def main() -> float:
     weights = torch.rand(5, TOP_K, generator=generator)
 
     # one projection: a row per token and slot
-    hidden = ops.moe_lowbit_gemm(
-        x.to(device), *gate_up, ids.to(device), n=2 * INNER, group_size=GROUP, layout=layout
-    )
+    hidden = ops.moe_lowbit_gemm(x.to(device), gate_up, ids.to(device))
     print(f"moe_lowbit_gemm on {device} ({layout}): {list(hidden.shape)}")
 
     # the whole block: gate and up, SiLU, down, weighted sum
-    out = ops.moe_lowbit_ffn(
-        x.to(device), gate_up, down, ids.to(device), weights.to(device), intermediate=INNER, group_size=GROUP,
-        layout=layout,
-    ).cpu()
+    out = ops.moe_lowbit_ffn(x.to(device), gate_up, down, ids.to(device), weights.to(device)).cpu()
 
     expected = torch.zeros_like(x)
     for token, slot in torch.cartesian_prod(torch.arange(5), torch.arange(TOP_K)).tolist():

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gemq._core import core
+from gemq.ops.packed_stack import Stack
 
 TOLERANCE = 1e-6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PRECISIONS = ["exact", "int16", "int8"]
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def variants() -> list[str]:
@@ -46,12 +46,14 @@ def assert_near(out: Tensor, ref: Tensor) -> None:
 
 
 def address(stack: Stack):
-    return core().StackAddress(*(t.data_ptr() for t in stack), stack[0].numel(), stack[1].numel())
+    names = ("codes", "meta", "bits", "offsets", "meta_offsets")
+    addresses = {name: t.data_ptr() for name, t in zip(names, stack, strict=True)}
+    return core().stack_address(**addresses, code_bytes=stack[0].numel(), meta_elements=stack[1].numel())
 
 
-def precision_of(x: Tensor, precision: str) -> tuple[int, int]:
-    """``(type, precision)`` as the kernels number them."""
-    return DTYPES.index(x.dtype), PRECISIONS.index(precision)
+def precision_of(x: Tensor, precision: str) -> dict[str, int]:
+    """The arguments ``type`` and ``precision``, as the kernels number them."""
+    return {"type": DTYPES.index(x.dtype), "precision": PRECISIONS.index(precision)}
 
 
 def moe_gemm(
@@ -61,9 +63,10 @@ def moe_gemm(
     tokens, top_k = ids.shape
     out = torch.full((tokens, top_k, n) if weights is None else (tokens, n), float("nan"), dtype=x.dtype)
     core().moe_gemm_cpu(
-        x.data_ptr(), x.dim() == 3, address(stack), stack[2].numel(), ids.data_ptr(),
-        0 if weights is None else weights.data_ptr(), out.data_ptr(), tokens, top_k, x.shape[-1], n, group_size,
-        *precision_of(x, precision), threads,
+        x=x.data_ptr(), x_per_slot=x.dim() == 3, stack=address(stack), num_experts=stack[2].numel(),
+        topk_ids=ids.data_ptr(), topk_weights=0 if weights is None else weights.data_ptr(), out=out.data_ptr(),
+        tokens=tokens, top_k=top_k, k=x.shape[-1], n=n, group_size=group_size, **precision_of(x, precision),
+        threads=threads,
     )
     return out
 
@@ -75,9 +78,10 @@ def moe_ffn(
     tokens, top_k = ids.shape
     out = torch.full_like(x, float("nan"))
     core().moe_ffn_cpu(
-        x.data_ptr(), address(gate_up), address(down), gate_up[2].numel(), ids.data_ptr(), weights.data_ptr(),
-        out.data_ptr(), tokens, top_k, x.shape[1], intermediate, group_size, down_group_size,
-        *precision_of(x, precision), threads,
+        x=x.data_ptr(), gate_up=address(gate_up), down=address(down), num_experts=gate_up[2].numel(),
+        topk_ids=ids.data_ptr(), topk_weights=weights.data_ptr(), out=out.data_ptr(), tokens=tokens, top_k=top_k,
+        hidden=x.shape[1], intermediate=intermediate, group_size=group_size, down_group_size=down_group_size,
+        **precision_of(x, precision), threads=threads,
     )
     return out
 

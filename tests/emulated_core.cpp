@@ -81,32 +81,28 @@ private:
 
 using Arguments = std::vector<int64_t>;
 
-// Calls a launcher with as many arguments as it takes; a StackAddress takes seven.
+// A number, or the members of an aggregate in the order of its fields().
 template <class T>
-struct Take {
-  static T from(const int64_t*& at) { return static_cast<T>(*at++); }
-};
-template <>
-struct Take<const gemq::StackAddress&> {
-  static gemq::StackAddress from(const int64_t*& at) {
-    gemq::StackAddress stack;
-    for (uintptr_t* field : {&stack.codes, &stack.meta, &stack.bits, &stack.offsets, &stack.meta_offsets})
-      *field = *at++;
-    stack.code_bytes = *at++;
-    stack.meta_elements = *at++;
-    return stack;
+T take(const int64_t*& at) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    return static_cast<T>(*at++);
+  } else {
+    T made{};
+    std::apply(
+        [&](auto... fields) {
+          ((made.*fields.member = take<typename decltype(fields)::Value>(at)), ...);
+        },
+        T::fields());
+    return made;
   }
-};
+}
 
-template <class... T>
-void call(void (*launcher)(T...), const Arguments& arguments) {
+template <class T>
+void call(void (*launcher)(const T&), const Arguments& arguments) {
   const int64_t* at = arguments.data();
-  // braces keep the order of the arguments
-  struct In {
-    std::tuple<std::decay_t<T>...> values;
-  } in{{Take<T>::from(at)...}};
+  const T given = take<T>(at);
   if (at != arguments.data() + arguments.size()) throw std::runtime_error("wrong number of arguments");
-  std::apply(launcher, in.values);
+  launcher(given);
 }
 
 void run(const std::string& name, const Arguments& arguments) {

@@ -69,7 +69,7 @@ class EmulatedCore:
     """The functions of ``gemq._C`` that run on a CPU; ``command`` starts the program."""
 
     __file__ = __file__
-    StackAddress = StackAddress
+    stack_address = StackAddress
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command, self.calls, self.lock = list(command), 0, threading.Lock()
@@ -95,22 +95,22 @@ class EmulatedCore:
     def set_cpu_isa(self, name: str) -> None:
         self._call("set_cpu_isa:" + name)
 
-    def pack(self, device, src, dst, rows, k, bits, threads=1, stream=0) -> None:
+    def pack(self, *, device, src, dst, rows, k, bits, threads=1, stream=0) -> None:
         self._call("pack", device, Buffer(src, rows * k), Buffer(dst, codes_bytes(rows, k, bits, "canonical")), rows, k,
                    bits, threads, stream)  # fmt: skip
 
-    def unpack(self, device, src, dst, rows, k, bits, threads=1, stream=0) -> None:
+    def unpack(self, *, device, src, dst, rows, k, bits, threads=1, stream=0) -> None:
         self._call("unpack", device, Buffer(src, codes_bytes(rows, k, bits, "canonical")), Buffer(dst, rows * k), rows,
                    k, bits, threads, stream)  # fmt: skip
 
-    def dequantize(self, device, src, meta, dst, rows, k, bits, group_size, out_dtype, threads=1, stream=0) -> None:
+    def dequantize(self, *, device, src, meta, dst, rows, k, bits, group_size, out_dtype, threads=1, stream=0) -> None:
         sizes = (codes_bytes(rows, k, bits, "canonical"), meta_bytes(rows, k, bits, group_size, "canonical"))
         self._call("dequantize", device, Buffer(src, sizes[0]), Buffer(meta, sizes[1]),
                    Buffer(dst, rows * k * element(out_dtype)), rows, k, bits, group_size, out_dtype, threads,
                    stream)  # fmt: skip
 
     def repack(
-        self, device, src_codes, src_meta, dst_codes, dst_meta, n, k, bits, group_size, layout, inverse=False,
+        self, *, device, src_codes, src_meta, dst_codes, dst_meta, n, k, bits, group_size, layout, inverse=False,
         threads=1, stream=0,
     ) -> None:
         ends = ["canonical", LAYOUTS[layout] if 0 <= layout < len(LAYOUTS) else "canonical"]
@@ -122,7 +122,7 @@ class EmulatedCore:
                    int(inverse), threads, stream)  # fmt: skip
 
     def gptq_group(
-        self, device, block, factor, bits, codes, meta, errors, matrices, n, group, clip, propagate_from, threads=1,
+        self, *, device, block, factor, bits, codes, meta, errors, matrices, n, group, clip, propagate_from, threads=1,
         stream=0,
     ) -> None:
         cells = matrices * n * group
@@ -131,7 +131,7 @@ class EmulatedCore:
                    Buffer(errors, 4 * cells), matrices, n, group, clip, propagate_from, threads, stream)  # fmt: skip
 
     def descend_codes(
-        self, device, products, hessian, bits, meta, codes, matrices, n, group, threads=1, stream=0
+        self, *, device, products, hessian, bits, meta, codes, matrices, n, group, threads=1, stream=0
     ) -> None:
         cells = matrices * n * group
         self._call("descend_codes", device, Buffer(products, 4 * cells), Buffer(hessian, 4 * matrices * group * group),
@@ -139,7 +139,7 @@ class EmulatedCore:
                    threads, stream)  # fmt: skip
 
     def moe_gemm_cpu(
-        self, x, x_per_slot, stack, num_experts, topk_ids, topk_weights, out, tokens, top_k, k, n, group_size, type,
+        self, *, x, x_per_slot, stack, num_experts, topk_ids, topk_weights, out, tokens, top_k, k, n, group_size, type,
         precision, threads=1,
     ) -> None:
         pairs, size = tokens * top_k, element(type)
@@ -150,7 +150,7 @@ class EmulatedCore:
                    precision, threads)  # fmt: skip
 
     def moe_ffn_cpu(
-        self, x, gate_up, down, num_experts, topk_ids, topk_weights, out, tokens, top_k, hidden, intermediate,
+        self, *, x, gate_up, down, num_experts, topk_ids, topk_weights, out, tokens, top_k, hidden, intermediate,
         group_size, down_group_size, type, precision, threads=1,
     ) -> None:
         pairs, rows = tokens * top_k, tokens * hidden * element(type)
@@ -159,7 +159,7 @@ class EmulatedCore:
                    top_k, hidden, intermediate, group_size, down_group_size, type, precision, threads)  # fmt: skip
 
     def lowbit_gemm_cpu(
-        self, x, qweight, meta, out, tokens, k, n, bits, group_size, type, precision, threads=1
+        self, *, x, qweight, meta, out, tokens, k, n, bits, group_size, type, precision, threads=1
     ) -> None:
         self._call("lowbit_gemm_cpu", Buffer(x, tokens * k * element(type)),
                    Buffer(qweight, codes_bytes(n, k, bits, "cpu_tile")),

@@ -193,7 +193,7 @@ def _pack(case: Case, generator: torch.Generator) -> None:
     assert torch.equal(ops.unpack(keep(packed), bits, columns), codes)
     into = keep(torch.full_like(packed, 0xFF), output=True)
     source = keep(codes)
-    core().pack(0, source.data_ptr(), into.data_ptr(), case.n, columns, bits, 1, 0)
+    core().pack(device=0, src=source.data_ptr(), dst=into.data_ptr(), rows=case.n, k=columns, bits=bits)
     assert torch.equal(into, packed)
     keep.check()
 
@@ -236,9 +236,10 @@ def _raw_gemm(case: Case, generator: torch.Generator) -> None:
     out = keep(torch.full(shape, float("nan"), dtype=case.dtype), output=True)
     given, kept = [keep(x), keep(ids), keep(weights)], tuple(keep(t) for t in stack)
     core().moe_gemm_cpu(
-        given[0].data_ptr(), False, address(kept), len(case.bits), given[1].data_ptr(),
-        given[2].data_ptr() if scaled else 0, out.data_ptr(), case.tokens, case.top_k, case.k, case.n,
-        case.group_size, *precision_of(x, "exact"), 1 + case.seed % 3,
+        x=given[0].data_ptr(), x_per_slot=False, stack=address(kept), num_experts=len(case.bits),
+        topk_ids=given[1].data_ptr(), topk_weights=given[2].data_ptr() if scaled else 0, out=out.data_ptr(),
+        tokens=case.tokens, top_k=case.top_k, k=case.k, n=case.n, group_size=case.group_size,
+        **precision_of(x, "exact"), threads=1 + case.seed % 3,
     )
     expected = reference.moe_lowbit_gemm(
         x, *stack, ids, weights if scaled else None, n=case.n, group_size=case.group_size, layout="cpu_tile",
@@ -258,9 +259,10 @@ def _raw_ffn(case: Case, generator: torch.Generator) -> None:
     given = [keep(x), keep(ids), keep(weights)]
     stacks = [tuple(keep(t) for t in stack) for stack in (gate_up, down)]
     core().moe_ffn_cpu(
-        given[0].data_ptr(), address(stacks[0]), address(stacks[1]), len(case.bits), given[1].data_ptr(),
-        given[2].data_ptr(), out.data_ptr(), case.tokens, case.top_k, case.k, case.n, case.group_size,
-        options["down_group_size"], *precision_of(x, "exact"), 1 + case.seed % 3,
+        x=given[0].data_ptr(), gate_up=address(stacks[0]), down=address(stacks[1]), num_experts=len(case.bits),
+        topk_ids=given[1].data_ptr(), topk_weights=given[2].data_ptr(), out=out.data_ptr(), tokens=case.tokens,
+        top_k=case.top_k, hidden=case.k, intermediate=case.n, group_size=case.group_size,
+        down_group_size=options["down_group_size"], **precision_of(x, "exact"), threads=1 + case.seed % 3,
     )
     _finish(case, keep, out, reference.moe_lowbit_ffn(
         x, gate_up, down, ids, weights, **options, compute_dtype=torch.float64

@@ -21,12 +21,14 @@ TESTS = Path(__file__).resolve().parent
 SOURCES = (
     "bind_gptq.cpp", "bind_moe.cpp", "bind_pack.cpp", "parallel.cpp", "gptq/group.cpp", "gptq/descent.cpp",
     "gptq/no_cuda.cpp",
-    "moe_cpu/moe_ffn.cpp", "moe_cpu/moe_gemm.cpp", "moe_cpu/select.cpp", "pack/pack_cpu.cpp", "pack/repack_cpu.cpp",
-    "pack/no_cuda.cpp",
+    "moe_cpu/moe_ffn.cpp", "moe_cpu/moe_gemm.cpp", "moe_cpu/choose_variant.cpp", "pack/pack_cpu.cpp",
+    "pack/repack_cpu.cpp", "pack/no_cuda.cpp",
 )  # fmt: skip
 # as CMakeLists.txt compiles them
-KERNELS = ("moe_cpu/exact.cpp", "moe_cpu/integer.cpp", "moe_cpu/rows.cpp", "gptq/rows.cpp", "gptq/descent_rows.cpp",
-           "decode/vector_rows.cpp")
+KERNELS = (
+    "moe_cpu/exact.cpp", "moe_cpu/integer.cpp", "moe_cpu/activation_vectors.cpp", "gptq/column_loop_vectors.cpp",
+    "gptq/descent_vectors.cpp", "decode/step_vectors.cpp",
+)  # fmt: skip
 KERNEL_FLAGS = ("-O3", "-ffp-contract=fast", "-Wno-psabi", "-DGEMQ_VARIANT=portable", "-DGEMQ_KERNELS=kPortableKernels")
 FILES = (
     "test_core_bits.py", "test_core_moe.py", "test_core_properties.py", "test_core_threads.py",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from benchmark_modules import FOLDER, load
 
-from gemq.ops import trials
+from gemq.ops import measuring
 
 shapes, layers, baselines, measure = (load(name) for name in ("shapes", "layers", "baselines", "measure"))
 plot, record, quantize_time = (load(name) for name in ("plot", "record", "quantize_time"))
@@ -26,7 +26,7 @@ SHARED = shapes.Block("shared", 128, 256, 4, 3, 384)
 def step_of(layer, block, tokens: int = 5) -> measure.Step:
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, block.hidden, generator=generator)
-    return measure.Step(layer, x, *trials.random_routing(tokens, block.experts, block.top_k, "cpu", generator))
+    return measure.Step(layer, x, *measuring.random_routing(tokens, block.experts, block.top_k, "cpu", generator))
 
 
 @pytest.mark.parametrize("block", [PLAIN, SHARED], ids=lambda b: b.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import gemq.triton_kernels
+from gemq import format as fmt
 from gemq._core import core
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +33,33 @@ def test_build_info_is_coherent() -> None:
     assert isinstance(info["openmp"], bool)
     assert "portable" in info["cpu_variants"]
     assert core().cpu_isa() in info["cpu_variants"]
+    assert info["tile_rows"] == {"cpu_tile": fmt.CPU_ROWS, "gpu_tile": fmt.GPU_ROWS}
+
+
+def test_the_stub_names_what_the_extension_has() -> None:
+    """Functions and their keywords, classes and their methods; those that pybind11 binds are named in their docs."""
+    tree = ast.parse((ROOT / "python" / "gemq" / "_C.pyi").read_text(encoding="utf-8"))
+    stub = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    del stub["BuildInfo"]
+    built = {name: value for name, value in vars(core()).items() if not name.startswith("_")}
+    assert set(stub) == set(built)
+    assert set(core().build_info()) == {
+        line.target.id for node in tree.body if getattr(node, "name", "") == "BuildInfo" for line in node.body
+    }
+    for name, node in stub.items():
+        if isinstance(node, ast.ClassDef):
+            methods = {line.name: line for line in node.body if isinstance(line, ast.FunctionDef)}
+            own = {method for method in vars(built[name]) if not method.startswith("_")}
+            assert {method for method in methods if method != "__init__"} == own, name
+            for method, line in methods.items():
+                said = getattr(built[name], method).__doc__
+                assert all(f"{argument.arg}: " in said for argument in line.args.args[1:]), (name, method)
+        elif node.args.kwonlyargs:
+            parameters = inspect.signature(built[name]).parameters
+            assert [a.arg for a in node.args.kwonlyargs] == list(parameters), name
+            optional = [default is not None for default in node.args.kw_defaults]
+            held = [p.default is not inspect.Parameter.empty for p in parameters.values()]
+            assert optional == held, name
 
 
 def test_triton_kernels_is_part_of_the_package() -> None:

@@ -44,14 +44,19 @@ def random_meta(n: int, groups: int, seed: int) -> Tensor:
 def run_pack(codes: Tensor, bits: int, *, threads: int = 1, shift: int = 0) -> Tensor:
     rows, k = codes.shape
     out = Guarded((rows, fmt.row_bytes(k, bits)), torch.uint8, shift)
-    core().pack(0, codes.data_ptr(), out.tensor.data_ptr(), rows, k, bits, threads, 0)
+    core().pack(
+        device=0, src=codes.data_ptr(), dst=out.tensor.data_ptr(), rows=rows, k=k, bits=bits, threads=threads
+    )
     out.check()
     return out.tensor
 
 
 def run_unpack(packed: Tensor, bits: int, k: int, *, threads: int = 1, shift: int = 0) -> Tensor:
     out = Guarded((packed.shape[0], k), torch.uint8, shift)
-    core().unpack(0, packed.data_ptr(), out.tensor.data_ptr(), packed.shape[0], k, bits, threads, 0)
+    core().unpack(
+        device=0, src=packed.data_ptr(), dst=out.tensor.data_ptr(), rows=packed.shape[0], k=k, bits=bits,
+        threads=threads,
+    )
     out.check()
     return out.tensor
 
@@ -63,8 +68,9 @@ def run_repack(
     out = Guarded((fmt.codes_bytes(n, k, bits, target),), torch.uint8)
     out_meta = Guarded((fmt.meta_elements(n, k, bits, group_size, target),), torch.float16)
     core().repack(
-        0, codes.data_ptr(), meta.data_ptr(), out.tensor.data_ptr(), out_meta.tensor.data_ptr(), n, k, bits,
-        group_size, LAYOUTS[layout], inverse, threads, 0,
+        device=0, src_codes=codes.data_ptr(), src_meta=meta.data_ptr(), dst_codes=out.tensor.data_ptr(),
+        dst_meta=out_meta.tensor.data_ptr(), n=n, k=k, bits=bits, group_size=group_size, layout=LAYOUTS[layout],
+        inverse=inverse, threads=threads,
     )
     out.check()
     out_meta.check()
@@ -121,8 +127,8 @@ def test_dequantize_matches_the_reference(bits: int, group_size: int, dtype: tor
     for shift in (0, 4):
         out = Guarded((rows, k), dtype, shift)
         core().dequantize(
-            0, packed.data_ptr(), meta.data_ptr(), out.tensor.data_ptr(), rows, k, bits, group_size,
-            DTYPES.index(dtype), 2, 0,
+            device=0, src=packed.data_ptr(), meta=meta.data_ptr(), dst=out.tensor.data_ptr(), rows=rows, k=k, bits=bits,
+            group_size=group_size, out_dtype=DTYPES.index(dtype), threads=2,
         )
         out.check()
         assert torch.equal(out.tensor, reference.dequantize(packed, meta, bits, k, group_size, dtype))
@@ -137,7 +143,8 @@ def test_every_finite_half_converts_and_rounds_as_in_torch(dtype: torch.dtype) -
     meta = torch.stack([halves, halves.flip(0)], -1)[:, None].contiguous()
     out = torch.empty(halves.numel(), 32, dtype=dtype)
     core().dequantize(
-        0, codes.data_ptr(), meta.data_ptr(), out.data_ptr(), halves.numel(), 32, 8, 32, DTYPES.index(dtype), 1, 0
+        device=0, src=codes.data_ptr(), meta=meta.data_ptr(), dst=out.data_ptr(), rows=halves.numel(), k=32, bits=8,
+        group_size=32, out_dtype=DTYPES.index(dtype),
     )
     assert torch.equal(out, reference.dequantize(codes, meta, 8, 32, 32, dtype))
 
@@ -160,37 +167,44 @@ def test_repack_matches_the_reference_both_ways(layout: str, bits: int, n: int, 
 
 
 def test_nothing_to_do_needs_no_buffers() -> None:
-    core().pack(0, 0, 0, 0, 8, 3, 1, 0)
-    core().unpack(0, 0, 0, 0, 8, 3, 1, 0)
-    core().dequantize(0, 0, 0, 0, 0, 64, 3, 64, 0, 1, 0)
-    core().repack(0, 0, 0, 0, 0, 0, 64, 3, 64, 1, False, 1, 0)
+    core().pack(**PACK | {"src": 0, "dst": 0, "rows": 0})
+    core().unpack(**PACK | {"src": 0, "dst": 0, "rows": 0})
+    core().dequantize(**DEQUANTIZE | {"src": 0, "meta": 0, "dst": 0, "rows": 0})
+    core().repack(**REPACK | {"src_codes": 0, "src_meta": 0, "dst_codes": 0, "dst_meta": 0, "n": 0})
 
 
 BUFFER = torch.zeros(4096, dtype=torch.uint8)
 AT = BUFFER.data_ptr()
+# good arguments
+PACK = {"device": 0, "src": AT, "dst": AT, "rows": 1, "k": 8, "bits": 4}
+DEQUANTIZE = PACK | {"meta": AT, "k": 64, "group_size": 64, "out_dtype": 0}
+REPACK = {
+    "device": 0, "src_codes": AT, "src_meta": AT, "dst_codes": AT, "dst_meta": AT, "n": 1, "k": 64, "bits": 4,
+    "group_size": 64, "layout": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda c: c.pack(0, AT, AT, 1, 8, 0, 1, 0), r"bits must be in 1\.\.8, got 0"),
-        (lambda c: c.pack(0, AT, AT, 1, 8, 9, 1, 0), r"bits must be in 1\.\.8, got 9"),
-        (lambda c: c.unpack(0, AT, AT, 1, 8, -1, 1, 0), r"bits must be in 1\.\.8, got -1"),
-        (lambda c: c.pack(2, AT, AT, 1, 8, 4, 1, 0), r"device must be 0 \(CPU\) or 1 \(CUDA\), got 2"),
-        (lambda c: c.pack(0, 0, AT, 1, 8, 4, 1, 0), "src must be an address, got a null pointer"),
-        (lambda c: c.unpack(0, AT, 0, 1, 8, 4, 1, 0), "dst must be an address, got a null pointer"),
-        (lambda c: c.pack(0, AT, AT, -1, 8, 4, 1, 0), "rows must be at least 0, got -1"),
-        (lambda c: c.pack(0, AT, AT, 1, 0, 4, 1, 0), "k must be at least 1, got 0"),
-        (lambda c: c.pack(0, AT, AT, 1, 8, 4, 0, 0), r"threads must be in 1\.\.1024, got 0"),
-        (lambda c: c.dequantize(0, AT, 0, AT, 1, 64, 4, 64, 0, 1, 0), "meta must be an address"),
-        (lambda c: c.dequantize(0, AT, AT, AT, 1, 64, 4, 48, 0, 1, 0), "group_size must be 32, 64 or 128, got 48"),
-        (lambda c: c.dequantize(0, AT, AT, AT, 1, 96, 4, 64, 0, 1, 0), "k must be a positive multiple of group_size"),
-        (lambda c: c.dequantize(0, AT, AT, AT, 1, 64, 4, 64, 3, 1, 0), "out_dtype must be 0 .* got 3"),
-        (lambda c: c.dequantize(0, AT, AT + 1, AT, 1, 64, 4, 64, 0, 1, 0), "meta must be aligned to 2 bytes"),
-        (lambda c: c.repack(0, AT, AT, AT, AT, 1, 64, 4, 64, 0, False, 1, 0), r"layout must be 1 .* got 0"),
-        (lambda c: c.repack(0, AT, AT, AT, AT, 1, 64, 9, 64, 1, False, 1, 0), r"bits must be in 1\.\.8, got 9"),
-        (lambda c: c.repack(0, AT, AT, 0, AT, 1, 64, 4, 64, 1, False, 1, 0), "dst_codes must be an address"),
-        (lambda c: c.repack(1, AT + 1, AT, AT, AT, 1, 64, 4, 64, 1, False, 1, 0), "src_codes must be aligned to 4"),
+        (lambda c: c.pack(**PACK | {"bits": 0}), r"bits must be in 1\.\.8, got 0"),
+        (lambda c: c.pack(**PACK | {"bits": 9}), r"bits must be in 1\.\.8, got 9"),
+        (lambda c: c.unpack(**PACK | {"bits": -1}), r"bits must be in 1\.\.8, got -1"),
+        (lambda c: c.pack(**PACK | {"device": 2}), r"device must be 0 \(CPU\) or 1 \(CUDA\), got 2"),
+        (lambda c: c.pack(**PACK | {"src": 0}), "src must be an address, got a null pointer"),
+        (lambda c: c.unpack(**PACK | {"dst": 0}), "dst must be an address, got a null pointer"),
+        (lambda c: c.pack(**PACK | {"rows": -1}), "rows must be at least 0, got -1"),
+        (lambda c: c.pack(**PACK | {"k": 0}), "k must be at least 1, got 0"),
+        (lambda c: c.pack(**PACK | {"threads": 0}), r"threads must be in 1\.\.1024, got 0"),
+        (lambda c: c.dequantize(**DEQUANTIZE | {"meta": 0}), "meta must be an address"),
+        (lambda c: c.dequantize(**DEQUANTIZE | {"group_size": 48}), "group_size must be 32, 64 or 128, got 48"),
+        (lambda c: c.dequantize(**DEQUANTIZE | {"k": 96}), "k must be a positive multiple of group_size"),
+        (lambda c: c.dequantize(**DEQUANTIZE | {"out_dtype": 3}), "out_dtype must be 0 .* got 3"),
+        (lambda c: c.dequantize(**DEQUANTIZE | {"meta": AT + 1}), "meta must be aligned to 2 bytes"),
+        (lambda c: c.repack(**REPACK | {"layout": 0}), r"layout must be 1 .* got 0"),
+        (lambda c: c.repack(**REPACK | {"bits": 9}), r"bits must be in 1\.\.8, got 9"),
+        (lambda c: c.repack(**REPACK | {"dst_codes": 0}), "dst_codes must be an address"),
+        (lambda c: c.repack(**REPACK | {"device": 1, "src_codes": AT + 1}), "src_codes must be aligned to 4"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(call, message: str) -> None:
@@ -198,10 +212,29 @@ def test_bad_arguments_are_refused_by_name(call, message: str) -> None:
         call(core())
 
 
+@pytest.mark.parametrize("wrong, message", [
+    ({"bits": None}, r"pack\(\): bits must be an integer, got None"),
+    ({"bits": 4.0}, r"bits must be an integer, got 4\.0"), ({"bits": 1 << 31}, "bits must be an integer of 32 bits"),
+    ({"src": -1}, "src must be an address, got -1"), ({"width": 4}, "no argument is named width"),
+])  # fmt: skip
+def test_arguments_are_given_by_name_and_type(wrong: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        core().pack(**PACK | wrong)
+
+
+def test_no_argument_is_left_out_or_given_by_its_place() -> None:
+    with pytest.raises(TypeError, match=r"pack\(\): argument rows is missing"):
+        core().pack(**{name: value for name, value in PACK.items() if name != "rows"})
+    with pytest.raises(TypeError, match=r"pack\(\): arguments are given by name"):
+        core().pack(*PACK.values())
+    with pytest.raises(TypeError, match="inverse must be a bool, got 1"):
+        core().repack(**REPACK | {"inverse": 1})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where CUDA cannot run")
 def test_cuda_without_a_gpu_is_a_runtime_error() -> None:
     with pytest.raises(RuntimeError, match=r"CUDA|cuda"):
-        core().pack(1, AT, AT, 1, 64, 4, 1, 0)
+        core().pack(**PACK | {"device": 1, "k": 64})
 
 
 @pytest.mark.gpu

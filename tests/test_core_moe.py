@@ -57,7 +57,8 @@ def test_every_width_at_every_number_of_tokens(isa: str, bits: int, tokens: int)
     qweight, meta, x, ref = one_width_case(bits)
     out = torch.full((tokens, 33), float("nan"))
     core().lowbit_gemm_cpu(
-        x.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, 384, 33, bits, 128, 0, 0, 2
+        x=x.data_ptr(), qweight=qweight.data_ptr(), meta=meta.data_ptr(), out=out.data_ptr(), tokens=tokens, k=384,
+        n=33, bits=bits, group_size=128, type=0, precision=0, threads=2,
     )
     assert_near(out, ref[:tokens])
 
@@ -166,7 +167,8 @@ def test_zero_tokens(isa: str) -> None:
     down = random_stack([2, 3], 64, 32, 32, "cpu_tile", seed=0)
     gate_up = random_stack([2, 3], 64, 64, 32, "cpu_tile", seed=0)
     assert moe_ffn(torch.zeros(0, 64), gate_up, down, ids, torch.zeros(0, 2), 32, 32, 32).shape == (0, 64)
-    core().lowbit_gemm_cpu(0, 0, 0, 0, 0, 64, 16, 2, 32, 0, 0, 1)
+    shape = {"tokens": 0, "k": 64, "n": 16, "bits": 2, "group_size": 32, "type": 0, "precision": 0}
+    core().lowbit_gemm_cpu(x=0, qweight=0, meta=0, out=0, **shape)
 
 
 def test_bad_arguments_are_refused_by_name() -> None:
@@ -181,7 +183,10 @@ def test_bad_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="k must be a positive multiple of group_size=128, got 64"):
         moe_gemm(x, stack, ids, None, 16, 128)
     with pytest.raises(ValueError, match="out must be an address, got a null pointer"):
-        core().lowbit_gemm_cpu(x.data_ptr(), stack[0].data_ptr(), stack[1].data_ptr(), 0, 1, 64, 16, 2, 32, 0, 0, 1)
+        core().lowbit_gemm_cpu(
+            x=x.data_ptr(), qweight=stack[0].data_ptr(), meta=stack[1].data_ptr(), out=0, tokens=1, k=64, n=16, bits=2,
+            group_size=32, type=0, precision=0,
+        )
     names = "(avx512vnni, .*)?portable"
     with pytest.raises(ValueError, match=rf"name must be one of {names} and run on this CPU .* got 'sse'"):
         core().set_cpu_isa("sse")

@@ -199,21 +199,20 @@ def test_routing_and_experts(isa, rule, batch):
     def stack(n, k, group):
         codes = [torch.randint(0, 2**b, (n, k), dtype=torch.uint8, generator=generator) if b else None for b in widths]
         meta = [(torch.rand(n, k // group, 2, generator=generator) / 2**b - 0.3).half() if b else None for b in widths]
-        buffers = ops.pack_experts(codes, meta, widths, n, k, group, "cpu_tile")
-        return (*buffers, *ops.expert_tables(widths, n, k, group, "cpu_tile"))
+        return ops.pack_stack(codes, meta, widths, group, "cpu_tile")
 
     gate_up, down = stack(2 * inner, hidden, 128), stack(hidden, inner, 32)
     x, logits, before = normal(batch, hidden, seed=1), normal(batch, 8, seed=2), normal(batch, hidden, seed=3)
     program = DecodeProgram(batch)
     normed, out = program.buffer(hidden), before.clone()
     program.norm(program.buffer(hidden, x), torch.ones(hidden), 0.0, normed)
-    program.experts(program.buffer(8, logits), normed, program.buffer(hidden, out), rule, gate_up, down, inner, 128, 32)
+    program.experts(program.buffer(8, logits), normed, program.buffer(hidden, out), rule, gate_up, down)
     run(program)
     weights, ids = grouped_choice(logits, rule)
     wide = x.double() / x.double().pow(2).mean(-1, keepdim=True).sqrt()
     expected = before.double() + reference.moe_lowbit_ffn(
-        wide, gate_up, down, ids, weights, intermediate=inner, group_size=128, down_group_size=32, layout="cpu_tile",
-        compute_dtype=torch.float64,
+        wide, gate_up.tensors, down.tensors, ids, weights, intermediate=inner, group_size=128, down_group_size=32,
+        layout="cpu_tile", compute_dtype=torch.float64,
     )
     assert_near(out.double(), expected)
     # again: nothing of the first step is left over

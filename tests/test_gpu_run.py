@@ -61,7 +61,7 @@ def test_a_stage_is_not_started_for_a_moment() -> None:
 
 
 def test_what_the_stages_run_exists() -> None:
-    from gemq.ops.tuning import PRESETS
+    from gemq.ops.launch_search import PRESETS
 
     names = [s.name for s in gpu_stages.STAGES]
     assert len(names) == len(set(names)) and names[:2] == ["facts", "first"]
@@ -220,7 +220,7 @@ def test_the_plain_package_imports_without_the_extension(run) -> None:
         # an editable installation answers before any path
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Redirect' not in type(f).__name__]\n"
         "import gemq; from gemq import triton_kernels\n"
-        "from gemq.ops import trials, tuning\n"
+        "from gemq.ops import launch_search, measuring\n"
         "print(gemq.__file__)\n"
     )
     done = subprocess.run(

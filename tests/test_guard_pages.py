@@ -44,8 +44,9 @@ def test_pack_and_unpack(bits: int, at_end: bool) -> None:
         expected = reference.pack(codes, bits)
         packed, again = like(expected, at_end), like(codes, at_end)
         for threads in (1, 3):
-            core().pack(0, codes.data_ptr(), packed.data_ptr(), rows, k, bits, threads, 0)
-            core().unpack(0, packed.data_ptr(), again.data_ptr(), rows, k, bits, threads, 0)
+            shape = {"device": 0, "rows": rows, "k": k, "bits": bits, "threads": threads}
+            core().pack(src=codes.data_ptr(), dst=packed.data_ptr(), **shape)
+            core().unpack(src=packed.data_ptr(), dst=again.data_ptr(), **shape)
             assert torch.equal(packed, expected)
             assert torch.equal(again, codes & ((1 << bits) - 1))
 
@@ -60,7 +61,8 @@ def test_dequantize(bits: int, dtype: torch.dtype, at_end: bool) -> None:
         expected = reference.dequantize(packed, meta, bits, k, group_size, dtype)
         out = like(expected, at_end)
         core().dequantize(
-            0, packed.data_ptr(), meta.data_ptr(), out.data_ptr(), rows, k, bits, group_size, DTYPES.index(dtype), 2, 0
+            device=0, src=packed.data_ptr(), meta=meta.data_ptr(), dst=out.data_ptr(), rows=rows, k=k, bits=bits,
+            group_size=group_size, out_dtype=DTYPES.index(dtype), threads=2,
         )
         assert torch.equal(out, expected)
 
@@ -77,7 +79,9 @@ def test_repack(bits: int, layout: str, at_end: bool) -> None:
             source = [placed(t, at_end=at_end) for t in given]
             target = [like(t, at_end) for t in expected]
             core().repack(
-                0, *(t.data_ptr() for t in (*source, *target)), n, k, bits, group_size, LAYOUTS[layout], inverse, 2, 0
+                device=0, src_codes=source[0].data_ptr(), src_meta=source[1].data_ptr(),
+                dst_codes=target[0].data_ptr(), dst_meta=target[1].data_ptr(), n=n, k=k, bits=bits,
+                group_size=group_size, layout=LAYOUTS[layout], inverse=inverse, threads=2,
             )
             assert all(map(torch.equal, target, expected))
 

@@ -53,7 +53,7 @@ EXCEPTIONS = {
 }
 
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.glob("[!.]*")} - {
-    "__pycache__", "triton_kernels"
+    "__pycache__", "triton_kernels", "_C.pyi", "py.typed"
 })  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def test_any_pack_is_the_extension_s(
     ours, theirs = empty((rows, fmt.row_bytes(k, bits)), torch.uint8, shifts[1]), torch.empty(0)
     theirs = torch.empty(rows, fmt.row_bytes(k, bits), dtype=torch.uint8)
     call(kernels.emulate_pack, codes, ours.tensor, rows, k, bits)
-    core().pack(0, codes.data_ptr(), theirs.data_ptr(), rows, k, bits, 1, 0)
+    core().pack(device=0, src=codes.data_ptr(), dst=theirs.data_ptr(), rows=rows, k=k, bits=bits)
     ours.check()
     assert torch.equal(ours.tensor, theirs)
 

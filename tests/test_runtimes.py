@@ -102,3 +102,53 @@ def test_values_are_those_of_the_reference(layout):
     expected = reference.moe_lowbit_gemm(x.double(), *stack, ids, weights, n=N, group_size=GROUP, layout=layout)
     assert float((got.double() - expected).norm() / expected.norm()) < 1e-5
     assert bool((got[2] == 0).all())
+
+
+def test_the_example_of_the_page():
+    """A stack and its tensors give the same."""
+    text = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert names["y"].shape == (4, 1, 256) and torch.equal(names["y"], names["z"])
+    assert torch.equal(names["y"], ops.moe_lowbit_gemm(names["x"], names["again"], names["ids"]))
+    assert names["again"].experts == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_ops_take_a_packed_stack(layout):
+    up, down = random_stack(BITS, 2 * 64, K, GROUP, layout, seed=7), random_stack(BITS, K, 64, 32, layout, seed=8)
+    stacks = ops.PackedStack(*up, 128, K, GROUP, layout), ops.PackedStack(*down, K, 64, 32, layout)
+    x, ids, weights = routed()
+    for scale in (None, weights):
+        expected = reference.moe_lowbit_gemm(
+            x.double(), *up, ids, scale, n=128, group_size=GROUP, layout=layout, compute_dtype=torch.float64
+        )
+        got = ops.moe_lowbit_gemm(x, stacks[0], ids, scale)
+        assert float((got.double() - expected).norm() / expected.norm()) < 1e-4
+        assert torch.equal(got, ops.moe_lowbit_gemm(x, stack=stacks[0], topk_ids=ids, topk_weights=scale))
+        assert torch.equal(got, ops.moe_lowbit_gemm(x, *up, ids, scale, n=128, group_size=GROUP, layout=layout))
+    flat = {"intermediate": 64, "group_size": GROUP, "down_group_size": 32, "layout": layout}
+    got = ops.moe_lowbit_ffn(x, *stacks, ids, weights)
+    assert torch.equal(got, ops.moe_lowbit_ffn(x, up, down, ids, weights, **flat))
+    assert torch.equal(got, ops.moe_lowbit_ffn(x, *stacks, ids, weights, **flat))
+    graph = torch.compile(ops.moe_lowbit_ffn, fullgraph=True, backend="eager")
+    torch.testing.assert_close(graph(x, *stacks, ids, weights), got)
+
+
+def test_stacks_that_fit_nothing_are_refused():
+    up, down = (random_stack(BITS, n, k, 32, "cpu_tile", seed=9) for n, k in ((128, K), (K, 64)))
+    stacks = ops.PackedStack(*up, 128, K, 32, "cpu_tile"), ops.PackedStack(*down, K, 64, 32, "cpu_tile")
+    x, ids, weights = routed()
+    with pytest.raises(ValueError, match="x has 64 columns, stack 128"):
+        ops.moe_lowbit_gemm(x[:, :64], stacks[0], ids)
+    with pytest.raises(ValueError, match="gate_up 128 x 128 and down 128 x 128 are of no one block"):
+        ops.moe_lowbit_ffn(x, stacks[0], stacks[0], ids, weights)
+    with pytest.raises(TypeError, match="down must be a PackedStack as the other stack is, got tuple"):
+        ops.moe_lowbit_ffn(x, stacks[0], down, ids, weights)
+    with pytest.raises(ValueError, match="group_size=64 was given, but the stacks say 32"):
+        ops.moe_lowbit_ffn(x, *stacks, ids, weights, group_size=64)
+    with pytest.raises(TypeError, match=r"moe_lowbit_ffn\(\) needs intermediate"):
+        ops.moe_lowbit_ffn(x, up, down, ids, weights)
+    with pytest.raises(ValueError, match="codes must hold at least one expert"):
+        ops.pack_stack([None], [None], [0])

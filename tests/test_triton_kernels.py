@@ -29,7 +29,8 @@ def test_layout_mirrors_the_format():
     from gemq.triton_kernels import layout
 
     for bits in layout.WIDTHS:
-        assert layout.FIELDS[bits] == fmt.GPU_FIELDS[bits]
+        assert layout.fields(bits) == fmt.GPU_FIELDS[bits]
+        assert layout.word_blocks(bits) == fmt.GPU_WORDS[bits]
         for k in range(32, 4096, 32):
             assert layout.words_along_k(k, bits) == fmt.gpu_kw(k, bits)
             spans, span = fmt.gpu_spans(k, bits)
@@ -37,32 +38,43 @@ def test_layout_mirrors_the_format():
     assert layout.ROWS == fmt.GPU_ROWS
 
 
-def test_launch_tables():
-    from gemq.triton_kernels import tuning
+@pytest.mark.parametrize("rows", [32, 128])
+def test_the_height_of_a_tile_is_one_line(rows, tmp_path):
+    """With that line of layout.py edited, kernels and launchers compute the same from tiles of another height."""
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(HERE / "tile_rows.py"), str(rows), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    assert tuning.table_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
-    assert tuning.table("a device nobody has") == tuning.table("default")
-    assert tuning.is_decode("default", 16) and not tuning.is_decode("default", 17)
-    few = tuning.decode_launch("default", "gemm", 8, 8, 2, 4096, 14336)
-    many = tuning.decode_launch("default", "gemm", 9, 8, 2, 4096, 14336)
+
+def test_launch_tables():
+    from gemq.triton_kernels import launch_parameters
+
+    assert launch_parameters.table_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
+    assert launch_parameters.table("a device nobody has") == launch_parameters.table("default")
+    assert launch_parameters.is_decode("default", 16) and not launch_parameters.is_decode("default", 17)
+    few = launch_parameters.decode_launch("default", "gemm", 8, 8, 2, 4096, 14336)
+    many = launch_parameters.decode_launch("default", "gemm", 9, 8, 2, 4096, 14336)
     assert (few.columns, many.columns) == (8, 16)
-    assert tuning.decode_launch("default", "gemm", 1, 8, 2, 4096, 14336).splits > 1
-    assert tuning.decode_launch("default", "gemm", 1, 8, 2, 64, 128).splits == 1
-    assert tuning.decode_launch("default", "ffn", 1, 8, 2, 14336, 4096).splits == 1
+    assert launch_parameters.decode_launch("default", "gemm", 1, 8, 2, 4096, 14336).splits > 1
+    assert launch_parameters.decode_launch("default", "gemm", 1, 8, 2, 64, 128).splits == 1
+    assert launch_parameters.decode_launch("default", "ffn", 1, 8, 2, 14336, 4096).splits == 1
     # gate and up of two tiles need a warp each; few programs get more
-    assert tuning.decode_launch("default", "ffn", 1, 8, 2, 14336, 4096, 2).warps == 4
-    assert tuning.decode_launch("default", "ffn", 1, 128, 8, 768, 2048, 2).warps == 8
-    assert tuning.prefill_launch("default", 512, 8, 2, 14336, 4096).columns == 128
+    assert launch_parameters.decode_launch("default", "ffn", 1, 8, 2, 14336, 4096, 2).warps == 4
+    assert launch_parameters.decode_launch("default", "ffn", 1, 128, 8, 768, 2048, 2).warps == 8
+    assert launch_parameters.prefill_launch("default", 512, 8, 2, 14336, 4096).columns == 128
 
 
 @pytest.mark.parametrize("tokens, top_k, experts, columns", [(1, 2, 8, 8), (16, 8, 60, 16), (40, 6, 4, 16)])
 def test_blocks_fit_the_static_bound(tokens, top_k, experts, columns):
     """By sorting, the path that needs no interpreter: every pair once, one expert a block, within the bound."""
-    from gemq.triton_kernels import routing
+    from gemq.triton_kernels import blocks_by_counting
+    from gemq.triton_kernels.blocks import block_count
 
     ids = torch.randint(-1, experts + 2, (tokens * top_k,))
-    blocks = routing.block_count(ids.numel(), experts, columns)
-    expert, pairs = routing.route_by_sorting(ids, experts, columns, blocks)
+    blocks = block_count(ids.numel(), experts, columns)
+    expert, pairs = blocks_by_counting.route_by_sorting(ids, experts, columns, blocks)
     assert expert.shape == (blocks,) and pairs.shape == (blocks, columns)
     assert sorted(pairs[pairs >= 0].tolist()) == list(range(ids.numel()))
     valid = torch.where((ids < 0) | (ids >= experts), experts, ids)
@@ -132,7 +144,7 @@ def test_other_variants_compile_for_sm90(sass_report, options):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_small_kernels_compile_for_sm90(sass_report):
-    from gemq.triton_kernels.prepare import prepare_kernel
+    from gemq.triton_kernels.decode_prepare import prepare_kernel
     from gemq.triton_kernels.topk import topk_kernel
 
     pointers = {
@@ -141,7 +153,7 @@ def test_small_kernels_compile_for_sm90(sass_report):
         "logits_ptr": "*bf16", "bias_ptr": "*fp32", "weights_ptr": "*fp32", "scale": "fp32",
     }
     prepare = {
-        "KW1": 16, "KW2": 16, "KW3": 16, "KW4": 16, "GROUP": 128, "ACT_GROUP": 128, "CHUNK": 512, "TAIL": 1024,
+        "KWS": (16,) * 5, "GROUP": 128, "ACT_GROUP": 128, "CHUNK": 512, "TAIL": 1024,
         "P": 128, "COLUMNS": 16, "ROUTE": 1, "ACT": True, "SCALED": True, "PDL": False,
     }
     topk = {

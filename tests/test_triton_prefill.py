@@ -31,20 +31,20 @@ def test_cases_in_the_interpreter():
 ])  # fmt: skip
 def test_the_table_says_which_method(tokens, experts, top_k, expected):
     """By tokens an expert: 4, 25, 64, 512, 2048, 512; one expert for a dense layer."""
-    from gemq.triton_kernels import tuning
+    from gemq.triton_kernels import launch_parameters
 
-    launch = tuning.prefill_launch("a device nobody has", tokens, experts, top_k, 256, 256)
+    launch = launch_parameters.prefill_launch("a device nobody has", tokens, experts, top_k, 256, 256)
     assert (launch.method, launch.columns) == expected
 
 
 def test_the_table_is_in_order_and_complete():
-    from gemq.triton_kernels import tuning
+    from gemq.triton_kernels import launch_parameters
 
-    entries = tuning.table("default")["prefill"]
+    entries = launch_parameters.table("default")["prefill"]
     limits = [e["tokens"] for e in entries]
     assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1]))
     for entry in entries:
-        launch = tuning.Prefill(**{k: v for k, v in entry.items() if k != "tokens"})
+        launch = launch_parameters.Prefill(**{k: v for k, v in entry.items() if k != "tokens"})
         assert launch.method in ("packed", "dense")
         assert launch.rows % (16 * launch.warps) == 0 or launch.method == "dense"
         assert launch.columns * launch.steps * 128 <= 32768
@@ -78,7 +78,7 @@ def test_one_width_for_sm90(sass_prefill, bits, columns, most):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("columns, parts", [(16, 1), (64, 2), (128, 1), (128, 2)])
 def test_mixed_widths_for_sm90(sass_prefill, columns, parts):
-    row = sass_prefill.packed(columns, parts, -1)
+    row = sass_prefill.packed(columns, parts, 0)
     assert row.spills == 0 and row.registers <= 255
     assert row.shared <= sass_prefill.SHARED_BYTES
     assert row.loop.get("HGMMA", 0) > 0
@@ -95,7 +95,7 @@ def test_dense_product_for_sm90(sass_prefill, parts):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_unpacking_for_sm90(sass_prefill):
-    row = sass_prefill.unpacking(-1)
+    row = sass_prefill.unpacking(0)
     assert row.spills == 0
     assert row.code.get("LDG.128", 0) >= 8
     assert row.code.get("STG.128", 0) >= 48 and not row.code.get("STG", 0)
@@ -112,7 +112,8 @@ def test_small_kernels_and_arguments_of_one_compile(sass_prefill):
 
 SORTING = """
 import torch
-from gemq.triton_kernels.sorting import block_count, sort_pairs
+from gemq.triton_kernels.blocks import block_count
+from gemq.triton_kernels.blocks_by_sorting import sort_pairs
 
 for pairs, experts, columns in ((17, 1, 16), (300, 5, 16), (300, 60, 32), (40, 3, 128), (5000, 4, 64)):
     ids = torch.randint(-1, experts + 2, (pairs,))
@@ -137,7 +138,7 @@ def test_sorting_is_stable_and_fits_the_bound():
 
 
 def test_every_routing_fits_the_bound():
-    from gemq.triton_kernels.sorting import block_count
+    from gemq.triton_kernels.blocks import block_count
 
     for pairs in (1, 16, 17, 100):
         for experts in (1, 3, 64):

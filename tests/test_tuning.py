@@ -10,22 +10,22 @@ import pytest
 import torch
 
 from gemq.errors import DeviceError
-from gemq.ops import trials, tuning
-from gemq.ops.tuning import Shape
-from gemq.triton_kernels import tables
-from gemq.triton_kernels import tuning as launches
+from gemq.ops import launch_search, measuring
+from gemq.ops.launch_search import Shape
+from gemq.triton_kernels import launch_parameters as launches
+from gemq.triton_kernels import launch_tables
 
 DEVICE = "Imaginary GPU 80GB"
-MIXTRAL = tuning.PRESETS["mixtral-8x7b"]
+MIXTRAL = launch_search.PRESETS["mixtral-8x7b"]
 
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A user's cache of its own, read anew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tables.forget()
+    launch_tables.forget()
     yield tmp_path
-    tables.forget()
+    launch_tables.forget()
 
 
 def entry(kind: str = "decode.ffn", shape: Shape = MIXTRAL, up_to: float = 1, **parameters) -> dict:
@@ -33,8 +33,8 @@ def entry(kind: str = "decode.ffn", shape: Shape = MIXTRAL, up_to: float = 1, **
 
 
 def write(*entries: dict) -> Path:
-    path = tables.user_table(DEVICE)
-    tuning.write_table(path, DEVICE, list(entries))
+    path = launch_tables.user_table(DEVICE)
+    launch_search.write_table(path, DEVICE, list(entries))
     return path
 
 
@@ -52,7 +52,7 @@ def test_the_users_table_is_where_launches_look(cache_folder: Path) -> None:
 
 
 def test_the_nearest_shape_and_amount_serve() -> None:
-    qwen = tuning.PRESETS["qwen3-30b-a3b"]
+    qwen = launch_search.PRESETS["qwen3-30b-a3b"]
     write(entry(warps=2, up_to=1), entry(warps=8, up_to=8), entry(shape=qwen, warps=4, columns=16, up_to=16))
     assert [launch(t).warps for t in (1, 2, 8, 16)] == [2, 8, 8, 8]
     # another width of the hidden state, the same experts: Mixtral is nearer
@@ -79,7 +79,7 @@ def test_a_miss_names_the_command_once(caplog: pytest.LogCaptureFixture) -> None
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 1 and caplog.records[0].levelno == logging.WARNING
     assert "`gemq tune --shape 4096x14336x8x2`" in said[0] and DEVICE in said[0]
-    assert tuning.parse_shape(said[0].split("--shape ")[1].split("`")[0]) == MIXTRAL
+    assert launch_search.parse_shape(said[0].split("--shape ")[1].split("`")[0]) == MIXTRAL
 
 
 def test_a_far_shape_is_a_miss(caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +105,7 @@ def test_a_dense_matrix_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     (json.dumps({"version": 1, "entries": [3]}), "int"),
 ])  # fmt: skip
 def test_a_table_that_cannot_be_used_is_said_and_left_out(content: str, reason: str, caplog) -> None:
-    path = tables.user_table(DEVICE)
+    path = launch_tables.user_table(DEVICE)
     path.parent.mkdir(parents=True)
     path.write_text(content)
     assert launch().warps == 4
@@ -114,13 +114,13 @@ def test_a_table_that_cannot_be_used_is_said_and_left_out(content: str, reason: 
 
 def test_forced_parameters_win_and_end() -> None:
     write(entry(warps=8))
-    with tables.forced({"decode.ffn": {"warps": 2}}):
+    with launch_tables.forced({"decode.ffn": {"warps": 2}}):
         assert launch().warps == 2
     assert launch().warps == 8
 
 
 def test_a_search_says_no_miss(caplog: pytest.LogCaptureFixture) -> None:
-    with tables.forced({}):
+    with launch_tables.forced({}):
         launch()
     assert not caplog.records
     launch()
@@ -128,16 +128,16 @@ def test_a_search_says_no_miss(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_every_candidate_of_the_search_space_makes_a_launch() -> None:
-    space = tables.search_space()
+    space = launch_tables.search_space()
     assert set(space) == {"decode.ffn", "decode.gemm", "prefill"}
     for kind, options in space.items():
         for name, values in options.items():
             assert len(values) > 1
             for value in values:
-                tables.check_entry(entry(kind, **{name: value}))
+                launch_tables.check_entry(entry(kind, **{name: value}))
                 phase, _, part = kind.partition(".")
                 product = MIXTRAL.product(kind)
-                with tables.forced({kind: {name: value}}):
+                with launch_tables.forced({kind: {name: value}}):
                     if phase == "decode":
                         made = launch(kind=part)
                     else:
@@ -162,14 +162,14 @@ def test_the_search_finds_the_best_of_separable_costs() -> None:
         calls.append(json.dumps(parameters, sort_keys=True))
         return cost(parameters)
 
-    best, us, start, count = tuning.descend(SPACE, measure)
+    best, us, start, count = launch_search.descend(SPACE, measure)
     assert best == {"a": {"warps": 8}, "b": {"columns": 16}}
     assert (us, start) == (80, 140)
     assert len(calls) == count == len(set(calls)) < 24
 
 
 def test_noise_does_not_change_the_defaults() -> None:
-    assert tuning.descend(SPACE, lambda p: 100 - 0.5 * len(json.dumps(p)) / 50)[0] == {}
+    assert launch_search.descend(SPACE, lambda p: 100 - 0.5 * len(json.dumps(p)) / 50)[0] == {}
 
 
 def test_what_cannot_be_launched_is_no_candidate() -> None:
@@ -178,10 +178,12 @@ def test_what_cannot_be_launched_is_no_candidate() -> None:
             raise RuntimeError("out of resource: shared memory")
         return 50.0 if parameters.get("decode.ffn", {}).get("warps") == 2 else 60.0
 
-    _, found = tuning.tune([MIXTRAL], timer=timer, device_name=DEVICE)
+    _, found = launch_search.tune([MIXTRAL], timer=timer, device_name=DEVICE)
     assert found[0].parameters == {"decode.ffn": {"warps": 2}}
     with pytest.raises(RuntimeError, match="broken"):
-        tuning.tune([MIXTRAL], timer=lambda *_: (_ for _ in ()).throw(RuntimeError("broken")), device_name=DEVICE)
+        launch_search.tune(
+            [MIXTRAL], timer=lambda *_: (_ for _ in ()).throw(RuntimeError("broken")), device_name=DEVICE
+        )
 
 
 def test_tune_writes_what_launches_then_use(tmp_path: Path) -> None:
@@ -189,12 +191,12 @@ def test_tune_writes_what_launches_then_use(tmp_path: Path) -> None:
         warps = parameters.get("decode.ffn", {}).get("warps", 4)
         return 100.0 / warps if tokens > 1 else 100.0 * warps
 
-    qwen = tuning.PRESETS["qwen3-30b-a3b"]
+    qwen = launch_search.PRESETS["qwen3-30b-a3b"]
     seen = []
-    path, found = tuning.tune(
+    path, found = launch_search.tune(
         [MIXTRAL, qwen], timer=timer, device_name=DEVICE, report=lambda *stage: seen.append(stage)
     )
-    assert path == tables.user_table(DEVICE)
+    assert path == launch_tables.user_table(DEVICE)
     assert [launch(t).warps for t in (1, 4, 16)] == [2, 8, 8]
     assert launch(1, qwen).warps == 2
     content = json.loads(path.read_text())
@@ -203,7 +205,7 @@ def test_tune_writes_what_launches_then_use(tmp_path: Path) -> None:
     assert len(content["entries"]) == sum(2 if f.tokens <= 16 else 1 for f in found)
     assert not list(path.parent.glob("*.tmp"))
     # a second run replaces its own entries and keeps the others
-    tuning.tune([MIXTRAL], timer=lambda s, t, p: 7.0, device_name=DEVICE)
+    launch_search.tune([MIXTRAL], timer=lambda s, t, p: 7.0, device_name=DEVICE)
     again = json.loads(path.read_text())["entries"]
     assert len(again) == len(content["entries"])
     assert launch(1).warps == 4 and launch(1, qwen).warps == 2
@@ -211,13 +213,13 @@ def test_tune_writes_what_launches_then_use(tmp_path: Path) -> None:
 
 def test_the_budget_starts_nothing_new(tmp_path: Path) -> None:
     out = tmp_path / "table.json"
-    _, found = tuning.tune([MIXTRAL], out, timer=lambda *_: 1.0, device_name=DEVICE, budget=0)
+    _, found = launch_search.tune([MIXTRAL], out, timer=lambda *_: 1.0, device_name=DEVICE, budget=0)
     assert found == [] and not out.exists()
 
 
 def test_amounts_keep_the_two_phases_apart() -> None:
-    for shape in tuning.PRESETS.values():
-        for phase, up_to, tokens in tuning.amounts(shape, 16):
+    for shape in launch_search.PRESETS.values():
+        for phase, up_to, tokens in launch_search.amounts(shape, 16):
             assert (tokens <= 16) == (phase == "decode")
             per_expert = tokens * shape.top_k / shape.experts
             assert up_to == (tokens if phase == "decode" else pytest.approx(per_expert, rel=0.1))
@@ -226,7 +228,7 @@ def test_amounts_keep_the_two_phases_apart() -> None:
 @pytest.mark.parametrize("text", ["mixtral", "4096x14336x8", "4096x14336x8x9", "0x1x1x1", "100x64x4x2", "axbxcxd", ""])
 def test_bad_shapes_are_one_error(text: str) -> None:
     with pytest.raises(ValueError, match="--shape must be one of mixtral-8x7b"):
-        tuning.parse_shape(text)
+        launch_search.parse_shape(text)
 
 
 def test_no_gpu_is_one_clear_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,15 +244,15 @@ def test_no_gpu_is_one_clear_line(capsys: pytest.CaptureFixture, monkeypatch: py
     assert "HIDDENxFFNxEXPERTSxTOPK" in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(DeviceError, match="TRITON_INTERPRET"):
-        tuning.check_device()
+        launch_search.check_device()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_tuning_on_a_gpu(tmp_path: Path) -> None:
     shape = Shape(256, 128, 4, 2)
-    path, found = tuning.tune([shape], tmp_path / "table.json")
-    assert path.exists() and len(found) == len(tuning.amounts(shape, 16))
+    path, found = launch_search.tune([shape], tmp_path / "table.json")
+    assert path.exists() and len(found) == len(launch_search.amounts(shape, 16))
     assert all(0 < f.us <= f.default_us for f in found)
 
 
@@ -259,7 +261,7 @@ def test_random_stacks_have_sane_weights(layout: str) -> None:
     from gemq import reference
 
     bits, n, k = [1, 2, 3, 4, 8], 64, 512
-    stack = trials.random_stack(bits, n, k, 128, layout, "cpu", torch.Generator().manual_seed(0))
+    stack = measuring.random_stack(bits, n, k, 128, layout, "cpu", torch.Generator().manual_seed(0))
     x = torch.randn(8, k, generator=torch.Generator().manual_seed(1))
     for e in range(len(bits)):
         ids = torch.full((8, 1), e)
@@ -269,7 +271,7 @@ def test_random_stacks_have_sane_weights(layout: str) -> None:
 
 
 def test_random_routing_names_distinct_experts() -> None:
-    ids, weights = trials.random_routing(50, 6, 3, "cpu", torch.Generator().manual_seed(0))
+    ids, weights = measuring.random_routing(50, 6, 3, "cpu", torch.Generator().manual_seed(0))
     assert ids.shape == weights.shape == (50, 3) and ids.min() == 0 and ids.max() == 5
     assert all(len(set(row)) == 3 for row in ids.tolist())
     assert torch.allclose(weights.sum(-1), torch.ones(50))

@@ -242,8 +242,8 @@ def test_a_bad_row_of_a_block_stays_alone(fast):
 @pytest.mark.parametrize("pairs, experts, columns", [(1, 3, 8), (2, 8, 8), (40, 3, 8), (128, 60, 16), (100, 1, 16)])
 def test_block_tables(pairs, experts, columns):
     """Counting in the kernel and sorting in torch give the same tables, used blocks first."""
-    from gemq.triton_kernels.prepare import prepare
-    from gemq.triton_kernels.routing import route_by_sorting
+    from gemq.triton_kernels.blocks_by_counting import route_by_sorting
+    from gemq.triton_kernels.decode_prepare import prepare
 
     ids = torch.randint(-1, experts + 1, (pairs,), device=DEVICE)
     _, blocks = prepare(fresh(1, 128).to(DEVICE), ids, experts, 128, columns, 0, 3, False)

@@ -1,7 +1,7 @@
 """Launchers for many tokens: sort pairs by expert, normalise rows, multiply by either method, sum over slots.
 
-As in :mod:`.launch`: no host sync, no data-dependent grid, arguments are trusted. The inner activations of a block are
-float16 with a power of two a row, found between the two products.
+As in :mod:`.by_tokens`: no host sync, no data-dependent grid, arguments are trusted. The inner activations of a block
+are float16 with a power of two a row, found between the two products.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tuning
-from .grouped import dequantize_kernel, grouped_kernel
-from .layout import FIELDS, ROWS, WIDTHS, words_along_k
-from .prefill import packed_kernel
-from .sorting import sort_pairs
-from .token_rows import combine, normalize, rescale
-
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from . import launch_parameters
+from .blocks_by_sorting import sort_pairs
+from .layout import ROWS, STEP_COLUMNS, WIDTHS, Stack, all_words_along_k, span_columns
+from .prefill_packed import packed_kernel
+from .prefill_rows import combine, normalize, rescale
+from .prefill_unpacked import dequantize_kernel, grouped_kernel
+from .widths import Packed, Unpacking
 
 # float16 weights of the dense method live in at most so many bytes at a time, or in one expert's if that is more
 SCRATCH_BYTES = 512 << 20
+UNPACKING_WARPS = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """Values that all products of a call share; ``order`` is that of sorting.sort_pairs."""
+    """Values that all products of a call share; ``order`` is that of blocks_by_sorting.sort_pairs."""
 
     order: tuple[Tensor, Tensor, Tensor]
-    launch: tuning.Prefill
+    launch: launch_parameters.Prefill
     fast: bool
 
 
@@ -47,53 +47,51 @@ class Rows:
 def _multiply(rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job) -> None:
     """``out [pairs, n]``; with ``exponents``, the float16 ``silu(gate) * up`` that they scale."""
     (_, n), parts = out.shape, 1 if exponents is None else 2
-    options = {"PARTS": parts, "STAGES": job.launch.stages, "num_warps": job.launch.warps}
     if job.launch.method == "dense":
-        _multiply_dense(rows, stack, out, exponents, group_size, job, options)
+        _multiply_dense(rows, stack, out, exponents, group_size, job)
         return
     qweight, meta, bits, offsets, meta_offsets = stack
     block_expert, block_pairs, _ = job.order
     blocks, launch = block_expert.numel(), job.launch
+    how = Packed(
+        all_words_along_k(rows.k), group_size, launch.rows, launch.columns, parts, launch.warps, launch.stages,
+        launch.steps, job.fast, launch_parameters.threads_first(triton.__version__),
+    )
     packed_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
         rows.x, rows.inverse, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         block_expert, block_pairs, out, out if exponents is None else exponents, bits.numel(), blocks, rows.sharing, n,
-        rows.k, rows.x.shape[1], **_words(rows.k), GROUP=group_size, ROWS=launch.rows, COLUMNS=launch.columns,
-        WARPS=launch.warps, ROOM=launch.steps, FAST=job.fast, THREADS_FIRST=tuning.threads_first(triton.__version__),
-        num_stages=1, **options,
+        rows.k, rows.x.shape[1], HOW=how, num_warps=launch.warps, num_stages=1,
     )
 
 
-def _words(k: int) -> dict[str, int]:
-    return {f"KW{width}": words_along_k(k, width) for width in WIDTHS}
-
-
 def _multiply_dense(
-    rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job, options: dict
+    rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job
 ) -> None:
     qweight, meta, bits, offsets, meta_offsets = stack
     block_expert, block_pairs, counts = job.order
-    (_, n), parts, k, experts = out.shape, options["PARTS"], rows.k, bits.numel()
+    (_, n), parts, k, experts = out.shape, 1 if exponents is None else 2, rows.k, bits.numel()
     blocks, launch = block_expert.numel(), job.launch
-    height, stride = triton.cdiv(parts * n, ROWS) * ROWS, triton.cdiv(k, 64) * 64
+    height, stride = triton.cdiv(parts * n, ROWS) * ROWS, triton.cdiv(k, STEP_COLUMNS) * STEP_COLUMNS
     chunk = max(1, min(experts, SCRATCH_BYTES // (2 * height * stride)))
     weights = torch.empty(chunk, height, stride, dtype=torch.float16, device=out.device)
-    words = _words(k)
-    spans = max(triton.cdiv(k, 2 * FIELDS[width] * words[f"KW{width}"]) for width in WIDTHS)
+    words = all_words_along_k(k)
+    spans = max(triton.cdiv(k, span_columns(width, kw)) for width, kw in zip(WIDTHS, words, strict=True))
+    how = Unpacking(words, group_size, UNPACKING_WARPS, job.fast, launch_parameters.threads_first(triton.__version__))
     for first in range(0, experts, chunk):
         until = min(first + chunk, experts)
         dequantize_kernel[(spans, height // ROWS, until - first)](
             qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets, counts, weights, first,
-            height, k, stride, **words, GROUP=group_size, FAST=job.fast,
-            THREADS_FIRST=tuning.threads_first(triton.__version__), num_warps=4, num_stages=1,
+            height, k, stride, HOW=how, num_warps=how.warps, num_stages=1,
         )
         grouped_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
             rows.x, rows.inverse, weights, bits, block_expert, block_pairs, out,
             out if exponents is None else exponents, first, until, experts, blocks, rows.sharing, n, height, k,
-            rows.x.shape[1], stride, COLUMNS=launch.columns, ROWS=launch.rows, num_stages=launch.stages, **options,
+            rows.x.shape[1], stride, COLUMNS=launch.columns, ROWS=launch.rows, PARTS=parts, STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages,
         )
 
 
-def _rows(x: Tensor, top_k: int, launch: tuning.Prefill) -> Rows:
+def _rows(x: Tensor, top_k: int, launch: launch_parameters.Prefill) -> Rows:
     """Normalise rows ``[T, k]``, which a token's pairs share, or ``[T, top_k, k]``."""
     k = x.shape[-1]
     sharing = top_k if x.dim() == 2 else 1
@@ -102,7 +100,7 @@ def _rows(x: Tensor, top_k: int, launch: tuning.Prefill) -> Rows:
 
 def gemm(
     x: Tensor, stack: Stack, topk_ids: Tensor, topk_weights: Tensor | None, n: int, group_size: int, out: Tensor,
-    fast: bool, launch: tuning.Prefill,
+    fast: bool, launch: launch_parameters.Prefill,
 ) -> Tensor:
     """Write ``[T, top_k, n]``, or the weighted sum ``[T, n]``, to ``out``; ``x`` is ``[T, k]`` or ``[T, top_k, k]``."""
     experts, top_k = stack[2].numel(), topk_ids.shape[1]
@@ -126,7 +124,7 @@ def _multiply_and_sum(
 
 def ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int, group_size: int,
-    down_group_size: int, out: Tensor, fast: bool, launch: tuning.Prefill,
+    down_group_size: int, out: Tensor, fast: bool, launch: launch_parameters.Prefill,
 ) -> Tensor:
     """Write the output of the whole expert block for ``x [T, hidden]`` to ``out``."""
     experts, top_k = gate_up[2].numel(), topk_ids.shape[1]

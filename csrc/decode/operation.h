@@ -2,7 +2,7 @@
 // are shared out among them, and the next operation starts when the last phase's items are done.
 #pragma once
 
-#include "decode/rows.h"
+#include "decode/row_buffers.h"
 #include "gemq/parallel.h"
 #include "gemq/phase.h"
 

@@ -9,9 +9,9 @@
 
 #include "decode/attend.h"
 #include "decode/attend_latent.h"
+#include "decode/embed_norm_silu.h"
 #include "decode/experts.h"
 #include "decode/linear.h"
-#include "decode/row_operations.h"
 
 namespace gemq {
 

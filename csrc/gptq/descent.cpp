@@ -1,6 +1,6 @@
 #include "gptq/descent.h"
 
-#include "gptq/tiles.h"
+#include "gptq/row_tiles.h"
 #include "moe_cpu/kernels.h"
 
 namespace gemq {

@@ -1,7 +1,7 @@
 // The block of experts, piece by piece: what its threads share and what one item of work is.
 #pragma once
 
-#include "moe_cpu/output.h"
+#include "moe_cpu/product_output.h"
 #include "moe_cpu/projection.h"
 
 namespace gemq {

@@ -1,6 +1,6 @@
 #include "gemq/phase.h"
 #include "moe_cpu/moe.h"
-#include "moe_cpu/output.h"
+#include "moe_cpu/product_output.h"
 #include "moe_cpu/projection.h"
 
 namespace gemq {

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "gemq/bits.h"
+#include "gemq/layouts.h"
 #include "gemq/phase.h"
 #include "moe_cpu/activations.h"
 #include "moe_cpu/moe.h"
@@ -12,7 +12,8 @@
 
 namespace gemq {
 
-constexpr int kBlockRows = 16;
+constexpr int kBlockRows = kCpuRows;
+static_assert(kBlockRows % 8 == 0, "codes of a block are whole bytes a column and bit");
 
 // Blocks that a kernel takes at a time for so many tokens, and floats that their products need.
 constexpr int blocks_at_once(int tokens) { return tokens <= kFewTokens ? kManyBlocks : kSomeBlocks; }
@@ -32,7 +33,7 @@ struct Projection {
   // have room for tile_floats of the count.
   void product(int e, int64_t block, int blocks, int begin, int end, float* out) const {
     const int bits = stack.bits[e];
-    const int64_t code_bytes = static_cast<int64_t>(x.k()) * 2 * bits,
+    const int64_t code_bytes = static_cast<int64_t>(x.k()) * (kBlockRows / 8) * bits,
                   halves = static_cast<int64_t>(x.groups()) * 2 * kBlockRows;
     const BlockArgs args{stack.codes + stack.code_offsets[e] + block * code_bytes,
                          stack.meta + stack.meta_offsets[e] + block * halves,

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "gemq/half.h"
+#include "gemq/layouts.h"
 
 namespace gemq {
 namespace {
@@ -24,7 +24,8 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kRows = 16;
+constexpr int kRows = kCpuRows;
+static_assert(kRows % kLanes == 0, "a block is whole registers");
 constexpr int kMaxGroup = 128;
 using Float = float __attribute__((vector_size(4 * kLanes)));
 using Int = int32_t __attribute__((vector_size(4 * kLanes)));

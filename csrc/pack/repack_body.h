@@ -1,5 +1,5 @@
 // Repacking as kernel bodies: a block stages a piece of the matrix in shared memory and permutes it there
-// with the text of tiles.h, so that both sides of global memory see runs of 16-byte accesses.
+// with the text of layouts.h, so that both sides of global memory see runs of 16-byte accesses.
 #pragma once
 
 #include "pack/repack_pieces.h"
@@ -10,6 +10,7 @@ template <int BITS>
 struct CpuTilePieces {
   static constexpr int kColumns = BITS <= 2 ? 1024 : 512;
   static constexpr int kTileWords = kCpuRows * kColumns / 32 * BITS;
+  static_assert(kColumns % 128 == 0, "a piece is whole groups of every size");
   using Tile = TilePiece<kTileWords, 4, 4>;
   struct Shared {
     CanonicalPiece<BITS, kCpuRows, kColumns> canonical;
@@ -100,6 +101,8 @@ struct GpuTilePieces {
   static constexpr bool kPowerOfTwo = BITS == 1 || BITS == 2 || BITS == 4;
   // lines of KW words, a pitch of an odd number of vectors apart
   static constexpr int kPitch16 = 20, kPitch8 = 12;
+  static_assert(kColumns % (32 * kFields) == 0, "a span of either number of words ends with a piece");
+  static_assert(kPitch16 >= 16 && kPitch16 / 4 % 2 == 1 && kPitch8 >= 8 && kPitch8 / 4 % 2 == 1);
   struct Shared {
     CanonicalPiece<BITS, kGpuRows, kColumns> canonical;
     alignas(16) uint32_t tile[kTileWords / 8 * kPitch8];

@@ -2,7 +2,7 @@
 // that the same codes make.
 #pragma once
 
-#include "gemq/tiles.h"
+#include "gemq/layouts.h"
 #include "pack/pack.h"
 #include "pack/vectors.h"
 

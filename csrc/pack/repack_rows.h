@@ -1,7 +1,7 @@
 // What one thread does when repacking, the same text on the CPU and on CUDA.
 #pragma once
 
-#include "gemq/tiles.h"
+#include "gemq/layouts.h"
 #include "pack/pack.h"
 
 namespace gemq {

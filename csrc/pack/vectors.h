@@ -19,6 +19,7 @@ constexpr int kVector = 16;  // bytes of an access
 struct alignas(16) Vector {
   uint32_t words[4];
 };
+static_assert(sizeof(Vector) == kVector);
 
 // True if every pointer is a multiple of `bytes`.
 template <class... Pointers>

@@ -11,7 +11,19 @@ bits ``[j * bits, (j + 1) * bits)`` of that row. Three codes of 3 bits, 5, 1 and
 *Metadata*: for each (row, group of ``group_size`` columns) two float16 numbers ``(s, m)``; a weight is
 ``w = q * s + m``. ``m = -s * z`` is rounded once, when quantizing; every reader uses the stored ``m``.
 
-A width of 0 stores nothing and contributes zero.
+A width of 0 stores nothing and contributes zero. Bits of one weight: its width, and 32 bits of ``(s, m)`` over the
+group size: 0.25 at 128 columns, 0.5 at 64, 1 at 32.
+
+::
+
+    canonical  [row 0: codes, whole bytes][row 1] ..          (s, m) [row][group]
+    cpu_tile   [16 rows][group][plane][64 bytes] ..           s of 16 rows, m of 16 rows [block][group]
+    gpu_tile   [64 rows][span][word][row][i] ..               (s, m) of 64 rows [tile][group]
+
+    bits a weight at groups of 128, where rows fill blocks and columns fill spans:
+    width                 1     2     3     4     5     6     7     8
+    canonical, cpu_tile   1.25  2.25  3.25  4.25  5.25  6.25  7.25  8.25
+    gpu_tile              1.25  2.25  3.25  4.25  8.25  8.25  8.25  8.25
 
 Kernels read *tiles*, permutations of the canonical buffers made by :func:`gemq.ops.repack`:
 

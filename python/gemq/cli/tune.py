@@ -27,12 +27,12 @@ def tune(
     [dim]gemq tune --shape mixtral-8x7b[/dim]
     """
     from gemq.cli import options
-    from gemq.ops import tuning
+    from gemq.ops import launch_search
 
-    shapes = [tuning.parse_shape(text) for text in shape] if shape else list(tuning.PRESETS.values())
-    tuning.check_device()
+    shapes = [launch_search.parse_shape(text) for text in shape] if shape else list(launch_search.PRESETS.values())
+    launch_search.check_device()
     with display.stages() as report:
-        path, found = tuning.tune(shapes, output, bits=options.widths(bits), budget=budget, report=report)
+        path, found = launch_search.tune(shapes, output, bits=options.widths(bits), budget=budget, report=report)
     rows = [
         [str(f.shape), str(f.tokens), f"{f.default_us:.1f}", f"{f.us:.1f}", f"{f.default_us / f.us:.2f}", str(f.trials)]
         for f in found

@@ -188,11 +188,7 @@ class NativeStep:
         self._linear(self.y, layers)
         if shared is not None:
             self._down(shared, first, second, gate)
-        sizes = experts.group_sizes
-        program.experts(
-            logits, self.y, self.x, rule, experts.stack("gate_up_proj"), experts.stack("down_proj"),
-            experts.intermediate, sizes["gate_up_proj"], sizes["down_proj"],
-        )
+        program.experts(logits, self.y, self.x, rule, experts.stack("gate_up_proj"), experts.stack("down_proj"))
 
     def _down(self, mlp: nn.Module, first: int, second: int, gate: int = -1) -> None:
         inner = self.program.buffer(mlp.gate_proj.out_features)

@@ -9,9 +9,19 @@ from torch import Tensor
 
 from gemq import format as fmt
 from gemq.nn.base import PackedModule
-from gemq.ops import backends, checks, expert_tables, layout_for, moe_lowbit_ffn, pack_experts, unpack_experts
+from gemq.ops import (
+    PackedStack,
+    backends,
+    checks,
+    expert_tables,
+    layout_for,
+    moe_lowbit_ffn,
+    pack_experts,
+    unpack_experts,
+)
+from gemq.ops.expert_buffers import convert_experts
+from gemq.ops.packed_stack import Stack
 from gemq.ops.packing import dequantize, pack
-from gemq.ops.stacks import convert_experts
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 _IDS = (torch.int32, torch.int64)
@@ -103,7 +113,7 @@ class LowBitExperts(PackedModule):
 
     def prepare(self, layout: str | None = None) -> None:
         """Repack for the device's kernels (or to ``layout``) in place and build the offset tables there."""
-        device = self.gate_up_codes.device
+        device = self.packed_device()
         layout = layout or layout_for(device)
         for name in PROJECTIONS:
             if layout != self.layout:
@@ -124,15 +134,15 @@ class LowBitExperts(PackedModule):
                 destination[prefix + stored_name(name, "codes")] = codes
                 destination[prefix + stored_name(name, "meta")] = meta
 
-    def stack(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``(qweight, meta, expert_bits, expert_offsets, meta_offsets)`` of a projection, as the ops take them.
+    def stack(self, name: str) -> PackedStack:
+        """A projection as the ops take it. Raises ``RuntimeError`` before :meth:`prepare`."""
+        return PackedStack(*self._tensors(name), *self.shape(name), self.group_sizes[name], self.layout)
 
-        Raises ``RuntimeError`` before :meth:`prepare`.
-        """
+    def _tensors(self, name: str) -> Stack:
         if not hasattr(self, f"_{name}_bits"):
             raise RuntimeError("the experts have no offset tables yet: call prepare() once their buffers are filled")
-        tables = (getattr(self, f"_{name}_{label}") for label in _TABLES)
-        return (*self.stored(name), *tables)
+        bits, offsets, meta_offsets = (getattr(self, f"_{name}_{label}") for label in _TABLES)
+        return *self.stored(name), bits, offsets, meta_offsets
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantized weights ``[E, n, k]`` of a projection; zeros for experts of 0 bits."""
@@ -154,9 +164,7 @@ class LowBitExperts(PackedModule):
             if out is not None:
                 return out
         return moe_lowbit_ffn(
-            hidden_states, self.stack("gate_up_proj"), self.stack("down_proj"), top_k_index, top_k_weights,
-            intermediate=self.intermediate, group_size=self.group_sizes["gate_up_proj"],
-            down_group_size=self.group_sizes["down_proj"], layout=self.layout,
+            hidden_states, self.stack("gate_up_proj"), self.stack("down_proj"), top_k_index, top_k_weights
         )
 
     def _direct(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
@@ -169,7 +177,7 @@ class LowBitExperts(PackedModule):
         ):
             return None
         return backends.moe_ffn(
-            x.contiguous(), self.stack("gate_up_proj"), self.stack("down_proj"), ids, weights, self.intermediate,
+            x.contiguous(), self._tensors("gate_up_proj"), self._tensors("down_proj"), ids, weights, self.intermediate,
             self.group_sizes["gate_up_proj"], self.group_sizes["down_proj"], self.layout,
         )
 

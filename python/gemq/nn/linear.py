@@ -17,6 +17,9 @@ class LowBitLinear(PackedModule):
     :meth:`prepare` moves the buffers to the layout of their device's kernels.
     """
 
+    weight_codes: Tensor
+    weight_meta: Tensor
+
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = 128, bias: bool = False,
         dtype: torch.dtype | None = None, device: torch.device | str | None = None,

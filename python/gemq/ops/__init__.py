@@ -16,12 +16,14 @@ Nothing falls back silently: a layout on a device that cannot serve it raises ``
 
 from gemq.ops.checks import set_debug
 from gemq.ops.cpu import cpu_activations, cpu_isa, set_cpu_activations, set_cpu_isa
+from gemq.ops.expert_buffers import expert_tables, layout_for, pack_experts, pack_stack, unpack_experts
 from gemq.ops.matmul import lowbit_gemm, moe_lowbit_ffn, moe_lowbit_gemm
+from gemq.ops.packed_stack import PackedStack
 from gemq.ops.packing import dequantize, pack, repack, unpack
 from gemq.ops.routing import topk_routing
-from gemq.ops.stacks import expert_tables, layout_for, pack_experts, unpack_experts
 
 __all__ = [
+    "PackedStack",
     "cpu_activations",
     "cpu_isa",
     "dequantize",
@@ -32,6 +34,7 @@ __all__ = [
     "moe_lowbit_gemm",
     "pack",
     "pack_experts",
+    "pack_stack",
     "repack",
     "set_cpu_activations",
     "set_cpu_isa",

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from gemq import format as fmt
 from gemq.ops import checks, cpu
+from gemq.ops.packed_stack import Stack
 from gemq.ops.packing import dequantize, repack
-
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def check(layout: str, device: torch.device) -> None:

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from gemq._core import core
 from gemq.ops import checks
-
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from gemq.ops.packed_stack import Stack
 
 ACTIVATIONS = ("exact", "int16", "int8")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -77,8 +76,12 @@ def empty(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def address(stack: Stack):
-    codes, meta = stack[:2]
-    return core().StackAddress(*(t.data_ptr() for t in stack), codes.numel(), meta.numel())
+    """Return the extension's ``StackAddress`` of a stack's tensors, which it does not keep alive."""
+    codes, meta, bits, offsets, meta_offsets = stack
+    return core().stack_address(
+        codes=codes.data_ptr(), meta=meta.data_ptr(), bits=bits.data_ptr(), offsets=offsets.data_ptr(),
+        meta_offsets=meta_offsets.data_ptr(), code_bytes=codes.numel(), meta_elements=meta.numel(),
+    )
 
 
 def moe_gemm(
@@ -94,9 +97,10 @@ def moe_gemm(
         checks.expert_bounds("weight", stack, n, x.shape[-1], group_size, "cpu_tile")
     out = x.new_empty((tokens, top_k, n) if scale is None else (tokens, n))
     core().moe_gemm_cpu(
-        x.data_ptr(), x.dim() == 3, address(stack), stack[2].numel(), ids.data_ptr(),
-        0 if scale is None else scale.data_ptr(), out.data_ptr(), tokens, top_k, x.shape[-1], n, group_size,
-        TYPES[x.dtype], ACTIVATIONS.index(_setting), torch.get_num_threads(),
+        x=x.data_ptr(), x_per_slot=x.dim() == 3, stack=address(stack), num_experts=stack[2].numel(),
+        topk_ids=ids.data_ptr(), topk_weights=0 if scale is None else scale.data_ptr(), out=out.data_ptr(),
+        tokens=tokens, top_k=top_k, k=x.shape[-1], n=n, group_size=group_size, type=TYPES[x.dtype],
+        precision=ACTIVATIONS.index(_setting), threads=torch.get_num_threads(),
     )
     return out
 
@@ -111,9 +115,10 @@ def moe_ffn(
     ids, scale = topk_ids.to(torch.int64).contiguous(), topk_weights.float().contiguous()
     out = torch.empty_like(x)
     core().moe_ffn_cpu(
-        x.data_ptr(), address(gate_up), address(down), gate_up[2].numel(), ids.data_ptr(), scale.data_ptr(),
-        out.data_ptr(), tokens, top_k, x.shape[-1], intermediate, group_size, down_group_size, TYPES[x.dtype],
-        ACTIVATIONS.index(_setting), torch.get_num_threads(),
+        x=x.data_ptr(), gate_up=address(gate_up), down=address(down), num_experts=gate_up[2].numel(),
+        topk_ids=ids.data_ptr(), topk_weights=scale.data_ptr(), out=out.data_ptr(), tokens=tokens, top_k=top_k,
+        hidden=x.shape[-1], intermediate=intermediate, group_size=group_size, down_group_size=down_group_size,
+        type=TYPES[x.dtype], precision=ACTIVATIONS.index(_setting), threads=torch.get_num_threads(),
     )
     return out
 
@@ -124,7 +129,8 @@ def dense_gemm(x: Tensor, qweight: Tensor, meta: Tensor, bits: int, n: int, grou
     x = x.contiguous()
     out = x.new_empty(tokens, n)
     core().lowbit_gemm_cpu(
-        x.data_ptr(), qweight.data_ptr(), meta.data_ptr(), out.data_ptr(), tokens, k, n, bits, group_size,
-        TYPES[x.dtype], ACTIVATIONS.index(_setting), torch.get_num_threads(),
+        x=x.data_ptr(), qweight=qweight.data_ptr(), meta=meta.data_ptr(), out=out.data_ptr(), tokens=tokens, k=k, n=n,
+        bits=bits, group_size=group_size, type=TYPES[x.dtype], precision=ACTIVATIONS.index(_setting),
+        threads=torch.get_num_threads(),
     )
     return out

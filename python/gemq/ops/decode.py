@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch import Tensor
 from gemq import format as fmt
 from gemq._core import core
 from gemq.ops import checks, cpu
+from gemq.ops.packed_stack import PackedStack
 
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 MAX_ROWS = 16
 GROUP_SCORES = (None, "largest", "two_largest")
 
@@ -152,16 +153,21 @@ class DecodeProgram:
     def _matrix(self, m: Matrix, k: int):
         bias = self._floats("bias", m.bias, m.n)
         if m.bits == 0:
-            at = self._address("weight", m.weight, shape=(m.n, k))
-            return core().MatrixAddress(at, 0, 0, 0, cpu.TYPES[m.weight.dtype], m.n, bias, m.out)
+            weight = cast(Tensor, m.weight)
+            at = self._address("weight", weight, shape=(m.n, k))
+            return core().matrix_address(
+                weights=at, meta=0, bits=0, group_size=0, type=cpu.TYPES[weight.dtype], n=m.n, bias=bias, out=m.out
+            )
         codes, meta = m.weight
         fmt.check_bits(m.bits)
         fmt.check_group_size(m.group_size, k)
-        addresses = self._address("codes", codes, torch.uint8), self._address("meta", meta, torch.float16)
+        at, meta_at = self._address("codes", codes, torch.uint8), self._address("meta", meta, torch.float16)
         what = f"{m.n} x {k} at {m.bits} bits"
         checks.size_at_least("codes", codes, fmt.codes_bytes(m.n, k, m.bits, "cpu_tile"), what)
         checks.size_at_least("meta", meta, fmt.meta_elements(m.n, k, m.bits, m.group_size, "cpu_tile"), what)
-        return core().MatrixAddress(*addresses, m.bits, m.group_size, 0, m.n, bias, m.out)
+        return core().matrix_address(
+            weights=at, meta=meta_at, bits=m.bits, group_size=m.group_size, type=0, n=m.n, bias=bias, out=m.out
+        )
 
     def attend(self, a: Attention) -> None:
         """Apply norms and rotation, write the new entries to the cache, and run attention."""
@@ -169,7 +175,7 @@ class DecodeProgram:
         if len(shape) != 4 or shape[0] != self.batch:
             raise ValueError(f"keys must be [{self.batch}, groups, slots, dim], got {list(shape)}")
         positions, rotary = a.cosines.shape
-        self._program.attend(core().AttentionAddress(
+        self._program.attend(core().attention_address(
             query=a.query, key=a.key, value=a.value, out=a.out, heads=a.heads, groups=shape[1], dim=shape[3],
             rotary=rotary, cosines=self._address("cosines", a.cosines, torch.float32),
             sines=self._address("sines", a.sines, torch.float32, (positions, rotary)), positions=positions,
@@ -184,7 +190,7 @@ class DecodeProgram:
         heads, rank, nope = a.into.shape
         slots, rope = a.ropes.shape[2:]
         v_dim, positions = a.from_.shape[1], a.cosines.shape[0]
-        self._program.attend_latent(core().LatentAddress(
+        self._program.attend_latent(core().latent_address(
             query=a.query, latent=a.latent, out=a.out, heads=heads, nope=nope, rope=rope, rank=rank, v_dim=v_dim,
             into=self._address("into", a.into),
             from_=self._address("from_", a.from_, a.into.dtype, (heads, v_dim, rank)),
@@ -197,20 +203,22 @@ class DecodeProgram:
         ))
 
     def experts(
-        self, logits: int, x: int, out: int, routing: Routing, gate_up: Stack, down: Stack, intermediate: int,
-        group_size: int, down_group_size: int,
+        self, logits: int, x: int, out: int, routing: Routing, gate_up: PackedStack, down: PackedStack
     ) -> None:
         """Add to ``out`` the outputs for ``x`` of the experts chosen by ``logits [batch, E]``. The stacks are as in
         :func:`gemq.ops.moe_lowbit_ffn`, in the layout ``cpu_tile``."""
-        count = gate_up[2].numel()
-        self._held += [*gate_up, *down]
-        self._program.experts(core().ExpertsAddress(
+        for name, stack in (("gate_up", gate_up), ("down", down)):
+            if stack.layout != "cpu_tile":
+                raise ValueError(f"{name} must be in cpu_tile, got {stack.layout}")
+            self._held += stack.tensors
+        self._program.experts(core().experts_address(
             logits=logits, x=x, out=out, top_k=routing.top_k, sigmoid=routing.scoring == "sigmoid",
             normalize=routing.normalize, epsilon=routing.epsilon, scale=routing.scale,
-            bias=self._floats("bias", routing.bias, count), group_score=GROUP_SCORES.index(routing.group_score),
-            groups=routing.groups, kept_groups=routing.kept_groups, gate_up=cpu.address(gate_up),
-            down=cpu.address(down), experts=count, intermediate=intermediate, group_size=group_size,
-            down_group_size=down_group_size,
+            bias=self._floats("bias", routing.bias, gate_up.experts),
+            group_score=GROUP_SCORES.index(routing.group_score), groups=routing.groups,
+            kept_groups=routing.kept_groups, gate_up=cpu.address(gate_up.tensors), down=cpu.address(down.tensors),
+            experts=gate_up.experts, intermediate=down.k, group_size=gate_up.group_size,
+            down_group_size=down.group_size,
         ))
 
     def run(self, tokens: Tensor, positions: Tensor, starts: Tensor, slot: int) -> None:

@@ -39,8 +39,10 @@ def gptq_group(
     meta = torch.empty(matrices, n, 2, dtype=torch.float16, device=block.device)
     errors = torch.empty_like(block)
     core().gptq_group(
-        checks.device_code("block", block), *(t.data_ptr() for t in (block, factor, bits, codes, meta, errors)),
-        matrices, n, group, CLIPS.index(clip), propagate_from, torch.get_num_threads(), checks.stream(block),
+        device=checks.device_code("block", block), block=block.data_ptr(), factor=factor.data_ptr(),
+        bits=bits.data_ptr(), codes=codes.data_ptr(), meta=meta.data_ptr(), errors=errors.data_ptr(),
+        matrices=matrices, n=n, group=group, clip=CLIPS.index(clip), propagate_from=propagate_from,
+        threads=torch.get_num_threads(), stream=checks.stream(block),
     )
     return codes, meta, errors
 
@@ -69,9 +71,9 @@ def descend_codes(products: Tensor, hessian: Tensor, codes: Tensor, meta: Tensor
     bits, meta = bits.to(torch.int32).contiguous(), meta.to(torch.float16).contiguous()
     found = codes.to(torch.uint8).clone(memory_format=torch.contiguous_format)
     core().descend_codes(
-        checks.device_code("products", products),
-        *(t.data_ptr() for t in (products, hessian, bits, meta, found)), matrices, n, group, torch.get_num_threads(),
-        checks.stream(products),
+        device=checks.device_code("products", products), products=products.data_ptr(), hessian=hessian.data_ptr(),
+        bits=bits.data_ptr(), meta=meta.data_ptr(), codes=found.data_ptr(), matrices=matrices, n=n, group=group,
+        threads=torch.get_num_threads(), stream=checks.stream(products),
     )
     return found
 

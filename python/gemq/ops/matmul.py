@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from gemq import format as fmt
 from gemq.ops import backends, batching, checks, cpu
-
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from gemq.ops.packed_stack import PackedStack, Stack
 
 
 @torch.library.custom_op("gemq::moe_lowbit_gemm", mutates_args=())
@@ -184,12 +185,23 @@ def _check_routing(x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> 
             raise ValueError(f"topk_weights {list(topk_weights.shape)} must match topk_ids {list(topk_ids.shape)}")
 
 
+@overload
+def moe_lowbit_gemm(x: Tensor, stack: PackedStack, topk_ids: Tensor, topk_weights: Tensor | None = None) -> Tensor: ...
+
+
+@overload
 def moe_lowbit_gemm(
     x: Tensor, qweight: Tensor, meta: Tensor, expert_bits: Tensor, expert_offsets: Tensor, meta_offsets: Tensor,
     topk_ids: Tensor, topk_weights: Tensor | None = None, *, n: int, group_size: int = 128,
     layout: str = "canonical",
-) -> Tensor:
+) -> Tensor: ...
+
+
+def moe_lowbit_gemm(x, *arguments, **named):
     """Each token times the packed matrices of its experts, all widths in one call.
+
+    Called ``moe_lowbit_gemm(x, stack, topk_ids, topk_weights)`` with a :class:`PackedStack`, or with what one holds:
+    ``moe_lowbit_gemm(x, qweight, meta, expert_bits, expert_offsets, meta_offsets, topk_ids, topk_weights, n=n, ...)``.
 
     Args:
         x: ``[T, k]``, or ``[T, top_k, k]`` with one row per slot (a down projection); float32, float16, bfloat16.
@@ -203,6 +215,7 @@ def moe_lowbit_gemm(
         n: output features of every expert.
         group_size: columns that share one ``(s, m)``: 32, 64 or 128.
         layout: ``canonical``, ``cpu_tile`` or ``gpu_tile``; see :mod:`gemq.ops`.
+        stack: these tensors, sizes and the layout as one.
 
     Returns:
         ``[T, top_k, n]``, or the weighted sum ``[T, n]`` when ``topk_weights`` is given; in the dtype of ``x``.
@@ -213,6 +226,28 @@ def moe_lowbit_gemm(
             a width above 8 or an offset that leads out of the buffers. On CUDA the tables are trusted, as reading
             them would wait for the device.
     """
+    if "stack" in named or (arguments and isinstance(arguments[0], PackedStack)):
+        return _gemm_of_stack(x, *arguments, **named)
+    return _gemm_of_tensors(x, *arguments, **named)
+
+
+def _gemm_of_stack(x: Tensor, stack: PackedStack, topk_ids: Tensor, topk_weights: Tensor | None = None) -> Tensor:
+    _check_columns("x", x, "stack", stack.k)
+    return _gemm_of_tensors(
+        x, *stack.tensors, topk_ids, topk_weights, n=stack.n, group_size=stack.group_size, layout=stack.layout
+    )
+
+
+def _check_columns(name: str, x: Tensor, stack: str, k: int) -> None:
+    if isinstance(x, Tensor) and x.dim() and x.shape[-1] != k:
+        raise ValueError(f"{name} has {x.shape[-1]} columns, {stack} {k}")
+
+
+def _gemm_of_tensors(
+    x: Tensor, qweight: Tensor, meta: Tensor, expert_bits: Tensor, expert_offsets: Tensor, meta_offsets: Tensor,
+    topk_ids: Tensor, topk_weights: Tensor | None = None, *, n: int, group_size: int = 128,
+    layout: str = "canonical",
+) -> Tensor:
     checks.tensor("x", x, dtype=checks.FLOATS, dim=(2, 3), contiguous=False)
     _check_routing(x, topk_ids, topk_weights)
     if x.dim() == 3 and x.shape[1] != topk_ids.shape[1]:
@@ -225,22 +260,56 @@ def moe_lowbit_gemm(
     return _moe_gemm(x.contiguous(), *stack, topk_ids, topk_weights, n, group_size, layout)
 
 
+def _block_of_stacks(
+    x: Tensor, gate_up: PackedStack, down: PackedStack, given: dict[str, int | str | None]
+) -> tuple[Stack, Stack, int, int, int, str]:
+    """``(gate_up, down, intermediate, group_size, down_group_size, layout)`` as the flat form has them."""
+    for name, stack in (("gate_up", gate_up), ("down", down)):
+        if not isinstance(stack, PackedStack):
+            raise TypeError(f"{name} must be a PackedStack as the other stack is, got {type(stack).__name__}")
+    _check_columns("x", x, "gate_up", gate_up.k)
+    if (gate_up.n, gate_up.k) != (2 * down.k, down.n):
+        raise ValueError(f"gate_up {gate_up.n} x {gate_up.k} and down {down.n} x {down.k} are of no one block")
+    if gate_up.layout != down.layout:
+        raise ValueError(f"gate_up is in {gate_up.layout}, down in {down.layout}")
+    held = {
+        "intermediate": down.k, "group_size": gate_up.group_size, "down_group_size": down.group_size,
+        "layout": gate_up.layout,
+    }
+    for name, value in given.items():
+        if value is not None and value != held[name]:
+            raise ValueError(f"{name}={value} was given, but the stacks say {held[name]}")
+    return gate_up.tensors, down.tensors, down.k, gate_up.group_size, down.group_size, gate_up.layout
+
+
+@overload
+def moe_lowbit_ffn(
+    x: Tensor, gate_up: PackedStack, down: PackedStack, topk_ids: Tensor, topk_weights: Tensor
+) -> Tensor: ...
+
+
+@overload
 def moe_lowbit_ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, *, intermediate: int,
     group_size: int = 128, down_group_size: int | None = None, layout: str = "canonical",
-) -> Tensor:
+) -> Tensor: ...
+
+
+def moe_lowbit_ffn(
+    x, gate_up, down, topk_ids, topk_weights, *, intermediate=None, group_size=None, down_group_size=None, layout=None
+):
     """The whole expert block: ``sum_j w_j * down_j(SiLU(gate_j(x)) * up_j(x))``.
 
     Args:
         x: ``[T, hidden]``; float32, float16 or bfloat16.
-        gate_up: ``(qweight, meta, expert_bits, expert_offsets, meta_offsets)`` as in :func:`moe_lowbit_gemm`, each
-            expert ``2 * intermediate`` x ``hidden`` with the gate rows first.
+        gate_up: a :class:`PackedStack`, each expert ``2 * intermediate`` x ``hidden`` with the gate rows first; or its
+            five tensors ``(qweight, meta, expert_bits, expert_offsets, meta_offsets)``.
         down: the same for ``hidden`` x ``intermediate``.
         topk_ids: int32 or int64 ``[T, top_k]``; ids below 0 or at least ``E`` contribute zero.
         topk_weights: ``[T, top_k]``.
-        intermediate: the experts' inner width.
-        group_size: of ``gate_up``; ``down_group_size`` (default the same) of ``down``.
-        layout: of both stacks.
+        intermediate: the experts' inner width; like what follows, for stacks given as five tensors.
+        group_size: of ``gate_up`` (default 128); ``down_group_size`` (default the same) of ``down``.
+        layout: of both stacks (default ``canonical``).
 
     Returns:
         ``[T, hidden]`` in the dtype of ``x``. Differentiable with respect to ``x`` and ``topk_weights``.
@@ -252,6 +321,15 @@ def moe_lowbit_ffn(
     if topk_weights is None:
         raise TypeError("topk_weights must be a tensor, got None")
     _check_routing(x, topk_ids, topk_weights)
+    if isinstance(gate_up, PackedStack) or isinstance(down, PackedStack):
+        given = {
+            "intermediate": intermediate, "group_size": group_size, "down_group_size": down_group_size, "layout": layout
+        }
+        gate_up, down, intermediate, group_size, down_group_size, layout = _block_of_stacks(x, gate_up, down, given)
+    else:
+        if intermediate is None:
+            raise TypeError("moe_lowbit_ffn() needs intermediate with stacks of five tensors")
+        group_size, layout = group_size or 128, layout or "canonical"
     down_group_size = down_group_size or group_size
     _check_stack("gate_up", gate_up, 2 * intermediate, x.shape[-1], group_size, layout, x.device)
     _check_stack("down", down, x.shape[-1], intermediate, down_group_size, layout, x.device)

@@ -19,8 +19,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     out = codes.new_empty(rows, fmt.row_bytes(k, bits))
     if out.numel():
         core().pack(
-            checks.device_code("codes", codes), codes.data_ptr(), out.data_ptr(), rows, k, bits,
-            torch.get_num_threads(), checks.stream(codes),
+            device=checks.device_code("codes", codes), src=codes.data_ptr(), dst=out.data_ptr(), rows=rows, k=k,
+            bits=bits, threads=torch.get_num_threads(), stream=checks.stream(codes),
         )
     return out
 
@@ -46,8 +46,8 @@ def _unpack(packed: Tensor, bits: int, k: int) -> Tensor:
     out = packed.new_empty(packed.shape[0], k)
     if out.numel():
         core().unpack(
-            checks.device_code("packed", packed), packed.data_ptr(), out.data_ptr(), packed.shape[0], k, bits,
-            torch.get_num_threads(), checks.stream(packed),
+            device=checks.device_code("packed", packed), src=packed.data_ptr(), dst=out.data_ptr(),
+            rows=packed.shape[0], k=k, bits=bits, threads=torch.get_num_threads(), stream=checks.stream(packed),
         )
     return out
 
@@ -81,8 +81,9 @@ def _dequantize(packed: Tensor, meta: Tensor, bits: int, k: int, group_size: int
     out = torch.empty(packed.shape[0], k, dtype=dtype, device=packed.device)
     if out.numel():
         core().dequantize(
-            checks.device_code("packed", packed), packed.data_ptr(), meta.data_ptr(), out.data_ptr(),
-            packed.shape[0], k, bits, group_size, _OUT_DTYPES[dtype], torch.get_num_threads(), checks.stream(packed),
+            device=checks.device_code("packed", packed), src=packed.data_ptr(), meta=meta.data_ptr(),
+            dst=out.data_ptr(), rows=packed.shape[0], k=k, bits=bits, group_size=group_size,
+            out_dtype=_OUT_DTYPES[dtype], threads=torch.get_num_threads(), stream=checks.stream(packed),
         )
     return out
 
@@ -122,9 +123,10 @@ def _repack(
     out_meta = meta.new_empty(fmt.meta_elements(n, k, bits, group_size, target))
     if out.numel():
         core().repack(
-            checks.device_code("codes", codes), codes.data_ptr(), meta.data_ptr(), out.data_ptr(),
-            out_meta.data_ptr(), n, k, bits, group_size, _LAYOUT_CODES[layout], inverse, torch.get_num_threads(),
-            checks.stream(codes),
+            device=checks.device_code("codes", codes), src_codes=codes.data_ptr(), src_meta=meta.data_ptr(),
+            dst_codes=out.data_ptr(), dst_meta=out_meta.data_ptr(), n=n, k=k, bits=bits, group_size=group_size,
+            layout=_LAYOUT_CODES[layout], inverse=inverse, threads=torch.get_num_threads(),
+            stream=checks.stream(codes),
         )
     return out, out_meta
 

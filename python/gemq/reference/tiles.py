@@ -17,8 +17,8 @@ def _pad_rows(x: Tensor, block: int) -> Tensor:
 def _cpu_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     """Codes ``[n, k]`` to the bytes of ``cpu_tile``."""
     codes = _pad_rows(codes, fmt.CPU_ROWS)
-    n, k = codes.shape
-    groups = codes.reshape(n // 16, 16, k // group_size, group_size).permute(0, 2, 1, 3)
+    k = codes.shape[1]
+    groups = codes.reshape(-1, fmt.CPU_ROWS, k // group_size, group_size).permute(0, 2, 1, 3)
     planes = []
     for width, shift in fmt.cpu_planes(bits):
         part = (groups >> shift) & ((1 << width) - 1)
@@ -33,15 +33,15 @@ def _cpu_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
 def _cpu_codes_inverse(tile: Tensor, bits: int, n: int, k: int, group_size: int) -> Tensor:
     blocks = -(-n // fmt.CPU_ROWS)
     tile = tile.reshape(blocks, k // group_size, -1)
-    codes = torch.zeros(blocks, k // group_size, 16, group_size, dtype=torch.uint8)
+    codes = torch.zeros(blocks, k // group_size, fmt.CPU_ROWS, group_size, dtype=torch.uint8)
     at = 0
     for width, shift in fmt.cpu_planes(bits):
-        size = 16 * group_size * width // 8
-        part = tile[..., at : at + size].reshape(blocks, k // group_size, -1, 16, 4)
+        size = fmt.CPU_ROWS * group_size * width // 8
+        part = tile[..., at : at + size].reshape(blocks, k // group_size, -1, fmt.CPU_ROWS, 4)
         at += size
         fields = torch.stack([(part >> (width * f)) & ((1 << width) - 1) for f in range(8 // width)], -1)
         codes |= fields.permute(0, 1, 3, 2, 5, 4).flatten(3) << shift
-    return codes.permute(0, 2, 1, 3).reshape(blocks * 16, k)[:n]
+    return codes.permute(0, 2, 1, 3).reshape(-1, k)[:n]
 
 
 def _gpu_fields(bits: int) -> list[list[tuple[int, int, int]]]:
@@ -61,8 +61,8 @@ def _gpu_codes(codes: Tensor, bits: int) -> Tensor:
     kw, (spans, span) = fmt.gpu_kw(k, bits), fmt.gpu_spans(k, bits)
     codes = torch.nn.functional.pad(_pad_rows(codes, fmt.GPU_ROWS), (0, spans * span - k)).to(torch.int64)
     # [tile, row, span, field, i, half] -> [tile, span, field, row, i, half]
-    codes = codes.reshape(-1, 64, spans, fmt.GPU_FIELDS[bits], kw, 2).permute(0, 2, 3, 1, 4, 5)
-    words = torch.zeros(codes.shape[0], spans, fmt.GPU_WORDS[bits], 64, kw, dtype=torch.int64)
+    codes = codes.reshape(-1, fmt.GPU_ROWS, spans, fmt.GPU_FIELDS[bits], kw, 2).permute(0, 2, 3, 1, 4, 5)
+    words = torch.zeros(codes.shape[0], spans, fmt.GPU_WORDS[bits], fmt.GPU_ROWS, kw, dtype=torch.int64)
     for field, pieces in enumerate(_gpu_fields(bits)):
         for word, bit, code_bit in pieces:
             for half in (0, 1):
@@ -74,8 +74,9 @@ def _gpu_codes(codes: Tensor, bits: int) -> Tensor:
 def _gpu_codes_inverse(tile: Tensor, bits: int, n: int, k: int) -> Tensor:
     bits = fmt.gpu_bits(bits)
     kw, (spans, span) = fmt.gpu_kw(k, bits), fmt.gpu_spans(k, bits)
-    words = tile.clone().view(torch.int32).to(torch.int64).reshape(-1, spans, fmt.GPU_WORDS[bits], 64, kw)
-    codes = torch.zeros(words.shape[0], spans, fmt.GPU_FIELDS[bits], 64, kw, 2, dtype=torch.int64)
+    words = tile.clone().view(torch.int32).to(torch.int64)
+    words = words.reshape(-1, spans, fmt.GPU_WORDS[bits], fmt.GPU_ROWS, kw)
+    codes = torch.zeros(words.shape[0], spans, fmt.GPU_FIELDS[bits], fmt.GPU_ROWS, kw, 2, dtype=torch.int64)
     for field, pieces in enumerate(_gpu_fields(bits)):
         for word, bit, code_bit in pieces:
             for half in (0, 1):
@@ -98,10 +99,10 @@ def to_layout(
     if layout == "cpu_tile":
         padded = _pad_rows(meta, fmt.CPU_ROWS)
         # [block, row, group, 2] -> [block, group, 2, row]
-        tiled = padded.reshape(-1, 16, k // group_size, 2).permute(0, 2, 3, 1).flatten()
+        tiled = padded.reshape(-1, fmt.CPU_ROWS, k // group_size, 2).permute(0, 2, 3, 1).flatten()
         return _cpu_codes(codes, bits, group_size), tiled
     padded = _pad_rows(meta, fmt.GPU_ROWS)
-    tiled = padded.reshape(-1, 64, k // group_size, 2).permute(0, 2, 1, 3).flatten()
+    tiled = padded.reshape(-1, fmt.GPU_ROWS, k // group_size, 2).permute(0, 2, 1, 3).flatten()
     return _gpu_codes(codes, bits), tiled
 
 
@@ -116,6 +117,8 @@ def from_layout(
         return codes.reshape(n, -1), meta.reshape(n, groups, 2)
     if layout == "cpu_tile":
         plain = _cpu_codes_inverse(codes, bits, n, k, group_size)
-        return pack(plain, bits), meta.reshape(-1, groups, 2, 16).permute(0, 3, 1, 2).reshape(-1, groups, 2)[:n]
+        rows = meta.reshape(-1, groups, 2, fmt.CPU_ROWS).permute(0, 3, 1, 2)
+        return pack(plain, bits), rows.reshape(-1, groups, 2)[:n]
     plain = _gpu_codes_inverse(codes, bits, n, k)
-    return pack(plain, bits), meta.reshape(-1, groups, 64, 2).permute(0, 2, 1, 3).reshape(-1, groups, 2)[:n]
+    rows = meta.reshape(-1, groups, fmt.GPU_ROWS, 2).permute(0, 2, 1, 3)
+    return pack(plain, bits), rows.reshape(-1, groups, 2)[:n]

@@ -1,4 +1,4 @@
-#include "decode/row_operations.h"
+#include "decode/embed_norm_silu.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,4 +1,4 @@
-"""Choose launch parameters: those measured for the device and shape (:mod:`.tables`) over ``tuned/default.json``.
+"""Choose launch parameters: those measured for device and shape (:mod:`.launch_tables`) over ``tuned/default.json``.
 
 ``decode.columns`` are ``[up to so many tokens, token columns]``, ``warps`` are ``[up to so many programs, warps of
 each]``; ``programs`` is how many programs a decode launch should have at least: K is split until it does. ``prefill``
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import tables
-from .tables import DEFAULT, table_name
+from . import launch_tables
+from .launch_tables import DEFAULT, table_name
+from .layout import LARGEST_SPAN, ROWS
 
 __all__ = [
     "DEFAULT", "Launch", "Prefill", "decode_launch", "fragment_run", "is_decode", "prefill_launch", "table",
@@ -35,7 +36,7 @@ class Launch:
 
 def table(device_name: str) -> dict:
     """Parameters that depend on no shape, of a device or the default ones."""
-    return tables.sections(device_name)
+    return launch_tables.sections(device_name)
 
 
 def _up_to(entries: list, amount: float) -> int:
@@ -56,17 +57,17 @@ def decode_launch(
     """Choose the launch of ``kind`` ``gemm`` or ``ffn``. An ``ffn`` program has ``tiles`` tiles of gate and of up, and
     K is never split for it. ``n`` is the number of rows that the grid covers."""
     entry = table(device_name)["decode"]
-    programs = -(-n // (64 * tiles)) * min(tokens * top_k, experts)
+    programs = -(-n // (ROWS * tiles)) * min(tokens * top_k, experts)
     default = entry[kind] | {
         "columns": _up_to(entry["columns"], tokens), "warps": _up_to(entry[kind]["warps"], programs),
     }  # fmt: skip
-    config = tables.parameters(device_name, f"decode.{kind}", (n, k, experts, top_k), tokens, default)
+    config = launch_tables.parameters(device_name, f"decode.{kind}", (n, k, experts, top_k), tokens, default)
     columns, warps = config["columns"], config["warps"]
     splits = 1
     if kind == "gemm":
         wanted = -(-config["programs"] // max(programs, 1))
         # each warp of a split should find at least one of the widest spans
-        splits = max(1, min(wanted, k // (512 * warps), 16))
+        splits = max(1, min(wanted, k // (LARGEST_SPAN * warps), 16))
     else:
         warps = max(warps, 2 * tiles)
     return Launch(columns, warps, splits, config["ahead"], config.get("registers"), config.get("pdl", False))
@@ -95,19 +96,19 @@ def prefill_launch(device_name: str, tokens: int, experts: int, top_k: int, n: i
     entries = table(device_name)["prefill"]
     last = len(entries) - 1
     line = next((i for i, e in enumerate(entries) if e["tokens"] is None or average <= e["tokens"]), last)
-    found = tables.parameters(device_name, "prefill", (n, k, experts, top_k), average, {"line": line})
+    found = launch_tables.parameters(device_name, "prefill", (n, k, experts, top_k), average, {"line": line})
     chosen = entries[min(found["line"], last)]
     return Prefill(**{name: value for name, value in chosen.items() if name != "tokens"})
 
 
 def threads_first(triton_version: str) -> bool:
-    """``THREADS_FIRST`` of :mod:`.unpack`, found by compiling: the wrong one shows as shared-memory round trips."""
+    """``THREADS_FIRST`` of :mod:`.prefill_unpack`, found by compiling: a wrong one goes through shared memory."""
     major, minor = (int(part) for part in triton_version.split(".")[:2])
     return (major, minor) <= (3, 6)
 
 
 def fragment_run(triton_version: str) -> int:
-    """``RUN`` of :mod:`.body`: int32 of a row that the compiler's tensor-core operands keep together.
+    """``RUN`` of :mod:`.decode_tile`: int32 of a row that the compiler's tensor-core operands keep together.
 
     Found by compiling (benchmarks/sass_report.py): the wrong one shows as shuffles in the loop.
     """

@@ -3,52 +3,64 @@ ones."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .prefill import gated, grouped_order
-from .token_rows import leading_exponent, power_of_two
-from .unpack import half_weights, repeats, threads, trip_words
+from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
+from .prefill_packed import gated, grouped_order
+from .prefill_rows import leading_exponent, power_of_two
+from .prefill_unpack import Span, half_weights, repeats, threads, trip_words
+from .widths import at_width
+
+
+class Target(NamedTuple):
+    """Run-time values of unpacking one span of a tile; ``row`` and ``lane`` say which row each thread loads."""
+
+    codes: tl.tensor
+    meta: tl.tensor
+    # float16 rows, stride apart
+    out: tl.tensor
+    stride: tl.tensor
+    tile: tl.tensor
+    span: tl.tensor
+    row: tl.tensor
+    lane: tl.tensor
+    k: tl.tensor
 
 
 @triton.jit
-def _unpack_tile(
-    codes, meta, out, tile, at_span, row, lane, k, stride, BITS: tl.constexpr, KW: tl.constexpr,
-    GROUP: tl.constexpr, FAST: tl.constexpr,
-):
-    """A tile's span: every lane writes its 8 columns of a half as 16 bytes."""
-    FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
-    NWORDS: tl.constexpr = 3 if BITS == 3 else (2 if BITS == 8 else 1)
-    STEPS: tl.constexpr = FIELDS * KW // 32
-    spans = tl.cdiv(k, 64 * STEPS)
-    groups = k // GROUP
-    if at_span < spans:
-        words = codes + (tile * spans + at_span) * (NWORDS * 64 * KW) + row * KW + lane % (KW // 4) * 4
-        words = words + tl.arange(0, 4)[None, None, :]
-        pairs = meta + tile * (groups * 64) + row
+def _unpack_tile(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
+    """Unpack a :class:`Target`: every lane writes its 8 columns of a half as 16 bytes. Returns 0."""
+    STEPS: tl.constexpr = span_columns(BITS, KW) // STEP
+    spans = tl.cdiv(work.k, STEP * STEPS)
+    groups = work.k // HOW.group
+    if work.span < spans:
+        words = work.codes + (work.tile * spans + work.span) * span_words(BITS, KW) + work.row * KW
+        words = words + work.lane % (KW // 4) * 4 + tl.arange(0, 4)[None, None, :]
+        pairs = work.meta + work.tile * (groups * TILE_ROWS) + work.row
         w0, w1, w2 = trip_words(words, 0, BITS, KW, STEPS, STEPS)
-        row_at = (tile * 64 + row).to(tl.int64) * stride
+        span = Span(w0, w1, w2, words, 0, work.lane // 2, pairs, groups - 1)
+        row_at = (work.tile * TILE_ROWS + work.row).to(tl.int64) * work.stride
         for half in tl.static_range(2 * STEPS):
-            column = at_span * (64 * STEPS) + 32 * half
-            f = half_weights(
-                w0, w1, w2, words, 0, lane // 2, pairs, column // GROUP, groups - 1, half, BITS, KW, True, FAST
-            )
+            column = work.span * (STEP * STEPS) + HALF_STEP * half
+            f = half_weights(span, column // HOW.group, half, BITS, KW, True, HOW.fast)
             f = tl.reshape(f, (f.shape[0], f.shape[1], 8))
-            at = column + lane * 8 + tl.arange(0, 8)[None, None, :]
-            tl.store(out + row_at + at, f, (row >= 0) & (at < stride))
+            at = column + work.lane * 8 + tl.arange(0, 8)[None, None, :]
+            tl.store(work.out + row_at + at, f, (work.row >= 0) & (at < work.stride))
+    return 0
 
 
 @triton.jit
 def dequantize_kernel(
     codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, counts_ptr, out_ptr, first, n_padded, k, stride,
-    KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr, KW4: tl.constexpr, KW8: tl.constexpr,
-    GROUP: tl.constexpr, FAST: tl.constexpr, THREADS_FIRST: tl.constexpr, ONLY: tl.constexpr = -1,
+    HOW: tl.constexpr,
 ):
     """``out [programs on axis 2, n_padded, stride]``: float16 weights of the experts from ``first`` that have tokens.
 
-    Grid ``(spans of the narrowest width, tiles, experts)``, 4 warps.
+    Grid ``(spans of the narrowest width, tiles, experts)``; ``HOW`` is a :class:`.widths.Unpacking`.
     """
-    tile = tl.program_id(1)
     slot = tl.program_id(2)
     expert = first + slot
     if tl.load(counts_ptr + expert) == 0:
@@ -57,20 +69,13 @@ def dequantize_kernel(
     codes = codes_ptr + tl.multiple_of(tl.load(offsets_ptr + expert) // 4, 16)
     meta = meta_ptr + tl.multiple_of(tl.load(meta_offsets_ptr + expert) // 2, 16)
     out = out_ptr + slot.to(tl.int64) * n_padded * stride
-    at_span = tl.program_id(0)
-    thread = tl.arange(0, 128)
-    lane = threads(thread % 4, THREADS_FIRST)
-    row = threads(thread // 4, THREADS_FIRST) + repeats(2, THREADS_FIRST) * 32
-    if bits == 1 and (ONLY == -1 or ONLY == 1):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 1, KW1, GROUP, FAST)
-    if bits == 2 and (ONLY == -1 or ONLY == 2):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 2, KW2, GROUP, FAST)
-    if bits == 3 and (ONLY == -1 or ONLY == 3):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 3, KW3, GROUP, FAST)
-    if bits == 4 and (ONLY == -1 or ONLY == 4):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 4, KW4, GROUP, FAST)
-    if bits > 4 and (ONLY == -1 or ONLY == 8):
-        _unpack_tile(codes, meta, out, tile, at_span, row, lane, k, stride, 8, KW8, GROUP, FAST)
+    thread = tl.arange(0, WARP * HOW.warps)
+    # rows that the warps load at once, of those of a tile
+    AT_ONCE: tl.constexpr = ROW_LANES * HOW.warps
+    row = threads(thread // K_LANES, HOW.threads_first) + repeats(TILE_ROWS // AT_ONCE, HOW.threads_first) * AT_ONCE
+    lane = threads(thread % K_LANES, HOW.threads_first)
+    work = Target(codes, meta, out, stride, tl.program_id(1), tl.program_id(0), row, lane, k)
+    at_width(_unpack_tile, bits, 0, work, HOW)
 
 
 @triton.jit
@@ -79,7 +84,7 @@ def grouped_kernel(
     blocks, row_pairs, n, n_padded, k, k_padded, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """prefill.packed_kernel on ``weights [until - first, n_padded, stride]`` of the experts ``first`` to ``until``.
+    """Multiply as the packed kernel does by ``weights [until - first, n_padded, stride]``, of experts from ``first``.
 
     Blocks of other experts are left alone; the call with the last experts writes the zeros of invalid ids.
     """
@@ -96,21 +101,22 @@ def grouped_kernel(
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
     source = (tl.where(pair < 0, tl.load(block_pairs), pair) // row_pairs).to(tl.int64)
-    x = x_ptr + (source * k_padded)[:, None] + tl.arange(0, 64)[None, :]
+    x = x_ptr + (source * k_padded)[:, None] + tl.arange(0, STEP)[None, :]
     r = tl.arange(0, ROWS)
     if PARTS == 2:
         # gate and up rows in turns of 8, so that a thread has both
-        row = tl.minimum(at_tile * OUTPUTS + r // 16 * 8 + r % 8, n - 1) + r // 8 % 2 * n
+        row = at_tile * OUTPUTS + r // (2 * ROW_LANES) * ROW_LANES + r % ROW_LANES
+        row = tl.minimum(row, n - 1) + r // ROW_LANES % 2 * n
     else:
         row = tl.minimum(at_tile * OUTPUTS + r, n - 1)
     slot = tl.maximum(tl.minimum(expert, until - 1) - first, 0).to(tl.int64)
-    w = weights_ptr + slot * n_padded * stride + (row.to(tl.int64) * stride)[None, :] + tl.arange(0, 64)[:, None]
+    w = weights_ptr + slot * n_padded * stride + (row.to(tl.int64) * stride)[None, :] + tl.arange(0, STEP)[:, None]
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
-    steps = tl.cdiv(k, 64)
+    steps = tl.cdiv(k, STEP)
     if bits == 0:
         steps = 0
     for step in tl.range(0, steps, num_stages=STAGES):
-        acc = tl.dot(tl.load(x + step * 64), tl.load(w + step * 64), acc)
+        acc = tl.dot(tl.load(x + step * STEP), tl.load(w + step * STEP), acc)
     acc = acc * tl.load(inverse_ptr + source)[:, None]
     acc = tl.where(bits == 0, 0.0, acc)
 
@@ -118,7 +124,7 @@ def grouped_kernel(
     at = pair.to(tl.int64)[:, None] * n + out_row[None, :]
     inside = (pair[:, None] >= 0) & (out_row[None, :] < n)
     if PARTS == 2:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (COLUMNS, ROWS // 16, 2, 8)), (0, 1, 3, 2)))
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (COLUMNS, ROWS // (2 * ROW_LANES), 2, ROW_LANES)), (0, 1, 3, 2)))
         result = tl.reshape(gated(gate, up), (COLUMNS, OUTPUTS))
         exponent = leading_exponent(tl.max(result.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
         tl.store(exponent_ptr + pair.to(tl.int64) * tl.cdiv(n, OUTPUTS) + at_tile, exponent, pair >= 0)

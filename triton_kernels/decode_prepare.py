@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import WIDTHS, padded_columns, words_along_k
-from .routing import MOST_PAIRS, block_count, route_by_sorting, route_pairs
+from .blocks import block_count
+from .blocks_by_counting import MOST_PAIRS, route_by_sorting, route_pairs
+from .layout import LARGEST_SPAN, WIDTH_OF, WIDTHS, all_words_along_k, fields, padded_columns
 
-CHUNK = 512
+# columns that a program normalises: a row's padded columns are whole chunks
+CHUNK = LARGEST_SPAN
 # columns of zeros that may follow k: up to a whole span, and the span that idle warps read
-TAIL = 1024
+TAIL = 2 * LARGEST_SPAN
 
 
 @triton.jit
@@ -40,11 +42,10 @@ def exponent_of_largest(value, AXIS: tl.constexpr):
 
 @triton.jit
 def position(k, KW: tl.constexpr, BITS: tl.constexpr):
-    """The bit at which MODE 2 leaves the field of column ``k``; see body._field."""
-    FIELDS: tl.constexpr = 4 if BITS == 4 or BITS == 8 else (8 if BITS == 2 else 16)
+    """The bit at which MODE 2 leaves the field of column ``k``; see decode_tile._field."""
     IN_WORD: tl.constexpr = 16 // BITS
     KEPT: tl.constexpr = 10 // BITS
-    field = (k // (2 * KW)) % FIELDS
+    field = (k // (2 * KW)) % fields(BITS)
     pos = ((field % IN_WORD) % KEPT) * BITS
     if BITS == 3:
         pos = tl.where(field == 15, 0, pos)
@@ -53,10 +54,13 @@ def position(k, KW: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _normalize(
-    x_ptr, out_ptr, groups_ptr, row, chunk, rows, k, k_padded, KW1: tl.constexpr, KW2: tl.constexpr, KW3: tl.constexpr,
-    KW4: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
+    x_ptr, out_ptr, groups_ptr, row, chunk, rows, k, k_padded, KWS: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """One row's ``CHUNK`` columns; ``out [5 or 1, rows, k_padded]``, ``groups [rows, k_padded / GROUP, 2]``."""
+    """One row's ``CHUNK`` columns: ``out [planes, rows, k_padded]`` and ``groups [rows, k_padded / GROUP, 2]``.
+
+    ``SCALED``: a plane a width, each column times ``2**-pos``; else one plane.
+    """
     GROUPS: tl.constexpr = CHUNK // GROUP
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     value = tl.load(x_ptr + row * k + at, at < k, other=0.0).to(tl.float32)
@@ -76,11 +80,11 @@ def _normalize(
     if SCALED:
         plane = tl.cast(rows, tl.int64) * k_padded
         wide = value.to(tl.float32)
-        tl.store(out, (wide * power_of_two(-position(at, KW1, 1))).to(tl.float16))
-        tl.store(out + plane, (wide * power_of_two(-position(at, KW2, 2))).to(tl.float16))
-        tl.store(out + 2 * plane, (wide * power_of_two(-position(at, KW3, 3))).to(tl.float16))
-        tl.store(out + 3 * plane, (wide * power_of_two(-position(at, KW4, 4))).to(tl.float16))
-        tl.store(out + 4 * plane, value)
+        LAST: tl.constexpr = len(KWS) - 1
+        for i in tl.static_range(LAST):
+            tl.store(out + i * plane, (wide * power_of_two(-position(at, KWS[i], WIDTH_OF[i]))).to(tl.float16))
+        # the fields of the last width lie at bit 0
+        tl.store(out + LAST * plane, value)
     else:
         tl.store(out, value)
 
@@ -98,10 +102,9 @@ def _zero_tail(act_ptr, act_groups_ptr, pair, k, k_padded, GROUP: tl.constexpr, 
 @triton.jit
 def prepare_kernel(
     x_ptr, out_ptr, groups_ptr, ids_ptr, expert_ptr, pairs_ptr, arrived_ptr, act_ptr, act_groups_ptr, rows, k,
-    k_padded, pairs, experts, blocks, counters, act_k, act_padded, KW1: tl.constexpr, KW2: tl.constexpr,
-    KW3: tl.constexpr, KW4: tl.constexpr, GROUP: tl.constexpr, ACT_GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    TAIL: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, ROUTE: tl.constexpr, ACT: tl.constexpr,
-    SCALED: tl.constexpr, PDL: tl.constexpr,
+    k_padded, pairs, experts, blocks, counters, act_k, act_padded, KWS: tl.constexpr, GROUP: tl.constexpr,
+    ACT_GROUP: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
+    ROUTE: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):
     """Grid ``1 + rows * k_padded / CHUNK (+ pairs if ACT)``: the tables, the activations, the tails.
 
@@ -130,8 +133,7 @@ def prepare_kernel(
         if piece < rows * chunks:
             row = (piece // chunks).to(tl.int64)
             _normalize(
-                x_ptr, out_ptr, groups_ptr, row, piece % chunks, rows, k, k_padded, KW1, KW2, KW3, KW4, GROUP, CHUNK,
-                SCALED,
+                x_ptr, out_ptr, groups_ptr, row, piece % chunks, rows, k, k_padded, KWS, GROUP, CHUNK, SCALED
             )
         elif ACT:
             pair = (piece - rows * chunks).to(tl.int64)
@@ -156,7 +158,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Pairs that each program multiplies (:mod:`.routing`), and the counters of what has arrived for the sums."""
+    """Pairs that each program multiplies (:mod:`.blocks`), and the counters of what has arrived for the sums."""
 
     expert: Tensor
     pairs: Tensor
@@ -193,13 +195,12 @@ def prepare(
         block_pairs = torch.empty(blocks, columns, dtype=torch.int32, device=device)
     out = Activations.empty(rows, k, group_size, len(WIDTHS) if scaled else 1, device)
     padded = out.x.shape[-1]
-    kws = {f"KW{bits}": words_along_k(k, bits) for bits in (1, 2, 3, 4)}
     pieces = rows * (padded // CHUNK) + (pairs if act else 0)
     prepare_kernel[(1 + pieces,)](
         x, out.x, out.groups, arrived if ids is None else ids, expert, block_pairs, arrived, act.x if act else out.x,
         act.groups if act else out.groups, rows, k, padded, pairs, experts, blocks, counters, act.columns if act else 0,
-        act.x.shape[-1] if act else 0, **kws, GROUP=group_size, ACT_GROUP=act_group, CHUNK=CHUNK, TAIL=TAIL,
-        P=max(16, triton.next_power_of_2(min(pairs, MOST_PAIRS))), COLUMNS=columns,
+        act.x.shape[-1] if act else 0, KWS=all_words_along_k(k), GROUP=group_size, ACT_GROUP=act_group, CHUNK=CHUNK,
+        TAIL=TAIL, P=max(16, triton.next_power_of_2(min(pairs, MOST_PAIRS))), COLUMNS=columns,
         ROUTE=2 if ids is None else (0 if sort else 1), ACT=act is not None, SCALED=scaled, PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ import torch
 from gemq import durable
 from gemq import format as fmt
 from gemq.errors import DeviceError
-from gemq.ops import trials
-from gemq.triton_kernels import tables
+from gemq.ops import measuring
+from gemq.triton_kernels import launch_tables
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,8 @@ class CudaTimer:
             cache = torch.cuda.get_device_properties(0).L2_cache_size
             groups = fmt.default_group_size(shape.hidden), fmt.default_group_size(shape.ffn)
             self._held = shape, [
-                (trials.random_stack(bits, 2 * shape.ffn, shape.hidden, groups[0], "gpu_tile", "cuda"),
-                 trials.random_stack(bits, shape.hidden, shape.ffn, groups[1], "gpu_tile", "cuda"), groups)
+                (measuring.random_stack(bits, 2 * shape.ffn, shape.hidden, groups[0], "gpu_tile", "cuda"),
+                 measuring.random_stack(bits, shape.hidden, shape.ffn, groups[1], "gpu_tile", "cuda"), groups)
                 for _ in range(max(2, min(24, math.ceil(4 * cache / active))))
             ]  # fmt: skip
         return self._held[1]
@@ -157,16 +158,16 @@ class CudaTimer:
         layers = self._layers(shape)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(tokens, shape.hidden, generator=generator).half().cuda()
-        routes = [trials.random_routing(tokens, shape.experts, shape.top_k, "cuda", generator) for _ in layers]
+        routes = [measuring.random_routing(tokens, shape.experts, shape.top_k, "cuda", generator) for _ in layers]
 
         def run() -> None:
             for (gate_up, down, groups), (ids, weights) in zip(layers, routes, strict=True):
                 moe_ffn(x, gate_up, down, ids, weights, intermediate=shape.ffn, group_size=groups[0],
                         down_group_size=groups[1])  # fmt: skip
 
-        with tables.forced(parameters):
-            graph = trials.graph_of(run)
-        times = sorted(trials.event_time(graph.replay) for _ in range(self.repeats + 3))
+        with launch_tables.forced(parameters):
+            graph = measuring.graph_of(run)
+        times = sorted(measuring.event_time(graph.replay) for _ in range(self.repeats + 3))
         return times[len(times) // 2] / len(layers)
 
 
@@ -191,7 +192,7 @@ def merged(entries: list[dict], new: list[dict]) -> list[dict]:
     """Replace the entries of the same kind, shape and amount by those of ``new``."""
 
     def key(entry: dict) -> tuple:
-        return entry["kind"], *(entry[name] for name in tables.SHAPE), entry["up_to"]
+        return entry["kind"], *(entry[name] for name in launch_tables.SHAPE), entry["up_to"]
 
     replaced = {key(e) for e in new}
     return sorted([e for e in entries if key(e) not in replaced] + new, key=key)
@@ -200,15 +201,15 @@ def merged(entries: list[dict], new: list[dict]) -> list[dict]:
 def write_table(path: Path, device_name: str, entries: list[dict]) -> None:
     """Write a launch table, atomically: a reader finds the old one or the whole new one."""
     for entry in entries:
-        tables.check_entry(entry)
+        launch_tables.check_entry(entry)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
-    text = f'{{"version": {tables.VERSION}, "device": {json.dumps(device_name)}, "entries": [\n{lines}\n]}}\n'
+    text = f'{{"version": {launch_tables.VERSION}, "device": {json.dumps(device_name)}, "entries": [\n{lines}\n]}}\n'
     durable.replace(path, text.encode())
 
 
 def _entries_of(path: Path) -> list[dict]:
-    return tables.read_entries(path) if path.exists() else []
+    return launch_tables.read_entries(path) if path.exists() else []
 
 
 def check_device() -> str:
@@ -229,7 +230,8 @@ def tune(
 
     Args:
         shapes: expert blocks.
-        output: the table's file (default: :func:`gemq.triton_kernels.tables.user_table`, where launches look first).
+        output: the table's file (default: :func:`gemq.triton_kernels.launch_tables.user_table`, where launches look
+            first).
         bits: widths of the random experts, repeated over a layer.
         budget: seconds after which no further amount of tokens is started.
         timer: ``(shape, tokens, parameters) -> microseconds`` (default: :class:`CudaTimer`).
@@ -240,12 +242,12 @@ def tune(
     device (if ``timer`` and ``device_name`` are not given) or without a place for the table.
     """
     device_name = device_name or check_device()
-    path = output or tables.user_table(device_name)
+    path = output or launch_tables.user_table(device_name)
     if path is None:
         raise DeviceError("there is no home directory for the table: give --output FILE")
     timer = timer or CudaTimer(bits)
-    plan = [(s, *a) for s in shapes for a in amounts(s, tables.sections(device_name)["decode_tokens"])]
-    space, entries, found = tables.search_space(), _entries_of(path), []
+    plan = [(s, *a) for s in shapes for a in amounts(s, launch_tables.sections(device_name)["decode_tokens"])]
+    space, entries, found = launch_tables.search_space(), _entries_of(path), []
     begin = time.monotonic()
     for done, (shape, phase, up_to, tokens) in enumerate(plan):
         if report:
@@ -253,9 +255,7 @@ def tune(
         if budget is not None and time.monotonic() - begin > budget:
             break
         options = {kind: values for kind, values in space.items() if kind.startswith(phase)}
-        best, us, default_us, count = descend(
-            options, lambda p, shape=shape, tokens=tokens: _measured(timer, shape, tokens, p)
-        )
+        best, us, default_us, count = descend(options, partial(_measured, timer, shape, tokens))
         found.append(Found(shape, tokens, best, us, default_us, count))
         new = [
             {"kind": kind, **shape.product(kind), "up_to": up_to, "parameters": best.get(kind, {}), "us": round(us, 2)}
@@ -263,5 +263,5 @@ def tune(
         ]
         entries = merged(entries, new)
         write_table(path, device_name, entries)
-    tables.forget()
+    launch_tables.forget()
     return path, found

@@ -1,8 +1,4 @@
-"""Pairs of (token, slot) sorted by expert into blocks of one size, for many pairs: two launches, no host sync.
-
-``block_expert int32 [B]`` is the expert of a block, ``E`` for pairs without one (their output is zero), -1 for a block
-that is not used; ``block_pairs int32 [B, columns]`` the flat indices ``token * top_k + slot``, -1 where there is none.
-"""
+"""Assign many (token, slot) pairs to blocks (:mod:`.blocks`), sorted by expert: two launches, no host sync."""
 
 from __future__ import annotations
 
@@ -11,18 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-def block_count(pairs: int, experts: int, columns: int) -> int:
-    """Blocks that any routing of ``pairs`` pairs fits in."""
-    return min(pairs, pairs // columns + experts + 1)
-
-
-@triton.jit
-def _expert_of(ids_ptr, i, pairs, experts):
-    """int32 experts of pairs: ``experts`` for an invalid id, -1 past the last pair."""
-    ids = tl.load(ids_ptr + i, i < pairs, other=0).to(tl.int64)
-    ids = tl.where((ids < 0) | (ids >= experts), experts, ids).to(tl.int32)
-    return tl.where(i < pairs, ids, -1)
+from .blocks import block_count, expert_of
 
 
 @triton.jit
@@ -31,7 +16,7 @@ def count_kernel(ids_ptr, counts_ptr, pairs, experts, CHUNK: tl.constexpr):
     expert = tl.program_id(0)
     total = tl.zeros([CHUNK], tl.int32)
     for at in range(0, pairs, CHUNK):
-        total += (_expert_of(ids_ptr, at + tl.arange(0, CHUNK), pairs, experts) == expert).to(tl.int32)
+        total += (expert_of(ids_ptr, at + tl.arange(0, CHUNK), pairs, experts) == expert).to(tl.int32)
     tl.store(counts_ptr + expert, tl.sum(total, 0))
 
 
@@ -53,7 +38,7 @@ def place_kernel(
     i = tl.arange(0, CHUNK)
     done = 0
     for at in range(0, pairs, CHUNK):
-        mine = _expert_of(ids_ptr, at + i, pairs, experts) == expert
+        mine = expert_of(ids_ptr, at + i, pairs, experts) == expert
         rank = done + tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(pairs_ptr + first * COLUMNS + rank, at + i, mine)
         done += tl.sum(mine.to(tl.int32), 0)

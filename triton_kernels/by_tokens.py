@@ -6,8 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import prefill_launch, tuning
-from .decode import Stack, check, dense_decode, device_name, ffn_decode, moe_decode
+from . import launch_parameters, prefill_launch
+from .decode_launch import check, dense_decode, device_name, ffn_decode, moe_decode
+from .layout import Stack
 
 
 def _fast(x: Tensor, fast: bool | None) -> bool:
@@ -20,7 +21,7 @@ def moe_prefill(
     topk_ids: Tensor, topk_weights: Tensor | None = None, *, n: int, group_size: int = 128, out: Tensor | None = None,
     fast: bool | None = None,
 ) -> Tensor:
-    """:func:`.decode.moe_decode` for many tokens, by the method that the launch table has for so many an expert."""
+    """:func:`.decode_launch.moe_decode` for many tokens, by the method of the launch table for so many an expert."""
     check(x, topk_ids, group_size)
     tokens, top_k = topk_ids.shape
     if out is None:
@@ -28,7 +29,7 @@ def moe_prefill(
     if topk_ids.numel() == 0 or n == 0:
         return out.zero_()
     stack = (qweight, meta, expert_bits, expert_offsets, meta_offsets)
-    launch = tuning.prefill_launch(
+    launch = launch_parameters.prefill_launch(
         device_name(x.device), tokens, expert_bits.numel(), top_k, n, x.shape[-1]
     )
     return prefill_launch.gemm(x, stack, topk_ids, topk_weights, n, group_size, out, _fast(x, fast), launch)
@@ -38,8 +39,8 @@ def moe_gemm(
     x: Tensor, qweight: Tensor, meta: Tensor, expert_bits: Tensor, expert_offsets: Tensor, meta_offsets: Tensor,
     topk_ids: Tensor, topk_weights: Tensor | None = None, **options,
 ) -> Tensor:
-    """:func:`.decode.moe_decode` or :func:`moe_prefill`, by the number of tokens."""
-    op = moe_decode if tuning.is_decode(device_name(x.device), x.shape[0]) else moe_prefill
+    """:func:`.decode_launch.moe_decode` or :func:`moe_prefill`, by the number of tokens."""
+    op = moe_decode if launch_parameters.is_decode(device_name(x.device), x.shape[0]) else moe_prefill
     return op(x, qweight, meta, expert_bits, expert_offsets, meta_offsets, topk_ids, topk_weights, **options)
 
 
@@ -47,9 +48,9 @@ def moe_ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, *, intermediate: int,
     group_size: int = 128, down_group_size: int | None = None, out: Tensor | None = None, fast: bool | None = None,
 ) -> Tensor:
-    """:func:`.decode.ffn_decode` or its prefill, by the number of tokens."""
+    """:func:`.decode_launch.ffn_decode` or its prefill, by the number of tokens."""
     name = device_name(x.device)
-    if tuning.is_decode(name, x.shape[0]):
+    if launch_parameters.is_decode(name, x.shape[0]):
         return ffn_decode(
             x, gate_up, down, topk_ids, topk_weights, intermediate=intermediate, group_size=group_size,
             down_group_size=down_group_size, out=out, fast=fast,
@@ -58,7 +59,7 @@ def moe_ffn(
     out = torch.empty_like(x) if out is None else out
     if topk_ids.numel() == 0:
         return out.zero_()
-    launch = tuning.prefill_launch(
+    launch = launch_parameters.prefill_launch(
         name, x.shape[0], gate_up[2].numel(), topk_ids.shape[1], intermediate, x.shape[1]
     )
     return prefill_launch.ffn(
@@ -71,9 +72,9 @@ def lowbit_gemm(
     x: Tensor, qweight: Tensor, meta: Tensor, *, bits: int, n: int, group_size: int = 128, out: Tensor | None = None,
     fast: bool | None = None,
 ) -> Tensor:
-    """:func:`.decode.dense_decode` or, as a stack of one expert, :func:`moe_prefill`."""
+    """:func:`.decode_launch.dense_decode` or, as a stack of one expert, :func:`moe_prefill`."""
     tokens, device = x.shape[0], x.device
-    if tuning.is_decode(device_name(device), tokens):
+    if launch_parameters.is_decode(device_name(device), tokens):
         return dense_decode(x, qweight, meta, bits=bits, n=n, group_size=group_size, out=out, fast=fast)
     offset = torch.zeros(1, dtype=torch.int64, device=device)
     stack = (qweight, meta, torch.full((1,), bits, dtype=torch.int32, device=device), offset, offset)

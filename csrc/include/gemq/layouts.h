@@ -8,8 +8,24 @@ namespace gemq {
 
 enum Layout { kCpuTile = 1, kGpuTile = 2 };
 
+// Rows of a block of cpu_tile and of a tile of gpu_tile; gemq/format.py and triton_kernels/layout.py say the
+// same, and tests/test_build.py compares.
 constexpr int kCpuRows = 16;
 constexpr int kGpuRows = 64;
+static_assert(kCpuRows * sizeof(uint32_t) == 64, "a word a row of a block is a vector of 64 bytes");
+static_assert(kGpuRows >= 32 && (kGpuRows & (kGpuRows - 1)) == 0, "what the Triton kernels can read");
+
+// Bits a weight, codes and (s, m): a pair of float16 a group of 128, 64 or 32 columns adds 0.25, 0.5 or 1.
+//
+//   width              1     2     3     4     5     6     7     8
+//   plain, cpu_tile    1.25  2.25  3.25  4.25  5.25  6.25  7.25  8.25   groups of 128, rows of whole blocks
+//   gpu_tile           1.25  2.25  3.25  4.25  8.25  8.25  8.25  8.25   and k of whole spans
+//
+//   plain      rows one after the other             row 0 [code 0 | code 1 | ...] row 1 [...]
+//   cpu_tile   [block of 16 rows][group][plane of 4, 2 or 1 bits][vector of 64 bytes: 4 bytes a row]
+//   gpu_tile   [tile of 64 rows][span][word block][row][kw words of two half-words: fields]
+constexpr double meta_bits(int group_size) { return 2.0 * 16 / group_size; }
+static_assert(meta_bits(128) == 0.25 && meta_bits(64) == 0.5 && meta_bits(32) == 1.0);
 
 // ---- cpu_tile: 32 codes of a row are BITS words in either layout, only cut differently ----
 
@@ -113,6 +129,11 @@ GEMQ_DEVICE_TOO constexpr int gpu_bits(int bits) {
 }
 GEMQ_DEVICE_TOO constexpr int gpu_words(int bits) { return bits == 3 ? 3 : bits == 8 ? 2 : 1; }
 GEMQ_DEVICE_TOO constexpr int gpu_fields(int bits) { return bits == 3 ? 16 : bits == 8 ? 4 : 16 / bits; }
+
+// Words of both halves hold exactly the codes of a span: fields * 2 codes a word of each block.
+constexpr bool gpu_words_are_full(int bits) { return 32 * gpu_words(bits) == 2 * gpu_fields(bits) * bits; }
+static_assert(gpu_words_are_full(1) && gpu_words_are_full(2) && gpu_words_are_full(3) &&
+              gpu_words_are_full(4) && gpu_words_are_full(8));
 
 struct GpuShape {
   int kw;         // words along K of one row

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "gemq/layouts.h"
 #include "gemq/parallel.h"
 
 namespace gemq {
@@ -11,7 +12,7 @@ namespace gemq {
 // Calls body(matrix, first row of all matrices' rows, rows) for tiles of up to 16 rows of one matrix.
 template <class Body>
 void over_row_tiles(int64_t matrices, int64_t n, int threads, Body&& body) {
-  constexpr int64_t kRows = 16;
+  constexpr int64_t kRows = kCpuRows;
   const int64_t tiles = (n + kRows - 1) / kRows;
   parallel(threads, [&](const Team& team) {
     const Range jobs = team.share(matrices * tiles);

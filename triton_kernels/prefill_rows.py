@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import LARGEST_SPAN
+
 # columns of a normalised row are padded with zeros to the longest trip of the packed kernel
-PAD = 512
+PAD = LARGEST_SPAN
 
 
 def padded_columns(k: int) -> int:

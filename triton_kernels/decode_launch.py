@@ -1,10 +1,21 @@
 """Launchers for a few tokens on ``gpu_tile`` stacks: allocate, prepare, multiply. No host sync, no data-dependent grid.
 
-A stack is ``(qweight uint8, meta float16, expert_bits int32 [E], expert_offsets int64 [E] bytes, meta_offsets int64
-[E] elements)``. Widths 5, 6 and 7 are stored as 8; 0 contributes zero, and so do ids below 0 or at least ``E``.
-Arguments are trusted beyond what would be read out of bounds: ``gemq.ops`` validates.
+The launches of a block of experts, a program a cell; ``up`` and ``gate`` tiles are one program's::
 
-``fast=None`` takes the float16 bit tricks on CUDA devices and plain arithmetic under the interpreter.
+    prepare_kernel          gate_up_kernel                     product_kernel
+    1 program: block        blocks x n / (tiles * ROWS)        blocks x n / ROWS x splits of K
+      tables, counters      +---------+---------+              +--------+--------+
+    1 a row and 512         | block 0 | block 1 |  tile 0      |  b 0   |  b 1   |  tile 0 |  the last program of
+      columns of x          +---------+---------+              +--------+--------+         |  a tile to arrive sums
+    1 a pair: zeros         | block 0 | block 1 |  tile 1      |  b 0   |  b 1   |  tile 1 v  all its blocks' partial
+      after its end         +---------+---------+              +--------+--------+            sums, in slot order
+       x -> fp16            silu(gate) * up -> fp16            partial float32 -> out
+
+    blocks: up to 8 or 16 pairs that share an expert (:mod:`.blocks`); neighbours of one expert meet in the L2.
+
+``gemq.ops`` validates: arguments are trusted beyond what would be read out of bounds. Widths 5, 6 and 7 are stored as
+8; 0 contributes zero, and so do ids below 0 or at least ``E``. ``fast=None`` takes the float16 bit tricks on CUDA
+devices and plain arithmetic under the interpreter.
 """
 
 from __future__ import annotations
@@ -16,12 +27,12 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tuning
-from .layout import ROWS, WIDTHS, words_along_k
-from .moe import gate_up_kernel, product_kernel
-from .prepare import Activations, Blocks, prepare
+from . import launch_parameters
+from .decode_kernels import gate_up_kernel, product_kernel
+from .decode_prepare import Activations, Blocks, prepare
+from .layout import ROWS, Stack, all_words_along_k, stored_bits
+from .widths import Decode
 
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 PLAIN, SCALED = 0, 2
 
 
@@ -32,7 +43,7 @@ def _name_of(index: int | None) -> str:
 
 def device_name(device: torch.device) -> str:
     """The name that launch tables are looked up by."""
-    return _name_of(device.index) if device.type == "cuda" else tuning.DEFAULT
+    return _name_of(device.index) if device.type == "cuda" else launch_parameters.DEFAULT
 
 
 def _interpreted() -> bool:
@@ -44,18 +55,19 @@ def _mode(x: Tensor, fast: bool | None) -> int:
     return SCALED if fast else PLAIN
 
 
-def _options(launch: tuning.Launch, mode: int) -> dict:
-    """The arguments that both kernels share."""
+def _how(k: int, group_size: int, launch: launch_parameters.Launch, mode: int, tiles: int, parts: int, splits: int,
+         planes: bool, only: int = 0) -> Decode:  # fmt: skip
+    """The compile-time choices of a product over ``k`` columns."""
+    return Decode(
+        all_words_along_k(k), group_size, launch.columns, launch.warps, tiles, parts, splits, mode, not _interpreted(),
+        launch.ahead, launch_parameters.fragment_run(triton.__version__), planes, launch.pdl, only,
+    )
+
+
+def _options(launch: launch_parameters.Launch) -> dict:
+    """Options of triton's own that both kernels are launched with."""
     pdl = {"launch_pdl": True} if launch.pdl else {}
-    return pdl | {
-        "COLUMNS": launch.columns, "WARPS": launch.warps, "MODE": mode, "ASM": not _interpreted(),
-        "AHEAD": launch.ahead, "RUN": tuning.fragment_run(triton.__version__), "PDL": launch.pdl,
-        "num_warps": launch.warps, "num_stages": 1, "maxnreg": launch.registers,
-    }
-
-
-def _words(k: int, prefix: str = "KW", widths: tuple[int, ...] = WIDTHS) -> dict[str, int]:
-    return {f"{prefix}{width}": words_along_k(k, width) for width in widths}
+    return pdl | {"num_warps": launch.warps, "num_stages": 1, "maxnreg": launch.registers}
 
 
 def check(x: Tensor, topk_ids: Tensor, group_size: int) -> None:
@@ -69,7 +81,8 @@ def check(x: Tensor, topk_ids: Tensor, group_size: int) -> None:
 
 def _product(
     act: Activations, stack: Stack, blocks: Blocks, ids: Tensor | None, topk_weights: Tensor | None, out: Tensor,
-    pairs: int, top_k: int, row_pairs: int, n: int, group_size: int, launch: tuning.Launch, mode: int, dense: int = 0,
+    pairs: int, top_k: int, row_pairs: int, n: int, group_size: int, launch: launch_parameters.Launch, mode: int,
+    dense: int = 0,
 ) -> None:
     """``out [pairs, n]``, or with weights ``[tokens, n]``, of prepared activations."""
     qweight, meta, bits, offsets, meta_offsets = stack
@@ -79,9 +92,9 @@ def _product(
         act.x, act.groups, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         blocks.expert, blocks.pairs, bits if ids is None else ids, bits if topk_weights is None else topk_weights,
         blocks.arrived, partial, out, bits.numel(), act.x.shape[1], pairs, top_k, row_pairs, n, act.columns,
-        act.x.shape[-1], **_words(act.columns), GROUP=group_size, SPLITS=launch.splits,
-        SLOTS=0 if topk_weights is None else triton.next_power_of_2(top_k), PLANES=act.x.shape[0] > 1, DENSE=dense,
-        **_options(launch, mode),
+        act.x.shape[-1],
+        HOW=_how(act.columns, group_size, launch, mode, 1, 1, launch.splits, act.x.shape[0] > 1, stored_bits(dense)),
+        SLOTS=0 if topk_weights is None else triton.next_power_of_2(top_k), DENSE=dense, **_options(launch),
     )
 
 
@@ -102,7 +115,7 @@ def moe_decode(
         out = x.new_empty((tokens, top_k, n) if topk_weights is None else (tokens, n))
     if pairs == 0 or n == 0:
         return out.zero_()
-    launch = tuning.decode_launch(device_name(x.device), "gemm", tokens, experts, top_k, n, k)
+    launch = launch_parameters.decode_launch(device_name(x.device), "gemm", tokens, experts, top_k, n, k)
     mode = _mode(x, fast)
     ids = topk_ids.contiguous().view(-1)
     tiles = triton.cdiv(n, ROWS)
@@ -126,9 +139,9 @@ def _fused_ffn(
     qweight, meta, bits, offsets, meta_offsets = gate_up
     experts, pairs, top_k = bits.numel(), ids.numel(), ids.numel() // tokens
     name = device_name(x.device)
-    tiles = 2 if down_group_size == 128 else 1
-    first = tuning.decode_launch(name, "ffn", tokens, experts, top_k, intermediate, hidden, tiles)
-    second = tuning.decode_launch(name, "gemm", tokens, experts, top_k, hidden, intermediate)
+    tiles = down_group_size // ROWS
+    first = launch_parameters.decode_launch(name, "ffn", tokens, experts, top_k, intermediate, hidden, tiles)
+    second = launch_parameters.decode_launch(name, "gemm", tokens, experts, top_k, hidden, intermediate)
     # both products read the same tables
     second = replace(second, columns=first.columns)
     inner = Activations.empty(pairs, intermediate, down_group_size, 1, x.device)
@@ -139,8 +152,8 @@ def _fused_ffn(
     gate_up_kernel[(blocks.count, intermediate // (ROWS * tiles))](
         act.x, act.groups, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         blocks.expert, blocks.pairs, inner.x, inner.groups, down[2], experts, tokens, top_k, intermediate, hidden,
-        act.x.shape[-1], inner.x.shape[-1], **_words(hidden), **_words(intermediate, "ACT_KW", (1, 2, 3, 4)),
-        GROUP=group_size, ACT_GROUP=down_group_size, TILES=tiles, **_options(first, mode),
+        act.x.shape[-1], inner.x.shape[-1], HOW=_how(hidden, group_size, first, mode, tiles, 2, 1, mode == SCALED),
+        ACT_KWS=all_words_along_k(intermediate), ACT_GROUP=down_group_size, **_options(first),
     )
     weights = topk_weights.contiguous()
     _product(inner, down, blocks, ids, weights, out, pairs, top_k, 1, hidden, down_group_size, second, mode)
@@ -153,15 +166,15 @@ def ffn_decode(
     """``sum_j w_j * down_j(silu(gate_j(x)) * up_j(x))`` for a few tokens ``x [T, hidden]``, in the dtype of ``x``.
 
     Three launches: tables and activations, gate and up, down and sum. The inner activations keep the 11 significant
-    bits of fp16 with an exponent per group. Where the intermediate size does not fill tiles, or groups are of 32
-    columns, two products with torch between them do.
+    bits of fp16 with an exponent per group. Where the intermediate size does not fill tiles, or a group is
+    smaller than a tile, two products with torch between them do.
     """
     down_group_size = down_group_size or group_size
     check(x, topk_ids, group_size)
     out = torch.empty_like(x) if out is None else out
     if topk_ids.numel() == 0:
         return out.zero_()
-    if down_group_size % 64 == 0 and intermediate % down_group_size == 0:
+    if down_group_size % ROWS == 0 and intermediate % down_group_size == 0:
         ids = topk_ids.contiguous().view(-1)
         mode = _mode(x, fast)
         _fused_ffn(x, gate_up, down, ids, topk_weights, intermediate, group_size, down_group_size, out, mode)
@@ -184,7 +197,7 @@ def dense_decode(
     out = x.new_empty(tokens, n) if out is None else out
     if tokens == 0 or n == 0:
         return out.zero_()
-    launch = tuning.decode_launch(device_name(x.device), "gemm", tokens, 1, 1, n, k)
+    launch = launch_parameters.decode_launch(device_name(x.device), "gemm", tokens, 1, 1, n, k)
     mode = _mode(x, fast)
     act, blocks = prepare(
         x.contiguous(), None, 1, group_size, launch.columns,

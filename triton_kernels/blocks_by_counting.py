@@ -1,8 +1,4 @@
-"""Assign (token, slot) pairs to programs: blocks of pairs that share an expert, of static sizes.
-
-``block_expert [B]`` is the expert of a block, ``E`` for pairs without one (their output is zero), -1 for a block that
-is not used; ``block_pairs [B, columns]`` the flat indices ``token * top_k + slot``, -1 where there is none.
-"""
+"""Assign a few (token, slot) pairs to blocks (:mod:`.blocks`): one program compares all pairs with all."""
 
 from __future__ import annotations
 
@@ -11,21 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks import expert_of
+
 # the routing kernel compares all pairs with all pairs; above this, sorting is cheaper
 MOST_PAIRS = 128
-
-
-def block_count(pairs: int, experts: int, columns: int) -> int:
-    """Blocks that any routing of ``pairs`` pairs fits in."""
-    return min(pairs, pairs // columns + experts + 1)
-
-
-@triton.jit
-def _expert_of(ids_ptr, i, pairs, experts):
-    """int32 expert of pairs ``i``, ``experts`` for ids out of range, -1 beyond the last pair."""
-    ids = tl.load(ids_ptr + i, i < pairs, other=0).to(tl.int64)
-    ids = tl.where((ids < 0) | (ids >= experts), experts, ids).to(tl.int32)
-    return tl.where(i < pairs, ids, -1)
 
 
 @triton.jit
@@ -36,11 +21,11 @@ def route_pairs(
     """
     CHUNK: tl.constexpr = 32 if P > 32 else P
     i = tl.arange(0, P)
-    ids = _expert_of(ids_ptr, i, pairs, experts)
+    ids = expert_of(ids_ptr, i, pairs, experts)
     rank = tl.zeros([P], tl.int32)
     for first in range(0, P, CHUNK):
         j = first + tl.arange(0, CHUNK)
-        same = _expert_of(ids_ptr, j, pairs, experts)[None, :] == ids[:, None]
+        same = expert_of(ids_ptr, j, pairs, experts)[None, :] == ids[:, None]
         rank += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
     leads = ((rank % COLUMNS) == 0) & (i < pairs)
     # the pairs that open a block, by expert, for every thread to read; the tables' own memory holds them meanwhile

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gemq import format as fmt
-
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from gemq.ops.packed_stack import Stack
 
 
 def random_stack(

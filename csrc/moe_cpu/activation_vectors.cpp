@@ -120,9 +120,9 @@ void narrow(const float* x, int64_t count, Element type, void* out) {
 namespace GEMQ_VARIANT {
 void exact_product(const BlockArgs& args, float* out);    // exact.cpp
 void integer_product(const BlockArgs& args, float* out);  // integer.cpp
-void gptq_rows(const GptqRows& args);                     // gptq/rows.cpp
-void descend_codes(const CodeDescentRows& args);          // gptq/descent_rows.cpp
-void dense_product(const DenseArgs& args, float* out);    // decode/vector_rows.cpp
+void gptq_rows(const GptqRows& args);                     // gptq/column_loop_vectors.cpp
+void descend_codes(const CodeDescentRows& args);          // gptq/descent_vectors.cpp
+void dense_product(const DenseArgs& args, float* out);    // decode/step_vectors.cpp
 void attend(const AttendArgs& args);
 void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out);
 void rotate(const float* x, const float* cosines, const float* sines, int rotary, int dim, float* out);

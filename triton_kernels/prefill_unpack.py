@@ -8,14 +8,35 @@ with 8 words it is two, lanes 2 and 3 taking the second from the words of lanes 
 A pair of weights costs three instructions: ``(w & mask) | 0x6400`` is ``1024 + q * 2**pos`` as float16, one FMA makes
 ``q`` of it, exactly, and one more ``q * s + m``, rounded once. Shifts and metadata are shared by many pairs.
 
-``THREADS_FIRST`` says which axis of a load the compiler deals its threads out from (:mod:`.tuning`); the wrong one
-costs data movement, never correctness.
+``THREADS_FIRST`` says which axis of a load the compiler deals its threads out from (:mod:`.launch_parameters`); the
+wrong one costs data movement, never correctness.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+from .layout import TILE_ROWS
+
+
+class Span(NamedTuple):
+    """One trip of a span, as each thread holds it."""
+
+    # what trip_words loaded
+    w0: tl.tensor
+    w1: tl.tensor
+    w2: tl.tensor
+    # pointer at the lane's first four int32 of its row's codes, and the trip's first field
+    codes: tl.tensor
+    start: tl.tensor
+    # 0 in lanes 0 and 1, 1 in lanes 2 and 3
+    lane_field: tl.tensor
+    # pointer at the row's first (s, m), and the last group
+    meta: tl.tensor
+    last_group: tl.tensor
 
 
 @triton.jit
@@ -94,7 +115,7 @@ def _three_bits(span, field, last, BLOCK: tl.constexpr):
 def trip_words(span, start, BITS: tl.constexpr, KW: tl.constexpr, TRIP: tl.constexpr, STEPS: tl.constexpr):
     """The words that ``TRIP`` of a span's ``STEPS`` steps share, the first field ``start`` (a multiple of BITS shifted)
     at bit 0; as many of the three as there are, the others repeat the first."""
-    BLOCK: tl.constexpr = 64 * KW
+    BLOCK: tl.constexpr = TILE_ROWS * KW
     if BITS == 8 and TRIP < STEPS:
         w0 = tl.load(span + start // 2 * BLOCK)
     else:
@@ -112,18 +133,17 @@ def trip_words(span, start, BITS: tl.constexpr, KW: tl.constexpr, TRIP: tl.const
 
 
 @triton.jit
-def _codes(
-    w0, w1, w2, span, start, lane_field, HALF: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Words that hold the codes of a trip's half number HALF, at the bit that :func:`_place` says."""
+def _codes(span, HALF: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, WHOLE: tl.constexpr):
+    """Words that hold the codes of a trip's half number HALF, at the bit that :func:`half_weights` says."""
+    w0, w1, w2 = span.w0, span.w1, span.w2
+    start, lane_field = span.start, span.lane_field
     PER_WORD: tl.constexpr = 16 // BITS
     if BITS == 3 and not WHOLE:
         if KW == 8:
             field = start + 2 * HALF + lane_field
-            w = _three_bits(span, field, start + 2 * HALF == 14, 64 * KW)
+            w = _three_bits(span.codes, field, start + 2 * HALF == 14, TILE_ROWS * KW)
         else:
-            w = _three_bits(span, start + HALF, start + HALF == 15, 64 * KW)
+            w = _three_bits(span.codes, start + HALF, start + HALF == 15, TILE_ROWS * KW)
     elif KW == 8:
         # lanes 2 and 3 take the next field
         FIRST: tl.constexpr = 2 * HALF
@@ -149,17 +169,15 @@ def _codes(
 
 @triton.jit
 def half_weights(
-    w0, w1, w2, span, start, lane_field, meta, group, last_group, HALF: tl.constexpr, BITS: tl.constexpr,
-    KW: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr,
+    span, group, HALF: tl.constexpr, BITS: tl.constexpr, KW: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr
 ):
-    """float16 ``[*span.shape, 2]``: the 32 columns of a trip's half number HALF, in group ``group``.
+    """float16 ``[*span.codes.shape, 2]``: the 32 columns of a trip's half number HALF, in group ``group``.
 
-    ``span`` and ``meta`` point at each lane's first four int32 of its row's codes, and at its row's first ``(s, m)``;
-    ``lane_field`` is 0 in lanes 0 and 1, 1 in lanes 2 and 3; WHOLE: a trip is a span.
+    ``span`` is a :class:`Span`; WHOLE: a trip is all of it.
     """
     PER_WORD: tl.constexpr = 5 if BITS == 3 else 16 // BITS
-    s, m = _scale_and_minimum(meta + tl.minimum(group, last_group) * 64, FAST)
-    w = _codes(w0, w1, w2, span, start, lane_field, HALF, BITS, KW, WHOLE)
+    s, m = _scale_and_minimum(span.meta + tl.minimum(group, span.last_group) * TILE_ROWS, FAST)
+    w = _codes(span, HALF, BITS, KW, WHOLE)
     if KW == 8 or (BITS == 3 and (not WHOLE or HALF == 15)):
         AT: tl.constexpr = 0
     else:

@@ -1,14 +1,17 @@
-"""Stacks of experts of different widths as flat buffers: build them, take them apart."""
+"""Flat buffers of a layer's experts, of widths that may differ: build them, take them apart, change their layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gemq import format as fmt
 from gemq.ops import checks, cpu
+from gemq.ops.packed_stack import PackedStack
 from gemq.ops.packing import pack, repack, unpack
 
 
@@ -38,7 +41,7 @@ def pack_experts(
     ):
         if width == 0:
             continue
-        _check_expert(e, plain, pairs, n, k, group_size)
+        plain, pairs = _checked_expert(e, plain, pairs, n, k, group_size)
         packed, tiled = pack(plain, width).flatten(), pairs.contiguous().flatten()
         if layout != "canonical":
             packed, tiled = repack(packed, tiled, width, n, k, group_size, target=layout)
@@ -47,11 +50,15 @@ def pack_experts(
     return flat, flat_meta
 
 
-def _check_expert(e: int, codes: Tensor | None, meta: Tensor | None, n: int, k: int, group_size: int) -> None:
+def _checked_expert(
+    e: int, codes: Tensor | None, meta: Tensor | None, n: int, k: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    codes, meta = cast(Tensor, codes), cast(Tensor, meta)  # the checks refuse None
     checks.tensor(f"codes[{e}]", codes, dtype=torch.uint8, dim=2)
     if tuple(codes.shape) != (n, k):
         raise ValueError(f"codes[{e}] must have shape {[n, k]}, got {list(codes.shape)}")
     checks.metadata(f"meta[{e}]", meta, n, k, group_size)
+    return codes, meta
 
 
 def convert_experts(
@@ -107,3 +114,21 @@ def expert_tables(
         torch.tensor(plan.code_offsets, dtype=torch.int64, device=device),
         torch.tensor(plan.meta_offsets, dtype=torch.int64, device=device),
     )
+
+
+def pack_stack(
+    codes: Sequence[Tensor | None], meta: Sequence[Tensor | None], bits: Sequence[int], group_size: int = 128,
+    layout: str = "canonical",
+) -> PackedStack:
+    """Pack experts ``codes[e]`` uint8 ``[n, k]`` with ``meta[e]`` float16 ``[n, k // group_size, 2]``.
+
+    Both are ``None`` for an expert of 0 bits. Raises ``TypeError`` or ``ValueError`` if a length, a width, a dtype or a
+    shape does not fit, or if every expert has 0 bits.
+    """
+    first = next((c for c in codes if c is not None), None)
+    if first is None:
+        raise ValueError("codes must hold at least one expert of more than 0 bits, got none")
+    n, k = first.shape
+    buffers = pack_experts(list(codes), list(meta), list(bits), n, k, group_size, layout)
+    tables = expert_tables(list(bits), n, k, group_size, layout, first.device)
+    return PackedStack(*buffers, *tables, n, k, group_size, layout)
