@@ -33,11 +33,12 @@ from gemq.algorithms.matrices import quantize_experts
 from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.perturbation import Perturbation
 from gemq.checkpoint import save_packed
+from gemq.choices import Keep
 from gemq.engine.disk_source import DiskSource
 from gemq.engine.journal import opened
 from gemq.engine.layers import Weights
 from gemq.engine.measure import measure
-from gemq.engine.session import KEEP, RunOptions, Session
+from gemq.engine.session import RunOptions, Session
 from gemq.engine.source import return_memory
 from gemq.engine.walk import Sweep, group_budget
 from gemq.format import default_group_size
@@ -236,7 +237,7 @@ def main() -> None:
     options.add_argument("--count", type=int, default=8)
     options.add_argument("--length", type=int, default=128)
     options.add_argument("--worker", type=Path, help="(internal) quantize this folder and print what it took")
-    options.add_argument("--keep", choices=KEEP, default="layer")
+    options.add_argument("--keep", choices=list(Keep), default="layer")
     given = options.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

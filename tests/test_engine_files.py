@@ -168,7 +168,7 @@ def test_a_torn_manifest_falls_back_to_the_one_before(tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_text(torn)
         assert read_manifest(tmp_path) == {"settings": {"bits": 1}, "command": {"model": "m"}}
     (tmp_path / PREVIOUS).write_text("")
-    with pytest.raises(CheckpointError, match=r"manifest of .* is unreadable; --restart begins anew"), opened(
+    with pytest.raises(CheckpointError, match=r"manifest of .* is unreadable; --changed restart begins anew"), opened(
         tmp_path, {"bits": 1}
     ):
         raise AssertionError

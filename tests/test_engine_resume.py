@@ -112,7 +112,8 @@ def test_changed_options_are_refused_or_redone(config) -> None:
     with stopping(config, "quantize", 2):
         pass
     other = replace(config, method=replace(FAST, attention_bits=3))
-    with pytest.raises(CheckpointError, match=r"options.method.attention_bits was 4, is 3\. Give the same, or --redo"):
+    message = r"options.method.attention_bits was 4, is 3\. Give the same, or --changed redo"
+    with pytest.raises(CheckpointError, match=message):
         gemq.quantize(other)
     stages = []
     redone = replace(other, changed="redo", log="log.jsonl")

@@ -17,12 +17,13 @@ from transformers import AutoConfig
 from gemq.algorithms.method import MethodConfig
 from gemq.bench.architectures import PUBLISHED, load_config
 from gemq.checkpoint import save_packed
+from gemq.choices import Keep
 from gemq.cli.run import run
 from gemq.errors import ResourceError
 from gemq.models import describe, packed_modules
 from gemq.planning import Machine, Plan, PlanConfig, Rates, check, make_plan, other_machine, planned_widths
 from gemq.planning.machine import free_disk_bytes, measure_rates, this_machine
-from gemq.planning.memory import KEEP, Work, gptq_bytes, layerwise, peak, resident
+from gemq.planning.memory import Work, gptq_bytes, layerwise, peak, resident
 from gemq.planning.model_parts import count_parts, located
 from gemq.planning.output import output_size, resident_bytes
 from gemq.planning.seconds import forward, stage_operations
@@ -193,7 +194,7 @@ def test_a_layer_at_a_time_takes_less(name):
     assert stream["device"] < 1.1 * max(3 * 2 * parts.largest_layer + batch + 2e9, 8e9) + 5e8
     more = replace(work, samples=256)
     assert peak(layerwise(parts, more, 0))["scratch"] == 2 * stream["scratch"]
-    for keep in KEEP:
+    for keep in Keep:
         once, twice = (stage_operations(parts, w, keep, 0, 2) for w in (work, more))
         assert once["measure"].products < twice["measure"].products < 2 * once["measure"].products
         assert once["quantize"].factors == twice["quantize"].factors

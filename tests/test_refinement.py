@@ -194,5 +194,5 @@ def test_an_expert_of_no_bits_keeps_its_down_projection() -> None:
     down, gate_up = torch.randn(2, 8, 32, generator=generator), torch.randn(2, 64, 16, generator=generator)
     kept, quantized = down.clone(), gate_up + 0.1 * torch.randn(2, 64, 16, generator=generator)
     rows = [[(torch.randn(50, 16, generator=generator), 1.0)] * 2]
-    fit_down(down, [0, 2], gate_up, quantized, rows, 0.01)
-    assert torch.equal(down[0], kept[0]) and not torch.equal(down[1], kept[1])
+    fitted, _ = fit_down(down, [0, 2], gate_up, quantized, rows, 0.01)
+    assert torch.equal(fitted[0], kept[0]) and not torch.equal(fitted[1], kept[1]) and torch.equal(down, kept)

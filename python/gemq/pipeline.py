@@ -22,11 +22,12 @@ from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.tensor_bits import resolve
 from gemq.ambient import plain_torch
 from gemq.checkpoint import check_output, save_packed
+from gemq.choices import Changed, Keep
 from gemq.engine.assemble import Assembly
 from gemq.engine.disk_source import DiskSource
-from gemq.engine.journal import CHANGED, check_directory, read_manifest
+from gemq.engine.journal import check_directory, read_manifest
 from gemq.engine.progression import BudgetResult, StageProgress
-from gemq.engine.session import KEEP, RunOptions, Session, Work, written_by
+from gemq.engine.session import RunOptions, Session, Work, written_by
 from gemq.engine.walk import OnLayer
 from gemq.errors import CheckpointError, first_line
 from gemq.folders import file_or_folder
@@ -90,8 +91,8 @@ class QuantizeConfig:
     costs: str | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("keep", KEEP), ("changed", CHANGED)):
-            if getattr(self, name) not in allowed:
+        for name, allowed in (("keep", Keep), ("changed", Changed)):
+            if getattr(self, name) not in set(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 

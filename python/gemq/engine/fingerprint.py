@@ -73,7 +73,7 @@ class SourceWatch:
     def _refuse(self, file: Path) -> None:
         raise CheckpointError(
             f"{file} of the model changed while it was being quantized; nothing was saved of it: give the run a model "
-            f"that stays as it is, and begin again with --restart"
+            f"that stays as it is, and begin again with --changed restart"
         )
 
 

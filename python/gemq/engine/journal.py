@@ -29,13 +29,13 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from gemq import distributed, durable
+from gemq.choices import Changed
 from gemq.engine.fingerprint import differences, digest
 from gemq.errors import CheckpointError
 from gemq.plain_json import dumps
 from gemq.staging import discard, recover
 
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
-CHANGED = ("refuse", "redo", "restart")
 LAYER_LOG = "layer-log"
 _OWN = {MANIFEST, PREVIOUS, LAYER_LOG, "lock", "log.jsonl", "stages", "scratch"}
 
@@ -135,7 +135,7 @@ class MemoryStage(Stage):
 
 
 class Run(Protocol):
-    """Where a run keeps its work, and its log."""
+    """The place of a run's work, and its log."""
 
     def stage(self, name: str, *depends: Any) -> Stage:
         """The stage of this name and these dependencies."""
@@ -257,8 +257,8 @@ def opened(
     done again (``"redo"``), or everything begun is thrown away (``"restart"``). ``on_disk``: activations are kept in
     files. Raises :class:`CheckpointError`.
     """
-    if changed not in CHANGED:
-        raise ValueError(f"changed must be one of {', '.join(CHANGED)}, got {changed!r}")
+    if changed not in set(Changed):
+        raise ValueError(f"changed must be one of {', '.join(Changed)}, got {changed!r}")
     now = json.loads(json.dumps({"settings": settings, "command": command or {}}, default=str))
     with ExitStack() as stack:
 
@@ -301,8 +301,8 @@ def _begin(path: Path, now: dict[str, Any], changed: str) -> None:
         lines = differences(before["settings"], now["settings"])
         if lines and changed == "refuse":
             raise CheckpointError(
-                f"{path} was begun with other settings: {'; '.join(lines)}. Give the same, or --redo to do only what "
-                f"this touches again, or --restart to begin anew"
+                f"{path} was begun with other settings: {'; '.join(lines)}. Give the same, or --changed redo to do "
+                f"only what this touches again, or --changed restart to begin anew"
             )
     if before is None or before["settings"] != now["settings"]:
         _write_manifest(path, now, before)
@@ -312,7 +312,7 @@ def _check_unknown(path: Path, changed: str) -> None:
     """Refuse a folder without a manifest that can be read."""
     if any((path / name).exists() for name in (MANIFEST, PREVIOUS)):
         if changed != "restart":
-            raise CheckpointError(f"the manifest of {path} is unreadable; --restart begins anew")
+            raise CheckpointError(f"the manifest of {path} is unreadable; --changed restart begins anew")
         return
     # a run has nothing else before its manifest
     foreign = sorted({p.name for p in path.iterdir()} - {"lock", f"{MANIFEST}.tmp"})

@@ -25,16 +25,13 @@ from gemq.engine.walk import OnLayer
 from gemq.errors import CheckpointError
 from gemq.integrity import verify
 
-# what stays in memory: a decoder layer, with it the calibration activations, or the whole model with all work
-KEEP = ("layer", "activations", "model")
-
 
 @dataclass(frozen=True)
 class RunOptions:
     """Options of a run that do not change its result.
 
-    ``path`` is the run directory; ``keep`` is one of :data:`KEEP`, and ``"model"`` uses no run directory. ``log`` is a
-    second place for the JSON lines; ``keep_run`` leaves the directory behind.
+    ``path`` is the run directory; ``keep`` is one of :class:`gemq.choices.Keep`, and ``"model"`` uses no run directory.
+    ``log`` is a second place for the JSON lines; ``keep_run`` leaves the directory behind.
     """
 
     path: Path

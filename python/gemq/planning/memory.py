@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from gemq.algorithms.method import MethodConfig
 from gemq.planning.model_parts import LayerParts, ModelParts
 
-KEEP = ("layer", "activations", "model")
 # An interpreter with torch and transformers loaded, measured: 0.75 GB. A CUDA context, as NVIDIA's runtime takes it
 # on current devices: 0.5 GB, an estimate.
 PROCESS, CONTEXT = 750 * 10**6, 500 * 10**6

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemq.algorithms.method import MethodConfig
+from gemq.choices import Keep
 from gemq.errors import ResourceError
 from gemq.planning import memory
 from gemq.planning.machine import Machine
-from gemq.planning.memory import KEEP, Need, Work
+from gemq.planning.memory import Need, Work
 from gemq.planning.model_parts import ModelParts, count_parts, located
 from gemq.planning.output import OutputSize, output_size
 from gemq.planning.running import Inference, bits_that_run, inference_of
@@ -40,8 +41,8 @@ class PlanConfig:
     ranks: int = 1
 
     def __post_init__(self) -> None:
-        if self.keep not in KEEP:
-            raise ValueError(f"keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
+        if self.keep not in set(Keep):
+            raise ValueError(f"keep must be one of {', '.join(Keep)}, got {self.keep!r}")
         for name, least in (("samples", 1), ("length", 2), ("context", 1), ("rows", 1), ("ranks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
