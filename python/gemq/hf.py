@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,14 +21,12 @@ from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
-from gemq.transformers_hook import register_quantization_config, register_quantizer
 
 _FLOATS = ("F32", "F16", "BF16")
 # a number of layers above this is believed only if there are as many tensors
 _MANY_LAYERS = 1000
 
 
-@register_quantization_config("gemq")
 class GemqConfig(QuantizationConfigMixin):
     """``quantization_config`` as transformers sees it: a validated :class:`gemq.packed_config.PackedConfig`."""
 
@@ -51,7 +50,6 @@ class GemqConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-@register_quantizer("gemq")
 class GemqQuantizer(HfQuantizer):
     """Builds the packed modules before loading, checks the files against them, prepares the kernels' layout after."""
 
@@ -111,6 +109,11 @@ class GemqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: all ops have fake implementations."""
         return True
+
+
+# in the places of what gemq.transformers_hook put there
+AUTO_QUANTIZATION_CONFIG_MAPPING["gemq"] = GemqConfig
+AUTO_QUANTIZER_MAPPING["gemq"] = GemqQuantizer
 
 
 def attach(model: nn.Module, packed: PackedConfig) -> None:

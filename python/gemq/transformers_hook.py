@@ -16,8 +16,6 @@ _TABLES = {"AUTO_QUANTIZER_MAPPING": "GemqQuantizer", "AUTO_QUANTIZATION_CONFIG_
 class _StandIn:
     """Forwards to a class of :mod:`gemq.hf`. Raises ``ImportError`` if gemq is broken."""
 
-    stands_in = True
-
     def __init__(self, name):
         self._name = name
 
@@ -42,26 +40,6 @@ class _StandIn:
 def _enter(module):
     for table, name in _TABLES.items():
         getattr(module, table, {}).setdefault("gemq", _StandIn(name))
-
-
-def _make_room():
-    """Take the stand-ins out, and return transformers' module, in which their classes can be registered."""
-    import transformers.quantizers.auto as module
-
-    for table in _TABLES:
-        if getattr(getattr(module, table).get("gemq"), "stands_in", False):
-            del getattr(module, table)["gemq"]
-    return module
-
-
-def register_quantization_config(name):
-    """Register a class as ``transformers`` does, in the place of its stand-in."""
-    return _make_room().register_quantization_config(name)
-
-
-def register_quantizer(name):
-    """Register a class as ``transformers`` does, in the place of its stand-in."""
-    return _make_room().register_quantizer(name)
 
 
 class _Finder:
