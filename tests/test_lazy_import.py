@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,8 @@ HEAVY = ("torch", "transformers", "triton", "numpy", "scipy", "matplotlib", "dat
 # what quantizing needs and running does not
 QUANTIZING = ("gemq.engine", "gemq.planning", "gemq.algorithms.allocation", "gemq.algorithms.method",
               "gemq.pipeline", "mip", "scipy", "datasets")  # fmt: skip
-# seconds; quiet machines take a fifth
-PATIENCE = 4.0
+# seconds of processor time, whatever else the machine does; torch alone takes more
+PATIENCE = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def test_import_gemq_is_a_name_and_a_hook():
 ])  # fmt: skip
 def test_help_and_errors_of_usage_load_nothing_heavy(arguments):
     program = f"from gemq.cli.run import run\nrun({arguments!r})"
-    started = time.monotonic()
+    started = os.times().children_user
     modules, _ = loaded(program)
     assert not present(HEAVY, modules)
-    assert time.monotonic() - started < PATIENCE
+    assert os.times().children_user - started < PATIENCE
 
 
 def test_completion_loads_nothing_heavy():
