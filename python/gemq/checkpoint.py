@@ -11,11 +11,11 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
-from torch import nn
 
 from gemq import durable
 from gemq.errors import CheckpointError, GemqError
@@ -29,11 +29,14 @@ from gemq.packed_config import PackedConfig
 from gemq.packed_model import stored_state
 from gemq.staging import staged
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 MAX_SHARD = "5GB"
 
 
 def save_packed(
-    model: nn.Module, config: PackedConfig, path: str | os.PathLike, *, tokenizer=None,
+    model: PreTrainedModel, config: PackedConfig, path: str | os.PathLike, *, tokenizer: Any = None,
     dtype: torch.dtype | None = None, max_shard_size: str = MAX_SHARD,
     extra_files: dict[str, Callable[[Path], None]] | None = None, overwrite: bool = False,
     weights: Callable[[Path], None] | None = None,
@@ -51,8 +54,8 @@ def save_packed(
 
 
 def _write(
-    model, config: PackedConfig, folder: Path, tokenizer, dtype, max_shard_size: str, extra: dict,
-    weights: Callable[[Path], None] | None,
+    model: PreTrainedModel, config: PackedConfig, folder: Path, tokenizer: Any, dtype: torch.dtype | None,
+    max_shard_size: str, extra: dict[str, Callable[[Path], None]], weights: Callable[[Path], None] | None,
 ) -> None:
     attach(model, config)
     if weights is not None:
@@ -75,7 +78,7 @@ def _write(
     durable.sync(folder)
 
 
-def _config_text(model, dtype: torch.dtype | None) -> str:
+def _config_text(model: PreTrainedModel, dtype: torch.dtype | None) -> str:
     config = copy.deepcopy(model.config)
     config.dtype = dtype or model.dtype
     config.architectures = [type(model).__name__]
@@ -92,8 +95,8 @@ def load_packed_config(path: str | os.PathLike) -> PackedConfig:
 
 def from_pretrained(
     path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", device: str | None = None, verify: bool = False,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> PreTrainedModel:
     """Load a packed checkpoint for inference: a transformers model whose experts run on gemq's kernels.
 
     Args:

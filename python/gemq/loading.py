@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,8 +15,11 @@ from gemq.integrity import read_json
 from gemq.model_config import check_sizes, config_file, generation_config, model_config
 from gemq.models.families import SUPPORTED, check_supported
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub name; :class:`CheckpointError` if there is none, or none that can be read."""
     from transformers import AutoTokenizer
 
@@ -40,7 +44,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         raise CheckpointError(f"no tokenizer in {path!r}: {why}") from error
 
 
-def checked_config(path: str, trust_remote_code: bool = False):
+def checked_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the transformers config of any model. The sizes of a supported family are checked. Raises
     :class:`CheckpointError`."""
     config = model_config(path, trust_remote_code)
@@ -58,7 +62,7 @@ def _check_complete(path: str | os.PathLike) -> None:
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no config.json")
 
 
-def check_model(path: str, trust_remote_code: bool = False):
+def check_model(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The transformers config of a full-precision model of a supported family; reads no weights.
 
     Raises :class:`CheckpointError` if there is no such model, it is quantized, an adapter, or of sizes that cannot
@@ -82,7 +86,7 @@ _INSTEAD = {
 }
 
 
-def check_unquantized(path: str, config) -> None:
+def check_unquantized(path: str, config: PreTrainedConfig) -> None:
     """Raise :class:`CheckpointError`, with a remedy, for a config of quantized weights."""
     found = getattr(config, "quantization_config", None)
     if not found:
@@ -91,7 +95,7 @@ def check_unquantized(path: str, config) -> None:
             del config.quantization_config
         return
     stored = found if isinstance(found, dict) else found.to_dict()
-    method = stored.get("quant_method")
+    method: Any = stored.get("quant_method")
     instead = _INSTEAD.get(method, "gemq reads weights in float32, float16 and bfloat16")
     raise CheckpointError(f"{path!r} is quantized already, by {method!r}; give the full-precision model ({instead})")
 
@@ -120,7 +124,9 @@ def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = F
 
 def parse_dtype(name: str) -> torch.dtype | str:
     """``"auto"``, or the dtype of a name; ``ValueError`` for another."""
-    allowed = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    allowed: dict[str, torch.dtype | str] = {
+        "auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    }
     if name not in allowed:
         raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}")
     return allowed[name]

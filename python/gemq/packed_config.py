@@ -58,7 +58,7 @@ class PackedConfig:
         return {"quant_method": "gemq", **data, "digest": _digest(data)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
+    def from_dict(cls, data: Any) -> PackedConfig:
         """Parse and validate a stored ``quantization_config``; :class:`CheckpointError` says what is wrong."""
         if not isinstance(data, dict) or data.get("quant_method") != "gemq":
             other = data.get("quant_method") if isinstance(data, dict) else None
@@ -75,7 +75,7 @@ class PackedConfig:
                 f"upgrade gemq"
             )
         known = {*STORED, *(f.name for f in fields(cls) if f.name != "widths")}
-        stored = {k: v for k, v in data.items() if k in known}
+        stored: dict[str, Any] = {k: v for k, v in data.items() if k in known}
         values = dict(stored)
         values["expert_bits"] = _layer_bits("expert_bits", data.get("expert_bits"), list)
         values["shared_bits"] = _layer_bits("shared_bits", data.get("shared_bits", {}), int)
@@ -124,7 +124,7 @@ def _check_width(name: str, width: Any, low: int) -> None:
         _refuse(name, f"bits in {low}..{MAX_BITS}" + (f" or {UNQUANTIZED}" if low else ""), width)
 
 
-def _layer_bits(name: str, value: Any, kind: type) -> dict[int, Any]:
+def _layer_bits(name: str, value: Any, kind: type[Any]) -> dict[int, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"quantization_config.{name} must map layers to bits, got {type(value).__name__}")
     result = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -11,9 +13,12 @@ from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.tensor_files import check_finite
 from gemq.widths import Widths
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def packed_skeleton(
-    moe: MoeModel, widths: Widths, group_size: int, device: str | None = None, under: str = ""
+    moe: MoeModel, widths: Widths, group_size: int, device: torch.device | str | None = None, under: str = ""
 ) -> dict[str, LowBitExperts | LowBitLinear]:
     """Empty packed modules for an unquantized model, by module path; ``under`` is a path prefix to keep to.
 
@@ -49,14 +54,14 @@ def packed_skeleton(
     return modules
 
 
-def stored_state(model, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def stored_state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """The tensors of a packed model as a checkpoint holds them: as :func:`stored_tensors`, tied ones once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return stored_tensors(model, {k: v for k, v in model.state_dict().items() if k not in tied}, dtype)
 
 
 def stored_tensors(
-    model, state: dict[str, torch.Tensor], dtype: torch.dtype | None
+    model: PreTrainedModel, state: dict[str, torch.Tensor], dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Some or all of a packed model's tensors as a checkpoint has them: by the names of the family's own checkpoints,
     unquantized ones in ``dtype``."""
@@ -67,7 +72,7 @@ def stored_tensors(
     return {k: check_finite(k, v).contiguous() for k, v in revert_weight_conversion(model, state).items()}
 
 
-def kept_in_float32(model) -> set[str]:
+def kept_in_float32(model: PreTrainedModel) -> set[str]:
     """Tensors that the family keeps in float32 in a 16-bit model: correction biases of routers, which rank experts."""
     modules = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     return {name for name in model.state_dict() if modules & set(name.split("."))}

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gemq import distributed
 from gemq.algorithms.calibration import calibration_windows, check_windows, evaluation_windows
@@ -47,6 +49,9 @@ from gemq.outcome import (
 from gemq.output_folder import check_log, check_run_directory, is_event
 from gemq.planning import PlanConfig, check, check_budgets, make_plan, this_machine
 from gemq.staging import claimed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # fields of QuantizeConfig that say where things are: known by content instead
 _PLACES = ("model", "output", "calibration", "router_text", "overwrite", "device", "dtype", "costs")
@@ -158,9 +163,8 @@ def _quantize(
     outcomes = []
     with session.working(run, progress, on_layer) as work:
         for result in work.results():
-            outcomes.append(
-                distributed.on_first(lambda r=result: _save(config, work, r, tokenizer, targets[r.budget]))
-            )
+            save = partial(_save, config, work, result, tokenizer, targets[result.budget])
+            outcomes.append(distributed.on_first(save))
     return outcomes
 
 
@@ -169,7 +173,9 @@ def uses_directory(config: QuantizeConfig) -> bool:
     return config.keep != "model"
 
 
-def _prepare(config: QuantizeConfig, targets: dict[float, Path], device: torch.device):
+def _prepare(
+    config: QuantizeConfig, targets: dict[float, Path], device: torch.device
+) -> tuple[Tensor, Tensor, PreTrainedConfig]:
     """Every check that can be made before weights are read; then the windows to calibrate and to tune routers on, and
     the model's transformers config."""
     begun = uses_directory(config) and read_manifest(run_directory(config)) is not None
@@ -208,7 +214,7 @@ def load_costs(path: str | os.PathLike) -> Costs:
         raise CheckpointError(f"no costs in {path}: {first_line(error)}") from error
 
 
-def check_resources(config: QuantizeConfig, architecture, device: torch.device) -> None:
+def check_resources(config: QuantizeConfig, architecture: PreTrainedConfig, device: torch.device) -> None:
     """Raise :class:`gemq.errors.ResourceError` if the plan of a transformers config takes more than is free here."""
     chosen = parse_dtype(config.dtype)
     dtype = None if isinstance(chosen, str) else chosen
@@ -232,7 +238,7 @@ def run_directory(config: QuantizeConfig) -> Path:
     return output.with_name(f"{output.name}.run") if output.name else output / ".run"
 
 
-def _save(config: QuantizeConfig, work: Work, result: BudgetResult, tokenizer, target: Path) -> QuantizeOutcome:
+def _save(config: QuantizeConfig, work: Work, result: BudgetResult, tokenizer: Any, target: Path) -> QuantizeOutcome:
     """Write the checkpoint of a result, unless an earlier call did."""
     source = work.progression.source
     assembly, name = work.assembly(result, source.stored)
@@ -245,7 +251,7 @@ def _save(config: QuantizeConfig, work: Work, result: BudgetResult, tokenizer, t
 
 
 def save_result(
-    config: QuantizeConfig, result: BudgetResult, assembly: Assembly, write: Callable[[Path], None], tokenizer,
+    config: QuantizeConfig, result: BudgetResult, assembly: Assembly, write: Callable[[Path], None], tokenizer: Any,
     target: Path, name: str | None = None,
 ) -> None:
     """Save the checkpoint of a result with its report and costs; ``write`` writes the weights of ``assembly``, ``name``
@@ -273,7 +279,7 @@ class Evaluation:
 @plain_torch()
 def evaluate(
     model: str | os.PathLike | nn.Module, text: str = "wikitext2", *, length: int = 2048, limit: int | None = None,
-    tokenizer=None, batch_size: int = 4, dtype: str = "auto", device: str | None = None,
+    tokenizer: Any = None, batch_size: int = 4, dtype: str = "auto", device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Token perplexity over consecutive windows of ``length`` tokens of a held-out text.

@@ -275,7 +275,9 @@ def _program(
     Per matrix the constraints of a layer hold for either matrix, and all is counted in thirds of a bit.
     """
     num_layers, num_experts, num_widths = costs.routed.shape
+    thirds: tuple[float, ...]
     if per_matrix:
+        assert costs.matrices is not None
         thirds, whole = _THIRDS, 3.0
         parts = [costs.matrices[:, :, which].reshape(-1, num_widths) for which in range(2)]
     else:
@@ -283,6 +285,7 @@ def _program(
         parts = [costs.routed.reshape(-1, num_widths)]
     units = [np.full(len(part), third) for part, third in zip(parts, thirds, strict=True)]
     if shared_units:
+        assert costs.shared is not None
         parts.append(costs.shared)
         units.append(np.full(num_layers, shared_units * whole))
     program = Program(

@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from gemq.algorithms.documents import DEFAULT, Documents
 from gemq.algorithms.text_files import TextFile, check_characters, failures, pieces, text_file
 from gemq.algorithms.token_stream import tokens, window_at
 from gemq.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _log = logging.getLogger("gemq")
 
@@ -66,7 +70,7 @@ def parse_sources(text: str) -> list[Source]:
 def _hub_documents(name: str, split: str) -> list[str]:
     import datasets
 
-    where = {
+    where: dict[str, tuple[str, dict[str, Any]]] = {
         "wikitext2": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": split}),
         "c4": (
             "allenai/c4",
@@ -89,7 +93,7 @@ def _hub_documents(name: str, split: str) -> list[str]:
     return data["text"]
 
 
-def documents(source: Source, split: str = "train", tokenizer=None) -> list[str]:
+def documents(source: Source, split: str = "train", tokenizer: Any = None) -> list[str]:
     """The documents of a source, all of them in memory. ``split`` ("train" or "test") matters for named corpora only,
     ``tokenizer`` for conversations only.
 
@@ -116,7 +120,7 @@ class _Whole:
         return pieces(self.file)
 
 
-def _documents(source: Source, split: str, tokenizer) -> Iterable[str] | Documents | _Whole:
+def _documents(source: Source, split: str, tokenizer: Any) -> list[str] | Documents | _Whole:
     if source.name in NAMED:
         return _hub_documents(source.name, split)
     file = text_file(source.name, NAMED)
@@ -130,7 +134,7 @@ def _joined(documents: Iterable[str], joiner: str) -> Iterator[str]:
         yield document
 
 
-def _tokens(tokenizer, source: Source, text: Iterable[str], need: int, most: int | None = None) -> Tensor:
+def _tokens(tokenizer: Any, source: Source, text: Iterable[str], need: int, most: int | None = None) -> Tensor:
     """Ids int32 of the parts of a text, or the first ``most``. :class:`CalibrationError` if there are fewer than
     ``need``, or the text is blank."""
     blank, parts = True, iter(text)
@@ -148,7 +152,7 @@ def _tokens(tokenizer, source: Source, text: Iterable[str], need: int, most: int
     return found
 
 
-def _windows(tokenizer, source: Source, count: int, length: int, generator: torch.Generator) -> Tensor:
+def _windows(tokenizer: Any, source: Source, count: int, length: int, generator: torch.Generator) -> Tensor:
     found = _documents(source, "train", tokenizer)
     if isinstance(found, _Whole):
         if found.file.size > LONG and not found.file.packed:
@@ -166,7 +170,7 @@ def _windows(tokenizer, source: Source, count: int, length: int, generator: torc
 
 
 def _of_one(
-    tokenizer, source: Source, text: Iterable[str], count: int, length: int, generator: torch.Generator
+    tokenizer: Any, source: Source, text: Iterable[str], count: int, length: int, generator: torch.Generator
 ) -> Tensor:
     """Draw random windows of one long text that is tokenized whole."""
     stream = _tokens(tokenizer, source, text, length)
@@ -185,7 +189,7 @@ def _first(text: Iterable[str], source: Source, most: int) -> Iterator[str]:
 
 
 def _of_long_file(
-    tokenizer, source: Source, file: TextFile, count: int, length: int, generator: torch.Generator
+    tokenizer: Any, source: Source, file: TextFile, count: int, length: int, generator: torch.Generator
 ) -> Tensor:
     """Draw random windows of a text that is too long to tokenize whole, at random places among its bytes."""
     if not any(part.strip() for part in pieces(file)):
@@ -202,18 +206,20 @@ def _of_long_file(
 
 
 def _placed(
-    tokenizer, source: Source, read: Callable[[int, int], bytes], size: int, count: int, length: int,
+    tokenizer: Any, source: Source, read: Callable[[int, int], bytes], size: int, count: int, length: int,
     generator: torch.Generator,
 ) -> Tensor:
     places = torch.randint(0, size, (count,), generator=generator)
     found = [window_at(tokenizer, read, size, place, length) for place in places.tolist()]
-    if any(window is None for window in found):
+    windows = [window for window in found if window is not None]
+    if len(windows) < len(found):
         _check_length(source.name, 0, length)
-    return torch.stack(found)
+    return torch.stack(windows)
 
 
 def _of_many(
-    tokenizer, source: Source, documents, count: int, length: int, generator: torch.Generator
+    tokenizer: Any, source: Source, documents: list[str] | Documents, count: int, length: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """Concatenate the documents in random order and return the first windows of the result."""
     need = count * length
@@ -235,7 +241,7 @@ def _check_length(name: str, have: int, need: int) -> None:
         raise CalibrationError(f"the text source {name!r} has {have} tokens, but {need} are needed")
 
 
-def calibration_windows(tokenizer, sources: str, count: int, length: int, seed: int = 0) -> Tensor:
+def calibration_windows(tokenizer: Any, sources: str, count: int, length: int, seed: int = 0) -> Tensor:
     """``count`` windows of ``length`` tokens, int64 ``[count, length]``, deterministic in ``seed``.
 
     One long text gives random windows, many documents are shuffled and concatenated, as the paper's scripts
@@ -265,7 +271,7 @@ def calibration_windows(tokenizer, sources: str, count: int, length: int, seed: 
     return windows if len(parts) == 1 else windows[torch.randperm(count, generator=generator)]
 
 
-def evaluation_windows(tokenizer, sources: str, length: int, limit: int | None = None) -> Tensor:
+def evaluation_windows(tokenizer: Any, sources: str, length: int, limit: int | None = None) -> Tensor:
     """Consecutive windows of a held-out text, int64 ``[count, length]``.
 
     WikiText-2: ``"\\n\\n"``-joined test split. C4: the first 1,100 validation documents joined by a blank, as
@@ -277,16 +283,17 @@ def evaluation_windows(tokenizer, sources: str, length: int, limit: int | None =
     parts = []
     for source in parse_sources(sources):
         found, joiner = _documents(source, "test", tokenizer), "\n\n" if source.name == "wikitext2" else " "
+        text: Iterable[str] = found
         if not isinstance(found, _Whole):
-            found = _joined(islice(found, 1100) if source.name == "c4" else found, joiner)
-        stream = _tokens(tokenizer, source, found, length, most)
+            text = _joined(islice(found, 1100) if source.name == "c4" else found, joiner)
+        stream = _tokens(tokenizer, source, text, length, most)
         count = stream.numel() // length
         parts.append(stream[: count * length].view(count, length))
     windows = torch.cat(parts).long()
     return windows if limit is None else windows[:limit]
 
 
-def check_windows(windows: Tensor, config, tokenizer=None) -> None:
+def check_windows(windows: Tensor, config: PreTrainedConfig, tokenizer: Any = None) -> None:
     """Raise :class:`CalibrationError` if windows ``[N, T]`` are longer than a model of this transformers config has
     positions, or hold ids that its embedding has no rows for; with a tokenizer, the error names such a token."""
     config = config.get_text_config()

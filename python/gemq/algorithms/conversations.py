@@ -19,12 +19,12 @@ SECONDS = 5.0
 LONGEST = 50_000_000
 
 
-def has_template(tokenizer) -> bool:
+def has_template(tokenizer: Any) -> bool:
     """Tell if the tokenizer brings a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render(tokenizer, messages: list[dict], prompt: bool) -> str:
+def render(tokenizer: Any, messages: list[dict], prompt: bool) -> str:
     """Messages through the tokenizer's chat template.
 
     With ``prompt`` the text ends where the assistant is to speak, else after the last message. The template is a
@@ -48,7 +48,7 @@ def render(tokenizer, messages: list[dict], prompt: bool) -> str:
     return text
 
 
-def _templates(tokenizer) -> list[str]:
+def _templates(tokenizer: Any) -> list[str]:
     found = tokenizer.chat_template
     return [text for text in (found.values() if isinstance(found, dict) else [found]) if isinstance(text, str)]
 

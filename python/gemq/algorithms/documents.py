@@ -27,10 +27,11 @@ class Documents:
     :class:`CalibrationError` that names the record for others without text.
     """
 
-    def __init__(self, file: TextFile, fields: str, tokenizer):
+    def __init__(self, file: TextFile, fields: str, tokenizer: Any):
         self.file, self.fields, self.tokenizer = file, fields, tokenizer
         self.names = re.split(r"([+&])", fields)
-        self.lengths, self.kept, self.blank, self.told = array("q"), None, True, False
+        self.lengths, self.blank, self.told = array("q"), True, False
+        self.kept: list[str] | None = None
 
     def __iter__(self) -> Iterator[str]:
         columns, skipped, number = {*self.names, *(FIELDS if self.fields == DEFAULT else ())}, 0, 0
@@ -99,7 +100,8 @@ class Documents:
         if self.fields == DEFAULT and DEFAULT not in record:
             names = [next((name for name in FIELDS if name in record), DEFAULT)]
         parts = [_JOINERS[name] if name in _JOINERS else self._field(record, name) for name in names]
-        return None if None in parts else "".join(parts)
+        text = [part for part in parts if part is not None]
+        return "".join(text) if len(text) == len(parts) else None
 
     def _field(self, record: dict[str, Any], name: str) -> str | None:
         if name not in record:

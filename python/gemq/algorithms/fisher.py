@@ -10,12 +10,14 @@ weights would cost a backward pass a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.layerwise import Routed, watch_experts
@@ -26,14 +28,15 @@ from gemq.models import MoeLayer, MoeModel
 Progress = Callable[[int, int], None]
 
 
-def _weights(layer: MoeLayer) -> list[nn.Parameter]:
+def _weights(layer: MoeLayer) -> list[Tensor]:
     """The parameters whose gradients are needed: both expert stacks, and a shared expert's three matrices."""
+    experts: Any = layer.experts
     shared = [linear.weight for linear in layer.shared_linears().values()]
-    return [layer.experts.gate_up_proj, layer.experts.down_proj, *shared]
+    return [experts.gate_up_proj, experts.down_proj, *shared]
 
 
 @contextmanager
-def _only_trainable(moe: MoeModel, weights: list[nn.Parameter]):
+def _only_trainable(moe: MoeModel, weights: list[Tensor]) -> Iterator[None]:
     """Enable gradients for ``weights`` alone, in evaluation mode. The previous state is restored on exit."""
     was_training, required = moe.model.training, {p: p.requires_grad for p in moe.model.parameters()}
     chosen = {id(p) for p in weights}
@@ -48,7 +51,13 @@ def _only_trainable(moe: MoeModel, weights: list[nn.Parameter]):
         moe.model.train(was_training)
 
 
-def _information(moe: MoeModel, windows: Tensor, progress: Progress | None, steps: int) -> tuple[list, list]:
+def _keep(seen: list[Routed], routed: Routed, output: Tensor) -> None:
+    seen.append(routed)
+
+
+def _information(
+    moe: MoeModel, windows: Tensor, progress: Progress | None, steps: int
+) -> tuple[list[list[Tensor]], list[list[Routed]]]:
     """Per layer the summed squared gradients of :func:`_weights`, and the experts' inputs."""
     weights = [_weights(layer) for layer in moe.moe]
     flat = [p for row in weights for p in row]
@@ -56,7 +65,7 @@ def _information(moe: MoeModel, windows: Tensor, progress: Progress | None, step
     inputs: list[list[Routed]] = [[] for _ in moe.moe]
     with _only_trainable(moe, flat), ExitStack() as stack, torch.enable_grad():
         for seen, layer in zip(inputs, moe.moe, strict=True):
-            stack.enter_context(watch_experts(layer, lambda routed, output, seen=seen: seen.append(routed)))
+            stack.enter_context(watch_experts(layer, partial(_keep, seen)))
         for done, window in enumerate(windows, 1):
             loss = token_losses(moe.model, window[None]).mean()
             gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
@@ -70,7 +79,7 @@ def _information(moe: MoeModel, windows: Tensor, progress: Progress | None, step
     return sums, inputs
 
 
-def _cost(information: list[Tensor], base: list[Tensor], quantized: list[Tensor]) -> float:
+def _cost(information: Sequence[Tensor], base: Sequence[Tensor], quantized: Sequence[Tensor]) -> float:
     terms = zip(information, base, quantized, strict=True)
     return sum(float((f * (w.float() - q.float()).square()).sum(dtype=torch.float64)) for f, w, q in terms)
 
@@ -79,19 +88,19 @@ def _layer_costs(
     layer: MoeLayer, sums: list[Tensor], seen: list[Routed], perturbation: Perturbation, candidates: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Costs ``[E, B]`` of an original layer's routed experts and ``[B]`` of its shared one."""
-    gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
+    gate_up, down = _weights(layer)[:2]
     routed = np.zeros((len(gate_up), len(candidates)))
     for e in range(len(gate_up)):
-        base = [gate_up[e], down[e]]
+        base = (gate_up[e], down[e])
         found = perturbation.expert(*base, candidates, [r.rows(e)[0] for r in seen])
-        routed[e] = [_cost([s[e] for s in sums[:2]], base, list(pair)) for pair in found]
+        routed[e] = [_cost([s[e] for s in sums[:2]], base, pair) for pair in found]
     if layer.shared is None:
         return routed, None
     gate, up, down = (linear.weight for linear in layer.shared_linears().values())
-    base = [torch.cat([gate, up]), down]
+    base = (torch.cat([gate, up]), down)
     found = perturbation.expert(*base, candidates, [r.x for r in seen])
     merged = [torch.cat(sums[2:4]), sums[4]]
-    return routed, np.array([_cost(merged, base, list(pair)) for pair in found])
+    return routed, np.array([_cost(merged, base, pair) for pair in found])
 
 
 def weight_fisher(
@@ -112,10 +121,11 @@ def weight_fisher(
             rows.append(_layer_costs(layer, sums[at], inputs[at], perturbation, candidates))
             if progress:
                 progress(len(windows) + at + 1, steps)
+    shared = [own for _, own in rows if own is not None]
     return Costs(
         candidates=candidates,
         routed=np.stack([routed for routed, _ in rows]),
-        shared=np.stack([shared for _, shared in rows]) if moe.moe[0].shared is not None else None,
+        shared=np.stack(shared) if shared else None,
         shared_multiple=moe.shared_multiple,
         layers=tuple(layer.index for layer in moe.moe),
     )

@@ -34,9 +34,8 @@ class GivenAllocation:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GivenAllocation:
         """Build an allocation from its fields as JSON returns them: lists for tuples."""
-        rows, down = (
-            None if data[n] is None else tuple(tuple(row) for row in data[n]) for n in ("rows", "down")
-        )
+        rows = tuple(tuple(row) for row in data["rows"])
+        down = None if data["down"] is None else tuple(tuple(row) for row in data["down"])
         layers, shared = (None if data[n] is None else tuple(data[n]) for n in ("layers", "shared"))
         return cls(data["source"], rows, layers, shared, data["budget"], down)
 
@@ -56,7 +55,7 @@ class GivenAllocation:
                              "layers")
         routed, shared = self._split(moe)
         _check_widths(self.source, routed, 0)
-        down = None if self.down is None else self._of_down(routed)
+        down = None if self.down is None else self._of_down(self.down, routed)
         if shared_bits is not None:
             shared = None
         elif shared is not None:
@@ -70,12 +69,12 @@ class GivenAllocation:
             raise ValueError(f"{self.source} takes {mean:.6g} bits per expert, more than the budget of {budget:g}")
         return replace(found, budget=mean if self.budget is None else float(self.budget))
 
-    def _of_down(self, routed: np.ndarray) -> np.ndarray:
+    def _of_down(self, rows: tuple[tuple[int, ...], ...], routed: np.ndarray) -> np.ndarray:
         """Widths of the down projections ``[L, E]``."""
-        counts = [len(row) for row in self.down]
+        counts = [len(row) for row in rows]
         if counts != [routed.shape[1]] * len(routed):
             raise ValueError(f"{self.source} has other layers or experts in down_bits than in expert_bits")
-        down = np.asarray(self.down, dtype=np.int64)
+        down = np.asarray(rows, dtype=np.int64)
         _check_widths(self.source, down, 0)
         return down
 

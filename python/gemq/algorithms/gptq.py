@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ class GptqConfig:
         chosen = cls()
         if recipe == "paper":
             chosen = cls(clip="paper", propagate_from=4, refine=0, compensate=False, rescale=False)
-        given = {"clip": clip, "refine": refine, "compensate": compensate, "rescale": rescale}
-        given = {name: value for name, value in given.items() if value is not None}
+        asked: dict[str, Any] = {"clip": clip, "refine": refine, "compensate": compensate, "rescale": rescale}
+        given = {name: value for name, value in asked.items() if value is not None}
         return replace(chosen, group_size=group_size, damping=damping, **given)
 
 
@@ -179,7 +180,8 @@ def quantize_columns(
     metas, size = [], factor.group_size
     for block in range(weight.shape[-1] // size):
         here, inverse = slice(block * size, (block + 1) * size), factor.inverse[:, block]
-        values, left = weight[..., here], 0.0
+        values = weight[..., here]
+        left: Tensor | float = 0.0
         if block:
             left = factor.before(carried, block)
             values = torch.baddbmm(values, left, inverse)

@@ -37,6 +37,7 @@ def statistics_of(moe: MoeModel, rows: list[LayerCosts], candidates: tuple[int, 
     for sums that are not finite."""
     for layer, row in zip(moe.moe, rows, strict=True):
         row.check(layer.index)
+    matrices = [row.matrices for row in rows if row.matrices is not None]
     tokens = np.array([[row.tokens] for row in rows], dtype=float)
     costs = Costs(
         candidates=candidates,
@@ -44,7 +45,7 @@ def statistics_of(moe: MoeModel, rows: list[LayerCosts], candidates: tuple[int, 
         shared=np.stack([row.shared for row in rows]) if moe.moe[0].shared is not None else None,
         shared_multiple=moe.shared_multiple,
         layers=tuple(layer.index for layer in moe.moe),
-        matrices=None if rows[0].matrices is None else np.stack([row.matrices for row in rows]),
+        matrices=np.stack(matrices) if matrices else None,
     )
     return ExpertStatistics(
         costs,

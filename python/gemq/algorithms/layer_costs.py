@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ class LayerCosts:
             self.routed[expert, column] += cost
             self.error[expert, column] += error_of(change, scale, window)
         else:
+            assert self.matrices is not None
             self.matrices[expert, part - GATE_UP, column] += cost
 
     def add_shared(self, changes: Iterable[Tensor], gradient: Tensor) -> None:
@@ -89,7 +91,8 @@ class LayerCosts:
     @classmethod
     def from_json(cls, data: dict) -> LayerCosts:
         """The inverse of :meth:`to_json`."""
-        return cls(**{k: np.array(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 def cost_of(change: Tensor, gradient: Tensor) -> float:

@@ -25,7 +25,7 @@ class LayerCalls:
 @contextmanager
 def _recording(moe: MoeModel, calls: LayerCalls) -> Iterator[None]:
     def record(index: int) -> Callable:
-        def forward(hidden_states: Tensor, *args, **kwargs):
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if args:
                 raise TypeError(f"decoder layer {index} takes positional arguments besides its input")
             if index == 0:
@@ -102,7 +102,7 @@ class Routed:
 def watch_experts(layer: MoeLayer, seen: Callable[[Routed, Tensor], None]) -> Iterator[None]:
     """Call ``seen(arguments, output)`` after every call of the layer's experts."""
 
-    def hook(module, args, kwargs, output):
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
         values = [*args, *(kwargs[n] for n in names[len(args) :])]
         seen(Routed(*(v.detach() for v in values)), output)

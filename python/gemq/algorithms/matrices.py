@@ -64,7 +64,7 @@ def dequantized(stack: QuantizedStack, like: Tensor) -> Tensor:
     """Return the experts of a stack dequantized, ``[E, n, k]`` as ``like`` in shape and dtype; 0 bits give zero."""
     found = torch.zeros_like(like)
     for e, (codes, meta) in enumerate(zip(stack.codes, stack.meta, strict=True)):
-        if codes is not None:
+        if codes is not None and meta is not None:
             found[e] = dequantize_codes(codes, meta, like.dtype)
     return found
 

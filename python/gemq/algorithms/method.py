@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -135,15 +136,15 @@ def one_process_only(config: MethodConfig) -> list[str]:
 def widths_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> Widths:
     """The widths of the whole model: those that ``allocation`` gives experts, and the method's for the rest."""
     indices = [layer.index for layer in moe.moe]
-    shared = {}
+    shared: dict[int, int] = {}
     if moe.moe[0].shared is not None:
-        fixed = config.shared_bits
-        if fixed is None and allocation.shared_bits is None:
+        if config.shared_bits is not None:
+            shared = dict.fromkeys(indices, config.shared_bits)
+        elif allocation.shared_bits is not None:
+            shared = {index: int(allocation.shared_bits[row]) for row, index in enumerate(indices)}
+        else:
             # an allocation decided elsewhere that says nothing of them
-            fixed = max(config.candidates)
-        shared = {
-            index: int(allocation.shared_bits[row]) if fixed is None else fixed for row, index in enumerate(indices)
-        }
+            shared = dict.fromkeys(indices, max(config.candidates))
     experts, down = (
         {} if bits is None else {index: [int(b) for b in bits[row]] for row, index in enumerate(indices)}
         for bits in (allocation.bits, allocation.down_bits)
@@ -161,13 +162,17 @@ def overridden(
     experts, linears = resolve(moe, config.tensor_bits)
     widths = widths_of(moe, allocation, config).overridden(experts, linears)
     if experts:
+        down = _table(moe, widths.down) if widths.down else None
         # the summed coefficients are those of other widths now
-        rows, down = (
-            np.array([given[layer.index] for layer in moe.moe], dtype=np.int64) if given else None
-            for given in (widths.experts, widths.down)
+        allocation = replace(
+            allocation, bits=_table(moe, widths.experts), down_bits=down, objective=float("nan"), gap=float("nan")
         )
-        allocation = replace(allocation, bits=rows, down_bits=down, objective=float("nan"), gap=float("nan"))
     return allocation, widths
+
+
+def _table(moe: MoeModel, widths: dict[int, list[int]]) -> np.ndarray:
+    """Widths by decoder layer as an array ``[L, E]``."""
+    return np.array([widths[layer.index] for layer in moe.moe], dtype=np.int64)
 
 
 def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, config: MethodConfig) -> Allocation:
@@ -185,7 +190,7 @@ def allocate(moe: MoeModel, statistics: ExpertStatistics | None, budget: float, 
         return _with_shared(moe, found, budget, config, np.full(len(moe.moe), max(config.candidates)))
     has_shared = moe.moe[0].shared is not None
     fixed = config.shared_bits if has_shared else None
-    options = {
+    options: dict[str, Any] = {
         "per_layer": config.per_layer, "fixed_shared_bits": fixed, "accounting": config.accounting,
         "granularity": config.granularity,
     }
@@ -205,7 +210,8 @@ def _routed(statistics: ExpertStatistics, budget: float, config: MethodConfig) -
     """Widths of routed experts by a method that chooses no others."""
     if config.method == "two-step":
         return two_step(statistics.costs, budget, per_layer=config.per_layer)
-    sums = (statistics.frequency, statistics.weight, statistics.error)
+    # these are there: costs alone are refused for the methods that follow
+    sums: tuple[Any, Any, Any] = (statistics.frequency, statistics.weight, statistics.error)
     if config.method == "pmq":
         return pmq(*sums, config.candidates, budget)
     return global_pmq(*sums, config.candidates, budget, per_layer=config.per_layer)

@@ -64,7 +64,9 @@ def _forced(excess: np.ndarray, kept: tuple[int, ...]) -> tuple[np.ndarray, np.n
     return np.stack(picks)[least, rows], np.stack(costs)[least, rows]
 
 
-def _price(costs: np.ndarray, sizes: np.ndarray, shape: tuple[int, int], kept: tuple[int, ...], price: float):
+def _price(
+    costs: np.ndarray, sizes: np.ndarray, shape: tuple[int, int], kept: tuple[int, ...], price: float
+) -> _Priced:
     priced = costs + price * sizes
     chosen = priced.argmin(axis=1)
     excess = priced - priced.min(axis=1, keepdims=True)

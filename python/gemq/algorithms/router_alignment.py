@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from gemq.models import MoeLayer
 @contextmanager
 def router_inputs(layer: MoeLayer, seen: list[Tensor]) -> Iterator[None]:
     """Append the inputs ``[T, H]`` of every call of the layer's router to ``seen``."""
-    hidden = layer.router.weight.shape[1]
-    handle = layer.router.register_forward_pre_hook(
+    router: Any = layer.router
+    hidden = router.weight.shape[1]
+    handle = router.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args or tuple(kwargs.values()))[0].detach().reshape(-1, hidden)),
         with_kwargs=True,
     )

@@ -77,14 +77,15 @@ def _continue(
 
 def _accumulate(batch: Tensor, masters: list[Tensor], gradients: Gradients) -> float:
     """Set the masters' gradients to the mean over the windows ``[B, T]`` of all processes; returns the mean loss."""
-    for master in masters:
-        master.grad = torch.zeros_like(master)
+    sums = [torch.zeros_like(master) for master in masters]
+    for master, total in zip(masters, sums, strict=True):
+        master.grad = total
     mine, mean = iter(gradients(distributed.batches(batch, 1))), 0.0
     for _ in range(distributed.rounds(batch, 1)):
         for tensors in distributed.exchange(next(mine, None), batch.device):
             mean += float(tensors["loss"]) / len(batch)
-            for index, master in enumerate(masters):
-                master.grad += tensors[str(index)].float() / len(batch)
+            for index, total in enumerate(sums):
+                total += tensors[str(index)].float() / len(batch)
     return mean
 
 

@@ -96,7 +96,7 @@ def _check_content(file: TextFile) -> None:
 
 def check_characters(path: Path, piece: str | bytes) -> None:
     """Raise :class:`CalibrationError` if a piece of a file has a byte that no text has."""
-    if ("\0" if isinstance(piece, str) else b"\0") in piece:
+    if ("\0" in piece) if isinstance(piece, str) else (b"\0" in piece):
         raise CalibrationError(f"{path} is not text: it holds zero bytes; {_READ}")
 
 
@@ -126,13 +126,13 @@ def _opened(file: TextFile) -> Iterator[BinaryIO]:
 class _Bounded(io.RawIOBase):
     """A stream of which no more than :data:`MOST_UNPACKED` bytes are read: a small file can unpack to any size."""
 
-    def __init__(self, stream: BinaryIO, path: Path):
+    def __init__(self, stream: gzip.GzipFile, path: Path):
         self.stream, self.path, self.left = stream, path, MOST_UNPACKED
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         data = self.stream.read(min(len(buffer), self.left + 1))
         if len(data) > self.left:
             raise CalibrationError(f"{self.path} unpacks to more than {MOST_UNPACKED >> 20} MiB; unpack it first")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class _Encoded(NamedTuple):
     ends: np.ndarray
 
 
-def _encode(tokenizer, text: str, offset: int = 0) -> _Encoded:
+def _encode(tokenizer: Any, text: str, offset: int = 0) -> _Encoded:
     told = bool(getattr(tokenizer, "is_fast", False))
     found = tokenizer(
         text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=told, verbose=False
@@ -41,7 +41,7 @@ def _encode(tokenizer, text: str, offset: int = 0) -> _Encoded:
     return _Encoded(ids, places[:, 0], places[:, 1])
 
 
-def tokens(tokenizer, text: Iterable[str], most: int | None = None) -> Tensor:
+def tokens(tokenizer: Any, text: Iterable[str], most: int | None = None) -> Tensor:
     """Token ids int32 ``[N]`` of the parts of a text, joined; with ``most``, the first ones, reading no further than
     needed. No special tokens are added."""
     kept, count = [], 0
@@ -54,7 +54,7 @@ def tokens(tokenizer, text: Iterable[str], most: int | None = None) -> Tensor:
     return whole if most is None else whole[:most]
 
 
-def _parts(tokenizer, text: Iterator[str]) -> Iterator[np.ndarray]:
+def _parts(tokenizer: Any, text: Iterator[str]) -> Iterator[np.ndarray]:
     text = _slices(text)
     buffer, ended = _fill("", text, 2 * PIECE)
     if ended or not getattr(tokenizer, "is_fast", False):
@@ -97,7 +97,7 @@ def _fill(buffer: str, text: Iterator[str], least: int) -> tuple[str, bool]:
 
 
 def _next(
-    tokenizer, buffer: str, size: int, left: _Encoded, first: int
+    tokenizer: Any, buffer: str, size: int, left: _Encoded, first: int
 ) -> tuple[int, _Encoded, int, int] | None:
     """Encode the piece that follows the first ``size`` characters. It overlaps ``left`` and continues where both agree.
 
@@ -135,7 +135,7 @@ def _joint(left: _Encoded, right: _Encoded, first: int, cut: int, shared: int) -
     return None
 
 
-def window_at(tokenizer, read: Callable[[int, int], bytes], size: int, place: int, length: int) -> Tensor | None:
+def window_at(tokenizer: Any, read: Callable[[int, int], bytes], size: int, place: int, length: int) -> Tensor | None:
     """Tokenize ``length`` tokens, int32, of a UTF-8 text of ``size`` bytes, from the first token that begins at or
     after byte ``place``. Near the end of the text they are its last tokens. None if the text has fewer.
 

@@ -66,7 +66,7 @@ def two_step(costs: Costs, budget: float, *, per_layer: str = "none", solver: st
     routed = Costs(costs.candidates, costs.routed, costs.layers)
     low, high = feasible_range(routed, per_layer=per_layer)
     num_layers, num_experts, _ = routed.routed.shape
-    total = total_bits(budget, routed) if 0 <= budget <= high + 1e-9 else -1
+    total = int(total_bits(budget, routed)) if 0 <= budget <= high + 1e-9 else -1
     lowest, highest = round(low * num_experts), routed.candidates[-1] * num_experts
     if total < lowest * num_layers:
         raise ValueError(f"budget must be in {low:.6g}..{high:.6g} bits per expert for these costs, got {budget}")

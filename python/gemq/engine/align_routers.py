@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,18 +29,20 @@ def align_routers(
     kept = sweep.stage.tensors("routers")
     if kept is None:
         targets = dict(_targets(Weights(quantized.source), sweep))
-        routers, divergences = {}, []
+        routers: dict[int, Tensor] = {}
+        divergences: list[float] = []
         weights = Weights(quantized.source, quantized.record, routers)
         walk, moe = Walk(weights, sweep), quantized.source.moe
         for layer in moe.moe:
             walk.need(layer.index)
             with weights.loaded(layer.index):
-                x, weight = _inputs(walk, layer), layer.router.weight
+                router: Any = layer.router
+                x, weight = _inputs(walk, layer), router.weight
                 routers[layer.index] = aligned(
                     weight, x, targets[layer.index], config, config.batch_size * sweep.windows.shape[1]
                 ).cpu()
                 put_routers(quantized.source, routers, layer.index)
-                logits = torch.nn.functional.linear(x.float(), layer.router.weight.float())
+                logits = torch.nn.functional.linear(x.float(), router.weight.float())
                 divergences.append(float(routing_divergence(targets[layer.index], logits)))
                 if layer is not moe.moe[-1]:
                     walk.forward(layer.index)
@@ -68,7 +71,8 @@ def _targets(weights: Weights, sweep: Sweep) -> Iterator[tuple[int, Tensor]]:
         walk.need(layer.index)
         with weights.loaded(layer.index):
             x = _inputs(walk, layer)
-            yield layer.index, torch.nn.functional.linear(x.float(), layer.router.weight.float())
+            router: Any = layer.router
+            yield layer.index, torch.nn.functional.linear(x.float(), router.weight.float())
             if layer is not weights.source.moe.moe[-1]:
                 walk.forward(layer.index)
         walk.scratch.drop(walk.name(layer.index))

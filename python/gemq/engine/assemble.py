@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -24,6 +24,9 @@ from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton, stored_tensors
 from gemq.tensor_files import file_head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Assembly:
     """Writer of a packed checkpoint of ``source``, from a skeleton without weights that it fills layer by layer."""
@@ -35,7 +38,7 @@ class Assembly:
         self.source, self.quantized, self.routers, self.config, self.dtype = source, quantized, routers, config, dtype
         self._progress = progress
         with torch.device("meta"):
-            self.model = type(source.model)(copy.deepcopy(source.model.config))
+            self.model: PreTrainedModel = type(source.model)(copy.deepcopy(source.model.config))
         moe = describe(self.model)
         replace_with_packed(self.model, packed_skeleton(moe, config.widths, config.group_size, "meta"))
         self.model.generation_config = source.model.generation_config
@@ -73,7 +76,7 @@ class Assembly:
     @torch.no_grad()
     def _unit(self, unit: int) -> dict[str, Tensor]:
         """The finished tensors of a decoder layer, or of the rest, by their names in the model, on the CPU."""
-        modules: dict[str, nn.Module] = {} if unit == OUTSIDE else self.quantized.record(unit).modules
+        modules: Mapping[str, nn.Module] = {} if unit == OUTSIDE else self.quantized.record(unit).modules
         buffers = {f"{p}.{leaf}": b for p, m in modules.items() for leaf, b in m.named_buffers()}
         self.source.load(unit, modules)
         put_routers(self.source, self.routers, unit)
@@ -85,7 +88,7 @@ class Assembly:
         self.source.drop(unit)
         return state
 
-    def in_memory(self) -> nn.Module:
+    def in_memory(self) -> PreTrainedModel:
         """Fill the skeleton with all tensors, unquantized ones in the dtype of computing, and return it."""
         for unit in range(OUTSIDE, len(self.source.moe.layers)):
             for name, value in self._unit(unit).items():
@@ -112,10 +115,10 @@ class _Shard:
         """Write one tensor where the header says."""
         durable.passing("write shard")
         self._handle.seek(self._at[name])
-        self._write(value.contiguous().view(-1).view(torch.uint8).numpy())
+        self._write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
         self.left.remove(name)
 
-    def _write(self, data) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         data = memoryview(data)
         while len(data):
             # one call writes 2 GiB at most

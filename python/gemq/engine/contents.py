@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -114,7 +115,7 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _check_parameter(found: Contents, target: str, originals: list[str], parameter) -> None:
+def _check_parameter(found: Contents, target: str, originals: list[str], parameter: Tensor) -> None:
     for original in originals:
         _check_dtype(found, original, parameter.dtype)
     kinds = found.kinds(originals)
@@ -137,7 +138,7 @@ def _check_parameter(found: Contents, target: str, originals: list[str], paramet
                 )
 
 
-def _check_dtype(found: Contents, original: str, dtype) -> None:
+def _check_dtype(found: Contents, original: str, dtype: torch.dtype) -> None:
     stored = found.entry(original).dtype
     allowed = WEIGHTS if dtype.is_floating_point else [name for name, kind in DTYPES.items() if kind == dtype]
     if stored in allowed:

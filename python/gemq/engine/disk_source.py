@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import ExitStack
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import logging as transformers_logging
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -29,6 +30,9 @@ from gemq.model_config import check_layers, check_sizes, generation_config, skel
 from gemq.nn.experts import PROJECTIONS
 from gemq.tensor_files import DTYPES, WEIGHTS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 _log = logging.getLogger("gemq")
 
 
@@ -40,20 +44,20 @@ class DiskSource(Source):
     """
 
     def __init__(
-        self, path: str, config, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool = False, *,
-        resident: bool = False, first: DiskSource | None = None,
+        self, path: str, config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device,
+        trust_remote_code: bool = False, *, resident: bool = False, first: DiskSource | None = None,
     ):
         self.folder = local_folder(path)
         self.files = weight_files(self.folder, getattr(config, "transformers_weights", None))
         # state of the files before any of them is read
-        self.watch = first.watch if first else SourceWatch([self.folder / "config.json", *self.files])
+        self.watch: SourceWatch = first.watch if first else SourceWatch([self.folder / "config.json", *self.files])
         self._headers = {file: read_header(file) for file in self.files}
         check_sizes(config, self.folder)
         check_layers(config, sum(map(len, self._headers.values())), self.folder)
         # the weights decide a dtype that the config leaves open
         given = getattr(config, "dtype", None)
         declared: torch.dtype = given if isinstance(given, torch.dtype) else self._first_float()
-        computing = declared if dtype == "auto" else dtype
+        computing = declared if dtype == "auto" else cast(torch.dtype, dtype)
         quiet = first is not None
         self._made_of = (str(self.folder), config, computing, device, trust_remote_code)
         self._kept: dict[str, Tensor] | None = first._kept if first else {} if resident else None
@@ -68,7 +72,7 @@ class DiskSource(Source):
         self._index_files(quiet)
         self._fill_computed_buffers()
 
-    def _skeleton(self, config, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    def _skeleton(self, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
         """The model without weights, and ``_contents``: where they are."""
         model = skeleton(config, trust_remote_code, dtype=dtype)
         stored = generation_config(self.folder)
@@ -114,12 +118,12 @@ class DiskSource(Source):
                 self._stored[target] = dtype
                 self.put(target, torch.empty_like(parameter, dtype=dtype))
 
-    def _untie(self, model: nn.Module, quiet: bool) -> bool:
+    def _untie(self, model: PreTrainedModel, quiet: bool) -> bool:
         """Return True, and warn, if the files hold different values for weights that the config ties: transformers does
         not tie them then."""
         found = self._contents
         for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            both = [found.made_of.get(target), found.made_of.get(source)]
+            both = [found.made_of.get(name, []) for name in (target, source)]
             if all(both) and not same_tensor(*((found.file[n], found.entry(n)) for (n,) in both)):
                 if not quiet:
                     _log.warning("%s: %s and %s are tied by the config and differ in the files: they are not tied, as "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
@@ -58,8 +59,8 @@ class SourceWatch:
         for at, file in enumerate(self.files):
             try:
                 with file.open("rb") as handle:
-                    looked = numbers is not None and file in numbers
-                    found[file.name] = numbers.read(file, handle) if looked else _sum(handle)
+                    look = numbers if numbers is not None and file in numbers else None
+                    found[file.name] = _sum(handle) if look is None else look.read(file, handle)
             except OSError as error:
                 raise CheckpointError(f"{file} of the model could not be read: {error.strerror}") from error
             if self.sums is not None and self.sums[file.name] != found[file.name]:
@@ -77,7 +78,7 @@ class SourceWatch:
         )
 
 
-def _sum(handle: BinaryIO) -> str:
+def _sum(handle: io.BufferedReader) -> str:
     return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -113,7 +114,7 @@ def of_code() -> dict[str, str]:
         path = root / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             sums.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    extension = importlib.util.find_spec("gemq._C")
+    extension: Any = importlib.util.find_spec("gemq._C")
     sums.update(Path(extension.origin).read_bytes())
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {"gemq": __version__, "sources": sums.hexdigest(), **versions}

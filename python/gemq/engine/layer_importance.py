@@ -18,8 +18,11 @@ from gemq.algorithms.layerwise import expert_hidden
 from gemq.algorithms.perturbation import Perturbation
 from gemq.engine.layers import Trace
 from gemq.engine.source import return_memory
+from gemq.engine.stored_experts import StoredStack
 
 Pair = tuple[Tensor, Tensor]
+# both projections of a layer's experts, taken by slices
+Stacks = tuple[Tensor | StoredStack, Tensor | StoredStack]
 
 
 def _perturbed(
@@ -56,8 +59,8 @@ def _changes(
 
 
 def _group_costs(
-    sums: LayerCosts, group: range, base: Pair, trace: Trace, candidates: tuple[int, ...], perturbation: Perturbation,
-    length: int,
+    sums: LayerCosts, group: range, base: Stacks, trace: Trace, candidates: tuple[int, ...],
+    perturbation: Perturbation, length: int,
 ) -> None:
     widths = [b for b in candidates if b]
     gate_up, down = (w[group.start : group.stop] for w in base)
@@ -65,6 +68,7 @@ def _group_costs(
         (gate_up, down), widths, perturbation, lambda: ([r.rows(e)[0] for e in group] for r, _ in trace)
     )
     for routed, gradient in trace:
+        assert gradient is not None
         for at, expert in enumerate(group):
             x, token = routed.rows(expert)
             if not len(token):
@@ -78,7 +82,7 @@ def _group_costs(
 
 
 def _shared_costs(
-    sums: LayerCosts, shared: tuple[Tensor, Tensor, Tensor], gate: nn.Module | None, trace: Trace,
+    sums: LayerCosts, shared: tuple[Tensor, ...], gate: nn.Module | None, trace: Trace,
     candidates: tuple[int, ...], perturbation: Perturbation,
 ) -> None:
     widths = [b for b in candidates if b]
@@ -87,6 +91,7 @@ def _shared_costs(
         (base[0][None], base[1][None]), widths, perturbation, lambda: ([r.x[:]] for r, _ in trace)
     )
     for routed, gradient in trace:
+        assert gradient is not None
         x, g = routed.x[:], gradient[:].float()
         g = g if gate is None else g * torch.sigmoid(gate(x))
         sums.add_shared((change for _, _, change in _changes(x, base, quantized, candidates)), g)
@@ -94,7 +99,7 @@ def _shared_costs(
 
 @torch.no_grad()
 def layer_costs(
-    base: Pair, shared: tuple[Tensor, Tensor, Tensor] | None, shared_gate: nn.Module | None, trace: Trace,
+    base: Stacks, shared: tuple[Tensor, ...] | None, shared_gate: nn.Module | None, trace: Trace,
     candidates: tuple[int, ...], perturbation: Perturbation, length: int, budget: int, matrices: bool = False,
 ) -> LayerCosts:
     """Eq. 6 of one layer.
@@ -122,7 +127,7 @@ def layer_costs(
     return sums
 
 
-def experts_at_once(base: Pair, budget: int, widths: int = 1) -> int:
+def experts_at_once(base: Stacks, budget: int, widths: int = 1) -> int:
     """Number of experts that are quantized together, from the sizes alone: the grouping must not depend on the machine.
     ``budget`` is in bytes."""
     _, double, hidden = base[0].shape

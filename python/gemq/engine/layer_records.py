@@ -55,7 +55,8 @@ def record_of(moe: MoeModel, weights: QuantizedWeights) -> LayerRecord:
             )
     for path, (codes, meta, width) in weights.linears.items():
         group = codes.shape[1] // meta.shape[1]
-        modules[path] = LowBitLinear.from_codes(codes, meta, width, group, moe.model.get_submodule(path).bias)
+        linear: Any = moe.model.get_submodule(path)
+        modules[path] = LowBitLinear.from_codes(codes, meta, width, group, linear.bias)
     return LayerRecord(modules, weights.reports)
 
 
@@ -85,9 +86,8 @@ def lay_over(record: LayerRecord, source: Source, index: int) -> None:
         if isinstance(module, LowBitLinear):
             source.put(f"{path}.weight", _linear(module, source.dtype).to(source.device))
         else:
-            source.experts[index] = tuple(
-                PackedProjection(module, name, source.dtype, source.device) for name in PROJECTIONS
-            )
+            gate_up, down = (PackedProjection(module, name, source.dtype, source.device) for name in PROJECTIONS)
+            source.experts[index] = gate_up, down
 
 
 def _linear(module: LowBitLinear, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from gemq.engine.source import OUTSIDE, Source, put, return_memory
 from gemq.models import MoeLayer, MoeModel, describe
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_model import kept_in_float32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Weights:
             self.source.drop(unit)
 
     @torch.no_grad()
-    def write_to(self, model: nn.Module) -> None:
+    def write_to(self, model: PreTrainedModel) -> None:
         """Write all weights into a plain ``model`` of the same architecture, quantized ones dequantized."""
         moe = self.source.moe
         stacks = {f"{m.path}.experts.{n}": (m.index, at) for m in moe.moe for at, n in enumerate(PROJECTIONS)}
@@ -87,7 +90,8 @@ def put_routers(source: Source, routers: dict[int, Tensor], index: int) -> None:
     """Replace the router of a loaded layer by that of ``routers``, if there is one."""
     for layer in source.moe.moe:
         if layer.index == index and index in routers:
-            weight = layer.router.weight
+            router: Any = layer.router
+            weight = router.weight
             source.put(f"{layer.router_path}.weight", routers[index].to(weight.device, weight.dtype))
 
 
@@ -171,11 +175,13 @@ class Trace:
             ids, weights = (
                 self.scratch.rows(arrays[name], batch, slice(None)).to(self.device) for name in ("ids", "weights")
             )
-            x, gradient = (
-                StoredRows(self.scratch, arrays[name], batch, len(ids), self.device) if name in arrays else None
-                for name in ("x", "gradient")
-            )
+            # it is indexed as a tensor would be
+            x: Any = self._rows(arrays["x"], batch, len(ids))
+            gradient = self._rows(arrays["gradient"], batch, len(ids)) if "gradient" in arrays else None
             yield Routed(x, ids, weights), gradient
+
+    def _rows(self, array: str, batch: int, length: int) -> StoredRows:
+        return StoredRows(self.scratch, array, batch, length, self.device)
 
     def _batch(self, batch: int) -> dict[str, Tensor]:
         return {name: self.scratch.batch(array, batch).to(self.device) for name, array in self.arrays().items()}

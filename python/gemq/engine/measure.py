@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 from gemq.algorithms.importance import ExpertStatistics, statistics_of
 from gemq.algorithms.layer_costs import LayerCosts
 from gemq.algorithms.perturbation import Perturbation
 from gemq.engine.layer_importance import layer_costs
 from gemq.engine.layers import Trace, Weights, backward, head_gradients, recording
+from gemq.engine.stored_experts import StoredStack
 from gemq.engine.walk import Sweep, Walk
 from gemq.models import MoeLayer
 
@@ -83,7 +85,9 @@ class _Measuring:
 
     def _costs(self, layer: MoeLayer, trace: Trace) -> LayerCosts:
         shared = tuple(linear.weight for linear in layer.shared_linears().values()) or None
+        # of the full-precision model, as they are stored
+        experts = cast(tuple[StoredStack, StoredStack], self.weights.source.experts[layer.index])
         return layer_costs(
-            self.weights.source.experts[layer.index], shared, layer.shared_gate, trace, self.candidates,
+            experts, shared, layer.shared_gate, trace, self.candidates,
             self.perturbation, self.sweep.windows.shape[1], self.sweep.budget, self.matrices,
         )

@@ -53,7 +53,7 @@ class Numbers:
         return sums.hexdigest()
 
     @staticmethod
-    def _pass(handle: BinaryIO, size: int, sums) -> int:
+    def _pass(handle: BinaryIO, size: int, sums: hashlib._Hash) -> int:
         data = handle.read(size)
         sums.update(data)
         return len(data)

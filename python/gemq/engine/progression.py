@@ -101,10 +101,13 @@ def spent(began: float) -> dict[str, float]:
 
 def at_budget(budget: float, on_layer: OnLayer | None) -> OnLayer | None:
     """Wrap ``on_layer`` so that each report names the budget."""
+    if on_layer is None:
+        return None
+
     def call(report: LayerReport) -> None:
         on_layer(replace(report, budget=budget))
 
-    return call if on_layer else None
+    return call
 
 
 class Progression:
@@ -191,7 +194,7 @@ class Progression:
         ]
         with self._stage("allocate", "allocate", options, measured) as (stage, _):
             data = stage.made("allocation", lambda: self._solved(budget, statistics))
-        arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in data.items()}
+        arrays: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in data.items()}
         return Allocation(**arrays)
 
     def _solved(self, budget: float, statistics: ExpertStatistics | None) -> dict[str, Any]:
@@ -204,7 +207,7 @@ class Progression:
             self.source.moe, self._allocate(budget, statistics, measured), method
         )
         given = [widths.experts, widths.down, widths.shared, widths.attention, widths.dense, widths.linears]
-        options = [of_windows(self.windows), given, asdict(method.gptq), method.batch_size]
+        options: list[Any] = [of_windows(self.windows), given, asdict(method.gptq), method.batch_size]
         if method.affinity:
             options.append(method.affinity)
         with self._stage("quantize", "quantize", options) as (stage, sweep):
@@ -225,7 +228,7 @@ class Progression:
     def _tune(self, quantized: Quantized) -> tuple[dict[int, Tensor], list[float], str]:
         """Tune the routers; returns them, the losses of the steps (or divergences after alignment), and the key."""
         method = self.method
-        options = [of_windows(self.router_windows), asdict(method.router)]
+        options: list[Any] = [of_windows(self.router_windows), asdict(method.router)]
         if method.router_method == "alignment":
             options.append([method.router_method, method.batch_size])
         with self._stage("tune routers", "tune-routers", options, quantized.stage.key) as (stage, sweep):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from gemq.engine.layer_importance import experts_at_once
 from gemq.engine.layers import Calls, Trace, recording
 from gemq.engine.scratch import Scratch
 from gemq.engine.source import Source, return_memory
-from gemq.engine.stored_experts import Stack
+from gemq.engine.stored_experts import StoredStack
 from gemq.engine.walk import Sweep, Walk
 from gemq.models import MoeLayer
 from gemq.nn.experts import PROJECTIONS, QuantizedStack
@@ -61,13 +63,14 @@ def quantize_layer(
 
 
 def input_hessians(
-    source: Source, calls: Calls, index: int, scratch: Scratch, inputs: str, modules: dict[str, nn.Module]
+    source: Source, calls: Calls, index: int, scratch: Scratch, inputs: str, modules: Mapping[str, nn.Module]
 ) -> dict[str, Hessian]:
     """Run the loaded layer ``index`` over array ``inputs`` and sum the Hessians of this process's ``modules``, over
     the batches of all processes in their order."""
-    here, seen = distributed.world(), {}
+    here = distributed.world()
+    seen: dict[str, Tensor] = {}
     mine = list(modules)[here.rank :: here.size]
-    hessians = {path: Hessian(modules[path].weight.shape[-1], source.device) for path in mine}
+    hessians = {path: Hessian(cast(Tensor, modules[path].weight).shape[-1], source.device) for path in mine}
     with ExitStack() as stack:
         for path, module in modules.items():
             handle = module.register_forward_pre_hook(lambda m, args, p=path: seen.update({p: args[0]}))
@@ -99,14 +102,16 @@ def _quantize_experts(
     result: QuantizedWeights,
 ) -> None:
     """Quantize all experts of a layer, a group at a time."""
-    weights, widths = source.experts[layer.index], result.widths.of_experts(layer.index)
+    # no record was laid over the layer, so its experts are as they are stored
+    weights = cast(tuple[StoredStack, StoredStack], source.experts[layer.index])
+    widths = result.widths.of_experts(layer.index)
     part = distributed.share(len(weights[0]))
     per_group = experts_at_once(weights, sweep.budget)
     stacks = tuple(QuantizedStack([], [], []) for _ in weights)
     reports: tuple[dict, ...] = ({}, {})
     for start in range(part.start, part.stop, per_group):
         group = slice(start, min(start + per_group, part.stop))
-        made = _quantize_group(weights, widths, group, lambda g=group: _scaled(trace, g, affinity), config, sweep)
+        made = _quantize_group(weights, widths, group, partial(_scaled, trace, group, affinity), config, sweep)
         for stack, report, (found, told) in zip(stacks, reports, made, strict=True):
             stack.codes.extend(found.codes)
             stack.meta.extend(found.meta)
@@ -115,16 +120,17 @@ def _quantize_experts(
         return_memory()
     whole = []
     for name, bits, stack, report in zip(PROJECTIONS, widths, stacks, reports, strict=True):
-        stack, found = gathered_stack(bits, part, stack, report, source.device)
-        whole.append(stack)
-        for e in sorted(found):
-            result.reports[f"{layer.path}.experts.{e}.{name}"] = found[e]
-    result.stacks[layer.index] = tuple(whole)
+        joined, everyones = gathered_stack(bits, part, stack, report, source.device)
+        whole.append(joined)
+        for e in sorted(everyones):
+            result.reports[f"{layer.path}.experts.{e}.{name}"] = everyones[e]
+    gate_up, down = whole
+    result.stacks[layer.index] = gate_up, down
 
 
 def _quantize_group(
-    weights: tuple[Stack, Stack], widths: tuple[list[int], list[int]], group: slice, rows: Callable[[], ScaledRows],
-    config: GptqConfig, sweep: Sweep,
+    weights: tuple[StoredStack, StoredStack], widths: tuple[list[int], list[int]], group: slice,
+    rows: Callable[[], ScaledRows], config: GptqConfig, sweep: Sweep,
 ) -> list[tuple[QuantizedStack, dict[int, GptqReport]]]:
     """Quantize a group of experts: gate and up, then down."""
     gate_up, quantizer = weights[0][group], sweep.quantizer or quantize_experts

@@ -19,7 +19,7 @@ from gemq.integrity import TensorEntry
 
 def read_into(file: Path, entry: TensorEntry, out: Tensor) -> None:
     """Fill contiguous ``out`` with a tensor of a file. Raises :class:`CheckpointError` where the file ends."""
-    data = memoryview(out.view(-1).view(torch.uint8).numpy())
+    data = out.view(-1).view(torch.uint8).numpy().data
     with file.open("rb", buffering=0) as handle:
         handle.seek(entry.start)
         while len(data):
@@ -55,9 +55,9 @@ def stacked(converter: WeightConverter) -> bool:
     )
 
 
-def places(converter: WeightConverter, sources: dict[str, str]) -> list[list[str]]:
+def places(converter: WeightConverter, sources: dict[str, str | None]) -> list[list[str]]:
     """The checkpoint's names of a stack by kind (gate before up) and expert; ``sources`` gives each name's pattern."""
-    kinds: dict[str, list[str]] = {pattern: [] for pattern in converter.source_patterns}
+    kinds: dict[str | None, list[str]] = {pattern: [] for pattern in converter.source_patterns}
     for name, pattern in sources.items():
         kinds[pattern].append(name)
     return [sorted(names, key=_numbers) for names in kinds.values()]

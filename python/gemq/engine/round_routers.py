@@ -7,6 +7,7 @@ picks experts, is transformers' own.
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,11 +65,12 @@ def _rounded(
     source: Source, calls: Calls, layer: MoeLayer, scratch: Scratch, inputs: str, bits: int, config: GptqConfig
 ) -> tuple[Tensor, GptqReport]:
     """Round the router of a loaded layer to ``bits`` by GPTQ on the inputs it sees."""
-    weight = layer.router.weight
-    hessians = input_hessians(source, calls, layer.index, scratch, inputs, {layer.router_path: layer.router})
+    router: Any = layer.router
+    weight = router.weight
+    hessians = input_hessians(source, calls, layer.index, scratch, inputs, {layer.router_path: router})
 
     def rounded() -> tuple[Tensor, GptqReport]:
-        codes, meta, report = quantize_linear(layer.router, hessians[layer.router_path], bits, config)
+        codes, meta, report = quantize_linear(router, hessians[layer.router_path], bits, config)
         return dequantize_codes(codes, meta, weight.dtype).cpu(), report
 
     return distributed.on_first(rounded)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def routers_of(weights: Weights, windows: Tensor, done: Callable[[int], None] = 
                     stack.enter_context(watch_experts(by_index[index], partial(_keep, seen)))
                 hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
             if index in by_index:
-                found[index] = by_index[index].router.weight.detach().float().cpu().clone(), torch.cat(seen)
+                router: Any = by_index[index].router
+                found[index] = router.weight.detach().float().cpu().clone(), torch.cat(seen)
         done(index + 1)
     return found
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,15 +83,15 @@ class _PackedLayers:
         for index in range(len(self.moe.layers) - 1, self.first - 1, -1):
             with self.loaded(index) as layer:
                 for at, hidden in enumerate(inputs.pop()):
-                    flowing[at], gradient = self._back(index, layer, hidden, calls.kwargs[at][index], flowing[at])
-                    if gradient is not None:
-                        found[at][str(numbers[index])] = gradient
+                    flowing[at], own = self._back(index, layer, hidden, calls.kwargs[at][index], flowing[at])
+                    if own is not None:
+                        found[at][str(numbers[index])] = own
         return found
 
     def _back(
         self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        router = next((m.router.weight for m in self.moe.moe if m.index == index), None)
+        router: Any = next((m.router.weight for m in self.moe.moe if m.index == index), None)
         hidden.requires_grad_(True)
         with torch.enable_grad():
             output = run_layer(layer, hidden, kwargs)
@@ -130,7 +131,8 @@ def tune_packed(
             losses = tune_routers(
                 source.moe, windows, config, progress, start=_kept_state(stage), keep=keep, gradients=layers.gradients
             )
-        routers = {str(m.index): m.router.weight.detach().cpu() for m in source.moe.moe}
+        tuned = zip(source.moe.moe, source.moe.routers, strict=True)
+        routers = {str(layer.index): weight.detach().cpu() for layer, weight in tuned}
         stage.keep_tensors("routers", routers, losses)
         stage.remove("state")
         found = routers, losses

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from gemq.errors import CheckpointError
 class Writer:
     """Writer of the batches of one array, in order."""
 
-    def __init__(self, handle=None):
-        self.handle, self.batches, self.index = handle, [], []
+    def __init__(self, handle: BinaryIO | None = None):
+        self.handle = handle
+        self.batches: list[Tensor] = []
+        self.index: list[list[Any]] = []
         self._at = 0
 
     def append(self, batch: Tensor) -> None:
@@ -33,7 +36,7 @@ class Writer:
         if self.handle is None:
             self.batches.append(batch.clone())
             return
-        data = batch.view(-1).view(torch.uint8).numpy()
+        data = batch.view(-1).view(torch.uint8).numpy().data
         durable.passing("write scratch")
         self.handle.write(data)
         self.index.append([str(batch.dtype).removeprefix("torch."), list(batch.shape), self._at, zlib.crc32(data)])
@@ -75,6 +78,7 @@ class Scratch:
         self._indices[name] = writer.index
 
     def _file(self, name: str, suffix: str) -> Path:
+        assert self.folder is not None
         return self.folder / (name + suffix)
 
     def batch(self, name: str, at: int) -> Tensor:
@@ -103,12 +107,12 @@ class Scratch:
     def _read(self, name: str, entry: list) -> Tensor:
         dtype, shape, offset, checksum = entry
         out = torch.empty(shape, dtype=getattr(torch, dtype))
-        data = out.view(-1).view(torch.uint8).numpy()
+        data = out.view(-1).view(torch.uint8).numpy().data
         with self._file(name, ".bin").open("rb", buffering=0) as handle:
             handle.seek(offset)
             filled = 0
             while filled < data.nbytes:
-                count = handle.readinto(memoryview(data)[filled:])
+                count = handle.readinto(data[filled:])
                 if not count:
                     break
                 filled += count

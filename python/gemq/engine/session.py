@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ class Work:
 
         def writing(folder: Path) -> None:
             write(folder)
-            self.progression.source.watch.read(
+            cast(DiskSource, self.progression.source).watch.read(
                 lambda done, total: self.progression.progress("read the model again", done, total)
             )
 

@@ -10,6 +10,7 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from gemq.engine.stored_experts import Stack, StoredStack, run_experts
 from gemq.models import MoeModel, describe
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_model import kept_in_float32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # unit of the parameters outside decoder layers: embeddings, the last norm, the head
 OUTSIDE = -1
@@ -56,7 +60,7 @@ class Source(ABC):
     unquantized tensors.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, declared: torch.dtype):
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, declared: torch.dtype):
         self.model, self.dtype, self.device = model, dtype, device
         self.declared, self.stored = declared, stored_dtype(declared)
         model.eval().requires_grad_(False)
@@ -68,7 +72,8 @@ class Source(ABC):
         self._units: dict[int, list[str]] = {index: [] for index in range(OUTSIDE, len(self.moe.layers))}
         self._expert_stacks = {f"{layer.path}.experts.{name}" for layer in self.moe.moe for name in PROJECTIONS}
         for layer in self.moe.moe:
-            layer.experts.forward = partial(self._run_experts, layer.index, layer.experts.act_fn)
+            experts: Any = layer.experts
+            experts.forward = partial(self._run_experts, layer.index, experts.act_fn)
 
     @abstractmethod
     def again(self) -> Source:
@@ -108,7 +113,8 @@ class Source(ABC):
             self._load(group)
         for layer in self.moe.moe:
             if layer.index == unit and f"{layer.path}.experts" not in without:
-                self.experts[unit] = tuple(StoredStack(getattr(layer.experts, n), self.dtype) for n in PROJECTIONS)
+                gate_up, down = (StoredStack(getattr(layer.experts, n), self.dtype) for n in PROJECTIONS)
+                self.experts[unit] = gate_up, down
         if unit == OUTSIDE:
             self.model.tie_weights()
             self.model.requires_grad_(False)
@@ -158,7 +164,7 @@ class Source(ABC):
 class ResidentSource(Source):
     """A full-precision ``model`` in memory. Its weights stay as they are; its hooks are not called."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         with torch.device("meta"):
             skeleton = type(model)(copy.deepcopy(model.config))
         skeleton.generation_config = model.generation_config

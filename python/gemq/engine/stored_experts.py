@@ -6,6 +6,8 @@ memory. Here a stack stays as it is stored, and an expert is converted when it i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,9 @@ class PackedProjection:
         if bits == 0:
             return torch.zeros(n, k, dtype=self._dtype, device=self._device)
         codes, meta = self._codes[self._at.code_offsets[e] :], self._meta[self._at.meta_offsets[e] :]
-        ((codes, meta),) = unpack_experts(codes, meta, [bits], n, k, self._size)
+        (found,) = unpack_experts(codes, meta, [bits], n, k, self._size)
+        assert found is not None
+        codes, meta = found
         return dequantize_codes(codes.to(self._device), meta.to(self._device), self._dtype)
 
 
@@ -57,12 +61,12 @@ class _Grouped(torch.autograd.Function):
     """Rows of ``x``, sorted by expert, times their experts' matrices; ``ends`` are the experts' last rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, stack: Stack, ends: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stack: Stack, ends: list[int]) -> Tensor:
         ctx.stack, ctx.ends = stack, ends
         return _each(x, stack, ends, stack.shape[1], transposed=True)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _each(gradient, ctx.stack, ctx.ends, ctx.stack.shape[2], transposed=False), None, None
 
 

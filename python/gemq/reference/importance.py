@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -24,7 +28,7 @@ class ExpertCall:
     gradient: Tensor | None = None
 
 
-def expert_calls(model: nn.Module, experts: list[nn.Module], ids: Tensor) -> list[ExpertCall]:
+def expert_calls(model: PreTrainedModel, experts: list[nn.Module], ids: Tensor) -> list[ExpertCall]:
     """Run a causal language model forward and backward on windows ``ids [B, T]``; by module of ``experts`` its call.
 
     The loss is the sum of the windows' mean losses.
@@ -55,4 +59,5 @@ def expert_cost(
     """Eq. 6's sum over the tokens of one call if ``expert`` computes ``after(x)`` instead of ``before(x)``."""
     weight = (call.weights * (call.ids == expert)).sum(-1, keepdim=True)
     change = weight * (before(call.x) - after(call.x))
+    assert call.gradient is not None
     return float((call.gradient.double() * change.double()).square().sum())
