@@ -22,9 +22,9 @@ Prompt = str | Sequence[str] | Tensor
 
 @plain_torch()
 def generate(
-    model: str | os.PathLike | nn.Module, prompt: Prompt, *, tokenizer=None, attention_mask: Tensor | None = None,
-    chat: bool = False, streamer: Callable | object | None = None, compile: str = "auto", dtype: str = "auto",
-    device: str | None = None, **options: Any,
+    model: str | os.PathLike | nn.Module, prompt: Prompt, *, tokenizer: Any = None,
+    attention_mask: Tensor | None = None, chat: bool = False, streamer: Callable | object | None = None,
+    compile: str = "auto", dtype: str = "auto", device: str | None = None, **options: Any,
 ) -> Generation | list[Generation]:
     """Continue ``prompt`` by a static cache and whole decoding steps (one CUDA graph each on a GPU).
 
@@ -55,7 +55,7 @@ def generate(
 
 @plain_torch()
 def stream(
-    model: str | os.PathLike | nn.Module, prompt: str | Tensor, *, tokenizer=None, chat: bool = False,
+    model: str | os.PathLike | nn.Module, prompt: str | Tensor, *, tokenizer: Any = None, chat: bool = False,
     compile: str = "auto", dtype: str = "auto", device: str | None = None, **options: Any,
 ) -> Iterator[str]:
     """Like :func:`generate` for one prompt, as an iterator over pieces of text; closing it stops the generation."""
@@ -81,7 +81,7 @@ def _model(
     return load_any(model, dtype, device)
 
 
-def _tokenizer(model, prompt: Prompt, tokenizer, chat: bool):
+def _tokenizer(model: str | os.PathLike | nn.Module, prompt: Prompt, tokenizer: Any, chat: bool) -> Any:
     if tokenizer is None and not isinstance(model, nn.Module):
         return load_tokenizer(str(model))
     if tokenizer is None and (chat or not isinstance(prompt, Tensor)):
@@ -89,7 +89,7 @@ def _tokenizer(model, prompt: Prompt, tokenizer, chat: bool):
     return tokenizer
 
 
-def _rows(prompt: Prompt, mask: Tensor | None, tokenizer, chat: bool) -> list[list[int]]:
+def _rows(prompt: Prompt, mask: Tensor | None, tokenizer: Any, chat: bool) -> list[list[int]]:
     if not isinstance(prompt, Tensor):
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if mask is not None:

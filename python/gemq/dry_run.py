@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -77,7 +79,7 @@ def preview(config: QuantizeConfig) -> list[Preview]:
 
 GATE_UP, DOWN = PROJECTIONS
 # by projection, decoder layer and expert
-Routed = dict[str, dict[int, list[float]]]
+Routed = Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def _experts(config: QuantizeConfig, moe: MoeModel, budget: float) -> tuple[Routed, dict[int, int]]:
@@ -101,10 +103,12 @@ def _at(config: QuantizeConfig, moe: MoeModel, budget: float) -> Preview:
     method, (experts, linears) = config.method, resolve(moe, config.method.tensor_bits)
     routed, shared = _experts(config, moe, budget)
     shared = shared if moe.shared_multiple else {}
-    given = Widths(routed[GATE_UP], shared, method.attention_bits, method.dense_bits, down=routed[DOWN])
+    # fractions pass through as whole widths do
+    gate_up, down = (cast(dict[int, list[int]], routed[name]) for name in (GATE_UP, DOWN))
+    given = Widths(gate_up, shared, method.attention_bits, method.dense_bits, down=down)
     given = given.overridden(experts, linears)
     routed = {GATE_UP: given.experts, DOWN: given.down or given.experts}
-    stacks = {}
+    stacks: dict[int, Sequence[float]] = {}
     for layer in moe.moe:
         for name in PROJECTIONS:
             stacks[id(getattr(layer.experts, name))] = routed[name][layer.index]
@@ -125,7 +129,7 @@ def _float32_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffers[name] for name in sorted(kept_in_float32(model)) if name in buffers}
 
 
-def _tensor(name: str, parameter: nn.Parameter, group: int, stack: list[float] | None, width: int) -> TensorPlan:
+def _tensor(name: str, parameter: nn.Parameter, group: int, stack: Sequence[float] | None, width: int) -> TensorPlan:
     shape, before = tuple(parameter.shape), 2 * parameter.numel()
     if stack is None:
         if width == UNQUANTIZED:
@@ -141,7 +145,7 @@ def _tensor(name: str, parameter: nn.Parameter, group: int, stack: list[float] |
     return TensorPlan(name, shape, before, sum(stack) / len(stack), after, widths)
 
 
-def _stack_bytes(widths: list[float], n: int, k: int, group: int) -> int:
+def _stack_bytes(widths: Sequence[float], n: int, k: int, group: int) -> int:
     """Bytes of a stack; one of a mean width is taken between the two whole widths around it."""
     floor = [math.floor(b) for b in widths]
     share = sum(widths) - sum(floor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,14 +55,16 @@ class GemqQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def update_attn_implementation(self, config):
+    def update_attn_implementation(self, config: Any) -> Any:
         """The hook that sees the model's config before the model is built, layer by layer."""
         check_sizes(config, getattr(config, "name_or_path", "") or "the config")
         _check_layers(config)
         _refuse_tensor_parallelism(getattr(config, "distributed_config", None))
         return super().update_attn_implementation(config)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         if model.base_model is model:
             raise CheckpointError(
                 f"a gemq checkpoint loads as a causal language model, not as {type(model).__name__}: use "
@@ -76,7 +78,7 @@ class GemqQuantizer(HfQuantizer):
         if files:
             check_files(model, files)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _check_metadata(model)
         prepare(model)
         return model
@@ -84,15 +86,17 @@ class GemqQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the family's own modules for ``model.dequantize()``, with weights ``q * s + m`` rounded once to
         ``dtype``."""
+        # transformers names the model's own where the caller gives none
+        kind = cast(torch.dtype, dtype)
         with torch.device("meta"):
             twin = type(model)(copy.deepcopy(model.config))
         for path, packed in list(packed_modules(model)):
-            plain = twin.get_submodule(path)
+            plain: Any = twin.get_submodule(path)
             if isinstance(packed, LowBitLinear):
-                plain.weight, plain.bias = nn.Parameter(packed.weight(dtype)), packed.bias
+                plain.weight, plain.bias = nn.Parameter(packed.weight(kind)), packed.bias
             else:
                 for name in PROJECTIONS:
-                    setattr(plain, name, nn.Parameter(packed.dense(name, dtype)))
+                    setattr(plain, name, nn.Parameter(packed.dense(name, kind)))
             model.set_submodule(path, plain.train(model.training))
         return model
 
@@ -116,7 +120,7 @@ AUTO_QUANTIZATION_CONFIG_MAPPING["gemq"] = GemqConfig
 AUTO_QUANTIZER_MAPPING["gemq"] = GemqQuantizer
 
 
-def attach(model: nn.Module, packed: PackedConfig) -> None:
+def attach(model: Any, packed: PackedConfig) -> None:
     """Prepare a model that was packed in memory so that it saves like one that was loaded."""
     config = GemqConfig.of(packed)
     model.config.quantization_config = config
@@ -130,7 +134,7 @@ def _refuse_tensor_parallelism(distributed: Any) -> None:
         raise CheckpointError("gemq checkpoints are not split by tensor parallelism; use device_map, or one device")
 
 
-def _check_layers(config) -> None:
+def _check_layers(config: Any) -> None:
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or layers <= _MANY_LAYERS or not Path(config.name_or_path).is_dir():
         return

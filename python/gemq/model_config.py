@@ -46,7 +46,7 @@ def config_file(path: str) -> Path:
         raise CheckpointError(f"no model in {path!r}: {first_line(error)}") from error
 
 
-def model_config(path: str, trust_remote_code: bool = False):
+def model_config(path: str, trust_remote_code: bool = False) -> Any:
     """The transformers config of any model; :class:`CheckpointError` names the file and the field that is wrong."""
     from transformers import AutoConfig
 
@@ -58,7 +58,7 @@ def model_config(path: str, trust_remote_code: bool = False):
         raise _refusal(path, file, error) from error
 
 
-def alone_config(file: Path):
+def alone_config(file: Path) -> Any:
     """The transformers config of a ``config.json`` without a model; :class:`CheckpointError` as
     :func:`model_config`. ``quantization_config`` is left out, and code that comes with a model is never run."""
     from transformers import AutoConfig
@@ -74,7 +74,7 @@ def alone_config(file: Path):
         raise _refusal(str(file), file, error) from error
 
 
-def generation_config(folder: Path):
+def generation_config(folder: Path) -> Any:
     """The transformers ``GenerationConfig`` of a model's folder, None if it has none.
 
     Raises :class:`CheckpointError` naming ``generation_config.json`` and the field that is wrong.
@@ -103,7 +103,7 @@ def generation_config(folder: Path):
         raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {first_line(error)[:300]}") from error
 
 
-def skeleton(config, trust_remote_code: bool = False, **options: Any) -> nn.Module:
+def skeleton(config: Any, trust_remote_code: bool = False, **options: Any) -> nn.Module:
     """The causal language model of a transformers config without storage; ``options`` are those of ``from_config``.
 
     The config is copied. Raises :class:`CheckpointError` for fields that make no model.
@@ -206,7 +206,7 @@ def _check_range(where: Path | str, name: str, value: Any) -> None:
         _refuse(where, name, f"a whole number in {least}..{most}", value)
 
 
-def check_sizes(config, where: Path | str) -> None:
+def check_sizes(config: Any, where: Path | str) -> None:
     """Refuse impossible sizes in a transformers config of a supported family; the error names ``where``.
 
     Raises :class:`CheckpointError` naming the field, what it is and what is allowed.
@@ -238,7 +238,7 @@ def check_sizes(config, where: Path | str) -> None:
         _refuse(where, "mlp_only_layers", "a list of layer numbers", dense)
 
 
-def check_layers(config, tensors: int, where: Path | str) -> None:
+def check_layers(config: Any, tensors: int, where: Path | str) -> None:
     """Raise :class:`CheckpointError` for a config with more decoder layers than weight files hold ``tensors``: a
     skeleton of many layers takes long."""
     if config.num_hidden_layers > tensors:
@@ -246,7 +246,7 @@ def check_layers(config, tensors: int, where: Path | str) -> None:
                               f"{tensors} tensors")
 
 
-def _check_heads(config, where: Path | str) -> None:
+def _check_heads(config: Any, where: Path | str) -> None:
     heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if heads and groups and heads % groups:
         _refuse(where, "num_key_value_heads", f"a divisor of num_attention_heads = {heads}", groups)
@@ -256,7 +256,7 @@ def _check_heads(config, where: Path | str) -> None:
         _refuse(where, "hidden_size", f"a multiple of num_attention_heads = {heads}", hidden)
 
 
-def _check_experts(config, where: Path | str) -> None:
+def _check_experts(config: Any, where: Path | str) -> None:
     name = next((n for n in _EXPERTS if getattr(config, n, None) is not None), None)
     count, top_k = getattr(config, name or "", None), getattr(config, "num_experts_per_tok", None)
     if count and top_k and top_k > count:
@@ -269,7 +269,7 @@ def _check_experts(config, where: Path | str) -> None:
         _refuse(where, "topk_group", f"in 1..{groups}, the groups (n_group)", kept)
 
 
-def _check_activation(config, where: Path | str) -> None:
+def _check_activation(config: Any, where: Path | str) -> None:
     from transformers.activations import ACT2FN
 
     activation = getattr(config, "hidden_act", None)
@@ -277,7 +277,7 @@ def _check_activation(config, where: Path | str) -> None:
         _refuse(where, "hidden_act", "an activation that transformers knows, such as silu", activation)
 
 
-def _check_rotary(config, where: Path | str) -> None:
+def _check_rotary(config: Any, where: Path | str) -> None:
     rotary = getattr(config, "rope_parameters", None)
     for kind in [rotary, *rotary.values()] if isinstance(rotary, dict) else ():
         for name, value in kind.items() if isinstance(kind, dict) else ():

@@ -8,6 +8,12 @@ removed since, the copy makes no entry.
 
 import sys
 
+# for type checkers alone: the copy runs at every start of Python, which typing would slow down
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from typing import Any
+
 _MODULE = "transformers.quantizers.auto"
 # table of that module -> class of gemq.hf
 _TABLES = {"AUTO_QUANTIZER_MAPPING": "GemqQuantizer", "AUTO_QUANTIZATION_CONFIG_MAPPING": "GemqConfig"}
@@ -16,18 +22,18 @@ _TABLES = {"AUTO_QUANTIZER_MAPPING": "GemqQuantizer", "AUTO_QUANTIZATION_CONFIG_
 class _StandIn:
     """Forwards to a class of :mod:`gemq.hf`. Raises ``ImportError`` if gemq is broken."""
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self._name = name
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self._real()(*args, **kwargs)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> "Any":
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._real(), name)
 
-    def _real(self):
+    def _real(self) -> "Any":
         try:
             import gemq.hf
         except Exception as error:
@@ -37,7 +43,7 @@ class _StandIn:
         return getattr(gemq.hf, self._name)
 
 
-def _enter(module):
+def _enter(module: object) -> None:
     for table, name in _TABLES.items():
         getattr(module, table, {}).setdefault("gemq", _StandIn(name))
 
@@ -47,7 +53,7 @@ class _Finder:
 
     waits_for_transformers = True
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
         if name != _MODULE:
             return None
         if self in sys.meta_path:
@@ -55,7 +61,7 @@ class _Finder:
         import importlib.util
 
         try:
-            spec = importlib.util.find_spec(name)
+            spec: Any = importlib.util.find_spec(name)
             if importlib.util.find_spec("gemq") is not None:
                 spec.loader = _Loader(spec.loader)
             return spec
@@ -66,22 +72,22 @@ class _Finder:
 class _Loader:
     """Loads as the loader that it wraps, and makes the entries after it."""
 
-    def __init__(self, loader):
+    def __init__(self, loader: "Any") -> None:
         self._loader = loader
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> "Any":
         return getattr(self._loader, name)
 
-    def create_module(self, spec):
+    def create_module(self, spec: "ModuleSpec") -> "Any":
         return self._loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: "Any") -> None:
         self._loader.exec_module(module)
         module.__loader__ = module.__spec__.loader = self._loader
         _enter(module)
 
 
-def install():
+def install() -> None:
     """Make the entries now if transformers' tables are there, else when they are imported."""
     if _MODULE in sys.modules:
         _enter(sys.modules[_MODULE])

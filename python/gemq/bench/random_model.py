@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from gemq.errors import OutOfMemoryError
 from gemq.format import check_bits
 from gemq.generation.memory import GIB, cache_bytes_per_token, free_bytes
 from gemq.models import describe, packed_modules, replace_with_packed
-from gemq.nn import LowBitLinear
+from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
@@ -60,7 +61,7 @@ def widths(mix: Mix, experts: int, seed: int) -> list[int]:
     return found
 
 
-def packed_plan(config, mix: Mix, attention_bits: int, shared_bits: int) -> PackedConfig:
+def packed_plan(config: Any, mix: Mix, attention_bits: int, shared_bits: int) -> PackedConfig:
     """The widths of every part, as a checkpoint would state them; dense MLPs have those of attention."""
     moe = describe(meta_model(config))
     check_mix(mix)
@@ -72,7 +73,7 @@ def packed_plan(config, mix: Mix, attention_bits: int, shared_bits: int) -> Pack
     ))
 
 
-def build_packed(config, plan: PackedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
+def build_packed(config: Any, plan: PackedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
     """The model of ``config`` with random weights of the widths of ``plan``, ready to run on ``device``.
 
     Packed modules are allocated packed and laid out for their kernels one by one; what stays unquantized is ``dtype``.
@@ -84,7 +85,7 @@ def build_packed(config, plan: PackedConfig, dtype: torch.dtype, device: torch.d
     check_fits(model, dtype, device)
     generator = torch.Generator(device=device).manual_seed(seed)
     for path, module in packed_skeleton(
-        describe(meta_model(config)), plan.widths, plan.group_size, device
+        describe(meta_model(config)), plan.widths, plan.group_size, cast(Any, device)
     ).items():
         _fill_packed(module, generator)
         module.prepare()
@@ -93,7 +94,7 @@ def build_packed(config, plan: PackedConfig, dtype: torch.dtype, device: torch.d
     return model.requires_grad_(False)
 
 
-def build_unquantized(config, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
+def build_unquantized(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
     """The 16-bit model with random weights. Raises :class:`OutOfMemoryError` with the sizes if it cannot fit."""
     model = meta_model(config)
     check_fits(model, dtype, device)
@@ -101,7 +102,7 @@ def build_unquantized(config, dtype: torch.dtype, device: torch.device, seed: in
     return model
 
 
-def check_fits(model: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
+def check_fits(model: Any, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of a meta model's tensors with its parameters in ``dtype``; :class:`OutOfMemoryError` above what is
     free."""
     needed = _bytes(model, dtype)
@@ -125,7 +126,7 @@ def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(p.numel() * size for p in module.parameters()) + sum(b.numel() * b.element_size() for b in packed)
 
 
-def _fill_packed(module: nn.Module, generator: torch.Generator) -> None:
+def _fill_packed(module: LowBitExperts | LowBitLinear, generator: torch.Generator) -> None:
     """Fill packed buffers with random codes, and scales that give weights mean 0 and the standard deviation of a fresh
     model."""
     for buffer in module.buffers(recurse=False):
@@ -161,7 +162,7 @@ def _fill_metadata(meta: Tensor, spans: list[tuple[int, int, int]], generator: t
         pairs[:, 1] = pairs[:, 0] * (-(2**bits - 1) / 2)
 
 
-def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+def _materialise(model: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     """Give every parameter that is still on the meta device a random value, module by module."""
     for path, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def expert_sizes(experts: nn.Module) -> list[int]:
+def expert_sizes(experts: Any) -> list[int]:
     """Bytes of each expert of a packed or unquantized ``experts`` module."""
     if not isinstance(experts, LowBitExperts):
         stacks = (experts.gate_up_proj, experts.down_proj)
@@ -62,7 +64,7 @@ def expert_sizes(experts: nn.Module) -> list[int]:
     return sizes
 
 
-def other_bytes(model: nn.Module, batch: int) -> int:
+def other_bytes(model: Any, batch: int) -> int:
     """Weights that every step reads: all but the routed experts and, of the embedding, all but the batch's rows."""
     embedding = model.get_input_embeddings().weight
     total, counted = 0, {id(embedding)} if model.lm_head.weight is not embedding else set()
@@ -90,7 +92,7 @@ class _Routing:
             if path.endswith(".mlp.experts"):
                 self.hooks.append(module.register_forward_pre_hook(self._count(expert_sizes(module))))
 
-    def _count(self, sizes: list[int]):
+    def _count(self, sizes: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             self.total += sum(sizes[e] for e in arguments[1].unique().tolist())
             self.calls += 1

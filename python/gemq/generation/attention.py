@@ -6,7 +6,7 @@ repeated key and value heads, and for latent attention (MLA) the expansion of th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class Place(NamedTuple):
     mask: Tensor | None
 
 
-def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
     """Apply transformers' RMSNorm in one call."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
@@ -58,14 +58,15 @@ class GroupedAttention:
     """Rotary halves (of the whole head, or with GLM4-MoE its first part), grouped heads, and optional norms of query
     and key, over a head or, with OLMoE, over all heads: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and GLM4-MoE."""
 
-    def __init__(self, module: nn.Module, keys: Tensor, values: Tensor):
+    def __init__(self, module: Any, keys: Tensor, values: Tensor):
         self.module, self.keys, self.values = module, keys, values
         self.head_dim, self.groups, self.scale = module.head_dim, keys.shape[1], module.scaling
-        self.q_norm, self.k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        self.q_norm: Any = getattr(module, "q_norm", None)
+        self.k_norm: Any = getattr(module, "k_norm", None)
         self.norm_all = self.q_norm is not None and self.q_norm.weight.shape != (self.head_dim,)
 
     @staticmethod
-    def unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | None:
+    def unfit(module: Any, keys: Tensor, values: Tensor) -> str | None:
         """Tell why this is not the attention that ``module`` computes on a cache of these tensors; None if it is."""
         if (getattr(module, "sliding_window", None) or keys.shape[2]) < keys.shape[2]:
             return f"{type(module).__name__} has a sliding window of {module.sliding_window}"
@@ -111,7 +112,7 @@ class LatentAttention:
     ``kv_b_proj`` is held dequantized in the model's dtype for this, ``heads * (nope + v) * rank`` elements a layer.
     """
 
-    def __init__(self, module: nn.Module, keys: Tensor, values: Tensor):
+    def __init__(self, module: Any, keys: Tensor, values: Tensor):
         self.module, self.latents, self.ropes = module, keys, values
         self.nope, self.rope, self.v_dim = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
         self.rank, self.scale = module.kv_lora_rank, module.scaling
@@ -124,7 +125,7 @@ class LatentAttention:
         self.from_latent = expand[:, self.nope :].transpose(1, 2).contiguous()
 
     @staticmethod
-    def unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | None:
+    def unfit(module: Any, keys: Tensor, values: Tensor) -> str | None:
         """Tell why the cache does not hold the latents of ``module``, or they cannot be folded; None if they can."""
         expand = module.kv_b_proj
         if type(expand) not in (nn.Linear, LowBitLinear) or getattr(expand, "bias", None) is not None:
@@ -171,7 +172,7 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, apart: bool) -> Tensor:
     return (torch.cat(turned, -1) if apart else torch.stack(turned, -1).flatten(-2)).to(x.dtype)
 
 
-def rotary_tables(decoder: nn.Module, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(decoder: Any, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``(cos, sin)`` of positions ``0 .. length - 1``, each ``[length, D]``, from the model's own rotary module."""
     device = decoder.embed_tokens.weight.device
     found = decoder.rotary_emb(

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +66,19 @@ class Decoding:
     :class:`gemq.errors.GemqError` where a row's best score is NaN or infinite.
     """
 
+    eager_step: NativeStep | LeanStep | ModelStep | None
+    # the step as it runs, compiled or not, and the call that feeds it a token; None where there is none
+    step: Any
+    _advance: Any
+
     @plain_torch()
     def __init__(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None,
         options: GenerationOptions | None = None, *, compile: str = "auto", step: str = "auto",
     ):
-        self.model, self.options = model, options or GenerationOptions()
-        self.device = model.get_input_embeddings().weight.device
+        self.model = cast(Any, model)
+        self.options = options or GenerationOptions()
+        self.device: torch.device = self.model.get_input_embeddings().weight.device
         self.mode = _mode(compile, self.device)
         self.prompt, self.mask = check_prompt(model, input_ids, attention_mask, self.options)
         self.prompt, self.mask = self.prompt.to(self.device), self.mask.to(self.device)
@@ -190,6 +198,7 @@ class Decoding:
         """Choose the step that runs, and give the reason for not taking a better one (None for the best). Raises
         ``ValueError`` if the step that the caller asked for does not support this model or cache."""
         lean = LeanStep.unfit(self.model, self.cache)
+        native: str | None
         if self.mode != "none":
             native = f"compile={self.mode!r} replaces it"
         elif self.device.type != "cpu":
@@ -231,7 +240,7 @@ class Decoding:
     def _post(self) -> _Posted:
         return _Posted(self.tokens, self.best, self.ended if self.eos else None)
 
-    def _memory_errors(self):
+    def _memory_errors(self) -> _MemoryErrors:
         return _MemoryErrors(self)
 
 
@@ -239,7 +248,7 @@ class _Posted:
     """Tokens that are being copied to the host, with their scores and the rows that have ended."""
 
     def __init__(self, tokens: Tensor, best: Tensor, ended: Tensor | None):
-        self.event = None
+        self.event: torch.cuda.Event | None = None
         if not tokens.is_cuda:
             # the others are read before the next step changes them
             self.rows = (tokens.clone(), best, ended)
@@ -265,7 +274,7 @@ class _Posted:
         return tokens.long(), ended is not None and all(ended.tolist())
 
 
-def _new_cache(config, limit: int):
+def _new_cache(config: Any, limit: int) -> Any:
     """Make a cache of fixed buffers that hold ``limit`` tokens. If a layer attends to fewer, return transformers'
     dynamic cache instead, whose masks support windows and padding."""
     from transformers import DynamicCache, StaticCache
@@ -290,7 +299,9 @@ class _MemoryErrors:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None and issubclass(kind, torch.OutOfMemoryError):
             d = self.decoding
             d.cache = d.step = d.eager_step = d._advance = None
@@ -308,7 +319,7 @@ def _mode(name: str, device: torch.device) -> str:
 
 
 def check_prompt(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions
 ) -> tuple[Tensor, Tensor]:
     """Return ``(input_ids, attention_mask)`` as int64 ``[B, T]``. Raises an error naming the fault."""
     check_supported(model.config)
@@ -326,7 +337,7 @@ def check_prompt(
     return input_ids.long(), _checked_mask(input_ids, attention_mask)
 
 
-def check_room(config, length: int, new: int, low: int, high: int) -> None:
+def check_room(config: Any, length: int, new: int, low: int, high: int) -> None:
     """Raise ``ValueError`` if a prompt of ``length`` tokens with ids ``low`` to ``high`` does not fit a model of this
     transformers config, or leaves no room for ``new`` more tokens."""
     config = config.get_text_config()
@@ -351,5 +362,5 @@ def _checked_mask(input_ids: Tensor, mask: Tensor | None) -> Tensor:
     return mask
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

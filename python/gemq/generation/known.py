@@ -8,6 +8,7 @@ own forward. Each function returns None, or a reason as a phrase.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -36,7 +37,7 @@ _BY_LAYER = ("qwen2_moe", "dots1")
 _WINDOWED = (*_BY_LAYER, "mixtral", "qwen3_moe")
 
 
-def unknown(module: nn.Module | None, kind: str) -> str | None:
+def unknown(module: Any, kind: str) -> str | None:
     """Tell why ``module`` is not one of the compared classes of ``kind``, as it came from transformers."""
     name = type(module).__name__
     if name not in _NAMES[kind] or not type(module).__module__.startswith("transformers.models."):
@@ -53,7 +54,7 @@ def edited(module: nn.Module) -> str | None:
     return f"{name} has a hook" if hooked(module) else None
 
 
-def _defined_with(kind: type) -> bool:
+def _defined_with(kind: Any) -> bool:
     """Tell if a class's forward comes from the library that the class comes from."""
     return kind.forward.__module__.partition(".")[0] == kind.__module__.partition(".")[0]
 
@@ -65,7 +66,7 @@ def hooked(module: nn.Module) -> bool:
     return bool(before) or any(_listens(hook) for hook in after.values())
 
 
-def _listens(hook) -> bool:
+def _listens(hook: object) -> bool:
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
@@ -76,7 +77,7 @@ def head_unknown(model: nn.Module) -> str | None:
     return unknown(model, "causal")
 
 
-def model_unknown(model: nn.Module, cache) -> str | None:
+def model_unknown(model: Any, cache: Any) -> str | None:
     """Tell why a model with its filled cache is not one that gemq's own steps can run a token through."""
     if reason := head_unknown(model) or unknown(decoder := model.get_decoder(), "decoder"):
         return reason
@@ -90,7 +91,7 @@ def model_unknown(model: nn.Module, cache) -> str | None:
     return _switch(model.config.get_text_config(), cache.layers[0].max_cache_len)
 
 
-def _layers_unknown(decoder: nn.Module) -> Iterator[str]:
+def _layers_unknown(decoder: Any) -> Iterator[str]:
     for layer in decoder.layers:
         attention = layer.self_attn if hasattr(layer, "self_attn") else None
         kind = "latent" if type(attention).__name__ in _NAMES["latent"] else "grouped"
@@ -99,12 +100,12 @@ def _layers_unknown(decoder: nn.Module) -> Iterator[str]:
         yield from filter(None, (found, *(unknown(norm, "norm") for norm in norms)))
 
 
-def _own_norms(attention: nn.Module) -> list[nn.Module]:
+def _own_norms(attention: Any) -> list[nn.Module]:
     names = ("q_norm", "k_norm", "q_a_layernorm", "kv_a_layernorm")
     return [norm for name in names if (norm := getattr(attention, name, None)) is not None]
 
 
-def _switch(config, limit: int) -> str | None:
+def _switch(config: Any, limit: int) -> str | None:
     """Tell which field of a config changes what attention over ``limit`` tokens attends to or computes."""
     types, window = getattr(config, "layer_types", None) or (), getattr(config, "sliding_window", None)
     narrow = window is not None and window < limit
@@ -121,7 +122,7 @@ def _switch(config, limit: int) -> str | None:
     return None if implementation in _ATTENTIONS else f"the attention implementation is {implementation!r}"
 
 
-def _cache_unknown(cache, layers: int) -> str | None:
+def _cache_unknown(cache: Any, layers: int) -> str | None:
     """Tell why a cache is not ``layers`` buffers that hold every token at its place."""
     from transformers.cache_utils import StaticLayer
 
@@ -133,7 +134,7 @@ def _cache_unknown(cache, layers: int) -> str | None:
     return None if other is None else f"the cache has a {type(other).__name__}"
 
 
-def sees_windows(config) -> bool:
+def sees_windows(config: Any) -> bool:
     """Tell if the family's forward masks tokens outside a window. A prompt can then be given in chunks."""
     config = config.get_text_config()
     # transformers' cache keeps everything for a window of 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from gemq.errors import OutOfMemoryError
 GIB = 2**30
 
 
-def cache_bytes_per_token(model: nn.Module) -> int:
+def cache_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that one token of one row takes in the cache of a supported family."""
     config, size = model.config, model.get_input_embeddings().weight.element_size()
     if getattr(config, "kv_lora_rank", None) is not None:
@@ -25,7 +26,7 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     return width * (config.num_hidden_layers - _linear_layers(config)) * size
 
 
-def state_bytes_per_row(model: nn.Module) -> int:
+def state_bytes_per_row(model: Any) -> int:
     """Bytes that one row takes regardless of its length: the states of linear attention; 0 without it.
 
     The convolution's last inputs in the model's dtype, and ``key x value`` numbers a head in float32.
@@ -40,7 +41,7 @@ def state_bytes_per_row(model: nn.Module) -> int:
     return layers * ((2 * keys + values) * config.linear_conv_kernel_dim * size + recurrent)
 
 
-def _linear_layers(config) -> int:
+def _linear_layers(config: Any) -> int:
     return list(getattr(config, "layer_types", None) or ()).count("linear_attention")
 
 

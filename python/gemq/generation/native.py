@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from gemq.models.families import shared_expert
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.base import profiled
 from gemq.ops import checks, cpu, decode
-from gemq.ops.decode import MAX_ROWS, Attention, DecodeProgram, Matrix
+from gemq.ops.decode import MAX_ROWS, Attention, DecodeProgram, Matrix, Routing
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 # elements that are compared at a time: their float32 form stays in a near cache
@@ -33,12 +34,12 @@ _COMPARED = 1 << 17
 _narrowed: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
 
-def as_stored(linear: nn.Module) -> Tensor:
+def as_stored(linear: Any) -> Tensor:
     """The weight of ``linear``, from a 16-bit copy where that holds every element exactly.
 
     A copy of an earlier call is compared with the weight before it is used again: weights may have changed.
     """
-    weight = linear.weight.detach().contiguous()
+    weight: Tensor = linear.weight.detach().contiguous()
     if weight.dtype != torch.float32:
         return weight
     held = _narrowed.pop(linear, None)
@@ -72,7 +73,7 @@ def _holds(narrow: Tensor, weight: Tensor) -> bool:
 class NativeStep:
     """See the module. ``progress.seen`` of the first call says where each row's text starts."""
 
-    def __init__(self, model: nn.Module, cache, limit: int, batch: int):
+    def __init__(self, model: Any, cache: Any, limit: int, batch: int):
         decoder = model.get_decoder()
         # the program reads the memory of the model and the cache
         self.model, self.cache = model, cache
@@ -98,7 +99,7 @@ class NativeStep:
         self._linear(self.y, {program.buffer(model.lm_head.out_features, self.logits): model.lm_head})
 
     @staticmethod
-    def unfit(model: nn.Module, cache, batch: int) -> str | None:
+    def unfit(model: Any, cache: Any, batch: int) -> str | None:
         """Tell why the program would not compute what the model's modules do, or somebody listens to them; None if it
         serves."""
         if batch > MAX_ROWS:
@@ -122,24 +123,24 @@ class NativeStep:
             self.program.run(tokens, progress.positions, self.starts, progress.length - 1)
         return self.logits
 
-    def _buffers(self, *linears: nn.Module) -> list[int]:
+    def _buffers(self, *linears: Any) -> list[int]:
         return [self.program.buffer(linear.out_features) for linear in linears]
 
-    def _norm(self, x: int, norm: nn.Module, out: int) -> None:
+    def _norm(self, x: int, norm: Any, out: int) -> None:
         self.program.norm(x, norm.weight, norm.variance_epsilon, out)
 
-    def _linear(self, x: int, layers: dict[int, nn.Module], onto: bool = False, gate: int = -1) -> None:
+    def _linear(self, x: int, layers: dict[int, Any], onto: bool = False, gate: int = -1) -> None:
         """The layers that share ``x``, by the buffer of their result."""
         matrices = [_matrix(layer, out) for out, layer in layers.items()]
         width = _in_features(next(iter(layers.values())))
         self.program.linear(x, width, matrices, onto, gate)
 
-    def _grouped(self, module: nn.Module, state) -> int:
+    def _grouped(self, module: Any, state: Any) -> int:
         program, known = self.program, GroupedAttention(module, state.keys, state.values)
         query, key, value = self._buffers(module.q_proj, module.k_proj, module.v_proj)
         out = program.buffer(module.o_proj.in_features)
         self._linear(self.y, {query: module.q_proj, key: module.k_proj, value: module.v_proj})
-        norms = {}
+        norms: dict[str, Any] = {}
         if known.norm_all:
             self._norm(query, known.q_norm, query)
             self._norm(key, known.k_norm, key)
@@ -153,7 +154,7 @@ class NativeStep:
         ))
         return out
 
-    def _latent(self, module: nn.Module, state) -> int:
+    def _latent(self, module: Any, state: Any) -> int:
         program, heads, compressed = self.program, module.num_heads, module.q_lora_rank is not None
         first = module.q_a_proj if compressed else module.q_proj
         query, latent = self._buffers(first, module.kv_a_proj_with_mqa)
@@ -175,10 +176,11 @@ class NativeStep:
         ))
         return out
 
-    def _experts(self, block: nn.Module) -> None:
-        program, experts, rule = self.program, block.experts, routing_of(block.gate)
+    def _experts(self, block: Any) -> None:
+        program, experts, rule = self.program, block.experts, cast(Routing, routing_of(block.gate))
         logits = program.buffer(experts.num_experts)
-        layers, shared, gate = {logits: block.gate}, shared_expert(block)[1], -1
+        shared: Any = shared_expert(block)[1]
+        layers, gate = {logits: block.gate}, -1
         if shared is not None:
             first, second = self._buffers(shared.gate_proj, shared.up_proj)
             layers |= {first: shared.gate_proj, second: shared.up_proj}
@@ -190,13 +192,13 @@ class NativeStep:
             self._down(shared, first, second, gate)
         program.experts(logits, self.y, self.x, rule, experts.stack("gate_up_proj"), experts.stack("down_proj"))
 
-    def _down(self, mlp: nn.Module, first: int, second: int, gate: int = -1) -> None:
+    def _down(self, mlp: Any, first: int, second: int, gate: int = -1) -> None:
         inner = self.program.buffer(mlp.gate_proj.out_features)
         self.program.silu_mul(first, second, inner)
         self._linear(inner, {self.x: mlp.down_proj}, onto=True, gate=gate)
 
 
-def _matrix(layer: nn.Module, out: int) -> Matrix:
+def _matrix(layer: Any, out: int) -> Matrix:
     bias = getattr(layer, "bias", None)
     if isinstance(layer, LowBitLinear):
         packed = (layer.weight_codes, layer.weight_meta)
@@ -204,7 +206,7 @@ def _matrix(layer: nn.Module, out: int) -> Matrix:
     return Matrix(out, layer.weight.shape[0], as_stored(layer), bias=bias)
 
 
-def _in_features(layer: nn.Module) -> int:
+def _in_features(layer: Any) -> int:
     return layer.in_features if isinstance(layer, LowBitLinear) else layer.weight.shape[1]
 
 
@@ -213,7 +215,7 @@ def _changed(model: nn.Module) -> str | None:
     return next(filter(None, map(known.edited, model.modules())), None)
 
 
-def _linear_unfit(layer: nn.Module | None) -> str | None:
+def _linear_unfit(layer: Any) -> str | None:
     """Tell why the program does not read a linear's weight; None if it does."""
     if type(layer) is LowBitLinear:
         return None if layer.layout == "cpu_tile" else f"a linear is packed as {layer.layout}"
@@ -224,7 +226,7 @@ def _linear_unfit(layer: nn.Module | None) -> str | None:
     return None if fits else f"a linear is {weight.dtype} on {weight.device}"
 
 
-def _mlp_unfit(mlp: nn.Module) -> str | None:
+def _mlp_unfit(mlp: Any) -> str | None:
     if reason := known.unknown(mlp, "mlp"):
         return reason
     activation = type(mlp.act_fn).__name__
@@ -237,7 +239,7 @@ def _first_unfit(linears: Iterable[nn.Module | None]) -> str | None:
     return next(filter(None, map(_linear_unfit, linears)), None)
 
 
-def _attention_unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | None:
+def _attention_unfit(module: Any, keys: Tensor, values: Tensor) -> str | None:
     """Tell why the program does not read the linears or the cache of an attention that :class:`LeanStep` knows."""
     if keys.dtype not in checks.FLOATS or not (keys.is_contiguous() and values.is_contiguous()):
         return f"the cache is {keys.dtype} of strides {keys.stride()}"
@@ -249,7 +251,7 @@ def _attention_unfit(module: nn.Module, keys: Tensor, values: Tensor) -> str | N
     return _first_unfit(getattr(module, name) for name in names)
 
 
-def _layer_unfit(layer: nn.Module, state) -> str | None:
+def _layer_unfit(layer: Any, state: Any) -> str | None:
     mlp = layer.mlp
     if reason := _attention_unfit(layer.self_attn, state.keys, state.values):
         return reason

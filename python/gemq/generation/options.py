@@ -64,11 +64,10 @@ class GenerationOptions:
         """``eos_token_id`` as a tuple; None where the model's are to be taken."""
         if self.ignore_eos:
             return ()
-        if self.eos_token_id is None:
+        given: Any = self.eos_token_id
+        if given is None:
             return None
-        if isinstance(self.eos_token_id, Sequence) and not isinstance(self.eos_token_id, str | bytes):
-            return tuple(self.eos_token_id)
-        return (self.eos_token_id,)
+        return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else (given,)
 
 
 def _whole(name: str, value: int, low: int, high: int | None = None) -> None:

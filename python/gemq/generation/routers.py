@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -16,22 +17,22 @@ def routing_of(router: nn.Module) -> Routing | None:
     return None if rule is None else rule(router)
 
 
-def _normalized(router: nn.Module) -> Routing:
+def _normalized(router: Any) -> Routing:
     return Routing(router.top_k)
 
 
-def _optional(router: nn.Module) -> Routing:
+def _optional(router: Any) -> Routing:
     return Routing(router.top_k, normalize=router.norm_topk_prob)
 
 
-def _corrected(router: nn.Module) -> Routing:
+def _corrected(router: Any) -> Routing:
     return Routing(
         router.top_k, "sigmoid", router.norm_topk_prob, 1e-20, router.routed_scaling_factor,
         router.e_score_correction_bias, "two_largest", router.num_group, router.topk_group,
     )
 
 
-def _scaled(router: nn.Module) -> Routing | None:
+def _scaled(router: Any) -> Routing | None:
     """Routing rule of DeepSeek-V2."""
     plain = Routing(router.top_k, normalize=False, scale=router.routed_scaling_factor)
     if router.topk_method == "greedy":

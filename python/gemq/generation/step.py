@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class LeanStep:
     argument capture. Rotary tables are made once, and attention is that of :mod:`gemq.generation.attention`. MoE
     blocks, projections and weights are the model's own."""
 
-    def __init__(self, model: nn.Module, cache, limit: int, dynamic: bool):
+    def __init__(self, model: Any, cache: Any, limit: int, dynamic: bool):
         decoder = model.get_decoder()
         self.embed, self.final, self.head = decoder.embed_tokens, decoder.norm, model.lm_head
         self.dynamic = dynamic
@@ -58,7 +59,7 @@ class LeanStep:
         self.columns = torch.arange(limit, device=self.embed.weight.device)
 
     @staticmethod
-    def unfit(model: nn.Module, cache) -> str | None:
+    def unfit(model: Any, cache: Any) -> str | None:
         """Tell why the model or its filled cache is not of a form that is known here; None if they are."""
         if reason := known.model_unknown(model, cache):
             return reason
@@ -68,7 +69,8 @@ class LeanStep:
 
     def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
         """Logits ``[B, V]`` after ``tokens`` int64 ``[B]``."""
-        rotary = tuple(table[progress.positions][:, None] for table in self.rotary)
+        cosines, sines = self.rotary
+        rotary = cosines[progress.positions][:, None], sines[progress.positions][:, None]
         place = self._place(progress)
         x = self.embed(tokens[:, None])
         for before, attention, after, mlp in self.layers:
@@ -89,14 +91,14 @@ class LeanStep:
         return torch.where(visible, 0.0, -torch.inf).to(self.embed.weight.dtype)[:, None, None]
 
 
-def _attention(module: nn.Module, state) -> GroupedAttention | LatentAttention:
+def _attention(module: Any, state: Any) -> GroupedAttention | LatentAttention:
     return (LatentAttention if is_latent(module) else GroupedAttention)(module, state.keys, state.values)
 
 
 class ModelStep:
     """transformers' own forward, for models that :class:`LeanStep` does not know."""
 
-    def __init__(self, model: nn.Module, cache, limit: int):
+    def __init__(self, model: nn.Module, cache: Any, limit: int):
         self.model, self.cache, self.limit = model, cache, limit
 
     def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:

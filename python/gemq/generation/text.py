@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Generation:
         return self.timing.steps / self.timing.decode if self.timing.steps else self.new_tokens / self.timing.prefill
 
 
-def encode(tokenizer, prompts: list[str]) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
     """Encode each prompt to token ids. Raises ``ValueError`` for an empty prompt and ``TypeError`` for one that is not
     text."""
     for prompt in prompts:
@@ -76,8 +77,8 @@ def pad_left(rows: list[list[int]], pad: int = 0) -> tuple[Tensor, Tensor | None
 
 
 def generate_rows(
-    model: nn.Module, tokenizer, rows: list[list[int]], options: GenerationOptions, *, compile: str = "auto",
-    streamer: Callable | object | None = None,
+    model: nn.Module, tokenizer: Any, rows: list[list[int]], options: GenerationOptions, *, compile: str = "auto",
+    streamer: Any = None,
 ) -> list[Generation]:
     """Continue rows of token ids as one batch.
 
@@ -128,7 +129,7 @@ def _until_end(tokens: list[int], eos: tuple[int, ...]) -> list[int]:
     return tokens
 
 
-def continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
+def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     """Decode ``new`` as it follows the prompt: tokenizers of words drop a leading space when they decode ``new`` alone.
     """
     before = tokenizer.decode(prompt[-CONTEXT:], skip_special_tokens=True)
@@ -137,7 +138,7 @@ def continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
 
 
 def stream_row(
-    model: nn.Module, tokenizer, row: list[int], options: GenerationOptions, *, compile: str = "auto",
+    model: nn.Module, tokenizer: Any, row: list[int], options: GenerationOptions, *, compile: str = "auto",
     at_end: Callable[[Decoding], None] = lambda decoding: None,
 ) -> Generator[str]:
     """Continue one row of token ids; yields the text in pieces of whole words as they are made.

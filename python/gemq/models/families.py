@@ -9,8 +9,9 @@ architectures for which this was tested, ``docs/families.md`` what is special in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from gemq.errors import UnsupportedModelError
 from gemq.format import UNQUANTIZED
@@ -75,12 +76,12 @@ class MoeModel:
     @property
     def routers(self) -> list[nn.Parameter]:
         """The router weights ``[E, H]`` of every MoE layer, in layer order."""
-        return [layer.router.weight for layer in self.moe]
+        return [cast(nn.Parameter, layer.router.weight) for layer in self.moe]
 
     @property
     def shared_multiple(self) -> float:
         """S: the width of a layer's merged shared expert in units of a routed expert; 0 without one."""
-        shared = self.moe[0].shared
+        shared: Any = self.moe[0].shared
         return 0.0 if shared is None else shared.gate_proj.out_features / self.intermediate
 
     @property
@@ -112,7 +113,7 @@ class MoeModel:
         return {path: (modules[path], bits) for path, bits in found.items() if bits < UNQUANTIZED}
 
 
-def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
+def _decoder(model: nn.Module) -> tuple[str, Any]:
     prefix = getattr(model, "base_model_prefix", "")
     decoder = getattr(model, prefix, None) if prefix else None
     if decoder is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
@@ -130,7 +131,7 @@ def shared_expert(block: nn.Module) -> tuple[str | None, nn.Module | None]:
     return None, None
 
 
-def _refuse_unknown_structure(path: str, block: nn.Module) -> None:
+def _refuse_unknown_structure(path: str, block: Any) -> None:
     experts = block.experts
     names = {name for name, _ in experts.named_parameters()}
     if names != {"gate_up_proj", "down_proj"}:
@@ -151,7 +152,7 @@ def _refuse_unknown_structure(path: str, block: nn.Module) -> None:
         raise UnsupportedModelError(f"{path}: its shared expert is not a gated MLP")
 
 
-def _moe_layer(index: int, path: str, block: nn.Module) -> MoeLayer:
+def _moe_layer(index: int, path: str, block: Any) -> MoeLayer:
     name, shared = shared_expert(block)
     return MoeLayer(
         index, path, block, block.experts, block.gate, shared, None if name is None else f"{path}.{name}",
@@ -172,7 +173,7 @@ def _mixer(path: str, layer: nn.Module) -> dict[str, nn.Linear]:
     raise UnsupportedModelError(f"{path} is not supported yet: it has none of {', '.join(_MIXERS)}")
 
 
-def check_supported(config) -> None:
+def check_supported(config: Any) -> None:
     """Raise :class:`UnsupportedModelError` unless the transformers config is of a supported architecture."""
     kind = getattr(config, "model_type", None)
     if kind in REFUSED:
@@ -186,9 +187,12 @@ def describe(model: nn.Module) -> MoeModel:
 
     Raises :class:`gemq.errors.UnsupportedModelError` naming what is missing or different.
     """
-    check_supported(model.config)
+    config: Any = model.config
+    check_supported(config)
     prefix, decoder = _decoder(model)
-    moe, attention, dense = [], {}, {}
+    moe: list[MoeLayer] = []
+    attention: dict[str, nn.Linear] = {}
+    dense: dict[str, nn.Linear] = {}
     for index, layer in enumerate(decoder.layers):
         path = f"{prefix}.layers.{index}"
         attention |= _mixer(path, layer)
@@ -200,11 +204,11 @@ def describe(model: nn.Module) -> MoeModel:
             dense |= _linears(f"{path}.mlp", block)
     if not moe:
         raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer")
-    shapes = {tuple(m.experts.gate_up_proj.shape) for m in moe}
+    shapes = {tuple(cast(Tensor, m.experts.gate_up_proj).shape) for m in moe}
     if len(shapes) > 1:
         raise UnsupportedModelError(f"MoE layers of different shapes are not supported yet: {sorted(shapes)}")
     count, double, hidden = shapes.pop()
     return MoeModel(
         model, decoder, prefix, list(decoder.layers), moe, attention, dense, count,
-        model.config.num_experts_per_tok, hidden, double // 2,
+        config.num_experts_per_tok, hidden, double // 2,
     )

@@ -39,7 +39,7 @@ def call(module: nn.Module, **arguments: Any) -> Any:
 def _named_outputs(module: nn.Module) -> Iterator[None]:
     """Have transformers' modules give one another outputs with names: a causal language model takes ``return_dict`` for
     itself, and its decoder then goes by the config."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     before = getattr(config, "return_dict", True)
     if before:
         yield

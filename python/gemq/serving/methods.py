@@ -58,7 +58,7 @@ class PackedLinearMethod:
 
     def create_weights(
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs,
+        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:
         """Register ``weight_codes`` and ``weight_meta``. Raises :class:`ServingError` under tensor parallelism."""
         check_unsplit(
@@ -68,12 +68,12 @@ class PackedLinearMethod:
         for name, parameter in self.parts.parameters().items():
             layer.register_parameter(name, parameter)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Repack the loaded buffers for their device's kernels."""
         layer.packed = self.parts.module(layer.weight_codes.data, layer.weight_meta.data)
         del layer.weight_codes, layer.weight_meta
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W.T (+ bias)`` in the dtype of ``x``."""
         out = layer.packed(x)
         return out if bias is None else out + bias
@@ -88,7 +88,7 @@ class UnpackedLinearMethod(PackedLinearMethod):
 
     def create_weights(
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs,
+        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:
         """Register ``weight`` beside the packed buffers. Raises :class:`ServingError` under tensor parallelism."""
         super().create_weights(
@@ -98,14 +98,14 @@ class UnpackedLinearMethod(PackedLinearMethod):
         layer.register_buffer("weight", weight, persistent=False)
         self.parts.when_complete = lambda: self._unpack(layer)
 
-    def _unpack(self, layer: nn.Module) -> None:
+    def _unpack(self, layer: Any) -> None:
         layer.weight.copy_(self.parts.dense(layer.weight_codes.data, layer.weight_meta.data, layer.weight.dtype))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Let go of the packed buffers. Raises :class:`gemq.errors.CheckpointError` if one was not loaded."""
         self.parts.check_complete()
         del layer.weight_codes, layer.weight_meta
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W.T (+ bias)`` of the dequantized weight."""
         return nn.functional.linear(x, layer.weight, bias)

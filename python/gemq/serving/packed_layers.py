@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ _MERGED = {
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-_SHARDS = {"q": 0, "k": 1, "v": 2}
+_SHARDS: dict[str | int, int] = {"q": 0, "k": 1, "v": 2}
 
 
 class ServingError(GemqError, ValueError):
@@ -97,8 +98,8 @@ def expert_widths(config: PackedConfig, prefix: str) -> dict[str, list[int]]:
     return dict(zip(PROJECTIONS, config.widths.of_experts(int(place[1])), strict=True))
 
 
-def _buffer(size: int, dtype: torch.dtype, loader) -> nn.Parameter:
-    parameter = nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
+def _buffer(size: int, dtype: torch.dtype, loader: Callable[..., Any]) -> nn.Parameter:
+    parameter: Any = nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
     parameter.weight_loader = loader
     return parameter
 
@@ -131,12 +132,13 @@ class LinearParts:
 
     def _load(self, kind: str, param: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
         sizes = self._sizes(kind)
+        parts: Sequence[int]
         if shard is None:
             if len(sizes) > 1 and loaded.numel() != sum(sizes):
                 raise ServingError(f"{self.prefix}.weight_{kind} was loaded without saying which of its parts it is")
             parts, start = range(len(sizes)), 0
         else:
-            part = _SHARDS.get(shard, shard)
+            part: Any = _SHARDS.get(shard, shard)
             if part not in range(len(sizes)):
                 raise ServingError(f"{self.prefix}.weight_{kind} has no part {shard!r}")
             parts, start = [part], sum(sizes[:part])
@@ -194,7 +196,9 @@ class ExpertParts:
         dtype = torch.uint8 if kind == "codes" else torch.float16
         return _buffer(sum(sizes[e] for e in self.kept), dtype, partial(self._load, name, kind))
 
-    def _load(self, name: str, kind: str, param: nn.Parameter, loaded_weight: Tensor, *_, **named) -> bool | None:
+    def _load(
+        self, name: str, kind: str, param: nn.Parameter, loaded_weight: Tensor, *_: Any, **named: Any
+    ) -> bool | None:
         sizes = self._sizes(name, kind)
         _check_loaded(f"{self.prefix}.{stored_name(name, kind)}", param, loaded_weight, sum(sizes))
         pieces = loaded_weight.split(sizes)

@@ -6,6 +6,8 @@ checkpoint gives them. The standard dispatcher hands over local expert ids, -1 f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.arg_groups.choices import QUANTIZATION_CHOICES, add_quantization_method_choices
 from sglang.srt.layers.linear import LinearBase
@@ -53,7 +55,7 @@ class GemqLinearMethod(PackedLinearMethod, LinearMethodBase):
 
     def create_weights(
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs,
+        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:
         """Register the packed buffers. Raises :class:`ServingError` under tensor parallelism."""
         super().create_weights(
@@ -74,8 +76,8 @@ class GemqMoEMethod(FusedMoEMethodBase):
         self.packed, self.prefix = packed, prefix
 
     def create_weights(
-        self, layer: nn.Module, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
-        params_dtype: torch.dtype, **extra_weight_attrs,
+        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+        params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:
         """Register the buffers of this rank's experts, under the checkpoint's names.
 
@@ -127,7 +129,7 @@ class GemqMoEMethod(FusedMoEMethodBase):
             delattr(layer, name)
         layer.packed = self.parts.module(buffers)
 
-    def apply(self, layer: nn.Module, dispatch_output: DispatchOutput) -> CombineInput:
+    def apply(self, layer: Any, dispatch_output: DispatchOutput) -> CombineInput:
         """``[T, H] -> [T, H]``: the weighted sum over this rank's experts; ids of -1 contribute zero."""
         topk = dispatch_output.topk_output
         scaled = self.scale == 1.0 or layer.should_fuse_routed_scaling_factor_in_topk

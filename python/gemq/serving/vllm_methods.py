@@ -85,7 +85,7 @@ class GemqMoEMethod(FusedMoEMethodBase):
 
     def create_weights(
         self, layer: RoutedExperts, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
-        params_dtype: torch.dtype, **extra_weight_attrs,
+        params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:
         """Register the buffers of this rank's experts.
 
