@@ -146,12 +146,12 @@ def test_packed_logits_are_the_dequantized_models(case):
     layers, first, attention, dense, multiple = STRUCTURE[case.family]
     shared = 3 * (layers - first) if multiple else 0
     assert len(parts) == layers - first + attention + dense + shared
-    bits = [b for row in case.config.widths.experts.values() for b in row]
-    assert len(bits) == 4 * (layers - first)
+    bits = case.config.widths.weight_bits
+    assert len(bits) == 3 * 4 * (layers - first)
     assert set(bits) <= {1, 2, 3} and len(set(bits)) > 1
     if not multiple:
         # with shared experts the program shares the budget among them and the routed ones
-        assert sum(bits) == 2 * len(bits)
+        assert case.config.widths.bits_per_expert == pytest.approx(2.0)
 
 
 def test_a_budget_counts_shared_experts(case):
@@ -217,7 +217,7 @@ def test_a_whole_packed_model_compiles_to_one_graph(family):
 )
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
 def test_any_candidates(tmp_path, family, candidates, budget):
-    made = quantized(family, budget, candidates=candidates, shared_bits=4, tune=False)
+    made = quantized(family, budget, candidates=candidates, shared_bits=4, per_layer="c2c3", tune=False)
     used = {b for row in made.config.widths.experts.values() for b in row}
     assert {candidates[-1], candidates[-2]} <= used <= set(candidates)
     assert relative_error(logits(made.packed), logits(made.dense)) <= 1e-5

@@ -270,7 +270,7 @@ def test_widths_of_single_matrices(checkpoints):
     own = {f"model.layers.1.self_attn.{name}_proj": 8 for name in "qkv"} | {
         "model.layers.0.mlp.up_proj": 3, "model.layers.1.self_attn.o_proj": 16,
     }
-    packed = replace(packed, linear_bits=own)
+    packed = replace(packed, widths=replace(packed.widths, linears=own))
     assert width_of(packed, "model.layers.1.self_attn.qkv_proj") == 8
     assert width_of(packed, "model.layers.0.self_attn.qkv_proj") == 4
     assert width_of(packed, "model.layers.1.self_attn.o_proj") == 16
