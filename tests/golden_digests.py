@@ -21,7 +21,8 @@ import gemq
 
 RECIPES = ("default", "best", "paper", "fast")
 METHODS = {
-    "pmq": {"method": "pmq"}, "uniform": {"method": "uniform"}, "two-step": {"method": "two-step"},
+    "pmq": {"method": "pmq", "bits": "2.5,2.25"}, "uniform": {"method": "uniform"},
+    "two-step": {"method": "two-step", "bits": "2.5,2.25"},
     "zero": {"candidates": "0,1,2", "bits": 1.5}, "routers": {"router_bits": 8}, "experts": {"granularity": "expert"},
     "estimate": {"estimate": "quantized", "bits": "2.5,2"}, "tensor": {"tensor_bits": ["o_proj=8"]},
 }
