@@ -89,7 +89,8 @@ def test_attention_bits(bits):
 @pytest.mark.parametrize("candidates", [(1, 2, 3), (0, 1, 2, 3), (1, 2, 3, 4), (0, 1, 2, 3, 4), (2, 3)], ids=str)
 def test_candidates(candidates):
     """Table 18. Costs of a width that two sets share are the same; only widths of the set are used."""
-    base, other = made(tune=False), made(budget=2.25, tune=False, candidates=candidates)
+    base = made(tune=False, per_layer="c2c3")
+    other = made(budget=2.25, tune=False, candidates=candidates, per_layer="c2c3")
     used = {b for row in other.config.widths.experts.values() for b in row}
     assert used <= set(candidates) and {candidates[-1], candidates[-2]} <= used
     one, two = base.stage.statistics.costs, other.stage.statistics.costs
