@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -42,7 +43,9 @@ def site(tmp_path):
         paths = [str(where)] + ([sysconfig.get_path("purelib")] if packages else [])
         start = f"import site\nfor path in {paths!r}:\n    site.addsitedir(path)\n"
         command = [sys.executable, "-S", "-c", start + program, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        # a command that ran in this process may have silenced transformers
+        env = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
     return where, python
 
