@@ -167,6 +167,6 @@ def test_choices_are_those_that_the_method_knows():
     for kind, allowed in pairs:
         assert set(kind) == set(allowed), kind
     named = [item for _, item in inspect.getmembers(choices, inspect.isclass) if item.__module__ == choices.__name__]
-    own = {choices.Recipe, choices.Dtype, Keep, Changed}
+    own = {choices.Recipe, choices.Dtype, choices.Keep, choices.Changed}
     assert {kind for kind, _ in pairs} | own == set(named)
     assert Path(choices.__file__).read_text().count("import") == 3
