@@ -104,8 +104,8 @@ def quantized(folder: Path, text: torch.Tensor, work: Path, report: Stages, keep
     with Session(source, text, text[:2], METHOD).working(RunOptions(work / "run", keep), report) as run:
         for result in run.results():
             report("save", 0, 1)
-            assembly, _ = run.assembly(result, torch.bfloat16)
-            save_packed(assembly.model, assembly.config, work / "out", dtype=torch.bfloat16, weights=assembly.write)
+            assembly, _ = run.assembly(result)
+            save_packed(assembly.model, assembly.config, work / "out", dtype=assembly.dtype, weights=assembly.write)
             report("save", 1, 1)
     return source.layer_bytes()
 

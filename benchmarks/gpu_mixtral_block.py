@@ -46,15 +46,7 @@ def routing(tokens: int, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def timed(run, repeats: int = 60) -> dict[str, float]:
     """Microseconds for one of the ``COPIES`` calls that ``run`` makes, replayed from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph = measuring.graph_of(run)
     times = []
     for _ in range(repeats + 5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_windows, tiny_model
+from tiny_models import changed, random_windows, snapshot, tiny_model
 from torch import nn
 
 from gemq.algorithms.gptq import GptqConfig, gptq
@@ -33,14 +33,6 @@ from routing import changed_routes, chosen_experts, replayed_routing
 
 # no range search: what is tested here does not depend on it, and it is most of the time
 PLAIN = GptqConfig(clip="none")
-
-
-def snapshot(model) -> dict:
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def changed(before: dict, model) -> set[str]:
-    return {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)}
 
 
 def quantized_twin(family: str = "mixtral", bits: int = 2):

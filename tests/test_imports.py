@@ -129,7 +129,7 @@ def test_exceptions_are_inside_functions_and_needed(unit: str, target: str) -> N
 
 
 def test_loading_needs_no_method() -> None:
-    """What a checkpoint is read with imports nothing of how one is made."""
+    """Modules that read checkpoints import nothing of how one is made."""
     for unit in ("widths", "models", "packed_config", "packed_model", "hf", "checkpoint"):
         found = {target for path in sources(unit) for target, _ in imported(path.read_text(), path)}
         assert not found & {"algorithms", "engine", "planning", "pipeline"}, unit

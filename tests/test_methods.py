@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_windows, tiny_model
+from tiny_models import changed, random_windows, snapshot, tiny_model
 from torch import nn
 
 from gemq.algorithms.allocation import feasible_range, solve
@@ -38,14 +38,6 @@ RTN = Perturbation("rtn")
 # no range search: what is tested here does not depend on it, and it is most of the time
 PLAIN = GptqConfig(clip="none")
 FAST = {"gptq": PLAIN, "perturbation": "rtn"}
-
-
-def changed(before: dict, model) -> set[str]:
-    return {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)}
-
-
-def snapshot(model) -> dict:
-    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 # --- weight-Fisher costs ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_windows, tiny_model
+from tiny_models import changed, random_windows, snapshot, tiny_model
 
 from gemq.algorithms.given_allocation import GivenAllocation
 from gemq.algorithms.gptq import GptqConfig
@@ -20,14 +20,6 @@ from gemq.format import default_group_size
 from gemq.models import describe
 from gemq.reference.grid import dequantize_codes, round_to_nearest
 from gemq.reference.importance import expert_calls, expert_cost
-
-
-def snapshot(model) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def changed(before: dict, model) -> set[str]:
-    return {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

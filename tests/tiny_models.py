@@ -120,3 +120,13 @@ def tiny_model(family: str, seed: int = 0, layers: int = 2, experts: int = 4):
 def random_windows(count: int = 6, length: int = 24, seed: int = 0) -> torch.Tensor:
     """Token ids ``[count, length]``."""
     return torch.randint(0, VOCAB, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    """Copies of a model's tensors by name."""
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], model) -> set[str]:
+    """Names of the tensors of ``model`` that differ from those of :func:`snapshot`."""
+    return {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)}

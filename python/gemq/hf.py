@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.model_config import check_layers, check_sizes
-from gemq.models import describe, packed_modules, prepare, replace_with_packed
+from gemq.models import describe, empty_twin, packed_modules, prepare, replace_with_packed
 from gemq.nn import LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
@@ -88,8 +87,7 @@ class GemqQuantizer(HfQuantizer):
         ``dtype``."""
         # transformers names the model's own where the caller gives none
         kind = cast(torch.dtype, dtype)
-        with torch.device("meta"):
-            twin = type(model)(copy.deepcopy(model.config))
+        twin = empty_twin(model)
         for path, packed in list(packed_modules(model)):
             plain: Any = twin.get_submodule(path)
             if isinstance(packed, LowBitLinear):

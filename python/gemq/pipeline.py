@@ -241,7 +241,7 @@ def run_directory(config: QuantizeConfig) -> Path:
 def _save(config: QuantizeConfig, work: Work, result: BudgetResult, tokenizer: Any, target: Path) -> QuantizeOutcome:
     """Write the checkpoint of a result, unless an earlier call did."""
     source = work.progression.source
-    assembly, name = work.assembly(result, source.stored)
+    assembly, name = work.assembly(result)
     if written_by(target, REPORT_FILE) != name:
         with work.saving(result.budget):
             save_result(config, result, assembly, work.confirming(assembly.write), tokenizer, target, name)

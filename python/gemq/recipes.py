@@ -169,6 +169,6 @@ def quantize_config(
     places = [None if place is None else os.fspath(place) for place in (run_dir, log, costs)]
     return QuantizeConfig(
         os.fspath(model), os.fspath(output), calibration, chosen["samples"], length, seed, router_text, device, dtype,
-        overwrite, trust_remote_code, whole, str(Keep(keep)), places[0], str(changed), keep_run, places[1], check,
+        overwrite, trust_remote_code, whole, str(keep), places[0], str(changed), keep_run, places[1], check,
         places[2],
     )

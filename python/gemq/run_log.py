@@ -8,14 +8,12 @@ A line has ``time`` (seconds since 1970), ``stage`` and mostly ``event``: ``star
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 
-from gemq import distributed, durable
 from gemq.algorithms.layer_report import LayerReport
+from gemq.engine.journal import append
 from gemq.engine.walk import OnLayer
-from gemq.plain_json import dumps
 
 
 def logging_layers(log: str | os.PathLike | None, on_layer: OnLayer | None = None) -> OnLayer | None:
@@ -27,13 +25,6 @@ def logging_layers(log: str | os.PathLike | None, on_layer: OnLayer | None = Non
     def seen(layer: LayerReport) -> None:
         if on_layer is not None:
             on_layer(layer)
-        if distributed.world().first:
-            _append(file, layer)
+        append([file], {"stage": "quantize", "event": "layer", **asdict(layer)})
 
     return seen
-
-
-def _append(file: Path, layer: LayerReport) -> None:
-    line = {"time": round(time.time(), 3), "stage": "quantize", "event": "layer", **asdict(layer)}
-    with durable.explained(file), file.open("a", encoding="utf-8") as handle:
-        handle.write(dumps(line) + "\n")

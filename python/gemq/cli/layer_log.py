@@ -14,7 +14,7 @@ from gemq.algorithms.layer_report import LayerReport
 from gemq.engine.journal import LAYER_LOG, read_manifest
 from gemq.errors import CheckpointError
 from gemq.output_folder import check_log
-from gemq.pipeline import QuantizeConfig, run_directory, target_of
+from gemq.pipeline import QuantizeConfig, run_directory, target_of, uses_directory
 from gemq.plain_json import dumps
 
 SUFFIXES = (".csv", ".jsonl")
@@ -32,9 +32,9 @@ class LayerLog:
         if config.log is not None and Path(config.log).resolve() == path.resolve():
             raise CheckpointError(f"--log and --layer-log are both {path}; give each a file of its own")
         self.path = path
-        self._note = run_directory(config) / LAYER_LOG if config.keep != "model" else None
+        self._note = run_directory(config) / LAYER_LOG if uses_directory(config) else None
         targets = [target_of(config, budget) for budget in config.method.budgets]
-        apart = [*targets, run_directory(config)] if config.keep != "model" else targets
+        apart = [*targets, run_directory(config)] if uses_directory(config) else targets
         check_log("--layer-log", path, apart, self._is_own, "a layer log")
         self._continues = config.changed != "restart" and self._known(config)
         if path.exists() and path.stat().st_size and not self._known(config):

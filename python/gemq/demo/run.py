@@ -21,7 +21,6 @@ from gemq.card import write_card
 from gemq.checkpoint import from_pretrained
 from gemq.continuation import generate
 from gemq.demo.picture import Row, draw
-from gemq.engine.assemble import Assembly
 from gemq.engine.progression import BudgetResult, measure_importance, quantize_progressively
 from gemq.engine.source import ResidentSource
 from gemq.errors import CheckpointError
@@ -124,9 +123,7 @@ class _Demo:
             str(ASSETS / "model"), str(self.config.output), str(ASSETS / "text" / "calibration.txt"),
             self.config.samples, self.config.length, self.config.seed, overwrite=True,
         )
-        assembly = Assembly(
-            self.source, stage.quantized, stage.routers, stage.config(config.method.name), self.source.stored
-        )
+        assembly = stage.assembly(config.method.name)
         save_result(config, stage, assembly, assembly.write, self.tokenizer, self.checkpoint(stage.budget))
 
 

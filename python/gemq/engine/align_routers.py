@@ -31,7 +31,7 @@ def align_routers(
         targets = dict(_targets(Weights(quantized.source), sweep))
         routers: dict[int, Tensor] = {}
         divergences: list[float] = []
-        weights = Weights(quantized.source, quantized.record, routers)
+        weights = quantized.weights(routers)
         walk, moe = Walk(weights, sweep), quantized.source.moe
         for layer in moe.moe:
             walk.need(layer.index)

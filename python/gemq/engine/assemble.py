@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
@@ -19,7 +18,7 @@ from gemq.engine.layers import put_routers
 from gemq.engine.quantize import Quantized
 from gemq.engine.source import OUTSIDE, Source, put
 from gemq.integrity import INDEX_FILE
-from gemq.models import describe, replace_with_packed
+from gemq.models import describe, empty_twin, replace_with_packed
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton, stored_tensors
 from gemq.tensor_files import file_head
@@ -37,8 +36,7 @@ class Assembly:
     ):
         self.source, self.quantized, self.routers, self.config, self.dtype = source, quantized, routers, config, dtype
         self._progress = progress
-        with torch.device("meta"):
-            self.model: PreTrainedModel = type(source.model)(copy.deepcopy(source.model.config))
+        self.model: PreTrainedModel = empty_twin(source.model)
         moe = describe(self.model)
         replace_with_packed(self.model, packed_skeleton(moe, config.widths, config.group_size, "meta"))
         self.model.generation_config = source.model.generation_config

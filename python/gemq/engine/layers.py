@@ -6,7 +6,6 @@ in their place (:class:`Weights`). Of several processes each runs its own batche
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from gemq.algorithms.perplexity import token_losses
 from gemq.engine.layer_records import LayerRecord, lay_over
 from gemq.engine.scratch import Scratch
 from gemq.engine.source import OUTSIDE, Source, put, return_memory
-from gemq.models import MoeLayer, MoeModel, describe
+from gemq.models import MoeLayer, MoeModel, describe, empty_twin
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_model import kept_in_float32
 
@@ -70,9 +69,7 @@ class Weights:
     def whole(self) -> MoeModel:
         """A plain model with all of these weights in memory."""
         source = self.source
-        with torch.device("meta"):
-            model = type(source.model)(copy.deepcopy(source.model.config))
-        model = model.to(source.dtype).to_empty(device=source.device)
+        model = empty_twin(source.model).to(source.dtype).to_empty(device=source.device)
         for name in kept_in_float32(model):
             tensor = model.get_parameter_or_buffer(name)
             tensor.data = tensor.data.float()
@@ -88,11 +85,11 @@ class Weights:
 
 def put_routers(source: Source, routers: dict[int, Tensor], index: int) -> None:
     """Replace the router of a loaded layer by that of ``routers``, if there is one."""
-    for layer in source.moe.moe:
-        if layer.index == index and index in routers:
-            router: Any = layer.router
-            weight = router.weight
-            source.put(f"{layer.router_path}.weight", routers[index].to(weight.device, weight.dtype))
+    layer = source.moe.moe_at(index)
+    if layer is not None and index in routers:
+        router: Any = layer.router
+        weight = router.weight
+        source.put(f"{layer.router_path}.weight", routers[index].to(weight.device, weight.dtype))
 
 
 @dataclass

@@ -66,7 +66,7 @@ class BudgetResult:
     @property
     def weights(self) -> Weights:
         """The quantized model, a layer at a time."""
-        return Weights(self.quantized.source, self.quantized.record, self.routers)
+        return self.quantized.weights(self.routers)
 
     def config(self, method: str) -> PackedConfig:
         """The ``quantization_config`` of this result's checkpoint."""
@@ -77,15 +77,19 @@ class BudgetResult:
     @property
     def bytes(self) -> int:
         """Bytes of the checkpoint's tensors."""
-        return self._assembly().tensor_bytes()
+        return self.assembly().tensor_bytes()
 
-    def _assembly(self, method: str = "gemq") -> Assembly:
+    def assembly(
+        self, method: str = "gemq", progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Assembly:
+        """The writer of this result's checkpoint."""
         source = self.quantized.source
-        return Assembly(source, self.quantized, self.routers, self.config(method), source.stored)
+        return Assembly(source, self.quantized, self.routers, self.config(method), source.stored, progress)
 
     def packed(self, method: str = "gemq") -> tuple[torch.nn.Module, PackedConfig]:
         """The packed model in memory, in the canonical layout (:func:`gemq.models.prepare` makes it ready to run)."""
-        return self._assembly(method).in_memory(), self.config(method)
+        assembly = self.assembly(method)
+        return assembly.in_memory(), assembly.config
 
 
 def spent(began: float) -> dict[str, float]:
@@ -168,8 +172,7 @@ class Progression:
     def _measure(self, previous: BudgetResult | None) -> tuple[ExpertStatistics, str]:
         method, weights = self.method, Weights(self.source)
         if previous is not None:
-            routers = previous.routers if method.estimate == "tuned" else {}
-            weights = Weights(self.source, previous.quantized.record, routers)
+            weights = previous.weights if method.estimate == "tuned" else previous.quantized.weights()
         options = [
             method.candidates, method.per_matrix, method.perturbation, asdict(method.gptq), method.batch_size,
             method.estimate, *(["fisher"] if method.method == "fisher" else []),
@@ -257,8 +260,7 @@ class Progression:
         if self._unmoved is None:
             self._unmoved = routers_of(Weights(self.source), self.windows, lambda done: progress(done, walks))
         after = routers_of(
-            Weights(quantized.source, quantized.record, routers), self.windows,
-            lambda done: progress(walks - layers + done, walks),
+            quantized.weights(routers), self.windows, lambda done: progress(walks - layers + done, walks)
         )
         return {str(index): asdict(shift) for index, shift in router_shift(self._unmoved, after).items()}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from torch import Tensor
+
 from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport
 from gemq.algorithms.layer_report import layer_report
@@ -18,7 +20,7 @@ from gemq.widths import Widths
 
 
 class Quantized:
-    """The quantized layers of a stage, on disk."""
+    """The quantized layers of a stage."""
 
     def __init__(self, source: Source, stage: Stage, widths: Widths, group_size: int):
         self.source, self.stage, self.widths, self.group_size = source, stage, widths, group_size
@@ -43,6 +45,10 @@ class Quantized:
             )
         return found
 
+    def weights(self, routers: dict[int, Tensor] | None = None) -> Weights:
+        """The quantized model with ``routers`` in it, by decoder layer, instead of the original ones."""
+        return Weights(self.source, self.record, {} if routers is None else routers)
+
     def reports(self) -> dict[str, GptqReport]:
         """Collect all reports, in layer order."""
         found: dict[str, GptqReport] = {}
@@ -63,7 +69,7 @@ def quantize(
     done = distributed.on_first(lambda: [quantized.find(index) is not None for index in range(quantized.layers)])
     if all(done):
         return quantized
-    walk = Walk(Weights(source, quantized.record), sweep)
+    walk = Walk(quantized.weights(), sweep)
     start = next(i for i in range(quantized.layers - 1, -1, -1) if all(done[:i]) and walk.sound(i))
     for index in range(start, quantized.layers):
         began = time.perf_counter()

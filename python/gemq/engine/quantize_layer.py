@@ -39,7 +39,7 @@ def quantize_layer(
     each quantizes its own matrices. ``affinity``: see :func:`gemq.engine.quantize.quantize`.
     """
     moe, inputs = source.moe, walk.name(index)
-    layer = next((m for m in moe.moe if m.index == index), None)
+    layer = moe.moe_at(index)
     under = f"{moe.layer_path(index)}."
     linears = {path: pair for path, pair in moe.quantized_linears(widths).items() if path.startswith(under)}
     result = QuantizedWeights(widths, config.group_size)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport
 from gemq.algorithms.matrices import quantize_linear
-from gemq.engine.layers import Calls, Weights, put_routers
+from gemq.engine.layers import Calls, put_routers
 from gemq.engine.quantize import Quantized
 from gemq.engine.quantize_layer import input_hessians
 from gemq.engine.scratch import Scratch
@@ -40,7 +40,7 @@ def round_routers(
     if len(found) == len(source.moe.moe):
         return found, reports
 
-    weights = Weights(source, quantized.record, routers | found)
+    weights = quantized.weights(routers | found)
     walk = Walk(weights, sweep)
     last = source.moe.moe[-1].index
     for layer in [m for m in source.moe.moe if m.index not in found]:

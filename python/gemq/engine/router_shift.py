@@ -44,20 +44,20 @@ def routers_of(weights: Weights, windows: Tensor, done: Callable[[int], None] = 
     finished layers.
     """
     moe = weights.source.moe
-    by_index = {layer.index: layer for layer in moe.moe}
     found = {}
     with weights.loaded(OUTSIDE):
         calls = capture_layer_calls(moe, list(windows[:WINDOWS].split(1)))
     hidden = calls.hidden
     for index, module in enumerate(moe.layers):
         seen: list[Tensor] = []
+        layer = moe.moe_at(index)
         with weights.loaded(index):
             with ExitStack() as stack:
-                if index in by_index:
-                    stack.enter_context(watch_experts(by_index[index], partial(_keep, seen)))
+                if layer is not None:
+                    stack.enter_context(watch_experts(layer, partial(_keep, seen)))
                 hidden = [run_layer(module, h, kw[index]) for h, kw in zip(hidden, calls.kwargs, strict=True)]
-            if index in by_index:
-                router: Any = by_index[index].router
+            if layer is not None:
+                router: Any = layer.router
                 found[index] = router.weight.detach().float().cpu().clone(), torch.cat(seen)
         done(index + 1)
     return found

@@ -91,7 +91,8 @@ class _PackedLayers:
     def _back(
         self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        router: Any = next((m.router.weight for m in self.moe.moe if m.index == index), None)
+        moe = self.moe.moe_at(index)
+        router: Any = None if moe is None else moe.router.weight
         hidden.requires_grad_(True)
         with torch.enable_grad():
             output = run_layer(layer, hidden, kwargs)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from gemq import distributed
@@ -117,16 +116,14 @@ class Work:
         """Every budget's result."""
         return self.progression.results()
 
-    def assembly(self, result: BudgetResult, dtype: torch.dtype) -> tuple[Assembly, str]:
+    def assembly(self, result: BudgetResult) -> tuple[Assembly, str]:
         """Return the writer of a result's checkpoint, and the fingerprint that names the run."""
-        config = result.config(self.progression.method.name)
-        name = fingerprint.digest(self.identity, result.key, result.budget, str(dtype))
 
         def progress(done: int, total: int) -> None:
             self.progression.progress("save", done, total)
 
-        source = self.progression.source
-        return Assembly(source, result.quantized, result.routers, config, dtype, progress), name
+        assembly = result.assembly(self.progression.method.name, progress)
+        return assembly, fingerprint.digest(self.identity, result.key, result.budget, str(assembly.dtype))
 
     def confirming(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
         """Wrap ``write`` so that it reads the model's files once more afterwards. Raises :class:`CheckpointError` if

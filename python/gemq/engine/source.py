@@ -5,7 +5,6 @@ What is loaded is never written to: a resident model lends its own tensors.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.engine.stored_experts import Stack, StoredStack, run_experts
-from gemq.models import MoeModel, describe
+from gemq.models import MoeModel, describe, empty_twin
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_model import kept_in_float32
 
@@ -165,15 +164,14 @@ class ResidentSource(Source):
     """A full-precision ``model`` in memory. Its weights stay as they are; its hooks are not called."""
 
     def __init__(self, model: PreTrainedModel):
-        with torch.device("meta"):
-            skeleton = type(model)(copy.deepcopy(model.config))
+        skeleton = empty_twin(model)
         skeleton.generation_config = model.generation_config
         super().__init__(skeleton, model.dtype, next(model.parameters()).device, model.dtype)
         self._resident = model
-        self._tensors = {name: t.detach() for name, t in model.state_dict().items() if name not in self._tied}
+        stored = model.state_dict()
+        self._tensors = {name: t.detach() for name, t in stored.items() if name not in self._tied}
         for name in self._tensors:
             self._units[self.unit_of(name)].append(name)
-        stored = set(model.state_dict())
         for name, buffer in model.named_buffers():
             if name not in stored:
                 self.put(name, buffer)

@@ -1,6 +1,8 @@
 """Find the parts of a supported MoE model by its structure."""
 
 from gemq.models.families import SUPPORTED, MoeLayer, MoeModel, describe
-from gemq.models.packed import packed_modules, prepare, replace_with_packed
+from gemq.models.packed import empty_twin, packed_modules, prepare, replace_with_packed
 
-__all__ = ["SUPPORTED", "MoeLayer", "MoeModel", "describe", "packed_modules", "prepare", "replace_with_packed"]
+__all__ = [
+    "SUPPORTED", "MoeLayer", "MoeModel", "describe", "empty_twin", "packed_modules", "prepare", "replace_with_packed",
+]

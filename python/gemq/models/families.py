@@ -89,6 +89,10 @@ class MoeModel:
         """Weights of one routed expert."""
         return 3 * self.hidden * self.intermediate
 
+    def moe_at(self, index: int) -> MoeLayer | None:
+        """The MoE block of decoder layer ``index``; None if that is dense."""
+        return next((layer for layer in self.moe if layer.index == index), None)
+
     def layer_path(self, index: int) -> str:
         """Module path of a decoder layer."""
         return f"{self.decoder_path}.layers.{index}"

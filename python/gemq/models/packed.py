@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
 from gemq.nn import LowBitExperts, LowBitLinear
+
+
+def empty_twin(model: Any) -> Any:
+    """A transformers model of the class and config of ``model``, with the family's own modules and no storage."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
 
 
 def replace_with_packed(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -79,13 +79,12 @@ def _mixed_width(linears: dict[str, nn.Linear]) -> int:
 
 
 def _layer(moe: MoeModel, index: int, module: nn.Module) -> LayerParts:
-    prefix = f"{moe.decoder_path}.layers.{index}."
+    prefix = f"{moe.layer_path(index)}."
     attention = {p: m for p, m in moe.attention.items() if p.startswith(prefix)}
     dense = [m for p, m in moe.dense.items() if p.startswith(prefix)]
-    block = next((layer for layer in moe.moe if layer.index == index), None)
+    block = moe.moe_at(index)
     if block is not None and block.shared is not None:
-        shared: Any = block.shared
-        dense = [shared.gate_proj, shared.up_proj, shared.down_proj]
+        dense = list(block.shared_linears().values())
     linears = [(m.out_features, m.in_features) for m in [*attention.values(), *dense]]
     width = dense[-1].in_features if dense else 0
     parameters = sum(p.numel() for p in module.parameters())
