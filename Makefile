@@ -11,7 +11,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
 	@echo "make test       linters and the test suite"
-	@echo "make slow       the slow tests, two minutes: archives, the site, jobs of three processes"
+	@echo "make slow       the rest of the suite, about 10 minutes: every kernel variant for sm_90, archives, larger jobs"
 	@echo "make lint       linters alone"
 	@echo "make docs       the documentation as a site, build/site/index.html"
 	@echo "make sanitize   the C++ core's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -52,7 +52,7 @@ test: lint
 	$(BIN)/pytest tests -q -m "not slow" -n $(WORKERS) --dist loadfile --benchmark-disable
 
 slow: $(VENV)/.installed
-	$(BIN)/pytest tests -q -m slow
+	$(BIN)/pytest tests -q -m slow -n $(WORKERS) --dist loadfile --benchmark-disable
 
 # a build of its own (libstdc++ is named so that the sanitizer finds the function that throws), loaded in place of the installed extension by tests/run_build.py
 SANITIZERS := address,undefined

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from stacks import random_stack
-from triton_cases import DEVICE, INTERPRETED, TOLERANCE, error, fresh, on_device, routing
+from triton_cases import DEVICE, INTERPRETED, TOLERANCE, error, fresh, on_device, routing, slow
 
 from gemq import reference
 from gemq.triton_kernels import launch_parameters, moe_ffn, moe_prefill, prefill_launch, prefill_rows
@@ -47,7 +47,7 @@ def check(x, stack, ids, weights, n, group_size, method):
 
 
 @pytest.mark.parametrize("method", [16, 64, "dense"])
-@pytest.mark.parametrize("k, group_size", [(512, 128), (192, 64), (96, 32)])
+@pytest.mark.parametrize("k, group_size", [(512, 128), slow(192, 64), (96, 32)])
 def test_all_widths(method, k, group_size):
     """Both numbers of words along K, trips that are a whole span and trips that are not, invalid ids."""
     stack = random_stack([1, 0, 2, 3, 4, 8], 100, k, group_size, "gpu_tile", k)
@@ -64,8 +64,8 @@ def test_narrow_tiles_of_wide_spans(bits):
 
 
 @pytest.mark.parametrize("method, dtype", [
-    (32, torch.float16), (32, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32), ("dense", torch.float32),
-    ("dense", torch.bfloat16),
+    slow(32, torch.float16), (32, torch.bfloat16), (128, torch.float32), slow(128, torch.bfloat16),
+    slow("dense", torch.float32), ("dense", torch.bfloat16),
 ])  # fmt: skip
 def test_dtypes_and_weights(method, dtype):
     """Several blocks an expert, an idle expert, one row a slot, activations of a range that float16 has not."""
@@ -81,7 +81,7 @@ def test_any_range(scale, method):
     check(fresh(9, 128, dtype=torch.bfloat16) * scale, stack, torch.ones(9, 1, dtype=torch.int32), None, 64, 64, method)
 
 
-@pytest.mark.parametrize("method", [64, "dense"])
+@pytest.mark.parametrize("method", [64, slow("dense")])
 def test_all_tokens_on_one_expert(method):
     stack = random_stack([1, 2, 3], 64, 96, 32, "gpu_tile", 2)
     check(fresh(100, 96), stack, torch.full((100, 1), 2), torch.rand(100, 1), 64, 32, method)
@@ -110,7 +110,7 @@ def test_a_bad_row_stays_alone(method):
     assert out[1].isnan().all() and not out[17].isfinite().any() and not out[3].any()
 
 
-@pytest.mark.parametrize("method, intermediate", [(16, 192), (128, 64), ("dense", 192), (32, 96)])
+@pytest.mark.parametrize("method, intermediate", [(16, 192), slow(128, 64), ("dense", 192), slow(32, 96)])
 def test_ffn(method, intermediate, monkeypatch):
     bits = [2, 1, 0, 3, 4]
     # one expert at a time is unpacked: several rounds

@@ -14,7 +14,7 @@ from gemq.loading import load_tokenizer
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory):
-    return run_demo(DemoConfig(tmp_path_factory.mktemp("demo"), budgets=(2.0, 1.5), windows=24, samples=16))
+    return run_demo(DemoConfig(tmp_path_factory.mktemp("demo"), budgets=(2.0, 1.5), windows=12, samples=8))
 
 
 def test_every_method_and_budget_is_in_the_table(result) -> None:
@@ -43,7 +43,7 @@ def test_sizes_are_what_the_bits_say(result) -> None:
 
 def test_the_last_row_is_what_the_plain_command_gives(result, tmp_path) -> None:
     """README's table is of the defaults: the demo's checkpoints are those of the command, to the byte."""
-    arguments = ["quantize", str(ASSETS / "model"), "-o", str(tmp_path / "out"), "--bits", "2,1.5", "--samples", "16",
+    arguments = ["quantize", str(ASSETS / "model"), "-o", str(tmp_path / "out"), "--bits", "2,1.5", "--samples", "8",
                  "--length", "256", "--calibration", str(ASSETS / "text" / "calibration.txt")]
     assert run([*arguments, "-q"]) == 0
     for budget, folder in result.checkpoints.items():

@@ -59,7 +59,10 @@ def streamed(folder: Path, work: Path, method: MethodConfig, on_disk: bool = Tru
         return [(result, modules_of(result)) for result in results]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [
+    pytest.param(family, marks=[pytest.mark.slow] * (family not in ("mixtral", "deepseek_v2", "qwen3_next")))
+    for family in FAMILIES
+])
 def test_a_resident_model_gives_the_same_bytes(family: str, tmp_path: Path) -> None:
     folder = saved(family, tmp_path / "model")
     # the second budget is measured on the model that the first one quantized and tuned

@@ -81,8 +81,9 @@ def test_a_checkpoint_loads_without_what_quantizing_needs(checkpoint):
 
 
 @pytest.mark.parametrize("order", [
-    "import gemq, transformers", "import transformers.modeling_utils, gemq", "import transformers, gemq.checkpoint",
-    "import gemq.hf, transformers",
+    "import gemq, transformers", "import transformers, gemq.checkpoint",
+    pytest.param("import transformers.modeling_utils, gemq", marks=pytest.mark.slow),
+    pytest.param("import gemq.hf, transformers", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_transformers_knows_gemq_whichever_comes_first(checkpoint, order):
     program = (

@@ -78,7 +78,7 @@ def awkward(seed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("piece", [1 << 14, 20_011])
+@pytest.mark.parametrize("piece", [1 << 14, pytest.param(20_011, marks=pytest.mark.slow)])
 def test_pieces_are_the_whole(monkeypatch, name, piece):
     monkeypatch.setattr(token_stream, "PIECE", piece)
     monkeypatch.setattr(token_stream, "_SHARED", piece // 64)

@@ -16,10 +16,12 @@ import torch
 HERE = Path(__file__).parent
 
 
-def test_cases_in_the_interpreter():
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_cases_in_the_interpreter(chosen):
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", chosen,
+               str(HERE / "triton_cases.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -38,7 +40,7 @@ def test_layout_mirrors_the_format():
     assert layout.ROWS == fmt.GPU_ROWS
 
 
-@pytest.mark.parametrize("rows", [32, 128])
+@pytest.mark.parametrize("rows", [32, pytest.param(128, marks=pytest.mark.slow)])
 def test_the_height_of_a_tile_is_one_line(rows, tmp_path):
     """With that line of layout.py edited, kernels and launchers compute the same from tiles of another height."""
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
@@ -97,14 +99,17 @@ def sass_report():
 
 # instructions a weight that the decode loop may take at 8 and 16 token columns, all kernels, by width
 BUDGET = {8: {1: 1.6, 2: 1.7, 3: 2.3, 4: 2.2}, 16: {1: 2.0, 2: 2.15, 3: 2.7, 4: 2.5}}
+# compiled on every run of the suite; the others are slow
+QUICK = (("gate_up", 2, 8), ("product", 3, 16), ("product", 4, 8))
 # what moves data between threads
 EXCHANGES = ("BAR", "SHFL", "STS", "LDS")
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("columns", [8, 16])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("kernel", ["gate_up", "product"])
+@pytest.mark.parametrize("kernel, bits, columns", [
+    pytest.param(kernel, bits, columns, marks=[pytest.mark.slow] * ((kernel, bits, columns) not in QUICK))
+    for kernel in ("gate_up", "product") for bits in (1, 2, 3, 4) for columns in (8, 16)
+])
 def test_decode_loop_for_sm90(sass_report, kernel, bits, columns):
     """Packed weights come 16 bytes a lane, nothing spills, nothing is exchanged, and the loop is within its budget."""
     row = sass_report.variant(sass_report.Variant(kernel, bits, columns))
@@ -115,8 +120,10 @@ def test_decode_loop_for_sm90(sass_report, kernel, bits, columns):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("columns", [8, 16])
-@pytest.mark.parametrize("kernel", ["gate_up", "product"])
+@pytest.mark.parametrize("kernel, columns", [
+    ("gate_up", 8), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
+        ("gate_up", 16), ("product", 8), ("product", 16)))
+])
 def test_kernels_of_all_widths_for_sm90(sass_report, kernel, columns):
     row = sass_report.variant(sass_report.Variant(kernel, 0, columns))
     assert row.spills == 0 and row.registers <= 255
@@ -127,13 +134,16 @@ def test_kernels_of_all_widths_for_sm90(sass_report, kernel, columns):
 @pytest.mark.parametrize(
     "options",
     [
-        {"kernel": "product", "only": 0, "mode": 0}, {"kernel": "gate_up", "only": 2, "pdl": True},
-        {"kernel": "gate_up", "only": 0, "warps": 8}, {"kernel": "gate_up", "only": 2, "tiles": 1, "group": 64},
-        {"kernel": "product", "only": 3, "dense": 3, "slots": 0}, {"kernel": "product", "only": 2, "kw": 8},
+        {"kernel": "gate_up", "only": 2, "pdl": True},
         # triton turns integer arguments that are 1 into constants, which have fewer methods
-        {"kernel": "product", "only": 2, "ones": ("rows", "pairs", "slots", "row_pairs", "experts", "n")},
         {"kernel": "gate_up", "only": 2, "ones": ("rows", "row_pairs", "experts")},
-        {"kernel": "product", "only": 2, "splits": 1, "slots": 0, "ones": ("rows", "pairs", "slots", "row_pairs")},
+        *(pytest.param(more, marks=pytest.mark.slow) for more in (
+            {"kernel": "product", "only": 0, "mode": 0}, {"kernel": "gate_up", "only": 0, "warps": 8},
+            {"kernel": "gate_up", "only": 2, "tiles": 1, "group": 64}, {"kernel": "product", "only": 2, "kw": 8},
+            {"kernel": "product", "only": 3, "dense": 3, "slots": 0},
+            {"kernel": "product", "only": 2, "ones": ("rows", "pairs", "slots", "row_pairs", "experts", "n")},
+            {"kernel": "product", "only": 2, "splits": 1, "slots": 0, "ones": ("rows", "pairs", "slots", "row_pairs")},
+        )),
     ],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items() if k != "ones") + ("-ones" if "ones" in o else ""),
 )

@@ -19,8 +19,10 @@ def interpret(code_or_file: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *code_or_file], env=env, capture_output=True, text=True, cwd=HERE.parent)
 
 
-def test_cases_in_the_interpreter():
-    done = interpret(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "prefill_cases.py")])
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_cases_in_the_interpreter(chosen):
+    done = interpret(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", chosen,
+                      str(HERE / "prefill_cases.py")])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -64,7 +66,10 @@ def sass_prefill():
 
 # most instructions a weight in the loop: what was counted on triton 3.9 and a tenth
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("bits, columns, most", [(2, 16, 2.8), (3, 16, 3.1), (2, 128, 4.1), (3, 128, 6.5)])
+@pytest.mark.parametrize("bits, columns, most", [
+    (2, 16, 2.8), (3, 128, 6.5), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
+        (3, 16, 3.1), (2, 128, 4.1)))
+])
 def test_one_width_for_sm90(sass_prefill, bits, columns, most):
     """Words by 16-byte copies, weights from registers into wgmma: nothing is stored to shared memory on the way."""
     row = sass_prefill.packed(columns, 1, bits)
@@ -76,7 +81,9 @@ def test_one_width_for_sm90(sass_prefill, bits, columns, most):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("columns, parts", [(16, 1), (64, 2), (128, 1), (128, 2)])
+@pytest.mark.parametrize("columns, parts", [
+    (16, 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((64, 2), (128, 1), (128, 2)))
+])
 def test_mixed_widths_for_sm90(sass_prefill, columns, parts):
     row = sass_prefill.packed(columns, parts, 0)
     assert row.spills == 0 and row.registers <= 255
@@ -93,6 +100,7 @@ def test_dense_product_for_sm90(sass_prefill, parts):
     assert row.loop.get("LDGSTS.128", 0) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_unpacking_for_sm90(sass_prefill):
     row = sass_prefill.unpacking(0)
@@ -101,6 +109,7 @@ def test_unpacking_for_sm90(sass_prefill):
     assert row.code.get("STG.128", 0) >= 48 and not row.code.get("STG", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_small_kernels_and_arguments_of_one_compile(sass_prefill):
     """triton turns integer arguments that are 1 into constants, which have fewer methods."""

@@ -57,8 +57,13 @@ def routing(tokens: int, top_k: int, experts: int, seed: int = 0) -> tuple[torch
     return ids, torch.rand(tokens, top_k, generator=generator).softmax(-1)
 
 
+def slow(*values) -> object:
+    """Mark a case that the quick run leaves out: `make slow`, and every run on a GPU, has it."""
+    return pytest.param(*values, marks=[pytest.mark.slow] * INTERPRETED)
+
+
 # under the interpreter both ways to read codes run, and the launcher's own choice on a GPU
-both_ways = pytest.mark.parametrize("fast", [False, True] if INTERPRETED else [None], ids=lambda f: f"fast={f}")
+both_ways = pytest.mark.parametrize("fast", [slow(False), True] if INTERPRETED else [None], ids=lambda f: f"fast={f}")
 
 
 def fresh(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -73,7 +78,9 @@ def test_single_width(bits, dtype, fast):
     check(fresh(3, 512, dtype=dtype), stack, torch.zeros(3, 1, dtype=torch.int64), None, 64, 128, fast=fast)
 
 
-@pytest.mark.parametrize("k, group_size", [(192, 64), (384, 128), (96, 32), (768, 128), (64, 64), (32, 32)])
+@pytest.mark.parametrize("k, group_size", [
+    (192, 64), slow(384, 128), (96, 32), slow(768, 128), slow(64, 64), (32, 32)
+])
 @both_ways
 def test_padded_columns(k, group_size, fast):
     bits = [1, 2, 3, 4, 8]
@@ -87,14 +94,14 @@ def test_padded_columns_of_a_real_model():
     check(fresh(1, 3, 1408), stack, torch.tensor([[0, 1, 2]]), torch.rand(1, 3), 72, 128)
 
 
-@pytest.mark.parametrize("n", [1, 40, 100, 192])
+@pytest.mark.parametrize("n", [slow(1), 40, 100, slow(192)])
 def test_rows_that_are_no_multiple_of_the_tile(n):
     stack = random_stack([2, 0, 3], n, 256, 64, "gpu_tile", n)
     ids, weights = routing(4, 2, 3)
     check(fresh(4, 256), stack, ids, weights, n, 64)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 40])
+@pytest.mark.parametrize("tokens", [1, slow(2), 7, slow(16), 17, slow(40)])
 @pytest.mark.parametrize("per_slot", [False, True], ids=["per-token", "per-slot"])
 def test_mixed_widths(tokens, per_slot):
     bits = [3, 0, 1, 4, 2, 8]
@@ -114,7 +121,7 @@ def test_invalid_ids_give_zero(op, dtype):
     check(fresh(3, 128), stack, ids, torch.rand(3, 2), 64, 128, op=op)
 
 
-@pytest.mark.parametrize("tokens", [5, 30, 70])
+@pytest.mark.parametrize("tokens", [slow(5), 30, slow(70)])
 def test_all_tokens_on_one_expert(tokens):
     stack = random_stack([1, 2, 3, 4], 64, 128, 64, "gpu_tile", 2)
     check(fresh(tokens, 128), stack, torch.full((tokens, 2), 2), torch.rand(tokens, 2), 64, 64)
@@ -158,7 +165,7 @@ def test_no_tokens():
     assert tk.moe_gemm(x, *stack, ids, torch.zeros(0, 2, device=DEVICE), n=64, group_size=64).shape == (0, 64)
 
 
-@pytest.mark.parametrize("tokens", [2, 18])
+@pytest.mark.parametrize("tokens", [2, slow(18)])
 def test_deterministic(tokens):
     stack = on_device(random_stack([2, 1, 4], 64, 1536, 64, "gpu_tile", 4))
     ids, weights = (t.to(DEVICE) for t in routing(tokens, 2, 3))
@@ -203,7 +210,7 @@ def test_ffn(tokens, intermediate, down_group, dtype, fast):
     assert measured <= TOLERANCE[dtype], f"relative error {measured:.2e}"
 
 
-@pytest.mark.parametrize("tokens, top_k", [(1, 3), (16, 9), (5, 1)])
+@pytest.mark.parametrize("tokens, top_k", [(1, 3), slow(16, 9), (5, 1)])
 def test_ffn_of_many_slots(tokens, top_k):
     """Slots that are no power of two, blocks of more than one program of columns, one expert many times."""
     bits = [1, 2, 3, 2, 1, 2, 3, 2, 4]
@@ -292,7 +299,7 @@ def test_dense(tokens, bits):
     assert error(out, expected) <= TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tokens", [slow(3), 40])
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 def test_plain_and_fast_paths(tokens, fast):
     stack = random_stack([1, 2, 3, 4, 8], 128, 1024, 128, "gpu_tile", 8)
