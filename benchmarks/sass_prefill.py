@@ -152,20 +152,20 @@ def unpacking(only: int, group: int = 128, kw: int = 16) -> Row:
 
 def small(ones: tuple[str, ...] = ()) -> list[Row]:
     """Sorting, normalising and summing."""
-    from gemq.triton_kernels import blocks_by_sorting, prefill_rows
+    from gemq.triton_kernels import blocks_by_sorting, prefill_inputs
 
     variants = (
         (blocks_by_sorting.count_kernel, {"CHUNK": 4096}, 8),
         (blocks_by_sorting.place_kernel, {"EXPERTS": 16, "COLUMNS": 64, "CHUNK": 4096}, 8),
-        (prefill_rows.normalize_kernel, {"BLOCK": 4096, "ORDERED": True}, 4),
-        (prefill_rows.rescale_kernel, {"PART": 64, "PARTS": 256, "BLOCK": 4096, "ORDERED": True}, 4),
-        (prefill_rows.combine_kernel, {"SLOTS": 2, "BLOCK": 1024}, 4),
+        (prefill_inputs.normalize_kernel, {"BLOCK": 4096, "ORDERED": True}, 4),
+        (prefill_inputs.rescale_kernel, {"PART": 64, "PARTS": 256, "BLOCK": 4096, "ORDERED": True}, 4),
+        (prefill_inputs.combine_kernel, {"SLOTS": 2, "BLOCK": 1024}, 4),
     )
     rows = []
     for kernel, constants, warps in variants:
         types = POINTERS | {"weights_ptr": "*fp32"}
-        if kernel in (prefill_rows.normalize_kernel, prefill_rows.rescale_kernel):
-            types |= {"x_ptr": "*bf16" if kernel is prefill_rows.normalize_kernel else "*fp16", "out_ptr": "*fp16"}
+        if kernel in (prefill_inputs.normalize_kernel, prefill_inputs.rescale_kernel):
+            types |= {"x_ptr": "*bf16" if kernel is prefill_inputs.normalize_kernel else "*fp16", "out_ptr": "*fp16"}
         fixed = constants | {a: 1 for a in ones if a in kernel.arg_names}
         rows.append(measure(kernel.__name__, compile_kernel(kernel, types, fixed, warps), warps, 0))
     return rows

@@ -9,7 +9,7 @@ from stacks import random_stack
 from triton_cases import DEVICE, INTERPRETED, TOLERANCE, error, fresh, on_device, routing, slow
 
 from gemq import reference
-from gemq.triton_kernels import launch_parameters, moe_ffn, moe_prefill, prefill_launch, prefill_rows
+from gemq.triton_kernels import launch_parameters, moe_ffn, moe_prefill, prefill_inputs, prefill_launch
 
 ENTRIES = launch_parameters.table("default")["prefill"]
 PACKED = [e["columns"] for e in ENTRIES if e["method"] == "packed"]
@@ -154,7 +154,7 @@ def test_column_order_is_a_permutation_of_each_32():
     column = place - at + at % 8 // 2 * 8 + at // 16 * 4 + at % 16 // 8 * 2 + at % 2
     assert torch.equal(column.view(-1, 32).sort(-1).values, place.view(-1, 32))
     x = torch.arange(1.0, 513.0)[None].to(DEVICE)
-    ordered, inverse = prefill_rows.normalize(x, True)
-    plain, _ = prefill_rows.normalize(x, False)
+    ordered, inverse = prefill_inputs.normalize(x, True)
+    plain, _ = prefill_inputs.normalize(x, False)
     assert torch.equal(ordered[0].cpu(), plain[0].cpu()[column])
     assert torch.equal((plain.float() * inverse).cpu(), x.cpu())

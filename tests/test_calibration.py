@@ -8,7 +8,14 @@ import pytest
 import torch
 from tiny_text import words
 
-from gemq.algorithms.calibration import NAMED, Source, calibration_windows, documents, evaluation_windows, parse_sources
+from gemq.algorithms.calibration import (
+    NAMED,
+    TextSource,
+    calibration_windows,
+    documents,
+    evaluation_windows,
+    parse_sources,
+)
 from gemq.errors import CalibrationError
 
 
@@ -39,13 +46,13 @@ def hub(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("wikitext2", [Source("wikitext2")]),
-        (" c4 ", [Source("c4")]),
-        ("a b.txt", [Source("a b.txt")]),
-        ("d.jsonl#q&a", [Source("d.jsonl", "q&a")]),
-        ("d.jsonl#q+a@0.25", [Source("d.jsonl", "q+a", 0.25)]),
-        ("c4@.5,x/y.txt@3.", [Source("c4", weight=0.5), Source("x/y.txt", weight=3.0)]),
-        ("c4, wikitext2", [Source("c4"), Source("wikitext2")]),
+        ("wikitext2", [TextSource("wikitext2")]),
+        (" c4 ", [TextSource("c4")]),
+        ("a b.txt", [TextSource("a b.txt")]),
+        ("d.jsonl#q&a", [TextSource("d.jsonl", "q&a")]),
+        ("d.jsonl#q+a@0.25", [TextSource("d.jsonl", "q+a", 0.25)]),
+        ("c4@.5,x/y.txt@3.", [TextSource("c4", weight=0.5), TextSource("x/y.txt", weight=3.0)]),
+        ("c4, wikitext2", [TextSource("c4"), TextSource("wikitext2")]),
     ],
 )
 def test_grammar(text, expected):
@@ -66,7 +73,7 @@ def test_weights_above_zero():
 def test_an_existing_file_needs_no_grammar(tmp_path):
     path = tmp_path / "a,b@2#c.txt"
     path.write_text("the of")
-    assert parse_sources(str(path)) == [Source(str(path))]
+    assert parse_sources(str(path)) == [TextSource(str(path))]
     parse_sources(",".join(["name.txt"] * 1000))
 
 
@@ -80,24 +87,24 @@ def test_text_file(tokenizer, text_file):
 
 def test_jsonl_documents(jsonl):
     first = json.loads(jsonl.read_text().splitlines()[0])
-    assert documents(Source(str(jsonl)))[0] == first["text"]
-    assert documents(Source(str(jsonl), "question&answer"))[0] == f"{first['question']} {first['answer']}"
-    assert documents(Source(str(jsonl), "question+answer"))[0] == first["question"] + first["answer"]
-    assert len(documents(Source(str(jsonl)))) == 200
+    assert documents(TextSource(str(jsonl)))[0] == first["text"]
+    assert documents(TextSource(str(jsonl), "question&answer"))[0] == f"{first['question']} {first['answer']}"
+    assert documents(TextSource(str(jsonl), "question+answer"))[0] == first["question"] + first["answer"]
+    assert len(documents(TextSource(str(jsonl)))) == 200
 
 
 def test_jsonl_strings_may_hold_line_separators(tmp_path):
     text = "the\u2028of\x85and\x0bto"
     path = tmp_path / "docs.jsonl"
     path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
-    assert documents(Source(str(path))) == [text]
+    assert documents(TextSource(str(path))) == [text]
 
 
 def test_many_documents_are_shuffled_and_joined(tokenizer, jsonl):
     windows = calibration_windows(tokenizer, str(jsonl), 4, 20, seed=3)
     # documents of 20 words make windows of 20: each is one document, and not the first four
     found = [tokenizer.decode(row) for row in windows]
-    everything = documents(Source(str(jsonl)))
+    everything = documents(TextSource(str(jsonl)))
     assert set(found) <= set(everything) and len(set(found)) == 4
     assert found != everything[:4]
 

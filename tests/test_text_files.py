@@ -19,7 +19,7 @@ from tiny_text import words
 from gemq.algorithms import documents as document_files
 from gemq.algorithms import text_files
 from gemq.algorithms.calibration import (
-    Source,
+    TextSource,
     calibration_windows,
     check_windows,
     documents,
@@ -35,7 +35,7 @@ TEMPLATE = (
 
 
 def found(path, tokenizer=None, fields="text"):
-    return documents(Source(str(path), fields), tokenizer=tokenizer)
+    return documents(TextSource(str(path), fields), tokenizer=tokenizer)
 
 
 def parquet(path, columns):

@@ -136,13 +136,13 @@ def test_kernels_of_all_widths_for_sm90(sass_report, kernel, columns):
     [
         {"kernel": "gate_up", "only": 2, "pdl": True},
         # triton turns integer arguments that are 1 into constants, which have fewer methods
-        {"kernel": "gate_up", "only": 2, "ones": ("rows", "row_pairs", "experts")},
+        {"kernel": "gate_up", "only": 2, "ones": ("inputs", "sharing", "experts")},
         *(pytest.param(more, marks=pytest.mark.slow) for more in (
             {"kernel": "product", "only": 0, "mode": 0}, {"kernel": "gate_up", "only": 0, "warps": 8},
             {"kernel": "gate_up", "only": 2, "tiles": 1, "group": 64}, {"kernel": "product", "only": 2, "kw": 8},
             {"kernel": "product", "only": 3, "dense": 3, "slots": 0},
-            {"kernel": "product", "only": 2, "ones": ("rows", "pairs", "slots", "row_pairs", "experts", "n")},
-            {"kernel": "product", "only": 2, "splits": 1, "slots": 0, "ones": ("rows", "pairs", "slots", "row_pairs")},
+            {"kernel": "product", "only": 2, "ones": ("inputs", "pairs", "slots", "sharing", "experts", "n")},
+            {"kernel": "product", "only": 2, "splits": 1, "slots": 0, "ones": ("inputs", "pairs", "slots", "sharing")},
         )),
     ],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items() if k != "ones") + ("-ones" if "ones" in o else ""),
@@ -171,7 +171,7 @@ def test_small_kernels_compile_for_sm90(sass_report):
     }
     for kernel, constants in ((prepare_kernel, prepare), (prepare_kernel, prepare | {"ROUTE": 2, "PDL": True}),
                               (topk_kernel, topk)):
-        ones = {a: 1 for a in ("rows", "pairs", "blocks", "experts", "counters") if a in kernel.arg_names}
+        ones = {a: 1 for a in ("inputs", "tokens", "pairs", "blocks", "experts", "counters") if a in kernel.arg_names}
         for more in ({}, ones):
             compiled = sass_report.compile_kernel(kernel, pointers, constants | more, 4)
             assert sass_report.measure("small", compiled, None).spills == 0

@@ -113,10 +113,10 @@ def test_unpacking_for_sm90(sass_prefill):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_small_kernels_and_arguments_of_one_compile(sass_prefill):
     """triton turns integer arguments that are 1 into constants, which have fewer methods."""
-    for ones in ((), ("experts", "row_pairs", "n", "blocks", "pairs", "parts", "until")):
+    for ones in ((), ("experts", "sharing", "n", "blocks", "pairs", "parts", "until")):
         assert all(row.spills == 0 for row in sass_prefill.small(ones))
-    assert sass_prefill.packed(16, 1, 2, ones=("experts", "row_pairs", "n", "blocks")).spills == 0
-    assert sass_prefill.dense(1, ones=("experts", "row_pairs", "n", "blocks", "until")).spills == 0
+    assert sass_prefill.packed(16, 1, 2, ones=("experts", "sharing", "n", "blocks")).spills == 0
+    assert sass_prefill.dense(1, ones=("experts", "sharing", "n", "blocks", "until")).spills == 0
 
 
 SORTING = """

@@ -63,13 +63,13 @@ def _position_of(k, bits, KWS: tl.constexpr):
 @triton.jit
 def gate_up_kernel(
     x_ptr, groups_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr, act_ptr,
-    act_groups_ptr, down_bits_ptr, experts, rows, row_pairs, n, k, k_padded, act_padded, HOW: tl.constexpr,
+    act_groups_ptr, down_bits_ptr, experts, inputs, sharing, n, k, k_padded, act_padded, HOW: tl.constexpr,
     ACT_KWS: tl.constexpr, ACT_GROUP: tl.constexpr,
 ):
     """``act [pairs, act_padded]``: ``silu(gate) * up``, normalised by groups and scaled for the down projection.
 
     Grid ``(blocks, n / (TILE_ROWS * tiles))``: blocks of one expert are neighbours and share its weights in the L2. The
-    matrix has ``2 * n`` rows, gate then up; ``row_pairs`` pairs share a row of ``x``. ``HOW`` is a
+    matrix has ``2 * n`` rows, gate then up; ``sharing`` pairs share an input. ``HOW`` is a
     :class:`.widths.Decode` of two parts; ``ACT_KWS`` and ``ACT_GROUP`` are of the down projection.
     """
     COLUMNS: tl.constexpr = HOW.columns
@@ -86,7 +86,7 @@ def gate_up_kernel(
         bits = tl.load(bits_ptr + expert)
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
     stack = Experts(codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr)
-    tokens = Tokens(x_ptr, groups_ptr, block_pairs, row_pairs, rows, k, k_padded)
+    tokens = Tokens(x_ptr, groups_ptr, block_pairs, sharing, inputs, k, k_padded)
     both = _expert_product(stack, expert, bits, tokens, tile, n // TILE_ROWS, 0, HOW, False)
     if HOW.pdl:
         tl.extra.cuda.gdc_launch_dependents()
@@ -168,7 +168,7 @@ def _sum_splits(
 @triton.jit
 def product_kernel(
     x_ptr, groups_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr, ids_ptr,
-    weights_ptr, arrived_ptr, partial_ptr, out_ptr, experts, rows, pairs, slots, row_pairs, n, k, k_padded,
+    weights_ptr, arrived_ptr, partial_ptr, out_ptr, experts, inputs, pairs, slots, sharing, n, k, k_padded,
     HOW: tl.constexpr, SLOTS: tl.constexpr, DENSE: tl.constexpr = 0,
 ):
     """``out [tokens, n]``, weighted sums over ``slots``; ``out [pairs, n]``, unweighted, where ``SLOTS`` is 0.
@@ -193,7 +193,7 @@ def product_kernel(
         bits = tl.load(bits_ptr + expert)
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
     stack = Experts(codes_ptr, meta_ptr, offsets_ptr, meta_offsets_ptr)
-    tokens = Tokens(x_ptr, groups_ptr, block_pairs, row_pairs, rows, k, k_padded)
+    tokens = Tokens(x_ptr, groups_ptr, block_pairs, sharing, inputs, k, k_padded)
     result = _expert_product(stack, expert, bits, tokens, tile, 0, split, HOW, DENSE != 0)
     result = tl.reshape(result, (TILE_ROWS, COLUMNS))
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))

@@ -81,7 +81,7 @@ def check(x: Tensor, topk_ids: Tensor, group_size: int) -> None:
 
 def _product(
     act: Activations, stack: Stack, blocks: Blocks, ids: Tensor | None, topk_weights: Tensor | None, out: Tensor,
-    pairs: int, top_k: int, row_pairs: int, n: int, group_size: int, launch: launch_parameters.Launch, mode: int,
+    pairs: int, top_k: int, sharing: int, n: int, group_size: int, launch: launch_parameters.Launch, mode: int,
     dense: int = 0,
 ) -> None:
     """``out [pairs, n]``, or with weights ``[tokens, n]``, of prepared activations."""
@@ -91,7 +91,7 @@ def _product(
     product_kernel[(blocks.count, triton.cdiv(n, ROWS), launch.splits)](
         act.x, act.groups, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         blocks.expert, blocks.pairs, bits if ids is None else ids, bits if topk_weights is None else topk_weights,
-        blocks.arrived, partial, out, bits.numel(), act.x.shape[1], pairs, top_k, row_pairs, n, act.columns,
+        blocks.arrived, partial, out, bits.numel(), act.x.shape[1], pairs, top_k, sharing, n, act.columns,
         act.x.shape[-1],
         HOW=_how(act.columns, group_size, launch, mode, 1, 1, launch.splits, act.x.shape[0] > 1, stored_bits(dense)),
         SLOTS=0 if topk_weights is None else triton.next_power_of_2(top_k), DENSE=dense, **_options(launch),
@@ -126,8 +126,8 @@ def moe_decode(
         scaled=mode == SCALED, pdl=launch.pdl,
     )
     weights = topk_weights.contiguous() if weighted else None
-    row_pairs = top_k if x.dim() == 2 else 1
-    _product(act, stack, blocks, ids, weights, out, pairs, top_k, row_pairs, n, group_size, launch, mode)
+    sharing = top_k if x.dim() == 2 else 1
+    _product(act, stack, blocks, ids, weights, out, pairs, top_k, sharing, n, group_size, launch, mode)
     return out
 
 

@@ -3,8 +3,8 @@ tails.
 
 Each (row, group of columns) is multiplied by the power of two that brings its largest magnitude into
 ``[2**14, 2**15)``: exact, so that scaling by ``2**-pos`` next loses nothing that matters, and so that bfloat16 of any
-range fits fp16. float32 rows keep the 11 significant bits of fp16. ``groups [rows, padded k / group, 2]`` holds, per
-group, the sum of the activations and 1 / scale, both in units of the product's result.
+range fits fp16. float32 inputs keep the 11 significant bits of fp16. ``groups [inputs, padded k / group, 2]`` holds,
+per group, the sum of the activations and 1 / scale, both in units of the product's result.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def position(k, KW: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _normalize(
-    x_ptr, out_ptr, groups_ptr, row, chunk, rows, k, k_padded, KWS: tl.constexpr, GROUP: tl.constexpr,
+    x_ptr, out_ptr, groups_ptr, row, chunk, inputs, k, k_padded, KWS: tl.constexpr, GROUP: tl.constexpr,
     CHUNK: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """One row's ``CHUNK`` columns: ``out [planes, rows, k_padded]`` and ``groups [rows, k_padded / GROUP, 2]``.
+    """One row's ``CHUNK`` columns: ``out [planes, inputs, k_padded]`` and ``groups [inputs, k_padded / GROUP, 2]``.
 
     ``SCALED``: a plane a width, each column times ``2**-pos``; else one plane.
     """
@@ -78,7 +78,7 @@ def _normalize(
     value = tl.reshape(value, (CHUNK,))
     out = out_ptr + row * k_padded + at
     if SCALED:
-        plane = tl.cast(rows, tl.int64) * k_padded
+        plane = tl.cast(inputs, tl.int64) * k_padded
         wide = value.to(tl.float32)
         LAST: tl.constexpr = len(KWS) - 1
         for i in tl.static_range(LAST):
@@ -101,12 +101,12 @@ def _zero_tail(act_ptr, act_groups_ptr, pair, k, k_padded, GROUP: tl.constexpr, 
 
 @triton.jit
 def prepare_kernel(
-    x_ptr, out_ptr, groups_ptr, ids_ptr, expert_ptr, pairs_ptr, arrived_ptr, act_ptr, act_groups_ptr, rows, k,
+    x_ptr, out_ptr, groups_ptr, ids_ptr, expert_ptr, pairs_ptr, arrived_ptr, act_ptr, act_groups_ptr, inputs, k,
     k_padded, pairs, experts, blocks, counters, act_k, act_padded, KWS: tl.constexpr, GROUP: tl.constexpr,
     ACT_GROUP: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
     ROUTE: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):
-    """Grid ``1 + rows * k_padded / CHUNK (+ pairs if ACT)``: the tables, the activations, the tails.
+    """Grid ``1 + inputs * k_padded / CHUNK (+ pairs if ACT)``: the tables, the activations, the tails.
 
     ``arrived [1 + counters]`` is the number of used blocks, then zeros. ``ROUTE`` 0: tables are there already; 1:
     from ``ids``; 2: one matrix for all, pairs in order.
@@ -130,30 +130,30 @@ def prepare_kernel(
     else:
         chunks = k_padded // CHUNK
         piece = program - 1
-        if piece < rows * chunks:
+        if piece < inputs * chunks:
             row = (piece // chunks).to(tl.int64)
             _normalize(
-                x_ptr, out_ptr, groups_ptr, row, piece % chunks, rows, k, k_padded, KWS, GROUP, CHUNK, SCALED
+                x_ptr, out_ptr, groups_ptr, row, piece % chunks, inputs, k, k_padded, KWS, GROUP, CHUNK, SCALED
             )
         elif ACT:
-            pair = (piece - rows * chunks).to(tl.int64)
+            pair = (piece - inputs * chunks).to(tl.int64)
             _zero_tail(act_ptr, act_groups_ptr, pair, act_k, act_padded, ACT_GROUP, TAIL)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Normalised activations: ``x fp16 [planes, rows, padded k]`` and ``groups float32 [rows, groups, 2]``."""
+    """Normalised activations: ``x fp16 [planes, inputs, padded k]`` and ``groups float32 [inputs, groups, 2]``."""
 
     x: Tensor
     groups: Tensor
     columns: int
 
     @staticmethod
-    def empty(rows: int, k: int, group_size: int, planes: int, device: torch.device) -> Activations:
-        """Uninitialised, for ``rows`` of ``k`` columns."""
+    def empty(inputs: int, k: int, group_size: int, planes: int, device: torch.device) -> Activations:
+        """Uninitialised, for ``inputs`` of ``k`` columns."""
         padded = padded_columns(k)
-        x = torch.empty(planes, rows, padded, dtype=torch.float16, device=device)
-        return Activations(x, torch.empty(rows, padded // group_size, 2, dtype=torch.float32, device=device), k)
+        x = torch.empty(planes, inputs, padded, dtype=torch.float16, device=device)
+        return Activations(x, torch.empty(inputs, padded // group_size, 2, dtype=torch.float32, device=device), k)
 
 
 @dataclass(frozen=True)
@@ -174,15 +174,15 @@ def prepare(
     x: Tensor, ids: Tensor | None, experts: int, group_size: int, columns: int, counters_a_block: int, counters: int,
     scaled: bool, act: Activations | None = None, act_group: int = 128, pdl: bool = False,
 ) -> tuple[Activations, Blocks]:
-    """One launch (a few more for over 128 pairs): the block tables of flat ``ids`` and contiguous ``x [rows, k]``
+    """One launch (a few more for over 128 pairs): the block tables of flat ``ids`` and contiguous ``x [inputs, k]``
     normalised.
 
-    ``ids`` None is one matrix for all rows. There are ``counters + counters_a_block * blocks`` counters. ``act`` are
+    ``ids`` None is one matrix for all inputs. There are ``counters + counters_a_block * blocks`` counters. ``act`` are
     inner activations, a row a pair, whose tails are zeroed.
     """
-    rows, k = x.shape
+    inputs, k = x.shape
     device = x.device
-    pairs = rows if ids is None else ids.numel()
+    pairs = inputs if ids is None else ids.numel()
     blocks = -(-pairs // columns) if ids is None else block_count(pairs, experts, columns)
     counters += counters_a_block * blocks
     arrived = torch.empty(1 + counters, dtype=torch.int32, device=device)
@@ -193,15 +193,16 @@ def prepare(
     else:
         expert = torch.empty(blocks, dtype=torch.int32, device=device)
         block_pairs = torch.empty(blocks, columns, dtype=torch.int32, device=device)
-    out = Activations.empty(rows, k, group_size, len(WIDTHS) if scaled else 1, device)
+    out = Activations.empty(inputs, k, group_size, len(WIDTHS) if scaled else 1, device)
     padded = out.x.shape[-1]
-    pieces = rows * (padded // CHUNK) + (pairs if act else 0)
+    pieces = inputs * (padded // CHUNK) + (pairs if act else 0)
     prepare_kernel[(1 + pieces,)](
         x, out.x, out.groups, arrived if ids is None else ids, expert, block_pairs, arrived, act.x if act else out.x,
-        act.groups if act else out.groups, rows, k, padded, pairs, experts, blocks, counters, act.columns if act else 0,
-        act.x.shape[-1] if act else 0, KWS=all_words_along_k(k), GROUP=group_size, ACT_GROUP=act_group, CHUNK=CHUNK,
-        TAIL=TAIL, P=max(16, triton.next_power_of_2(min(pairs, MOST_PAIRS))), COLUMNS=columns,
-        ROUTE=2 if ids is None else (0 if sort else 1), ACT=act is not None, SCALED=scaled, PDL=pdl, num_warps=4,
+        act.groups if act else out.groups, inputs, k, padded, pairs, experts, blocks, counters,
+        act.columns if act else 0, act.x.shape[-1] if act else 0, KWS=all_words_along_k(k), GROUP=group_size,
+        ACT_GROUP=act_group, CHUNK=CHUNK, TAIL=TAIL, P=max(16, triton.next_power_of_2(min(pairs, MOST_PAIRS))),
+        COLUMNS=columns, ROUTE=2 if ids is None else (0 if sort else 1), ACT=act is not None, SCALED=scaled, PDL=pdl,
+        num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )
     return out, Blocks(expert, block_pairs, arrived)

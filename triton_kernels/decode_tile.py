@@ -61,13 +61,13 @@ from .layout import (
 class Tokens(NamedTuple):
     """Normalised activations of a block's pairs, as :mod:`.decode_prepare` makes them."""
 
-    # float16 [planes, rows, k_padded], and float32 [rows, groups, 2]: (sum, 1 / scale) of a group
+    # float16 [planes, inputs, k_padded], and float32 [inputs, groups, 2]: (sum, 1 / scale) of a group
     x: tl.tensor
     groups: tl.tensor
-    # the pairs of the token columns, of which row_pairs share a row of x
+    # the pairs of the token columns, of which `sharing` share an input
     pairs: tl.tensor
-    row_pairs: tl.tensor
-    rows: tl.tensor
+    sharing: tl.tensor
+    inputs: tl.tensor
     k: tl.tensor
     k_padded: tl.tensor
 
@@ -220,10 +220,10 @@ def _fetch_span(tile, at_words, at_pairs, span, lane, ROWS: tl.constexpr, BITS: 
 
 
 @triton.jit
-def token_row(pair_at, row_pairs, lead):
-    """int64 rows of the activations for pairs; a column without one repeats ``lead``: the same cache lines, no mask."""
+def input_of(pair_at, sharing, lead):
+    """int64 inputs of pairs; a column without one repeats ``lead``: the same cache lines, no mask."""
     pair = tl.load(pair_at)
-    return (tl.where(pair < 0, lead, pair) // row_pairs).to(tl.int64)
+    return (tl.where(pair < 0, lead, pair) // sharing).to(tl.int64)
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def _tile_product(work, tile, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.con
     AHEAD: tl.constexpr = HOW.ahead if HOW.asm else 0
     RUN: tl.constexpr = HOW.run
     k_padded = work.tokens.k_padded
-    row_pairs = work.tokens.row_pairs
+    sharing = work.tokens.sharing
     last_group = work.tokens.k // GROUP - 1
     FIELDS: tl.constexpr = fields(BITS)
     # fields of one word block, columns of a field and of a span, fields of a group of one (s, m)
@@ -278,14 +278,14 @@ def _tile_product(work, tile, ROWS: tl.constexpr, BITS: tl.constexpr, KW: tl.con
     word = word + tl.arange(0, VEC)[None, None, :]
     pairs = tile.meta + (_threads(own * tile.pairs + rl, RUN) + _repeats(ROWS // ROW_LANES, RUN) * ROW_LANES)
     pair = work.tokens.pairs + (_threads(rl, RUN) + _repeats(COLUMNS // ROW_LANES, RUN) * ROW_LANES)
-    x_row = token_row(pair, row_pairs, work.lead) * k_padded
+    x_row = input_of(pair, sharing, work.lead) * k_padded
     x_at = tile.x + x_row + (_threads(lane * (2 * VEC), RUN) + tl.arange(0, 2 * VEC)[None, None, :])
 
     # the repeats are (n, h) of columns 8 * n + 2 * c + h; an AND hides from the compiler that h is contiguous, for
     # which it would deal out the load's threads in another order than those of the loop
     repeat = _repeats(COLUMNS // K_LANES, RUN)
     pair = work.tokens.pairs + (_threads(lane * 2, RUN) + repeat // 2 * ROW_LANES + (repeat & 1))
-    groups_at = work.tokens.groups + token_row(pair, row_pairs, work.lead) * (k_padded // GROUP * 2)
+    groups_at = work.tokens.groups + input_of(pair, sharing, work.lead) * (k_padded // GROUP * 2)
     groups_at = groups_at + tl.arange(0, 2)[None, None, :]
 
     acc = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
@@ -369,7 +369,7 @@ def tile_product(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
     share = tl.cdiv(spans, HOW.splits * KWARPS) * KWARPS
     first = work.split * share
     PLANE: tl.constexpr = width_index(BITS) if HOW.planes else 0
-    x = tokens.x + PLANE * tl.cast(tokens.rows, tl.int64) * tokens.k_padded
+    x = tokens.x + PLANE * tl.cast(tokens.inputs, tl.int64) * tokens.k_padded
     codes = work.codes + work.tile.to(tl.int64) * words
     meta = work.meta + work.tile.to(tl.int64) * pairs
     tile = Tile(codes, meta, x, words, pairs, first, tl.minimum(first + share, spans), spans)

@@ -1,4 +1,4 @@
-"""Launchers for many tokens: sort pairs by expert, normalise rows, multiply by either method, sum over slots.
+"""Launchers for many tokens: sort pairs by expert, normalise inputs, multiply by either method, sum over slots.
 
 As in :mod:`.by_tokens`: no host sync, no data-dependent grid, arguments are trusted. The inner activations of a block
 are float16 with a power of two a row, found between the two products.
@@ -15,8 +15,8 @@ from torch import Tensor
 from . import launch_parameters
 from .blocks_by_sorting import sort_pairs
 from .layout import ROWS, STEP_COLUMNS, WIDTHS, Stack, all_words_along_k, span_columns
+from .prefill_inputs import combine, normalize, rescale
 from .prefill_packed import packed_kernel
-from .prefill_rows import combine, normalize, rescale
 from .prefill_unpacked import dequantize_kernel, grouped_kernel
 from .widths import Packed, Unpacking
 
@@ -35,8 +35,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Normalised activations: float16 ``x [rows, padded k]``, ``inverse [rows]``; ``sharing`` pairs have one row."""
+class Inputs:
+    """Normalised activations: float16 ``x [inputs, padded k]``, ``inverse [inputs]``; ``sharing`` pairs have one."""
 
     x: Tensor
     inverse: Tensor
@@ -44,32 +44,32 @@ class Rows:
     sharing: int
 
 
-def _multiply(rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job) -> None:
+def _multiply(inputs: Inputs, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job) -> None:
     """``out [pairs, n]``; with ``exponents``, the float16 ``silu(gate) * up`` that they scale."""
     (_, n), parts = out.shape, 1 if exponents is None else 2
     if job.launch.method == "dense":
-        _multiply_dense(rows, stack, out, exponents, group_size, job)
+        _multiply_dense(inputs, stack, out, exponents, group_size, job)
         return
     qweight, meta, bits, offsets, meta_offsets = stack
     block_expert, block_pairs, _ = job.order
     blocks, launch = block_expert.numel(), job.launch
     how = Packed(
-        all_words_along_k(rows.k), group_size, launch.rows, launch.columns, parts, launch.warps, launch.stages,
+        all_words_along_k(inputs.k), group_size, launch.rows, launch.columns, parts, launch.warps, launch.stages,
         launch.steps, job.fast, launch_parameters.threads_first(triton.__version__),
     )
     packed_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
-        rows.x, rows.inverse, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
-        block_expert, block_pairs, out, out if exponents is None else exponents, bits.numel(), blocks, rows.sharing, n,
-        rows.k, rows.x.shape[1], HOW=how, num_warps=launch.warps, num_stages=1,
+        inputs.x, inputs.inverse, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
+        block_expert, block_pairs, out, out if exponents is None else exponents, bits.numel(), blocks, inputs.sharing,
+        n, inputs.k, inputs.x.shape[1], HOW=how, num_warps=launch.warps, num_stages=1,
     )
 
 
 def _multiply_dense(
-    rows: Rows, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job
+    inputs: Inputs, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job
 ) -> None:
     qweight, meta, bits, offsets, meta_offsets = stack
     block_expert, block_pairs, counts = job.order
-    (_, n), parts, k, experts = out.shape, 1 if exponents is None else 2, rows.k, bits.numel()
+    (_, n), parts, k, experts = out.shape, 1 if exponents is None else 2, inputs.k, bits.numel()
     blocks, launch = block_expert.numel(), job.launch
     height, stride = triton.cdiv(parts * n, ROWS) * ROWS, triton.cdiv(k, STEP_COLUMNS) * STEP_COLUMNS
     chunk = max(1, min(experts, SCRATCH_BYTES // (2 * height * stride)))
@@ -84,18 +84,18 @@ def _multiply_dense(
             height, k, stride, HOW=how, num_warps=how.warps, num_stages=1,
         )
         grouped_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
-            rows.x, rows.inverse, weights, bits, block_expert, block_pairs, out,
-            out if exponents is None else exponents, first, until, experts, blocks, rows.sharing, n, height, k,
-            rows.x.shape[1], stride, COLUMNS=launch.columns, ROWS=launch.rows, PARTS=parts, STAGES=launch.stages,
+            inputs.x, inputs.inverse, weights, bits, block_expert, block_pairs, out,
+            out if exponents is None else exponents, first, until, experts, blocks, inputs.sharing, n, height, k,
+            inputs.x.shape[1], stride, COLUMNS=launch.columns, ROWS=launch.rows, PARTS=parts, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )
 
 
-def _rows(x: Tensor, top_k: int, launch: launch_parameters.Prefill) -> Rows:
-    """Normalise rows ``[T, k]``, which a token's pairs share, or ``[T, top_k, k]``."""
+def _inputs(x: Tensor, top_k: int, launch: launch_parameters.Prefill) -> Inputs:
+    """Normalise inputs ``[T, k]``, which a token's pairs share, or ``[T, top_k, k]``."""
     k = x.shape[-1]
     sharing = top_k if x.dim() == 2 else 1
-    return Rows(*normalize(x.contiguous().view(-1, k), launch.method == "packed"), k, sharing)
+    return Inputs(*normalize(x.contiguous().view(-1, k), launch.method == "packed"), k, sharing)
 
 
 def gemm(
@@ -106,19 +106,19 @@ def gemm(
     experts, top_k = stack[2].numel(), topk_ids.shape[1]
     ids = topk_ids.contiguous().view(-1)
     job = Job(sort_pairs(ids, experts, launch.columns), launch, fast)
-    rows = _rows(x, top_k, launch)
+    inputs = _inputs(x, top_k, launch)
     if topk_weights is None:
-        _multiply(rows, stack, out.view(-1, n), None, group_size, job)
+        _multiply(inputs, stack, out.view(-1, n), None, group_size, job)
     else:
-        _multiply_and_sum(rows, stack, ids, topk_weights, out, group_size, job)
+        _multiply_and_sum(inputs, stack, ids, topk_weights, out, group_size, job)
     return out
 
 
 def _multiply_and_sum(
-    rows: Rows, stack: Stack, ids: Tensor, topk_weights: Tensor, out: Tensor, group_size: int, job: Job
+    inputs: Inputs, stack: Stack, ids: Tensor, topk_weights: Tensor, out: Tensor, group_size: int, job: Job
 ) -> None:
     partial = torch.empty(ids.numel(), out.shape[1], dtype=torch.float32, device=out.device)
-    _multiply(rows, stack, partial, None, group_size, job)
+    _multiply(inputs, stack, partial, None, group_size, job)
     combine(partial, ids, topk_weights.contiguous(), out, stack[2].numel())
 
 
@@ -130,20 +130,20 @@ def ffn(
     experts, top_k = gate_up[2].numel(), topk_ids.shape[1]
     ids = topk_ids.contiguous().view(-1)
     job = Job(sort_pairs(ids, experts, launch.columns), launch, fast)
-    rows = _rows(x, top_k, launch)
+    inputs = _inputs(x, top_k, launch)
     ordered = launch.method == "packed"
     pairs, device = ids.numel(), x.device
     if intermediate % ROWS:
         # the up rows begin inside a tile
         both = torch.empty(pairs, 2 * intermediate, dtype=torch.float32, device=device)
-        _multiply(rows, gate_up, both, None, group_size, job)
+        _multiply(inputs, gate_up, both, None, group_size, job)
         gate, up = both.chunk(2, dim=-1)
         inner = normalize(torch.nn.functional.silu(gate) * up, ordered)
     else:
         part = launch.rows // 2
         act = torch.empty(pairs, intermediate, dtype=torch.float16, device=device)
         exponents = torch.empty(pairs, triton.cdiv(intermediate, part), dtype=torch.int32, device=device)
-        _multiply(rows, gate_up, act, exponents, group_size, job)
+        _multiply(inputs, gate_up, act, exponents, group_size, job)
         inner = rescale(act, exponents, part, ordered)
-    _multiply_and_sum(Rows(*inner, intermediate, 1), down, ids, topk_weights, out, down_group_size, job)
+    _multiply_and_sum(Inputs(*inner, intermediate, 1), down, ids, topk_weights, out, down_group_size, job)
     return out

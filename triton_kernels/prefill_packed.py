@@ -1,7 +1,7 @@
 """Multiply many tokens by packed experts; weights are unpacked in registers on their way to the tensor cores.
 
 One program multiplies ``rows`` rows of an expert with ``columns`` of its tokens. The weights are the left operand,
-from registers (wgmma on sm_90); the activations, in the column order of :func:`.prefill_rows.column`, come to shared
+from registers (wgmma on sm_90); the activations, in the column order of :func:`.prefill_inputs.column`, come to shared
 memory by asynchronous copies, and so do the packed words and their (s, m), ``stages`` trips ahead.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
-from .prefill_rows import leading_exponent, power_of_two
+from .prefill_inputs import leading_exponent, power_of_two
 from .prefill_unpack import Span, half_weights, repeats, threads, trip_words
 from .widths import at_width
 
@@ -103,14 +103,14 @@ def _product(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
 @triton.jit
 def packed_kernel(
     x_ptr, inverse_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr,
-    out_ptr, exponent_ptr, experts, blocks, row_pairs, n, k, k_padded, HOW: tl.constexpr,
+    out_ptr, exponent_ptr, experts, blocks, sharing, n, k, k_padded, HOW: tl.constexpr,
 ):
     """``out [pairs, n]``, every element written once; grid of ``blocks * cdiv(n, rows / parts)`` programs.
 
-    ``x`` float16 ``[rows, k_padded]`` and ``inverse [rows]`` as prefill_rows.normalize makes them, ``row_pairs`` pairs
-    sharing a row. ``HOW`` is a :class:`.widths.Packed`. Two parts: the matrix has 2 n rows, gate then up, and the
-    result is ``silu(gate) * up``, as float16 scaled by ``2**(14 - exponent)`` with an ``exponent [pairs, n / (rows /
-    2)]`` for each of a pair's blocks of rows.
+    ``x`` float16 ``[inputs, k_padded]`` and ``inverse [inputs]`` as prefill_inputs.normalize makes them, ``sharing``
+    pairs share an input. ``HOW`` is a :class:`.widths.Packed`. Two parts: the matrix has 2 n rows, gate then up, and
+    the result is ``silu(gate) * up``, as float16 scaled by ``2**(14 - exponent)`` with an ``exponent
+    [pairs, n / (rows / 2)]`` for each of a pair's blocks of rows.
     """
     ROWS: tl.constexpr = HOW.rows
     COLUMNS: tl.constexpr = HOW.columns
@@ -132,7 +132,7 @@ def packed_kernel(
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
     # a column without a pair repeats the first one: the same cache lines, and no mask
-    source = (tl.where(pair < 0, tl.load(block_pairs), pair) // row_pairs).to(tl.int64)
+    source = (tl.where(pair < 0, tl.load(block_pairs), pair) // sharing).to(tl.int64)
     x = x_ptr + (source * k_padded)[None, :] + tl.arange(0, STEP)[:, None]
 
     first = at_tile * OUTPUTS

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
+from .prefill_inputs import leading_exponent, power_of_two
 from .prefill_packed import gated, grouped_order
-from .prefill_rows import leading_exponent, power_of_two
 from .prefill_unpack import Span, half_weights, repeats, threads, trip_words
 from .widths import at_width
 
@@ -81,7 +81,7 @@ def dequantize_kernel(
 @triton.jit
 def grouped_kernel(
     x_ptr, inverse_ptr, weights_ptr, bits_ptr, expert_ptr, pairs_ptr, out_ptr, exponent_ptr, first, until, experts,
-    blocks, row_pairs, n, n_padded, k, k_padded, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    blocks, sharing, n, n_padded, k, k_padded, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Multiply as the packed kernel does by ``weights [until - first, n_padded, stride]``, of experts from ``first``.
@@ -100,7 +100,7 @@ def grouped_kernel(
         bits = tl.load(bits_ptr + expert)
     block_pairs = pairs_ptr + block.to(tl.int64) * COLUMNS
     pair = tl.load(block_pairs + tl.arange(0, COLUMNS))
-    source = (tl.where(pair < 0, tl.load(block_pairs), pair) // row_pairs).to(tl.int64)
+    source = (tl.where(pair < 0, tl.load(block_pairs), pair) // sharing).to(tl.int64)
     x = x_ptr + (source * k_padded)[:, None] + tl.arange(0, STEP)[None, :]
     r = tl.arange(0, ROWS)
     if PARTS == 2:

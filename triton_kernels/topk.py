@@ -13,13 +13,13 @@ ROWS = 4
 
 @triton.jit
 def topk_kernel(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, rows, experts, stride, scale, TOP_K: tl.constexpr, E: tl.constexpr,
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, tokens, experts, stride, scale, TOP_K: tl.constexpr, E: tl.constexpr,
     SLOTS: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """``weights float32, ids int32 [rows, TOP_K]`` of ``logits [rows, experts]``, largest first, ties by index."""
+    """``weights float32, ids int32 [tokens, TOP_K]`` of ``logits [tokens, experts]``, largest first, ties by index."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, E)
-    inside = (row[:, None] < rows) & (e[None, :] < experts)
+    inside = (row[:, None] < tokens) & (e[None, :] < experts)
     at = row.to(tl.int64)[:, None] * stride + e[None, :]
     logits = tl.load(logits_ptr + at, inside, other=0.0).to(tl.float32)
     logits = tl.where(e[None, :] < experts, logits, float("-inf"))
@@ -49,7 +49,7 @@ def topk_kernel(
     if NORMALIZE:
         weights = weights / tl.sum(weights, 1)[:, None]
     at = row[:, None] * TOP_K + slot[None, :]
-    mine = (row[:, None] < rows) & (slot[None, :] < TOP_K)
+    mine = (row[:, None] < tokens) & (slot[None, :] < TOP_K)
     tl.store(weights_ptr + at, weights * scale, mine)
     tl.store(ids_ptr + at, ids, mine)
 
@@ -59,12 +59,12 @@ def topk(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(weights float32 [T, top_k], ids int32 [T, top_k])`` of ``logits [T, E]``; see ``gemq.ops.topk_routing``."""
-    rows, experts = logits.shape
-    weights = torch.empty(rows, top_k, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(rows, top_k, dtype=torch.int32, device=logits.device)
-    if rows:
-        topk_kernel[(triton.cdiv(rows, ROWS),)](
-            logits, logits if bias is None else bias, weights, ids, rows, experts, logits.stride(0), float(scale),
+    tokens, experts = logits.shape
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
+    if tokens:
+        topk_kernel[(triton.cdiv(tokens, ROWS),)](
+            logits, logits if bias is None else bias, weights, ids, tokens, experts, logits.stride(0), float(scale),
             TOP_K=top_k, E=max(16, triton.next_power_of_2(experts)), SLOTS=triton.next_power_of_2(top_k),
             SIGMOID=sigmoid, NORMALIZE=normalize, BIASED=bias is not None, ROWS=ROWS, num_warps=4,
         )

@@ -12,23 +12,23 @@ Attend::Attend(const Kernels& kernels, const Rows& query, const Rows& key, const
       value_(value),
       out_(out),
       shape_(std::move(shape)),
-      spans_(out.count(), shape_.slots, shape_.heads, shape_.dim) {}
+      chunks_(out.count(), shape_.slots, shape_.heads, shape_.dim) {}
 
 int64_t Attend::scratch_floats() const {
-  return heads_a_group() * (shape_.dim + score_stride(Spans::kSlots)) + shape_.dim;
+  return heads_a_group() * (shape_.dim + score_stride(KvChunks::kSlots)) + shape_.dim;
 }
 
 void Attend::reset(const StepInput& step, int threads) {
-  spans_.reset(step);
-  parts_.reset(out_.count() * shape_.groups * spans_.count(), threads);
+  chunks_.reset(step);
+  parts_.reset(out_.count() * shape_.groups * chunks_.count(), threads);
   last_.reset(out_.count(), threads);
 }
 
 void Attend::run(const StepInput& step, Team team, float* scratch) {
-  parts_.work(team, [&](int64_t item) { attend_span(step, item, scratch); });
+  parts_.work(team, [&](int64_t item) { attend_chunk(step, item, scratch); });
   parts_.wait();
   last_.work(team, [&](int64_t row) {
-    for (int h = 0; h < shape_.heads; ++h) spans_.merge(kernels_, row, h, out_.row(row) + h * shape_.dim);
+    for (int h = 0; h < shape_.heads; ++h) chunks_.merge(kernels_, row, h, out_.row(row) + h * shape_.dim);
     out_.finish(row, 0, out_.width());
   });
 }
@@ -54,13 +54,14 @@ void Attend::store_new(const StepInput& step, int64_t row, int group, float* scr
   }
 }
 
-void Attend::attend_span(const StepInput& step, int64_t item, float* scratch) {
-  const int64_t span = item % spans_.count(), row = item / spans_.count() / shape_.groups;
-  const int group = static_cast<int>(item / spans_.count() % shape_.groups), heads = heads_a_group();
+void Attend::attend_chunk(const StepInput& step, int64_t item, float* scratch) {
+  const int64_t chunk = item % chunks_.count(), row = item / chunks_.count() / shape_.groups;
+  const int group = static_cast<int>(item / chunks_.count() % shape_.groups), heads = heads_a_group();
   const int dim = shape_.dim;
   float *queries = scratch, *scores = queries + heads * dim;
-  // the newest key and value belong to the last span
-  if (span + 1 == spans_.count()) store_new(step, row, group, scores + heads * score_stride(Spans::kSlots));
+  // the newest key and value belong to the last chunk
+  if (chunk + 1 == chunks_.count())
+    store_new(step, row, group, scores + heads * score_stride(KvChunks::kSlots));
   const int64_t angle = step.positions[row] * shape_.rotary;
   for (int h = 0; h < heads; ++h) {
     const float* query = query_.row(row) + (group * heads + h) * dim;
@@ -71,9 +72,9 @@ void Attend::attend_span(const StepInput& step, int64_t item, float* scratch) {
     }
     kernels_.rotate(query, shape_.cosines + angle, shape_.sines + angle, shape_.rotary, dim, to);
   }
-  const Range slots = Spans::slots(step, row, span);
-  const Spans::Part part = spans_.part(row, span, group * heads);
-  if (slots.begin >= slots.end) return spans_.leave_out(part, heads);
+  const Range slots = KvChunks::slots(step, row, chunk);
+  const KvChunks::Part part = chunks_.part(row, chunk, group * heads);
+  if (slots.begin >= slots.end) return chunks_.leave_out(part, heads);
   const int64_t at =
       ((row * shape_.groups + group) * shape_.slots + slots.begin) * dim * element_bytes(shape_.type);
   kernels_.attend({queries, heads, dim, static_cast<const char*>(shape_.keys) + at,

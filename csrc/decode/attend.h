@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "decode/spans.h"
+#include "decode/kv_chunks.h"
 
 namespace gemq {
 
@@ -33,14 +33,14 @@ public:
 
 private:
   int heads_a_group() const { return shape_.heads / shape_.groups; }
-  void attend_span(const StepInput& step, int64_t item, float* scratch);
+  void attend_chunk(const StepInput& step, int64_t item, float* scratch);
   void store_new(const StepInput& step, int64_t row, int group, float* scratch);
 
   const Kernels& kernels_;
   const Rows &query_, &key_, &value_;
   Rows& out_;
   AttentionShape shape_;
-  Spans spans_;
+  KvChunks chunks_;
   Phase parts_;
 };
 

@@ -11,19 +11,19 @@ AttendLatent::AttendLatent(const Kernels& kernels, const Rows& query, const Rows
       latent_(latent),
       out_(out),
       shape_(std::move(shape)),
-      spans_(out.count(), shape_.slots, shape_.heads, shape_.rank),
+      chunks_(out.count(), shape_.slots, shape_.heads, shape_.rank),
       folded_(kernels, kExact, out.count(), static_cast<int64_t>(shape_.heads) * key_size(), nullptr),
       contexts_(kernels, kExact, out.count(), static_cast<int64_t>(shape_.heads) * shape_.rank, nullptr) {}
 
 int64_t AttendLatent::scratch_floats() const {
   const int64_t tile = out_.count() * score_stride(std::max(shape_.rank, shape_.v_dim));
-  return std::max({tile, kHeads * score_stride(Spans::kSlots), static_cast<int64_t>(key_size())});
+  return std::max({tile, kHeads * score_stride(KvChunks::kSlots), static_cast<int64_t>(key_size())});
 }
 
 void AttendLatent::reset(const StepInput& step, int threads) {
-  spans_.reset(step);
+  chunks_.reset(step);
   folds_.reset(shape_.heads + out_.count(), threads);
-  parts_.reset(out_.count() * head_runs() * spans_.count(), threads);
+  parts_.reset(out_.count() * head_runs() * chunks_.count(), threads);
   merges_.reset(out_.count() * shape_.heads, threads);
   expansions_.reset(shape_.heads, threads);
   last_.reset(out_.count(), threads);
@@ -35,12 +35,12 @@ void AttendLatent::run(const StepInput& step, Team team, float* scratch) {
                         : store_new(step, item - shape_.heads, scratch);
   });
   folds_.wait();
-  parts_.work(team, [&](int64_t item) { attend_span(step, item, scratch); });
+  parts_.work(team, [&](int64_t item) { attend_chunk(step, item, scratch); });
   parts_.wait();
   merges_.work(team, [&](int64_t item) {
     const int64_t row = item / shape_.heads;
     const int head = static_cast<int>(item % shape_.heads);
-    spans_.merge(kernels_, row, head, contexts_.row(row) + head * shape_.rank);
+    chunks_.merge(kernels_, row, head, contexts_.row(row) + head * shape_.rank);
   });
   merges_.wait();
   expansions_.work(team, [&](int64_t head) { expand(static_cast<int>(head), scratch); });
@@ -92,13 +92,13 @@ void AttendLatent::store_new(const StepInput& step, int64_t row, float* scratch)
   put(scratch + shape_.rank, shape_.rope, shape_.ropes);
 }
 
-void AttendLatent::attend_span(const StepInput& step, int64_t item, float* scratch) {
-  const int64_t span = item % spans_.count(), row = item / spans_.count() / head_runs();
-  const int first = static_cast<int>(item / spans_.count() % head_runs()) * kHeads;
+void AttendLatent::attend_chunk(const StepInput& step, int64_t item, float* scratch) {
+  const int64_t chunk = item % chunks_.count(), row = item / chunks_.count() / head_runs();
+  const int first = static_cast<int>(item / chunks_.count() % head_runs()) * kHeads;
   const int heads = std::min(kHeads, shape_.heads - first);
-  const Range slots = Spans::slots(step, row, span);
-  const Spans::Part part = spans_.part(row, span, first);
-  if (slots.begin >= slots.end) return spans_.leave_out(part, heads);
+  const Range slots = KvChunks::slots(step, row, chunk);
+  const KvChunks::Part part = chunks_.part(row, chunk, first);
+  if (slots.begin >= slots.end) return chunks_.leave_out(part, heads);
   const int64_t at = (row * shape_.slots + slots.begin) * element_bytes(shape_.type);
   const auto* latents = static_cast<const char*>(shape_.latents) + at * shape_.rank;
   const auto* ropes = static_cast<const char*>(shape_.ropes) + at * shape_.rope;

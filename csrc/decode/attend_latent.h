@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "decode/spans.h"
+#include "decode/kv_chunks.h"
 
 namespace gemq {
 
@@ -40,7 +40,7 @@ private:
   int key_size() const { return shape_.rank + shape_.rope; }
   void fold(const StepInput& step, int head, float* scratch);
   void store_new(const StepInput& step, int64_t row, float* scratch);
-  void attend_span(const StepInput& step, int64_t item, float* scratch);
+  void attend_chunk(const StepInput& step, int64_t item, float* scratch);
   void expand(int head, float* scratch);
   void turn(const StepInput& step, int64_t row, const float* from, float* to) const;
 
@@ -48,7 +48,7 @@ private:
   const Rows &query_, &latent_;
   Rows& out_;
   LatentShape shape_;
-  Spans spans_;
+  KvChunks chunks_;
   Rows folded_, contexts_;
   Phase folds_, parts_, merges_, expansions_;
 };

@@ -18,7 +18,7 @@ struct DenseArgs {
 };
 // dense_product writes out[block][token][16], rows in blocks of 16 as the packed products do.
 
-// Query heads that share a key, against a span of one row's cache.
+// Query heads that share a key, against a chunk of one row's cache.
 struct AttendArgs {
   const float* queries;  // [heads, dim + more], rotated
   int heads, dim;

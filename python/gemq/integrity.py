@@ -128,19 +128,19 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             notes = header.pop("__metadata__", None)
             if notes is not None and not all(isinstance(note, str) for note in notes.values()):
                 raise ValueError("__metadata__ must map names to texts")
-            spans = {name: _entry(entry, 8 + length) for name, entry in header.items()}
+            entries = {name: _entry(entry, 8 + length) for name, entry in header.items()}
     except CheckpointError:
         raise
     except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file.name} has no readable safetensors header ({error})") from None
     end = 8 + length
-    for name, entry in sorted(spans.items(), key=lambda item: (item[1].start, item[1].bytes)):
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
         if entry.start != end:
             raise CheckpointError(f"{file.name} is corrupt: the tensor {name} does not follow the one before it")
         end += entry.bytes
     if end != size:
         raise CheckpointError(f"{file.name} is truncated or corrupt: {size} bytes, its header says {end}")
-    return spans
+    return entries
 
 
 def _entry(entry: dict[str, Any], begin: int) -> TensorEntry:

@@ -43,7 +43,7 @@ LONG = 12 << 20
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """One corpus of a mixture: a name or path, the JSON fields to read, and its weight."""
 
     name: str
@@ -51,10 +51,10 @@ class Source:
     weight: float = 1.0
 
 
-def parse_sources(text: str) -> list[Source]:
+def parse_sources(text: str) -> list[TextSource]:
     """Parse the grammar of this module. Raises :class:`CalibrationError` for an empty or malformed source."""
     if os.path.isfile(text):
-        return [Source(text)]
+        return [TextSource(text)]
     sources = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([^#@]+?)(?:#([^@]+?))?(?:@([0-9]+\.?[0-9]*|\.[0-9]+))?\s*", part)
@@ -63,7 +63,7 @@ def parse_sources(text: str) -> list[Source]:
         weight = float(match[3]) if match[3] else 1.0
         if not 0 < weight < math.inf:
             raise CalibrationError(f"the weight of text source {match[1]!r} must be above 0, got {match[3]:.60}")
-        sources.append(Source(match[1], match[2] or DEFAULT, weight))
+        sources.append(TextSource(match[1], match[2] or DEFAULT, weight))
     return sources
 
 
@@ -93,7 +93,7 @@ def _hub_documents(name: str, split: str) -> list[str]:
     return data["text"]
 
 
-def documents(source: Source, split: str = "train", tokenizer: Any = None) -> list[str]:
+def documents(source: TextSource, split: str = "train", tokenizer: Any = None) -> list[str]:
     """The documents of a source, all of them in memory. ``split`` ("train" or "test") matters for named corpora only,
     ``tokenizer`` for conversations only.
 
@@ -106,7 +106,7 @@ def documents(source: Source, split: str = "train", tokenizer: Any = None) -> li
     return found
 
 
-def _empty(source: Source) -> CalibrationError:
+def _empty(source: TextSource) -> CalibrationError:
     return CalibrationError(f"the text source {source.name!r} is empty")
 
 
@@ -120,7 +120,7 @@ class _Whole:
         return pieces(self.file)
 
 
-def _documents(source: Source, split: str, tokenizer: Any) -> list[str] | Documents | _Whole:
+def _documents(source: TextSource, split: str, tokenizer: Any) -> list[str] | Documents | _Whole:
     if source.name in NAMED:
         return _hub_documents(source.name, split)
     file = text_file(source.name, NAMED)
@@ -134,7 +134,7 @@ def _joined(documents: Iterable[str], joiner: str) -> Iterator[str]:
         yield document
 
 
-def _tokens(tokenizer: Any, source: Source, text: Iterable[str], need: int, most: int | None = None) -> Tensor:
+def _tokens(tokenizer: Any, source: TextSource, text: Iterable[str], need: int, most: int | None = None) -> Tensor:
     """Ids int32 of the parts of a text, or the first ``most``. :class:`CalibrationError` if there are fewer than
     ``need``, or the text is blank."""
     blank, parts = True, iter(text)
@@ -152,7 +152,7 @@ def _tokens(tokenizer: Any, source: Source, text: Iterable[str], need: int, most
     return found
 
 
-def _windows(tokenizer: Any, source: Source, count: int, length: int, generator: torch.Generator) -> Tensor:
+def _windows(tokenizer: Any, source: TextSource, count: int, length: int, generator: torch.Generator) -> Tensor:
     found = _documents(source, "train", tokenizer)
     if isinstance(found, _Whole):
         if found.file.size > LONG and not found.file.packed:
@@ -170,7 +170,7 @@ def _windows(tokenizer: Any, source: Source, count: int, length: int, generator:
 
 
 def _of_one(
-    tokenizer: Any, source: Source, text: Iterable[str], count: int, length: int, generator: torch.Generator
+    tokenizer: Any, source: TextSource, text: Iterable[str], count: int, length: int, generator: torch.Generator
 ) -> Tensor:
     """Draw random windows of one long text that is tokenized whole."""
     stream = _tokens(tokenizer, source, text, length)
@@ -178,7 +178,7 @@ def _of_one(
     return torch.stack([stream[s : s + length] for s in starts.tolist()])
 
 
-def _first(text: Iterable[str], source: Source, most: int) -> Iterator[str]:
+def _first(text: Iterable[str], source: TextSource, most: int) -> Iterator[str]:
     """The first ``most`` characters of a text whose length is not known."""
     for part in text:
         yield part[:most]
@@ -189,7 +189,7 @@ def _first(text: Iterable[str], source: Source, most: int) -> Iterator[str]:
 
 
 def _of_long_file(
-    tokenizer: Any, source: Source, file: TextFile, count: int, length: int, generator: torch.Generator
+    tokenizer: Any, source: TextSource, file: TextFile, count: int, length: int, generator: torch.Generator
 ) -> Tensor:
     """Draw random windows of a text that is too long to tokenize whole, at random places among its bytes."""
     if not any(part.strip() for part in pieces(file)):
@@ -206,7 +206,7 @@ def _of_long_file(
 
 
 def _placed(
-    tokenizer: Any, source: Source, read: Callable[[int, int], bytes], size: int, count: int, length: int,
+    tokenizer: Any, source: TextSource, read: Callable[[int, int], bytes], size: int, count: int, length: int,
     generator: torch.Generator,
 ) -> Tensor:
     places = torch.randint(0, size, (count,), generator=generator)
@@ -218,7 +218,7 @@ def _placed(
 
 
 def _of_many(
-    tokenizer: Any, source: Source, documents: list[str] | Documents, count: int, length: int,
+    tokenizer: Any, source: TextSource, documents: list[str] | Documents, count: int, length: int,
     generator: torch.Generator,
 ) -> Tensor:
     """Concatenate the documents in random order and return the first windows of the result."""

@@ -141,9 +141,9 @@ def window_at(tokenizer: Any, read: Callable[[int, int], bytes], size: int, plac
 
     ``read(offset, count)`` gives bytes of it. Only what surrounds the place is tokenized.
     """
-    span, last = max(8 * length, 1 << 12), False
+    reach, last = max(8 * length, 1 << 12), False
     while True:
-        begin, end = max(place - _BEFORE, 0), min(place + span, size)
+        begin, end = max(place - _BEFORE, 0), min(place + reach, size)
         before = _characters(read(begin, place - begin), False).removeprefix("\ufeff" if begin == 0 else "")
         after = _characters(read(place, end - place), end == size).removeprefix("\ufeff" if place == 0 else "")
         if getattr(tokenizer, "is_fast", False):
@@ -156,12 +156,12 @@ def window_at(tokenizer: Any, read: Callable[[int, int], bytes], size: int, plac
         if certain >= length:
             return torch.from_numpy((ids[-length:] if last else ids[:length]).copy())
         if end < size:
-            span *= 2
+            reach *= 2
         elif place == 0:
             return None
         else:
-            place, last = max(place - span, 0), True
-            span = 2 * (size - place)
+            place, last = max(place - reach, 0), True
+            reach = 2 * (size - place)
 
 
 def _characters(data: bytes, final: bool) -> str:

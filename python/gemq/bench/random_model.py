@@ -139,12 +139,12 @@ def _fill_packed(module: LowBitExperts | LowBitLinear, generator: torch.Generato
         return
     for name in PROJECTIONS:
         n, k = module.shape(name)
-        size, at, spans = n * (k // module.group_sizes[name]) * 2, 0, []
+        size, at, ranges = n * (k // module.group_sizes[name]) * 2, 0, []
         for bits in module.bits[name]:
             if bits:
-                spans.append((at, at + size, bits))
+                ranges.append((at, at + size, bits))
                 at += size
-        _fill_metadata(module.stored(name)[1], spans, generator)
+        _fill_metadata(module.stored(name)[1], ranges, generator)
 
 
 def _random_bytes(buffer: Tensor, generator: torch.Generator) -> None:
@@ -154,8 +154,8 @@ def _random_bytes(buffer: Tensor, generator: torch.Generator) -> None:
     buffer[whole:].random_(0, 256, generator=generator)
 
 
-def _fill_metadata(meta: Tensor, spans: list[tuple[int, int, int]], generator: torch.Generator) -> None:
-    for start, end, bits in spans:
+def _fill_metadata(meta: Tensor, ranges: list[tuple[int, int, int]], generator: torch.Generator) -> None:
+    for start, end, bits in ranges:
         pairs = meta[start:end].view(-1, 2)
         step = _STD / math.sqrt((4**bits - 1) / 12)
         pairs[:, 0].uniform_(0.8 * step, 1.2 * step, generator=generator)

@@ -48,7 +48,7 @@ class Imported:
 
 
 @dataclass
-class _Source:
+class _GptqFiles:
     """The checkpoint that is read: its tensors, and which of them were used."""
 
     reader: TensorReader
@@ -105,7 +105,7 @@ def import_gptq(
     model, config = meta_model(source)
     moe = describe(model)
     with ExitStack() as stack:
-        read = _Source(TensorReader(files, stack), form)
+        read = _GptqFiles(TensorReader(files, stack), form)
         layout = _locate(moe, read)
         packed = _packed_config(moe, layout)
         replace_with_packed(model, packed_skeleton(moe, packed.widths, packed.group_size, "meta"))
@@ -134,7 +134,7 @@ def _quantization(folder: Path) -> dict:
     return found
 
 
-def _locate(moe: MoeModel, read: _Source) -> _Layout:
+def _locate(moe: MoeModel, read: _GptqFiles) -> _Layout:
     stems: dict[int, list[dict[str, str]]] = {}
     shapes: dict[int, list[dict[str, GptqShape]]] = {}
     sizes = {"gate": (moe.intermediate, moe.hidden), "up": (moe.intermediate, moe.hidden),
@@ -200,7 +200,7 @@ def _packed_config(moe: MoeModel, layout: _Layout) -> PackedConfig:
 
 
 def _write_experts(
-    moe: MoeModel, model: nn.Module, layout: _Layout, read: _Source, packed: PackedConfig, writer: ShardWriter,
+    moe: MoeModel, model: nn.Module, layout: _Layout, read: _GptqFiles, packed: PackedConfig, writer: ShardWriter,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     for done, layer in enumerate(moe.moe):
@@ -219,7 +219,7 @@ def _write_experts(
 
 
 def _write_linears(
-    model: nn.Module, layout: _Layout, read: _Source, packed: PackedConfig, writer: ShardWriter
+    model: nn.Module, layout: _Layout, read: _GptqFiles, packed: PackedConfig, writer: ShardWriter
 ) -> None:
     for path, (stem, shape) in layout.linears.items():
         if shape is not None:
@@ -228,7 +228,7 @@ def _write_linears(
             writer.add(disk_name(model, f"{path}.weight_meta"), meta)
 
 
-def _write_rest(model: nn.Module, layout: _Layout, read: _Source, writer: ShardWriter) -> None:
+def _write_rest(model: nn.Module, layout: _Layout, read: _GptqFiles, writer: ShardWriter) -> None:
     """Write the tensors that are stored in 16 bits unchanged. Raises :class:`CheckpointError` if one is missing, or if
     a tensor of the source was not used."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

@@ -11,11 +11,11 @@ from gemq.ops import layout_for
 
 
 def profiled(name: str):
-    """A span of torch's profiler where it runs, so that kernels called without the dispatcher show up in it."""
-    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else _NO_SPAN
+    """A record of torch's profiler where it runs, so that kernels called without the dispatcher show up in it."""
+    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else _NO_RECORD
 
 
-_NO_SPAN = nullcontext()
+_NO_RECORD = nullcontext()
 
 
 class PackedModule(nn.Module):

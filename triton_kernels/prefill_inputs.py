@@ -1,7 +1,7 @@
-"""Rows of activations before, between and after the products of many tokens.
+"""Inputs, before, between and after the products of many tokens.
 
-A row is multiplied by the power of two that brings its largest magnitude into ``[2**14, 2**15)`` and rounded to
-float16: bfloat16 of any range fits, float32 keeps 11 significant bits, and a row's NaN or infinity stays its own.
+An input is multiplied by the power of two that brings its largest magnitude into ``[2**14, 2**15)`` and rounded to
+float16: bfloat16 of any range fits, float32 keeps 11 significant bits, and an input's NaN or infinity stays its own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .layout import LARGEST_SPAN
 
-# columns of a normalised row are padded with zeros to the longest trip of the packed kernel
+# a normalised input is padded with zeros to the longest trip of the packed kernel
 PAD = LARGEST_SPAN
 
 
 def padded_columns(k: int) -> int:
-    """Columns of normalised rows."""
+    """Columns of normalised inputs."""
     return -(-k // PAD) * PAD
 
 
@@ -36,7 +36,7 @@ def leading_exponent(magnitude):
 
 @triton.jit
 def column(place):
-    """The column at a place of a row in the packed kernel's order.
+    """The column at a place of an input in the packed kernel's order.
 
     There lane ``c`` owns columns ``8 * c`` to ``8 * c + 7`` of each 32; the tensor core wants of it, of each 16, the
     pairs at ``2 * c`` and ``8 + 2 * c``.
@@ -49,7 +49,7 @@ def column(place):
 def normalize_kernel(
     x_ptr, out_ptr, inverse_ptr, k, k_padded, BLOCK: tl.constexpr, ORDERED: tl.constexpr
 ):
-    """A row: ``out [rows, k_padded]`` float16 and ``inverse [rows]``, what undoes the scaling."""
+    """An input: ``out [inputs, k_padded]`` float16 and ``inverse [inputs]``, what undoes the scaling."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.int32)
@@ -73,7 +73,7 @@ def rescale_kernel(
     x_ptr, exponent_ptr, out_ptr, inverse_ptr, k, k_padded, parts, PART: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, ORDERED: tl.constexpr,
 ):
-    """:func:`normalize_kernel` of float16 rows whose blocks of ``PART`` columns have an exponent each."""
+    """:func:`normalize_kernel` of float16 inputs whose blocks of ``PART`` columns have an exponent each."""
     row = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, PARTS)
     exponent = tl.max(tl.load(exponent_ptr + row * parts + p, p < parts, other=-112), 0)
@@ -107,27 +107,27 @@ def combine_kernel(
 
 
 def normalize(x: Tensor, ordered: bool) -> tuple[Tensor, Tensor]:
-    """``(float16 [rows, padded k], what undoes the scaling [rows])`` of contiguous ``x [rows, k]``.
+    """``(float16 [inputs, padded k], what undoes the scaling [inputs])`` of contiguous ``x [inputs, k]``.
 
     ``ordered``: in the column order of the packed kernel, else as they are.
     """
-    rows, k = x.shape
+    inputs, k = x.shape
     padded = padded_columns(k)
-    out = torch.empty(rows, padded, dtype=torch.float16, device=x.device)
-    inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
+    out = torch.empty(inputs, padded, dtype=torch.float16, device=x.device)
+    inverse = torch.empty(inputs, dtype=torch.float32, device=x.device)
     block = min(4096, triton.next_power_of_2(k))
-    normalize_kernel[(rows,)](x, out, inverse, k, padded, BLOCK=block, ORDERED=ordered, num_warps=4)
+    normalize_kernel[(inputs,)](x, out, inverse, k, padded, BLOCK=block, ORDERED=ordered, num_warps=4)
     return out, inverse
 
 
 def rescale(x: Tensor, exponents: Tensor, part: int, ordered: bool) -> tuple[Tensor, Tensor]:
-    """Apply :func:`normalize` to float16 ``x [rows, k]`` that is scaled by ``2**(14 - exponents[row, column //
+    """Apply :func:`normalize` to float16 ``x [inputs, k]`` that is scaled by ``2**(14 - exponents[input, column //
     part])``."""
-    rows, k = x.shape
+    inputs, k = x.shape
     padded, parts = padded_columns(k), exponents.shape[1]
-    out = torch.empty(rows, padded, dtype=torch.float16, device=x.device)
-    inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rescale_kernel[(rows,)](
+    out = torch.empty(inputs, padded, dtype=torch.float16, device=x.device)
+    inverse = torch.empty(inputs, dtype=torch.float32, device=x.device)
+    rescale_kernel[(inputs,)](
         x, exponents, out, inverse, k, padded, parts, PART=part, PARTS=triton.next_power_of_2(parts),
         BLOCK=min(4096, triton.next_power_of_2(k)), ORDERED=ordered, num_warps=4,
     )
