@@ -53,9 +53,26 @@ def model_config(path: str, trust_remote_code: bool = False) -> Any:
     file = config_file(path)
     check_stored(read_json(file, _MOST_BYTES), file)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return text_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
     except Exception as error:
         raise _refusal(path, file, error) from error
+
+
+# wrappers of a text and a vision model, whose text model transformers loads from the same folder
+_WRAPPERS = {"qwen3_5_moe": "qwen3_5_moe_text"}
+
+
+def text_config(config: Any) -> Any:
+    """The config of a wrapper's text model; a text model's own config as it is."""
+    if _WRAPPERS.get(getattr(config, "model_type", None)) != getattr(config.get_text_config(), "model_type", None):
+        return config
+    text = config.get_text_config()
+    if text is not config:
+        text.name_or_path, text.tie_word_embeddings = config.name_or_path, config.tie_word_embeddings
+        for name in ("quantization_config", "dtype"):
+            if getattr(config, name, None) is not None:
+                setattr(text, name, getattr(config, name))
+    return text
 
 
 def alone_config(file: Path) -> Any:
@@ -69,7 +86,7 @@ def alone_config(file: Path) -> Any:
     if "model_type" not in data:
         raise CheckpointError(f"{file} is no model config: it has no model_type")
     try:
-        return AutoConfig.for_model(data.pop("model_type"), **data)
+        return text_config(AutoConfig.for_model(data.pop("model_type"), **data))
     except Exception as error:
         raise _refusal(str(file), file, error) from error
 

@@ -89,7 +89,7 @@ class _Routing:
         self.total, self.calls = 0, 0
         self.hooks = []
         for path, module in model.named_modules():
-            if path.endswith(".mlp.experts"):
+            if path.endswith(".experts"):
                 self.hooks.append(module.register_forward_pre_hook(self._count(expert_sizes(module))))
 
     def _count(self, sizes: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

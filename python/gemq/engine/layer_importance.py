@@ -92,7 +92,7 @@ def _shared_costs(
     )
     for routed, gradient in trace:
         assert gradient is not None
-        x, g = routed.x[:], gradient[:].float()
+        x, g = routed.x[:], gradient[:].float() * trace.shared_share
         g = g if gate is None else g * torch.sigmoid(gate(x))
         sums.add_shared((change for _, _, change in _changes(x, base, quantized, candidates)), g)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from gemq.algorithms.layerwise import Routed, capture_layer_calls, run_layer, wa
 from gemq.algorithms.perplexity import token_losses
 from gemq.engine.layer_records import LayerRecord, lay_over
 from gemq.engine.scratch import Scratch
+from gemq.engine.shared_share import SharedShare
 from gemq.engine.source import OUTSIDE, Source, put, return_memory
 from gemq.models import MoeLayer, MoeModel, describe, empty_twin
 from gemq.nn.experts import PROJECTIONS
@@ -154,11 +155,12 @@ class StoredRows:
 
 class Trace:
     """Recorded arguments of the experts of a layer, batch by batch of all processes, in scratch arrays. With
-    ``gradients`` it also holds ``gradient``, ``d loss / d output [T, H]`` of the experts. Inputs and gradients are
-    :class:`StoredRows`."""
+    ``gradients`` it also holds ``gradient``, ``d loss / d output [T, H]`` of the experts; that of the shared expert is
+    ``shared_share`` times as large. Inputs and gradients are :class:`StoredRows`."""
 
     def __init__(self, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool):
         self.scratch, self.device, self.batches = scratch, device, len(calls)
+        self.shared_share = 1.0
         self._names = [*_ROUTED, *(["gradient"] if gradients else [])]
         self._prefix = "trace"
 
@@ -216,11 +218,20 @@ def recording(
     with ExitStack() as stack:
         out = {name: stack.enter_context(scratch.writing(array)) for name, array in trace.arrays().items()}
 
+        shares = SharedShare(layer, trace)
+        if gradients and shares.needed:
+            stack.callback(cast(nn.Module, layer.shared).register_forward_hook(shares.called).remove)
+
+        def gradient(g: Tensor) -> None:
+            out["gradient"].append(g)
+            if shares.needed:
+                shares.add("routed", g)
+
         def seen(routed: Routed, output: Tensor) -> None:
             for name, value in routed.tensors().items():
                 out[name].append(value)
             if gradients:
-                output.register_hook(lambda g: out["gradient"].append(g))
+                output.register_hook(gradient)
 
         stack.enter_context(watch_experts(layer, seen))
         yield trace

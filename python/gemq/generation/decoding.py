@@ -275,13 +275,16 @@ class _Posted:
 
 
 def _new_cache(config: Any, limit: int) -> Any:
-    """Make a cache of fixed buffers that hold ``limit`` tokens. If a layer attends to fewer, return transformers'
-    dynamic cache instead, whose masks support windows and padding."""
+    """Make a cache of fixed buffers that hold ``limit`` tokens. If a layer attends to fewer, or an indexer chooses the
+    tokens that it attends to, return transformers' dynamic cache instead, whose masks support windows and padding."""
     from transformers import DynamicCache, StaticCache
     from transformers.cache_utils import StaticLayer
 
     cache = StaticCache(config=config, max_cache_len=limit)
     for index, layer in enumerate(cache.layers):
+        if hasattr(layer, "update_indexer"):
+            # an indexer ranks the empty slots of a fixed buffer, too
+            return DynamicCache(config=config)
         if getattr(layer, "is_sliding", False):
             if layer.max_cache_len < limit:
                 return DynamicCache(config=config)

@@ -17,32 +17,53 @@ GIB = 2**30
 
 def cache_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that one token of one row takes in the cache of a supported family."""
-    config, size = model.config, model.get_input_embeddings().weight.element_size()
+    config, size = model.config.get_text_config(), model.get_input_embeddings().weight.element_size()
     if getattr(config, "kv_lora_rank", None) is not None:
         width = config.kv_lora_rank + config.qk_rope_head_dim
     else:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = 2 * config.num_key_value_heads * head
-    return width * (config.num_hidden_layers - _linear_layers(config)) * size
+    kinds = list(getattr(config, "layer_types", None) or ())
+    indexed = kinds.count("indexed_attention") * (getattr(config, "index_head_dim", None) or 0)
+    return (width * (config.num_hidden_layers - _linear_layers(config)) + indexed) * size
 
 
 def state_bytes_per_row(model: Any) -> int:
-    """Bytes that one row takes regardless of its length: the states of linear attention; 0 without it.
+    """Bytes that one row takes regardless of its length: the states of linear attention, Mamba and short convolutions;
+    0 without them.
 
-    The convolution's last inputs in the model's dtype, and ``key x value`` numbers a head in float32.
+    The convolution's last inputs are in the model's dtype, the recurrent state in float32.
     """
-    config, size = model.config, model.get_input_embeddings().weight.element_size()
+    config, size = model.config.get_text_config(), model.get_input_embeddings().weight.element_size()
     layers = _linear_layers(config)
     if not layers:
         return 0
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    values = config.linear_num_value_heads * config.linear_value_head_dim
-    recurrent = values * config.linear_key_head_dim * 4
-    return layers * ((2 * keys + values) * config.linear_conv_kernel_dim * size + recurrent)
+    convolved, recurrent = _states(config)
+    return layers * (convolved * size + recurrent * 4)
+
+
+def _states(config: Any) -> tuple[int, int]:
+    """Numbers that the convolution, and the recurrent state, of one layer keep for a row."""
+    if hasattr(config, "linear_num_key_heads"):  # gated delta net
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        return (2 * keys + values) * config.linear_conv_kernel_dim, values * config.linear_key_head_dim
+    if hasattr(config, "linear_num_heads"):  # Kimi's delta attention
+        width = config.linear_num_heads * config.linear_head_dim
+        return 3 * width * config.linear_conv_kernel_dim, width * config.linear_head_dim
+    if hasattr(config, "mamba_n_heads"):  # Mamba 2
+        width = config.mamba_n_heads * config.mamba_d_head
+        inputs = width + 2 * config.mamba_n_groups * config.mamba_d_state
+        return inputs * config.mamba_d_conv, width * config.mamba_d_state
+    if hasattr(config, "mamba_d_state"):  # Mamba
+        width = config.mamba_expand * config.hidden_size
+        return width * config.mamba_d_conv, width * config.mamba_d_state
+    return config.hidden_size * config.conv_L_cache, 0
 
 
 def _linear_layers(config: Any) -> int:
-    return list(getattr(config, "layer_types", None) or ()).count("linear_attention")
+    kinds = list(getattr(config, "layer_types", None) or ())
+    return kinds.count("linear_attention") + kinds.count("conv")
 
 
 def free_bytes(device: torch.device) -> int | None:

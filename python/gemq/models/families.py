@@ -18,17 +18,27 @@ from gemq.format import UNQUANTIZED
 from gemq.widths import Widths
 
 SUPPORTED = (
-    "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe", "glm4_moe_lite", "granitemoe",
+    "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear",
+    "kolibri1", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "phimoe",
+    "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp_text", "solar_open",
 )
 # known, and different in a way that is not handled
 REFUSED = {
+    "minimax": "its lightning attention keeps its state in a cache of its own",
     "gpt_oss": "its experts have biases, transposed weights with gate and up interleaved, and a clamped activation "
     "that is not SiLU(gate) * up",
 }
-# the token mixers of a decoder layer, and their linears that stay as they are: Qwen3-Next's in_proj_ba has two rows a
-# head, which set how fast the recurrent state decays
-_MIXERS = ("self_attn", "linear_attn")
-_KEPT_LINEARS = ("in_proj_ba",)
+# names of a decoder layer's token mixer, of its MoE block or dense MLP, of a block's router, and of a router's top-k
+_MIXERS = ("self_attn", "linear_attn", "mamba", "conv")
+_BLOCKS = ("mlp", "feed_forward", "block_sparse_moe")
+_ROUTERS = ("gate", "router", "gate.wg", "router.gate", "router.classifier")
+_TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+# linears of a mixer that stay as they are, because an error in them grows from token to token: rows that set how fast a
+# recurrent state decays (in_proj_ba, in_proj_a, in_proj_b, b_proj; x_proj and dt_proj of Mamba), and the indexer's
+# weights, which choose the tokens that attention sees
+_KEPT_LINEARS = ("in_proj_ba", "in_proj_a", "in_proj_b", "x_proj", "dt_proj", "b_proj", "indexer.weights_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -41,14 +51,10 @@ class MoeLayer:
     block: nn.Module
     experts: nn.Module
     router: nn.Module
+    router_path: str
     shared: nn.Module | None
     shared_path: str | None
     shared_gate: nn.Module | None
-
-    @property
-    def router_path(self) -> str:
-        """The router's module path."""
-        return f"{self.path}.gate"
 
     def shared_linears(self) -> dict[str, nn.Linear]:
         """Gate, up and down projection of the shared expert by module path; empty without one."""
@@ -117,17 +123,34 @@ class MoeModel:
         return {path: (modules[path], bits) for path, bits in found.items() if bits < UNQUANTIZED}
 
 
-def _decoder(model: nn.Module) -> tuple[str, Any]:
-    prefix = getattr(model, "base_model_prefix", "")
-    decoder = getattr(model, prefix, None) if prefix else None
-    if decoder is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+def _decoder(model: Any) -> tuple[str, Any]:
+    decoder = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), None)
+    if not path or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise UnsupportedModelError(f"{type(model).__name__} is not supported yet: it has no decoder.layers list")
-    return prefix, decoder
+    return path, decoder
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
+    """The first of the names, dotted ones included, that is a submodule of ``module``, and that submodule."""
+    for name in names:
+        found: Any = module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.Module):
+            return name, found
+    return None
+
+
+def _router(block: nn.Module, shape: tuple[int, int]) -> tuple[str, nn.Module] | None:
+    """Name and module of a block's router, which has a weight of ``shape`` ``[E, H]``."""
+    named = (_child(block, (name,)) for name in _ROUTERS)
+    return next((f for f in named if f and tuple(getattr(getattr(f[1], "weight", None), "shape", ())) == shape), None)
 
 
 def shared_expert(block: nn.Module) -> tuple[str | None, nn.Module | None]:
     """The name and module of a block's shared expert, None without one; one of no width is none."""
-    for name in ("shared_experts", "shared_expert"):
+    for name in ("shared_experts", "shared_expert", "shared_mlp"):
         module = getattr(block, name, None)
         width = getattr(getattr(module, "gate_proj", None), "out_features", None)
         if module is not None and width != 0:
@@ -146,20 +169,27 @@ def _refuse_unknown_structure(path: str, block: Any) -> None:
             f"{path}.experts is not supported yet: gate_up_proj {list(experts.gate_up_proj.shape)} and down_proj "
             f"{list(experts.down_proj.shape)} are not [E, 2I, H] and [E, H, I]"
         )
-    activation = type(getattr(experts, "act_fn", None)).__name__
-    if activation not in ("SiLU", "SiLUActivation"):
-        raise UnsupportedModelError(f"{path}.experts is not supported yet: its activation is {activation}, not SiLU")
-    if tuple(getattr(block.gate, "weight", experts.down_proj).shape) != (count, hidden):
-        raise UnsupportedModelError(f"{path}.gate is not supported yet: it has no weight [{count}, {hidden}]")
+    activation = getattr(experts, "act_fn", None)
+    if type(activation).__name__ not in ("SiLU", "SiLUActivation") and activation is not nn.functional.silu:
+        raise UnsupportedModelError(
+            f"{path}.experts is not supported yet: its activation is {type(activation).__name__}, not SiLU"
+        )
+    if _router(block, (count, hidden)) is None:
+        raise UnsupportedModelError(
+            f"{path} is not supported yet: none of {', '.join(_ROUTERS)} has a weight [{count}, {hidden}]"
+        )
     _, shared = shared_expert(block)
     if shared is not None and not all(isinstance(getattr(shared, n, None), nn.Linear) for n in _MLP_LINEARS):
         raise UnsupportedModelError(f"{path}: its shared expert is not a gated MLP")
 
 
 def _moe_layer(index: int, path: str, block: Any) -> MoeLayer:
+    _refuse_unknown_structure(path, block)
     name, shared = shared_expert(block)
+    router_name, router = cast(tuple[str, nn.Module], _router(block, tuple(block.experts.down_proj.shape[:2])))
     return MoeLayer(
-        index, path, block, block.experts, block.gate, shared, None if name is None else f"{path}.{name}",
+        index, path, block, block.experts, router, f"{path}.{router_name}", shared,
+        None if name is None else f"{path}.{name}",
         None if name is None else getattr(block, "shared_expert_gate", None),
     )
 
@@ -171,10 +201,15 @@ def _linears(path: str, module: nn.Module) -> dict[str, nn.Linear]:
 
 def _mixer(path: str, layer: nn.Module) -> dict[str, nn.Linear]:
     """The linears of a decoder layer's attention, full or linear."""
-    for name in _MIXERS:
-        if isinstance(getattr(layer, name, None), nn.Module):
-            return _linears(f"{path}.{name}", getattr(layer, name))
-    raise UnsupportedModelError(f"{path} is not supported yet: it has none of {', '.join(_MIXERS)}")
+    found = _child(layer, _MIXERS)
+    if found is None:
+        raise UnsupportedModelError(f"{path} is not supported yet: it has none of {', '.join(_MIXERS)}")
+    return _linears(f"{path}.{found[0]}", found[1])
+
+
+def _top_k(config: Any) -> int:
+    value = next(found for name in _TOP_K if (found := getattr(config, name, None)) is not None)
+    return value if isinstance(value, int) else value[0]
 
 
 def check_supported(config: Any) -> None:
@@ -200,12 +235,17 @@ def describe(model: nn.Module) -> MoeModel:
     for index, layer in enumerate(decoder.layers):
         path = f"{prefix}.layers.{index}"
         attention |= _mixer(path, layer)
-        block = layer.mlp
+        found = _child(layer, _BLOCKS)
+        if found is None:
+            raise UnsupportedModelError(f"{path} is not supported yet: it has none of {', '.join(_BLOCKS)}")
+        name, block = found
         if hasattr(block, "experts"):
-            _refuse_unknown_structure(f"{path}.mlp", block)
-            moe.append(_moe_layer(index, f"{path}.mlp", block))
+            moe.append(_moe_layer(index, f"{path}.{name}", block))
+            # Granite's shared expert stands beside the block, and reads what it reads
+            beside = getattr(layer, "shared_mlp", None)
+            dense |= _linears(f"{path}.shared_mlp", beside) if isinstance(beside, nn.Module) else {}
         else:
-            dense |= _linears(f"{path}.mlp", block)
+            dense |= _linears(f"{path}.{name}", block)
     if not moe:
         raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer")
     shapes = {tuple(cast(Tensor, m.experts.gate_up_proj).shape) for m in moe}
@@ -214,5 +254,5 @@ def describe(model: nn.Module) -> MoeModel:
     count, double, hidden = shapes.pop()
     return MoeModel(
         model, decoder, prefix, list(decoder.layers), moe, attention, dense, count,
-        config.num_experts_per_tok, hidden, double // 2,
+        _top_k(config.get_text_config()), hidden, double // 2,
     )

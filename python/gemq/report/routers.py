@@ -12,7 +12,7 @@ from gemq.checkpoint import load_packed_config
 from gemq.errors import CheckpointError
 from gemq.integrity import read_header, weight_files
 
-_ROUTER = re.compile(r"\.layers\.(\d+)\.[a-z_]+\.gate\.weight$")
+_ROUTER = re.compile(r"\.layers\.(\d+)\.[a-z_]+\.(?:gate|router|gate\.wg|router\.gate|router\.layer)\.weight$")
 
 
 def _routers(folder: Path) -> dict[int, tuple[Path, str]]:

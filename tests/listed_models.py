@@ -1,0 +1,94 @@
+"""Tiny random models of the types that are supported by their structure alone: their attention and routing run in
+transformers' own forward."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import VOCAB
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+# values of the fields that a config class has
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "max_position_embeddings": 128, "intermediate_size": 96, "moe_intermediate_size": 96, "num_hidden_layers": 3,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "shared_expert_intermediate_size": 96, "n_shared_experts": 1,
+    "num_shared_experts": 1, "moe_num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_head_dim": 16, "linear_num_heads": 4, "sliding_window": 16, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8,
+}
+_MIXED = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+_LATENT = {"num_key_value_heads": 4}
+# by type: the class of the model, and fields of its own
+LISTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "afmoe": ("AfmoeForCausalLM", {}),
+    "axk1": ("AXK1ForCausalLM", _LATENT),
+    "axk2": ("AXK2ForCausalLM", _LATENT),
+    "bailing_hybrid": ("BailingHybridForCausalLM", _LATENT | _MIXED | {"head_dim": 16}),
+    "beam": ("BeamForCausalLM", {"mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    "cohere2_moe": ("Cohere2MoeForCausalLM", {}),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", _LATENT),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {}),
+    "exaone_moe": ("ExaoneMoeForCausalLM", {}),
+    "flex_olmo": ("FlexOlmoForCausalLM", {}),
+    "flint": ("FlintForCausalLM", {}),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", _LATENT),
+    "granitemoe": ("GraniteMoeForCausalLM", {}),
+    "granitemoe_swa": ("GraniteMoeSWAForCausalLM", {}),
+    "granitemoehybrid": ("GraniteMoeHybridForCausalLM", {
+        "shared_intermediate_size": 96, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
+    }),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", {"shared_intermediate_size": 96}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {}),
+    "hy_v3": ("HYV3ForCausalLM", {}),
+    "jamba": ("JambaForCausalLM", {
+        "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    }),
+    "kimi_linear": ("KimiLinearForCausalLM", _LATENT | _MIXED | {"linear_head_dim": 32, "q_lora_rank": None}),
+    "kolibri1": ("Kolibri1ForCausalLM", {}),
+    "laguna": ("LagunaForCausalLM", {"moe_routed_scaling_factor": 2.5}),
+    "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "conv", "full_attention"], "num_dense_layers": 1}),
+    "mellum": ("MellumForCausalLM", {}),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", {}),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
+    "phimoe": ("PhimoeForCausalLM", {}),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", _MIXED),
+    "qwen4_exp_text": ("Qwen4ExpForCausalLM", _MIXED | {
+        "hc_lowrank": 8, "ngram_vocab_size_base": 100, "split_ngram_parts": 1, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 16, "indexer_compress_ratio": 4,
+    }),
+    "solar_open": ("SolarOpenForCausalLM", {}),
+}
+_ROUTERS = ("gate.weight", "router.weight", "wg.weight", "router.layer.weight", "conv1d.weight")
+
+
+def _fields(config_class: type) -> set[str]:
+    named = {name for kind in config_class.__mro__ for name in getattr(kind, "__annotations__", {})}
+    return named | set(inspect.signature(config_class.__init__).parameters)
+
+
+def listed_model(kind: str, seed: int = 0) -> nn.Module:
+    """A model of two to four layers of 4 experts, in float32, whose routers decide clearly."""
+    torch.manual_seed(seed)
+    name, own = LISTED[kind]
+    config_class = CONFIG_MAPPING[kind]
+    known = _fields(config_class)
+    config = config_class(**{field: value for field, value in _SIZES.items() if field in known} | own)
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.5 if path.endswith(_ROUTERS) else 0.08)
+        for path, buffer in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.1)
+    return model.eval()
