@@ -64,15 +64,14 @@ _WRAPPERS = {"qwen3_5_moe": "qwen3_5_moe_text"}
 
 def text_config(config: Any) -> Any:
     """The config of a wrapper's text model; a text model's own config as it is."""
-    if _WRAPPERS.get(getattr(config, "model_type", None)) != getattr(config.get_text_config(), "model_type", None):
-        return config
     text = config.get_text_config()
-    if text is not config:
+    if _WRAPPERS.get(getattr(config, "model_type", "")) == getattr(text, "model_type", None) and text is not config:
         text.name_or_path, text.tie_word_embeddings = config.name_or_path, config.tie_word_embeddings
         for name in ("quantization_config", "dtype"):
             if getattr(config, name, None) is not None:
                 setattr(text, name, getattr(config, name))
-    return text
+        return text
+    return config
 
 
 def alone_config(file: Path) -> Any:
