@@ -77,9 +77,10 @@ def text_config(config: Any) -> Any:
 def alone_config(file: Path) -> Any:
     """The transformers config of a ``config.json`` without a model; :class:`CheckpointError` as
     :func:`model_config`. ``quantization_config`` is left out, and code that comes with a model is never run."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    data = read_json(file, _MOST_BYTES)
+    # as from_pretrained reads it: JSON has no infinity, transformers writes {"__float__": "Infinity"}
+    data = PreTrainedConfig._decode_special_floats(read_json(file, _MOST_BYTES))
     check_stored(data, file)
     data.pop("quantization_config", None)
     if "model_type" not in data:

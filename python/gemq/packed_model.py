@@ -73,6 +73,7 @@ def stored_tensors(
 
 
 def kept_in_float32(model: PreTrainedModel) -> set[str]:
-    """Tensors that the family keeps in float32 in a 16-bit model: correction biases of routers, which rank experts."""
-    modules = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    return {name for name in model.state_dict() if modules & set(name.split("."))}
+    """Tensors that the family keeps in float32 in a 16-bit model: correction biases of routers, which rank experts, and
+    what else transformers names, by a part of the path or by several (``gate.weight``)."""
+    kept = [f".{part}." for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ()]
+    return {name for name in model.state_dict() if any(part in f".{name}." for part in kept)}

@@ -174,8 +174,9 @@ def _materialise(model: Any, dtype: torch.dtype, device: torch.device, generator
             if buffer.is_meta:
                 # correction biases of routers; rotary frequencies are made anew below
                 setattr(module, name, torch.zeros_like(buffer, device=device))
-    decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(device)
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            model.set_submodule(path, type(module)(config=model.config).to(device))
     model.tie_weights()
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:

@@ -13,19 +13,27 @@ from torch import nn
 from gemq.errors import OutOfMemoryError
 
 GIB = 2**30
+_LINEAR = ("linear_attention", "conv")
 
 
 def cache_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that one token of one row takes in the cache of a supported family."""
     config, size = model.config.get_text_config(), model.get_input_embeddings().weight.element_size()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = [layer for layer, kind in zip(model.get_decoder().layers, kinds, strict=False) if kind not in _LINEAR]
+    indexer = getattr(config, "index_head_dim", None) or getattr(config, "indexer_head_dim", None) or 0
+    return (sum(_kept_width(layer, config) for layer in layers) + kinds.count("indexed_attention") * indexer) * size
+
+
+def _kept_width(layer: Any, config: Any) -> int:
+    """Numbers that a layer's attention keeps of a token."""
     if getattr(config, "kv_lora_rank", None) is not None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-    else:
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = 2 * config.num_key_value_heads * head
-    kinds = list(getattr(config, "layer_types", None) or ())
-    indexed = kinds.count("indexed_attention") * (getattr(config, "index_head_dim", None) or 0)
-    return (width * (config.num_hidden_layers - _linear_layers(config)) + indexed) * size
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    attention: Any = getattr(layer, "self_attn", None)
+    if all(hasattr(getattr(attention, name, None), "out_features") for name in ("k_proj", "v_proj")):
+        return attention.k_proj.out_features + attention.v_proj.out_features
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_key_value_heads * head
 
 
 def state_bytes_per_row(model: Any) -> int:
@@ -62,8 +70,7 @@ def _states(config: Any) -> tuple[int, int]:
 
 
 def _linear_layers(config: Any) -> int:
-    kinds = list(getattr(config, "layer_types", None) or ())
-    return kinds.count("linear_attention") + kinds.count("conv")
+    return sum(kind in _LINEAR for kind in getattr(config, "layer_types", None) or ())
 
 
 def free_bytes(device: torch.device) -> int | None:
