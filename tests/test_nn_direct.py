@@ -85,7 +85,7 @@ def test_it_shows_in_a_profile(kind):
         module(*given)
     name = {"linear": "gemq::lowbit_gemm", "experts": "gemq::moe_lowbit_ffn"}[kind]
     assert [e.count for e in profiler.key_averages() if e.key == name] == [1]
-    assert base.profiled("x") is base._NO_SPAN
+    assert base.profiled("x") is base._NO_RECORD
 
 
 @pytest.mark.parametrize("kind, change, error, message", [
