@@ -49,10 +49,10 @@ lint: $(VENV)/.installed
 # a file's tests share what they make; two processes are what two cores take
 WORKERS ?= 2
 test: lint
-	$(BIN)/pytest tests -q -m "not slow" -n $(WORKERS) --dist loadfile --benchmark-disable
+	$(BIN)/pytest tests -q -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 slow: $(VENV)/.installed
-	$(BIN)/pytest tests -q -m slow -n $(WORKERS) --dist loadfile --benchmark-disable
+	$(BIN)/pytest tests -q -m slow -n $(WORKERS) --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 # a build of its own (libstdc++ is named so that the sanitizer finds the function that throws), loaded in place of the installed extension by tests/run_build.py
 SANITIZERS := address,undefined

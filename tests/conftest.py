@@ -24,6 +24,17 @@ if not os.environ.get("GEMQ_NEW_EXAMPLES"):
     hypothesis.settings.load_profile("repeatable")
 
 
+# files of few long tests: they start first, so that no process is left with one of them at the end
+LONGEST = ("test_triton_kernels.py", "test_triton_prefill.py", "test_demo.py", "test_distributed.py", "test_readme.py",
+           "test_docs.py", "test_engine_resume.py", "test_listed_families.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the longest tests first, the others as they were."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def exact_activations():
     """The CPU kernels round no activations unless a test says so: tolerances stay those of float32.

@@ -29,7 +29,7 @@ from gemq.models import describe
 from gemq.reference.importance import expert_calls, expert_cost
 
 # of each kind of attention, block and router one on every run; the others are slow
-QUICK = ("deepseek_v32", "glm4_moe_lite", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "laguna", "qwen3_5_moe_text")
+QUICK = ("deepseek_v32", "glm4_moe_lite", "granitemoehybrid", "laguna")
 EVERY = [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in LISTED]
 # linears that stay as they are: the head, gates, rows that set how a state decays, an indexer's weights, and those
 # outside mixers and MLPs (AXK2's fc1 and fc2; Qwen4's mixing of residual streams)
@@ -140,8 +140,8 @@ def test_a_checkpoint_holds_the_names_of_its_source(made) -> None:
     # float32 is what transformers keeps so, whatever the files hold
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     kept = sum(tensor.dtype == torch.float32 for tensor in loaded.state_dict().values())
-    # one of the model's may be several of the file's
-    assert bool(kept) == any(packed[name].dtype == torch.float32 for name in plain)
+    # a module may make its own weight float32 (Hunyuan's router), which files need not
+    assert kept or not any(packed[name].dtype == torch.float32 for name in plain)
     assert all(source[name].dtype == packed[name].dtype for name in plain if packed[name].dtype != torch.float32)
 
 
