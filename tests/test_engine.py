@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_engine_files import FAST
-from tiny_models import FAMILIES, random_windows, tiny_model
+from tiny_models import FAMILIES, random_windows, slow_but, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gemq
@@ -59,10 +59,7 @@ def streamed(folder: Path, work: Path, method: MethodConfig, on_disk: bool = Tru
         return [(result, modules_of(result)) for result in results]
 
 
-@pytest.mark.parametrize("family", [
-    pytest.param(family, marks=[pytest.mark.slow] * (family not in ("mixtral", "deepseek_v2", "qwen3_next")))
-    for family in FAMILIES
-])
+@pytest.mark.parametrize("family", slow_but(FAMILIES, ("mixtral", "deepseek_v2", "qwen3_next")))
 def test_a_resident_model_gives_the_same_bytes(family: str, tmp_path: Path) -> None:
     folder = saved(family, tmp_path / "model")
     # the second budget is measured on the model that the first one quantized and tuned

@@ -13,7 +13,7 @@ import torch
 from listed_models import LISTED
 from packed_models import logits, quantized, quantized_model, relative_error
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, random_windows, tiny_model
+from tiny_models import FAMILIES, random_windows, slow_but, tiny_model
 from torch import nn
 
 import gemq
@@ -204,10 +204,7 @@ def test_a_packed_block_compiles_to_one_graph(case):
     assert relative_error(got, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("family", [
-    pytest.param(family, marks=[pytest.mark.slow] * (family not in ("mixtral", "deepseek_v2", "qwen3_next")))
-    for family in FAMILIES
-])
+@pytest.mark.parametrize("family", slow_but(FAMILIES, ("mixtral", "deepseek_v2", "qwen3_next")))
 def test_a_whole_packed_model_compiles_to_one_graph(family):
     torch._dynamo.reset()
     model = quantized(family, tune=False).packed

@@ -14,7 +14,7 @@ from listed_models import LISTED, listed_model
 from safetensors.torch import load_file
 from test_engine import modules_of, packed_bytes_of, streamed
 from test_importance import RTN, perturbed
-from tiny_models import random_windows
+from tiny_models import random_windows, slow_but
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,7 @@ from gemq.reference.importance import expert_calls, expert_cost
 
 # of each kind of attention, block and router one on every run; the others are slow
 QUICK = ("deepseek_v32", "glm4_moe_lite", "granitemoehybrid", "laguna")
-EVERY = [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in LISTED]
+EVERY = slow_but(LISTED, QUICK)
 # linears that stay as they are: the head, gates, rows that set how a state decays, an indexer's weights, and those
 # outside mixers and MLPs (AXK2's fc1 and fc2; Qwen4's mixing of residual streams)
 KEPT = {"lm_head", "shared_expert_gate", "in_proj_a", "in_proj_b", "b_proj", "x_proj", "dt_proj", "weights_proj", "fc1",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import pytest
 import torch
 from transformers import (
     DeepseekV2Config,
@@ -115,6 +118,11 @@ def tiny_model(family: str, seed: int = 0, layers: int = 2, experts: int = 4):
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0, 0.1)
     return model.eval()
+
+
+def slow_but(every: Iterable[str], quick: tuple[str, ...]) -> list:
+    """Parameters of a test: all of ``every``, those that are not ``quick`` in the slow suite alone."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in every]
 
 
 def random_windows(count: int = 6, length: int = 24, seed: int = 0) -> torch.Tensor:

@@ -23,13 +23,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from carving import Layout, carve, perplexity_of
+from carving import Layout, carve
 from dense import load_dense
 from distill import Distillation, distill
 from torch import Tensor
 from train import mix, save
 
 from gemq.algorithms.calibration import documents, evaluation_windows, parse_sources
+from gemq.algorithms.perplexity import perplexity
+from gemq.errors import GemqError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,18 +79,18 @@ def run(options: argparse.Namespace) -> dict:
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))[: options.statistics]
     windows = ids[: count * options.window].view(count, options.window)[chosen]
     dense.requires_grad_(False)
-    measured = {"dense": perplexity_of(dense, heldout)}
+    measured = {"dense": perplexity(dense, heldout)}
     model, hits = carve(dense, layout, windows, options.seed)
-    measured["carved"] = perplexity_of(model, heldout)
+    measured["carved"] = perplexity(model, heldout)
     print(f"{len(ids)} tokens; {active:.1%} of the neurons active; routers find {sum(hits) / len(hits):.1%} of the "
           f"strongest experts; held-out perplexity dense {measured['dense']:.2f}, carved {measured['carved']:.2f}",
           flush=True)
     work.mkdir(parents=True, exist_ok=True)
     target = measured["dense"] * (1 + options.within)
-    done, finished = distill(dense, model, ids, steps, work / "state.pt", lambda: perplexity_of(model, heldout), target,
+    done, finished = distill(dense, model, ids, steps, work / "state.pt", lambda: perplexity(model, heldout), target,
                              options.seconds, options.save_every)
     save(model, tokenizer, options.out)
-    measured["distilled"] = perplexity_of(model.float(), heldout)  # the saved weights, in bf16
+    measured["distilled"] = perplexity(model.float(), heldout)  # the saved weights, in bf16
     report = {
         "layout": asdict(layout) | {"shared": layout.shared(intermediate), "active": active}, "seed": options.seed,
         "distillation": asdict(steps) | {"done": done}, "tokens": done * steps.batch * steps.window,
@@ -104,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run, and print an error in one line."""
     try:
         report = run(parse(arguments))
-    except (ValueError, OSError) as error:
+    except (GemqError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(report["perplexity"]))
 

@@ -7,7 +7,6 @@ router is fitted to the experts' activity. All experts together compute what the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -66,19 +65,15 @@ def moe_config(dense: Any, layout: Layout) -> Glm4MoeConfig:
 
 
 @contextmanager
-def observed(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Fill a list, anew at each forward pass, with the input and output ``[T, H]`` of every dense network."""
-    found: list[tuple[Tensor, Tensor]] = []
-    layers = model.model.layers
-
-    def seen(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        if module is layers[0].mlp:
-            found.clear()
-        found.append((args[0].flatten(0, 1), output.flatten(0, 1)))
-
+def inputs_of(model: nn.Module) -> Iterator[list[list[Tensor]]]:
+    """Collect the inputs ``[T, H]`` of every layer's dense network, a list of the forward passes' for each layer."""
+    found: list[list[Tensor]] = [[] for _ in model.model.layers]
     with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.mlp.register_forward_hook(seen).remove)
+        for layer, held in zip(model.model.layers, found, strict=True):
+            def seen(module: nn.Module, args: tuple[Tensor], held: list[Tensor] = held) -> None:
+                held.append(args[0].flatten(0, 1))
+
+            stack.callback(layer.mlp.register_forward_pre_hook(seen).remove)
         yield found
 
 
@@ -160,24 +155,11 @@ def carve(dense: nn.Module, layout: Layout, windows: Tensor, seed: int) -> tuple
             if name in given and given[name].shape == value.shape}
     left = model.load_state_dict(kept, strict=False).missing_keys
     assert all(".mlp." in name for name in left), left
-    inputs: list[list[Tensor]] = [[] for _ in dense.model.layers]
-    with observed(dense) as seen:
+    with inputs_of(dense) as inputs:
         for rows in windows.split(4):
             dense(input_ids=rows, use_cache=False, logits_to_keep=1)
-            for held, (x, _) in zip(inputs, seen, strict=True):
-                held.append(x)
     generator, hits = torch.Generator().manual_seed(seed), []
     for old, new, held in zip(dense.model.layers, model.model.layers, inputs, strict=True):
         hits.append(carve_layer(old.mlp, new.mlp, torch.cat(held), layout, generator))
         held.clear()
     return model, hits
-
-
-@torch.no_grad()
-def perplexity_of(model: nn.Module, windows: Tensor) -> float:
-    """Perplexity over token ids ``[N, L]``; the first token of each window is not scored."""
-    total = 0.0
-    for row in windows:
-        logits = model(input_ids=row[None, :-1], use_cache=False).logits[0].float()
-        total += float(F.cross_entropy(logits, row[1:], reduction="sum"))
-    return math.exp(total / windows[:, 1:].numel())

@@ -142,10 +142,15 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] |
     return None
 
 
-def _router(block: nn.Module, shape: tuple[int, int]) -> tuple[str, nn.Module] | None:
-    """Name and module of a block's router, which has a weight of ``shape`` ``[E, H]``."""
-    named = (_child(block, (name,)) for name in _ROUTERS)
-    return next((f for f in named if f and tuple(getattr(getattr(f[1], "weight", None), "shape", ())) == shape), None)
+def _router(path: str, block: Any) -> tuple[str, nn.Module]:
+    """Name and module of a block's router, which has a weight ``[E, H]``."""
+    shape = tuple(block.experts.down_proj.shape[:2])
+    for found in filter(None, (_child(block, (name,)) for name in _ROUTERS)):
+        if tuple(getattr(getattr(found[1], "weight", None), "shape", ())) == shape:
+            return found
+    raise UnsupportedModelError(
+        f"{path} is not supported yet: none of {', '.join(_ROUTERS)} has a weight {list(shape)}"
+    )
 
 
 def shared_expert(block: nn.Module) -> tuple[str | None, nn.Module | None]:
@@ -174,10 +179,6 @@ def _refuse_unknown_structure(path: str, block: Any) -> None:
         raise UnsupportedModelError(
             f"{path}.experts is not supported yet: its activation is {type(activation).__name__}, not SiLU"
         )
-    if _router(block, (count, hidden)) is None:
-        raise UnsupportedModelError(
-            f"{path} is not supported yet: none of {', '.join(_ROUTERS)} has a weight [{count}, {hidden}]"
-        )
     _, shared = shared_expert(block)
     if shared is not None and not all(isinstance(getattr(shared, n, None), nn.Linear) for n in _MLP_LINEARS):
         raise UnsupportedModelError(f"{path}: its shared expert is not a gated MLP")
@@ -186,7 +187,7 @@ def _refuse_unknown_structure(path: str, block: Any) -> None:
 def _moe_layer(index: int, path: str, block: Any) -> MoeLayer:
     _refuse_unknown_structure(path, block)
     name, shared = shared_expert(block)
-    router_name, router = cast(tuple[str, nn.Module], _router(block, tuple(block.experts.down_proj.shape[:2])))
+    router_name, router = _router(path, block)
     return MoeLayer(
         index, path, block, block.experts, router, f"{path}.{router_name}", shared,
         None if name is None else f"{path}.{name}",
