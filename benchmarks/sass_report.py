@@ -41,8 +41,12 @@ class Row:
 
 
 def compile_kernel(kernel, pointers: dict[str, str], constants: dict, warps: int, stages: int = 1):
-    """``kernel`` for sm_90: ``pointers`` types the pointer arguments, what is not a constant is an i32."""
+    """``kernel`` for sm_90: ``pointers`` types the pointer arguments; what is not a constant, and has no default, is an
+    i32."""
     names = kernel.arg_names
+    parameters = kernel.signature.parameters.items()
+    left_out = {a: p.default for a, p in parameters if p.default is not p.empty and a not in pointers}
+    constants = left_out | constants
     signature = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in names}
     divisible = {*pointers, "n", "k", "k_padded", "act_padded", "stride", "n_padded"} - {*constants}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a in divisible}

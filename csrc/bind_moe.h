@@ -1,6 +1,7 @@
 // Products of packed experts at the border to Python: addresses and sizes in, checked.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 
@@ -57,6 +58,9 @@ struct MoeFfnCall {
   uintptr_t topk_ids, topk_weights, out;
   int64_t tokens;
   int top_k, hidden, intermediate, group_size, down_group_size, type, precision, threads = 1;
+  bool gated = true;
+  float slope = 1, cubic = 0, limit = INFINITY, shift = 0;  // see Activation
+  uintptr_t gate_up_bias = 0, down_bias = 0;                // float32, or 0 without
   static constexpr auto fields() {
     using C = MoeFfnCall;
     return std::make_tuple(
@@ -65,7 +69,11 @@ struct MoeFfnCall {
         field("topk_weights", &C::topk_weights), field("out", &C::out), field("tokens", &C::tokens),
         field("top_k", &C::top_k), field("hidden", &C::hidden), field("intermediate", &C::intermediate),
         field("group_size", &C::group_size), field("down_group_size", &C::down_group_size),
-        field("type", &C::type), field("precision", &C::precision), optional_field("threads", &C::threads));
+        field("type", &C::type), field("precision", &C::precision), optional_field("threads", &C::threads),
+        optional_field("gated", &C::gated), optional_field("slope", &C::slope),
+        optional_field("cubic", &C::cubic), optional_field("limit", &C::limit),
+        optional_field("shift", &C::shift), optional_field("gate_up_bias", &C::gate_up_bias),
+        optional_field("down_bias", &C::down_bias));
   }
 };
 

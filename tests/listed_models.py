@@ -39,7 +39,12 @@ LISTED: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone_moe": ("ExaoneMoeForCausalLM", {}),
     "flex_olmo": ("FlexOlmoForCausalLM", {}),
     "flint": ("FlintForCausalLM", {}),
+    "gemma4_text": ("Gemma4ForCausalLM", {
+        "enable_moe_block": True, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 0,
+        "num_global_key_value_heads": 2, "global_head_dim": 32, "final_logit_softcapping": None,
+    }),
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", _LATENT),
+    "gpt_oss": ("GptOssForCausalLM", {}),
     "granitemoe": ("GraniteMoeForCausalLM", {}),
     "granitemoe_swa": ("GraniteMoeSWAForCausalLM", {}),
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", {
@@ -60,6 +65,11 @@ LISTED: dict[str, tuple[str, dict[str, Any]]] = {
     "mellum": ("MellumForCausalLM", {}),
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", {}),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
+    "nemotron_h": ("NemotronHForCausalLM", {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "moe_shared_expert_intermediate_size": 96, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1,
+        "ssm_state_size": 16, "chunk_size": 16,
+    }),
     "phimoe": ("PhimoeForCausalLM", {}),
     "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", _MIXED),
     "qwen4_exp_text": ("Qwen4ExpForCausalLM", _MIXED | {

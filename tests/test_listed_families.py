@@ -26,6 +26,7 @@ from gemq.engine.source import ResidentSource
 from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
 from gemq.models import describe
+from gemq.nn.experts import PROJECTIONS
 from gemq.reference.importance import expert_calls, expert_cost
 
 # of each kind of attention, block and router one on every run; the others are slow
@@ -55,9 +56,10 @@ def test_parts_are_found(kind: str) -> None:
 
 def quantize_expert(layer, expert: int) -> tuple:
     """One expert as it is and at 2 bits, as functions of its input."""
-    first, second = layer.experts.gate_up_proj[expert].detach(), layer.experts.down_proj[expert].detach()
-    low = perturbed(first, 2), perturbed(second, 2)
-    return lambda x: expert_hidden(first, x) @ second.T, lambda x: expert_hidden(low[0], x) @ low[1].T
+    first, second = (layer.form.standard(name, weight.detach())[expert].contiguous()
+                     for name, weight in zip(PROJECTIONS, layer.form.weights(layer.experts), strict=True))
+    low, (inner,) = (perturbed(first, 2), perturbed(second, 2)), layer.form.between(layer.experts).of([expert])
+    return lambda x: expert_hidden(first, x, inner) @ second.T, lambda x: expert_hidden(low[0], x, inner) @ low[1].T
 
 
 def shared_costs(model: nn.Module, layer, windows: torch.Tensor) -> float:

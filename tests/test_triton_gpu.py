@@ -13,6 +13,7 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 from triton_cases import (  # noqa: F401
     test_a_bad_row_of_a_block_stays_alone,
     test_a_bad_row_stays_alone,
+    test_activations,
     test_all_experts_of_width_zero,
     test_all_tokens_on_one_expert,
     test_block_tables,

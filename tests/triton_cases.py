@@ -11,6 +11,8 @@ from stacks import random_stack
 
 from gemq import reference
 from gemq import triton_kernels as tk
+from gemq.activation import Activation, Between
+from gemq.ops.backends import _for_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -332,3 +334,31 @@ def test_cuda_graph(tokens):
         x, gate_up, down, ids, weights, intermediate=128, layout="gpu_tile", compute_dtype=torch.float64
     )
     assert error(captured, expected) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("name, limit, bias", [
+    ("silu", None, True), slow("silu", 0.4, False), ("gelu_tanh", None, False), ("swigluoai", 0.7, True),
+    ("relu2", None, False), slow("relu2", None, True),
+])
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("inner, down_group", [slow(96, 32), (128, 64)])
+def test_activations(name, limit, bias, tokens, inner, down_group):
+    """Decode and prefill, fused or not; experts without bits in one projection or both, an id out of range."""
+    activation = Activation(name, limit=limit)
+    rows = activation.rows(inner)
+    gate_up = random_stack([2, 0, 0, 3, 4], rows, 128, 64, "gpu_tile", 6)
+    down = random_stack([3, 4, 0, 2, 2], 128, inner, down_group, "gpu_tile", 7)
+    biases = (torch.randn(5, rows), torch.randn(5, 128)) if bias else (None, None)
+    ids, weights = routing(tokens, 2, 5)
+    ids[0, 1], ids[1] = -1, torch.tensor([1, 2])
+    x = fresh(tokens, 128)
+    sizes = {"intermediate": inner, "group_size": 64, "down_group_size": down_group}
+    given = Between(activation, *(b if b is None else b.to(DEVICE) for b in biases))
+    out = torch.full((tokens, 128), float("nan"), dtype=x.dtype, device=DEVICE)
+    tk.moe_ffn(x.to(DEVICE), on_device(gate_up), on_device(down), ids.to(DEVICE), weights.to(DEVICE), out=out,
+               between=_for_triton(given), **sizes)
+    expected = reference.moe_lowbit_ffn(
+        x, gate_up, down, ids, weights, layout="gpu_tile", compute_dtype=torch.float64, activation=activation,
+        gate_up_bias=biases[0], down_bias=biases[1], **sizes,
+    )
+    assert error(out, expected) <= 2 * TOLERANCE[torch.float16]  # GELU's and ReLU's inner values spread further

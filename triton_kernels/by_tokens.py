@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from . import launch_parameters, prefill_launch
+from .activation import SILU, Inner
 from .decode_launch import check, dense_decode, device_name, ffn_decode, moe_decode
 from .layout import Stack
 
@@ -47,13 +48,14 @@ def moe_gemm(
 def moe_ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, *, intermediate: int,
     group_size: int = 128, down_group_size: int | None = None, out: Tensor | None = None, fast: bool | None = None,
+    between: Inner = SILU,
 ) -> Tensor:
     """:func:`.decode_launch.ffn_decode` or its prefill, by the number of tokens."""
     name = device_name(x.device)
     if launch_parameters.is_decode(name, x.shape[0]):
         return ffn_decode(
             x, gate_up, down, topk_ids, topk_weights, intermediate=intermediate, group_size=group_size,
-            down_group_size=down_group_size, out=out, fast=fast,
+            down_group_size=down_group_size, out=out, fast=fast, between=between,
         )
     check(x, topk_ids, group_size)
     out = torch.empty_like(x) if out is None else out
@@ -64,7 +66,7 @@ def moe_ffn(
     )
     return prefill_launch.ffn(
         x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size or group_size, out,
-        _fast(x, fast), launch,
+        _fast(x, fast), launch, between,
     )
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .activation import gated_by, relu_squared
 from .decode_prepare import exponent_of_largest, position, power_of_two
 from .decode_tile import Tokens, Work, tile_product
 from .layout import TILE_ROWS, WIDTH_OF
@@ -64,13 +65,14 @@ def _position_of(k, bits, KWS: tl.constexpr):
 def gate_up_kernel(
     x_ptr, groups_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr, act_ptr,
     act_groups_ptr, down_bits_ptr, experts, inputs, sharing, n, k, k_padded, act_padded, HOW: tl.constexpr,
-    ACT_KWS: tl.constexpr, ACT_GROUP: tl.constexpr,
+    ACT_KWS: tl.constexpr, ACT_GROUP: tl.constexpr, bias_ptr=None, GATING: tl.constexpr = None,
 ):
-    """``act [pairs, act_padded]``: ``silu(gate) * up``, normalised by groups and scaled for the down projection.
+    """``act [pairs, act_padded]``: the inner activations, normalised by groups and scaled for the down projection.
 
     Grid ``(blocks, n / (TILE_ROWS * tiles))``: blocks of one expert are neighbours and share its weights in the L2. The
     matrix has ``2 * n`` rows, gate then up; ``sharing`` pairs share an input. ``HOW`` is a
-    :class:`.widths.Decode` of two parts; ``ACT_KWS`` and ``ACT_GROUP`` are of the down projection.
+    :class:`.widths.Decode` of two parts (of one, and the matrix of ``n`` rows, where the activation has no gate);
+    ``ACT_KWS`` and ``ACT_GROUP`` are of the down projection. ``bias [experts, rows]`` is added where there is one.
     """
     COLUMNS: tl.constexpr = HOW.columns
     TILES: tl.constexpr = HOW.tiles
@@ -90,8 +92,16 @@ def gate_up_kernel(
     both = _expert_product(stack, expert, bits, tokens, tile, n // TILE_ROWS, 0, HOW, False)
     if HOW.pdl:
         tl.extra.cuda.gdc_launch_dependents()
-    gate, up = tl.split(tl.permute(both, (1, 2, 3, 0)))
-    act = gate / (1.0 + tl.exp(-gate)) * up
+    if bias_ptr is not None:
+        at_row = tile * TILE_ROWS + tl.arange(0, HOW.parts)[:, None] * n + tl.arange(0, TILES * TILE_ROWS)[None, :]
+        if bits > 0:
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * HOW.parts * n + at_row)
+            both += tl.reshape(bias, (HOW.parts, TILES, TILE_ROWS))[:, :, :, None]
+    if HOW.parts == 1:
+        act = relu_squared(both)
+    else:
+        gate, up = tl.split(tl.permute(both, (1, 2, 3, 0)))
+        act = gate / (1.0 + tl.exp(-gate)) * up if GATING is None else gated_by(gate, up, GATING)
 
     GROUPS: tl.constexpr = TILES * TILE_ROWS // ACT_GROUP
     act = tl.reshape(act, (GROUPS, ACT_GROUP, COLUMNS))
@@ -119,7 +129,7 @@ def gate_up_kernel(
 
 @triton.jit
 def _sum_slots(
-    partial_ptr, out_ptr, ids_ptr, weights_ptr, bits_ptr, row, experts, pairs, n, slots, SLOTS: tl.constexpr,
+    partial_ptr, out_ptr, ids_ptr, weights_ptr, bits_ptr, bias_ptr, row, experts, pairs, n, slots, SLOTS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """A tile's rows of ``out [tokens, n]``: the weighted sums over slots of the sums over splits.
@@ -145,6 +155,8 @@ def _sum_slots(
             # other programs wrote these: past this multiprocessor's own cache
             plane = tl.cast(pairs, tl.int64) * n * split
             value += tl.load(at + plane, inside, other=0.0, cache_modifier=".cg")
+        if bias_ptr is not None:
+            value += tl.load(bias_ptr + expert.to(tl.int64)[:, None] * n + row[None, :], inside, other=0.0)
         total = tl.sum(tl.reshape(value * weight[:, None], (TOKENS, SLOTS, TILE_ROWS)), 1)
         token = first + tl.arange(0, TOKENS)
         to = out_ptr + token.to(tl.int64)[:, None] * n + row[None, :]
@@ -169,12 +181,13 @@ def _sum_splits(
 def product_kernel(
     x_ptr, groups_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr, ids_ptr,
     weights_ptr, arrived_ptr, partial_ptr, out_ptr, experts, inputs, pairs, slots, sharing, n, k, k_padded,
-    HOW: tl.constexpr, SLOTS: tl.constexpr, DENSE: tl.constexpr = 0,
+    HOW: tl.constexpr, SLOTS: tl.constexpr, DENSE: tl.constexpr = 0, bias_ptr=None,
 ):
     """``out [tokens, n]``, weighted sums over ``slots``; ``out [pairs, n]``, unweighted, where ``SLOTS`` is 0.
 
     Grid ``(blocks, tiles of the n rows, splits)``. ``HOW`` is a :class:`.widths.Decode` of one part and tile; without
-    its ``planes``, ``x`` is scaled for its pair's expert. ``DENSE`` is the width of a single matrix, whose tables are
+    its ``planes``, ``x`` is scaled for its pair's expert. Weighted sums are of products and ``bias [experts, n]``, if
+    there is one. ``DENSE`` is the width of a single matrix, whose tables are
     not read.
     """
     COLUMNS: tl.constexpr = HOW.columns
@@ -219,5 +232,6 @@ def product_kernel(
                 _sum_splits(partial_ptr, out_ptr, pair, row, pairs, n, SPLITS, COLUMNS)
             else:
                 _sum_slots(
-                    partial_ptr, out_ptr, ids_ptr, weights_ptr, bits_ptr, row, experts, pairs, n, slots, SLOTS, SPLITS
+                    partial_ptr, out_ptr, ids_ptr, weights_ptr, bits_ptr, bias_ptr, row, experts, pairs, n, slots,
+                    SLOTS, SPLITS,
                 )

@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 
 from . import launch_parameters
+from .activation import SILU, Inner, add_bias
 from .decode_kernels import gate_up_kernel, product_kernel
 from .decode_prepare import Activations, Blocks, prepare
 from .layout import ROWS, Stack, all_words_along_k, stored_bits
@@ -82,7 +83,7 @@ def check(x: Tensor, topk_ids: Tensor, group_size: int) -> None:
 def _product(
     act: Activations, stack: Stack, blocks: Blocks, ids: Tensor | None, topk_weights: Tensor | None, out: Tensor,
     pairs: int, top_k: int, sharing: int, n: int, group_size: int, launch: launch_parameters.Launch, mode: int,
-    dense: int = 0,
+    dense: int = 0, bias: Tensor | None = None,
 ) -> None:
     """``out [pairs, n]``, or with weights ``[tokens, n]``, of prepared activations."""
     qweight, meta, bits, offsets, meta_offsets = stack
@@ -94,18 +95,20 @@ def _product(
         blocks.arrived, partial, out, bits.numel(), act.x.shape[1], pairs, top_k, sharing, n, act.columns,
         act.x.shape[-1],
         HOW=_how(act.columns, group_size, launch, mode, 1, 1, launch.splits, act.x.shape[0] > 1, stored_bits(dense)),
-        SLOTS=0 if topk_weights is None else triton.next_power_of_2(top_k), DENSE=dense, **_options(launch),
+        SLOTS=0 if topk_weights is None else triton.next_power_of_2(top_k), DENSE=dense, bias_ptr=bias,
+        **_options(launch),
     )
 
 
 def moe_decode(
     x: Tensor, qweight: Tensor, meta: Tensor, expert_bits: Tensor, expert_offsets: Tensor, meta_offsets: Tensor,
     topk_ids: Tensor, topk_weights: Tensor | None = None, *, n: int, group_size: int = 128, out: Tensor | None = None,
-    fast: bool | None = None,
+    fast: bool | None = None, bias: Tensor | None = None,
 ) -> Tensor:
     """A few tokens (any number works, 1 to 16 are fast): ``x [T, k]`` or ``[T, top_k, k]`` times their experts.
 
-    Returns ``[T, top_k, n]``, or the weighted sum ``[T, n]``, in the dtype of ``x``. Two launches.
+    Returns ``[T, top_k, n]``, or the weighted sum ``[T, n]``, of products and a ``bias [E, n]``, in the dtype of ``x``.
+    Two launches.
     """
     stack = (qweight, meta, expert_bits, expert_offsets, meta_offsets)
     check(x, topk_ids, group_size)
@@ -127,13 +130,13 @@ def moe_decode(
     )
     weights = topk_weights.contiguous() if weighted else None
     sharing = top_k if x.dim() == 2 else 1
-    _product(act, stack, blocks, ids, weights, out, pairs, top_k, sharing, n, group_size, launch, mode)
+    _product(act, stack, blocks, ids, weights, out, pairs, top_k, sharing, n, group_size, launch, mode, bias=bias)
     return out
 
 
 def _fused_ffn(
     x: Tensor, gate_up: Stack, down: Stack, ids: Tensor, topk_weights: Tensor, intermediate: int, group_size: int,
-    down_group_size: int, out: Tensor, mode: int,
+    down_group_size: int, out: Tensor, mode: int, between: Inner,
 ) -> None:
     tokens, hidden = x.shape
     qweight, meta, bits, offsets, meta_offsets = gate_up
@@ -152,18 +155,23 @@ def _fused_ffn(
     gate_up_kernel[(blocks.count, intermediate // (ROWS * tiles))](
         act.x, act.groups, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         blocks.expert, blocks.pairs, inner.x, inner.groups, down[2], experts, tokens, top_k, intermediate, hidden,
-        act.x.shape[-1], inner.x.shape[-1], HOW=_how(hidden, group_size, first, mode, tiles, 2, 1, mode == SCALED),
-        ACT_KWS=all_words_along_k(intermediate), ACT_GROUP=down_group_size, **_options(first),
+        act.x.shape[-1], inner.x.shape[-1], HOW=_how(hidden, group_size, first, mode, tiles, 1 + between.gated, 1, mode == SCALED),
+        ACT_KWS=all_words_along_k(intermediate), ACT_GROUP=down_group_size, bias_ptr=between.gate_up_bias,
+        GATING=between.gating, **_options(first),
     )
     weights = topk_weights.contiguous()
-    _product(inner, down, blocks, ids, weights, out, pairs, top_k, 1, hidden, down_group_size, second, mode)
+    _product(inner, down, blocks, ids, weights, out, pairs, top_k, 1, hidden, down_group_size, second, mode,
+             bias=between.down_bias)
 
 
 def ffn_decode(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, *, intermediate: int,
     group_size: int = 128, down_group_size: int | None = None, out: Tensor | None = None, fast: bool | None = None,
+    between: Inner = SILU,
 ) -> Tensor:
     """``sum_j w_j * down_j(silu(gate_j(x)) * up_j(x))`` for a few tokens ``x [T, hidden]``, in the dtype of ``x``.
+
+    ``between`` gives another activation, and biases.
 
     Three launches: tables and activations, gate and up, down and sum. The inner activations keep the 11 significant
     bits of fp16 with an exponent per group. Where the intermediate size does not fill tiles, or a group is
@@ -177,13 +185,15 @@ def ffn_decode(
     if down_group_size % ROWS == 0 and intermediate % down_group_size == 0:
         ids = topk_ids.contiguous().view(-1)
         mode = _mode(x, fast)
-        _fused_ffn(x, gate_up, down, ids, topk_weights, intermediate, group_size, down_group_size, out, mode)
+        _fused_ffn(x, gate_up, down, ids, topk_weights, intermediate, group_size, down_group_size, out, mode,
+                   between)
         return out
-    both = moe_decode(x.float(), *gate_up, topk_ids, n=2 * intermediate, group_size=group_size, fast=fast)
-    gate, up = both.chunk(2, dim=-1)
-    act = torch.nn.functional.silu(gate) * up
+    rows = between.rows(intermediate)
+    both = moe_decode(x.float(), *gate_up, topk_ids, n=rows, group_size=group_size, fast=fast)
+    act = between.act(add_bias(both, between.gate_up_bias, topk_ids, gate_up[2]))
     return moe_decode(
-        act, *down, topk_ids, topk_weights, n=x.shape[1], group_size=down_group_size, out=out, fast=fast
+        act, *down, topk_ids, topk_weights, n=x.shape[1], group_size=down_group_size, out=out, fast=fast,
+        bias=between.down_bias,
     )
 
 

@@ -91,9 +91,13 @@ def rescale_kernel(
 
 @triton.jit
 def combine_kernel(
-    partial_ptr, ids_ptr, weights_ptr, out_ptr, n, experts, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+    partial_ptr, ids_ptr, weights_ptr, out_ptr, n, experts, SLOTS: tl.constexpr, BLOCK: tl.constexpr, bits_ptr=None,
+    bias_ptr=None,
 ):
-    """``out [tokens, n]``: float32 ``[tokens * SLOTS, n]`` weighted and summed over a token's slots, in their order."""
+    """``out [tokens, n]``: float32 ``[tokens * SLOTS, n]`` weighted and summed over a token's slots, in their order.
+
+    ``bias [experts, n]``, if there is one, is added to the products of experts that have bits.
+    """
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
@@ -102,7 +106,11 @@ def combine_kernel(
         expert = tl.load(ids_ptr + pair)
         if (expert >= 0) & (expert < experts):
             weight = tl.load(weights_ptr + pair).to(tl.float32)
-            acc += tl.load(partial_ptr + pair * n + at, at < n, other=0.0) * weight
+            value = tl.load(partial_ptr + pair * n + at, at < n, other=0.0)
+            if bias_ptr is not None:
+                if tl.load(bits_ptr + expert) > 0:
+                    value += tl.load(bias_ptr + expert.to(tl.int64) * n + at, at < n, other=0.0)
+            acc += value * weight
     tl.store(out_ptr + token * n + at, acc.to(out_ptr.dtype.element_ty), at < n)
 
 
@@ -134,10 +142,14 @@ def rescale(x: Tensor, exponents: Tensor, part: int, ordered: bool) -> tuple[Ten
     return out, inverse
 
 
-def combine(partial: Tensor, ids: Tensor, weights: Tensor, out: Tensor, experts: int) -> None:
-    """Sum float32 ``partial [tokens * slots, n]`` into ``out [tokens, n]``; invalid ids count as zero."""
+def combine(
+    partial: Tensor, ids: Tensor, weights: Tensor, out: Tensor, bits: Tensor, bias: Tensor | None = None
+) -> None:
+    """Sum float32 ``partial [tokens * slots, n]`` into ``out [tokens, n]``, with a ``bias [E, n]`` where experts have
+    ``bits``; invalid ids count as zero."""
     tokens, n = out.shape
     block = min(1024, triton.next_power_of_2(n))
     combine_kernel[(tokens, triton.cdiv(n, block))](
-        partial, ids, weights, out, n, experts, SLOTS=partial.shape[0] // tokens, BLOCK=block, num_warps=4
+        partial, ids, weights, out, n, bits.numel(), SLOTS=partial.shape[0] // tokens, BLOCK=block,
+        bits_ptr=None if bias is None else bits, bias_ptr=bias, num_warps=4,
     )

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from . import launch_parameters
+from .activation import SILU, Inner, add_bias
 from .blocks_by_sorting import sort_pairs
 from .layout import ROWS, STEP_COLUMNS, WIDTHS, Stack, all_words_along_k, span_columns
 from .prefill_inputs import combine, normalize, rescale
@@ -32,6 +33,7 @@ class Job:
     order: tuple[Tensor, Tensor, Tensor]
     launch: launch_parameters.Prefill
     fast: bool
+    between: Inner = SILU
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Inputs:
 
 
 def _multiply(inputs: Inputs, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job) -> None:
-    """``out [pairs, n]``; with ``exponents``, the float16 ``silu(gate) * up`` that they scale."""
+    """``out [pairs, n]``; with ``exponents``, the float16 inner activations that they scale."""
     (_, n), parts = out.shape, 1 if exponents is None else 2
     if job.launch.method == "dense":
         _multiply_dense(inputs, stack, out, exponents, group_size, job)
@@ -60,8 +62,13 @@ def _multiply(inputs: Inputs, stack: Stack, out: Tensor, exponents: Tensor | Non
     packed_kernel[(blocks * triton.cdiv(n, launch.rows // parts),)](
         inputs.x, inputs.inverse, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         block_expert, block_pairs, out, out if exponents is None else exponents, bits.numel(), blocks, inputs.sharing,
-        n, inputs.k, inputs.x.shape[1], HOW=how, num_warps=launch.warps, num_stages=1,
+        n, inputs.k, inputs.x.shape[1], HOW=how, num_warps=launch.warps, num_stages=1, **_inner(exponents, job),
     )
+
+
+def _inner(exponents: Tensor | None, job: Job) -> dict:
+    """What the kernels of gate and up get besides."""
+    return {} if exponents is None else {"bias_ptr": job.between.gate_up_bias, "GATING": job.between.gating}
 
 
 def _multiply_dense(
@@ -87,7 +94,7 @@ def _multiply_dense(
             inputs.x, inputs.inverse, weights, bits, block_expert, block_pairs, out,
             out if exponents is None else exponents, first, until, experts, blocks, inputs.sharing, n, height, k,
             inputs.x.shape[1], stride, COLUMNS=launch.columns, ROWS=launch.rows, PARTS=parts, STAGES=launch.stages,
-            num_warps=launch.warps, num_stages=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages, **_inner(exponents, job),
         )
 
 
@@ -119,26 +126,26 @@ def _multiply_and_sum(
 ) -> None:
     partial = torch.empty(ids.numel(), out.shape[1], dtype=torch.float32, device=out.device)
     _multiply(inputs, stack, partial, None, group_size, job)
-    combine(partial, ids, topk_weights.contiguous(), out, stack[2].numel())
+    combine(partial, ids, topk_weights.contiguous(), out, stack[2], job.between.down_bias)
 
 
 def ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int, group_size: int,
     down_group_size: int, out: Tensor, fast: bool, launch: launch_parameters.Prefill,
+    between: Inner = SILU,
 ) -> Tensor:
     """Write the output of the whole expert block for ``x [T, hidden]`` to ``out``."""
     experts, top_k = gate_up[2].numel(), topk_ids.shape[1]
     ids = topk_ids.contiguous().view(-1)
-    job = Job(sort_pairs(ids, experts, launch.columns), launch, fast)
+    job = Job(sort_pairs(ids, experts, launch.columns), launch, fast, between)
     inputs = _inputs(x, top_k, launch)
     ordered = launch.method == "packed"
     pairs, device = ids.numel(), x.device
-    if intermediate % ROWS:
-        # the up rows begin inside a tile
-        both = torch.empty(pairs, 2 * intermediate, dtype=torch.float32, device=device)
+    if intermediate % ROWS or not between.gated:
+        # the up rows begin inside a tile; or there are none, and the fused kernels are for two
+        both = torch.empty(pairs, between.rows(intermediate), dtype=torch.float32, device=device)
         _multiply(inputs, gate_up, both, None, group_size, job)
-        gate, up = both.chunk(2, dim=-1)
-        inner = normalize(torch.nn.functional.silu(gate) * up, ordered)
+        inner = normalize(between.act(add_bias(both, between.gate_up_bias, ids, gate_up[2])), ordered)
     else:
         part = launch.rows // 2
         act = torch.empty(pairs, intermediate, dtype=torch.float16, device=device)

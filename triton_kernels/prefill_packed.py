@@ -12,6 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .activation import gated_by
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
 from .prefill_inputs import leading_exponent, power_of_two
 from .prefill_unpack import Span, half_weights, repeats, threads, trip_words
@@ -29,8 +30,10 @@ def grouped_order(blocks, tiles, TOGETHER: tl.constexpr = 16):
 
 
 @triton.jit
-def gated(gate, up):
-    """``silu(gate) * up`` without an exponential that overflows."""
+def gated(gate, up, GATING: tl.constexpr):
+    """``silu(gate) * up`` without an exponential that overflows, or what ``GATING`` says."""
+    if GATING is not None:
+        return gated_by(gate, up, GATING)
     small = tl.exp(-tl.abs(gate))
     return gate * (tl.where(gate < 0, small, 1.0) / (1.0 + small)) * up
 
@@ -103,14 +106,16 @@ def _product(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
 @triton.jit
 def packed_kernel(
     x_ptr, inverse_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr,
-    out_ptr, exponent_ptr, experts, blocks, sharing, n, k, k_padded, HOW: tl.constexpr,
+    out_ptr, exponent_ptr, experts, blocks, sharing, n, k, k_padded, HOW: tl.constexpr, bias_ptr=None,
+    GATING: tl.constexpr = None,
 ):
     """``out [pairs, n]``, every element written once; grid of ``blocks * cdiv(n, rows / parts)`` programs.
 
     ``x`` float16 ``[inputs, k_padded]`` and ``inverse [inputs]`` as prefill_inputs.normalize makes them, ``sharing``
     pairs share an input. ``HOW`` is a :class:`.widths.Packed`. Two parts: the matrix has 2 n rows, gate then up, and
     the result is ``silu(gate) * up``, as float16 scaled by ``2**(14 - exponent)`` with an ``exponent
-    [pairs, n / (rows / 2)]`` for each of a pair's blocks of rows.
+    [pairs, n / (rows / 2)]`` for each of a pair's blocks of rows; ``bias [experts, 2 n]`` is added first, if there is
+    one, and ``GATING`` is another activation.
     """
     ROWS: tl.constexpr = HOW.rows
     COLUMNS: tl.constexpr = HOW.columns
@@ -162,7 +167,14 @@ def packed_kernel(
     inside = (pair[None, :] >= 0) & (out_row[:, None] < n)
     if PARTS == 2:
         gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // (2 * ROW_LANES), 2, ROW_LANES, COLUMNS)), (0, 2, 3, 1)))
-        result = tl.reshape(gated(gate, up), (OUTPUTS, COLUMNS))
+        if bias_ptr is not None:
+            at_bias = bias_ptr + expert.to(tl.int64) * 2 * n + out_row
+            if bits > 0:
+                gate_bias = tl.load(at_bias, out_row < n, other=0.0)
+                up_bias = tl.load(at_bias + n, out_row < n, other=0.0)
+                gate += tl.reshape(gate_bias, (OUTPUTS // ROW_LANES, ROW_LANES))[:, :, None]
+                up += tl.reshape(up_bias, (OUTPUTS // ROW_LANES, ROW_LANES))[:, :, None]
+        result = tl.reshape(gated(gate, up, GATING), (OUTPUTS, COLUMNS))
         exponent = leading_exponent(tl.max(result.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
         tl.store(exponent_ptr + pair.to(tl.int64) * tl.cdiv(n, OUTPUTS) + at_tile, exponent, pair >= 0)
         result = result * power_of_two(14 - exponent)[None, :]

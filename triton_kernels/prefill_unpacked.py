@@ -82,7 +82,7 @@ def dequantize_kernel(
 def grouped_kernel(
     x_ptr, inverse_ptr, weights_ptr, bits_ptr, expert_ptr, pairs_ptr, out_ptr, exponent_ptr, first, until, experts,
     blocks, sharing, n, n_padded, k, k_padded, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, bias_ptr=None, GATING: tl.constexpr = None,
 ):
     """Multiply as the packed kernel does by ``weights [until - first, n_padded, stride]``, of experts from ``first``.
 
@@ -125,7 +125,14 @@ def grouped_kernel(
     inside = (pair[:, None] >= 0) & (out_row[None, :] < n)
     if PARTS == 2:
         gate, up = tl.split(tl.permute(tl.reshape(acc, (COLUMNS, ROWS // (2 * ROW_LANES), 2, ROW_LANES)), (0, 1, 3, 2)))
-        result = tl.reshape(gated(gate, up), (COLUMNS, OUTPUTS))
+        if bias_ptr is not None:
+            at_bias = bias_ptr + expert.to(tl.int64) * 2 * n + out_row
+            if bits > 0:
+                gate_bias = tl.load(at_bias, out_row < n, other=0.0)
+                up_bias = tl.load(at_bias + n, out_row < n, other=0.0)
+                gate += tl.reshape(gate_bias, (OUTPUTS // ROW_LANES, ROW_LANES))[None, :, :]
+                up += tl.reshape(up_bias, (OUTPUTS // ROW_LANES, ROW_LANES))[None, :, :]
+        result = tl.reshape(gated(gate, up, GATING), (COLUMNS, OUTPUTS))
         exponent = leading_exponent(tl.max(result.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
         tl.store(exponent_ptr + pair.to(tl.int64) * tl.cdiv(n, OUTPUTS) + at_tile, exponent, pair >= 0)
         result = result * power_of_two(14 - exponent)[:, None]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from carving import Layout, carve
 from dense import load_dense
-from distill import Distillation, distill
+from distill import Distillation, distill, fastest_dtype
 from torch import Tensor
 from train import mix, save
 
@@ -49,6 +49,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=Distillation.batch)
     parser.add_argument("--window", type=int, default=Distillation.window)
     parser.add_argument("--rate", type=float, default=Distillation.rate, help="peak learning rate of experts")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=fastest_dtype(),
+                        help="of matrix products in distillation (here by default %(default)s)")
     parser.add_argument("--within", type=float, default=0.15, help="of the dense perplexity: done")
     parser.add_argument("--limit", type=int, default=32, help="held-out windows")
     parser.add_argument("--seconds", type=float, help="end after this time; start again to go on")
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace) -> dict:
     active = layout.active(intermediate)
     ids = token_ids(tokenizer, options.text)
     heldout = evaluation_windows(tokenizer, options.heldout, options.window, options.limit)
-    steps = Distillation(options.steps, options.batch, options.window, options.rate, options.seed)
+    steps = Distillation(options.steps, options.batch, options.window, options.rate, options.seed, options.dtype)
     count = len(ids) // options.window
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))[: options.statistics]
     windows = ids[: count * options.window].view(count, options.window)[chosen]

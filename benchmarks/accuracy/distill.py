@@ -24,13 +24,20 @@ WARMUP = 20
 
 @dataclass(frozen=True)
 class Distillation:
-    """``steps`` steps, each of ``batch`` windows of ``window`` tokens; ``rate`` is the experts' peak learning rate."""
+    """``steps`` steps, each of ``batch`` windows of ``window`` tokens; ``rate`` is the experts' peak learning rate,
+    ``dtype`` that of matrix products (master weights, norms and the loss are float32)."""
 
     steps: int = 2000
     batch: int = 4
     window: int = 256
     rate: float = 3e-4
     seed: int = 0
+    dtype: str = "float32"
+
+
+def fastest_dtype() -> str:
+    """bfloat16 on processors that multiply it, float32 on others."""
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
 def trained(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -101,6 +108,7 @@ def distill(
     saved, after ``seconds``; ends for good once ``measure()``, a perplexity, is at most ``until`` at a save.
     ``ValueError`` if the state is of other options, or the loss is not finite.
     """
+    model.set_experts_implementation("grouped_mm")  # 1.3 times eager's speed here
     balance, first = Balance(model), 0
     optimizer = _optimizer(model, options.rate)
     if state.is_file():
@@ -121,7 +129,8 @@ def distill(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, options.steps)
         rows = batch_at(ids, step, options.batch, options.window, options.seed)[:, :-1]
-        loss = divergence(dense, model, rows)
+        with torch.autocast("cpu", getattr(torch, options.dtype), enabled=options.dtype != "float32"):
+            loss = divergence(dense, model, rows)
         if not torch.isfinite(loss.detach()):
             raise ValueError(f"the loss of step {step} is {float(loss.detach())}: lower --rate")
         loss.backward()

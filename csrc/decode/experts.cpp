@@ -12,11 +12,12 @@ Experts::Experts(const Kernels& kernels, Precision precision, const Rows& logits
       scratch_(x.count()),
       inner_(kernels, precision, x.count() * shape.top_k, shape.intermediate, shape.down_group_size),
       ffn_{kernels,
+           {},
            shape.intermediate,
            shape.down_group_size,
            routing_,
-           {kernels, shape.gate_up, x.packed(shape.group_size), {}},
-           {kernels, shape.down, inner_, {}}},
+           {kernels, shape.gate_up, x.packed(shape.group_size), {}, nullptr, 0},
+           {kernels, shape.down, inner_, {}, nullptr, 0}},
       output_(kernels, out.row(0), kElementFloat32, shape.hidden, shape.top_k, weights_.data(), x.count()) {
   output_.onto = true;
 }
@@ -38,7 +39,7 @@ void Experts::choose(int64_t row) {
   choose_experts(rule_, logits_.row(row), shape_.experts, shape_.top_k, ids_.data() + at,
                  weights_.data() + at, scratch_[row]);
   if (chosen_.fetch_add(1, std::memory_order_acq_rel) + 1 < logits_.count()) return;
-  const auto lives = [this](int e) { return shape_.gate_up.bits[e] > 0 && shape_.down.bits[e] > 0; };
+  const auto lives = [this](int e) { return shape_.down.bits[e] > 0; };
   routing_.fill(ids_.data(), static_cast<int64_t>(ids_.size()), shape_.experts, lives);
   ffn_.take_rows(shape_.top_k);
   groups_.reset(ffn_.inner_items(), threads_);

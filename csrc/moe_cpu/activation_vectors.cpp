@@ -81,6 +81,25 @@ void silu_mul(const float* gate, const float* up, float* out, int blocks) {
   }
 }
 
+void activate(const Activation& how, const float* gate, const float* up, float* out, int blocks) {
+  if (how.silu()) return silu_mul(gate, up, out, blocks);
+  const Float limit = Float{} + how.limit;
+  for (int i = 0; i < kRows * blocks; i += kLanes) {
+    Float g = load<Float>(gate + i);
+    if (!how.gated) {
+      // comparisons that keep a NaN
+      g = g < 0.0f ? Float{} : g;
+      store(out + i, g * g);
+      continue;
+    }
+    Float u = load<Float>(up + i);
+    g = g > limit ? limit : g;
+    u = u > limit ? limit : u;
+    u = u < -limit ? -limit : u;
+    store(out + i, g / (exp_float(-g * (how.slope + how.cubic * g * g)) + 1.0f) * (u + how.shift));
+  }
+}
+
 void add_scaled(const float* values, float weight, int count, float* out) {
   for (int i = 0; i < count; ++i) out[i] += weight * values[i];
 }
@@ -142,6 +161,7 @@ const Kernels GEMQ_KERNELS = {GEMQ_TEXT(GEMQ_VARIANT),
                               group_sum,
                               quantize,
                               silu_mul,
+                              activate,
                               add_scaled,
                               widen,
                               narrow,

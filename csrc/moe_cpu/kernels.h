@@ -1,6 +1,7 @@
 // The vector kernels: one text, compiled once for each instruction set.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "decode/kernels.h"
@@ -39,6 +40,15 @@ struct BlockArgs {
   RowsView rows;
 };
 
+// What stands between the two products of an expert. Gated: g * sigmoid(g * (slope + cubic * g^2)) * (u +
+// shift), with g = min(gate, limit) and u = up within +-limit; these numbers are SiLU's. Not gated:
+// max(up, 0)^2.
+struct Activation {
+  bool gated = true;
+  float slope = 1, cubic = 0, limit = INFINITY, shift = 0;
+  bool silu() const { return gated && slope == 1 && cubic == 0 && limit == INFINITY && shift == 0; }
+};
+
 struct Kernels {
   const char* name;
   // out[blocks][count][16], with activations in float32
@@ -50,6 +60,8 @@ struct Kernels {
   void (*quantize)(const float* x, int group_size, int terms, int8_t* q, float* scale, float* sum);
   // out[16 * i] = silu(gate) * up for `blocks` runs of 16 contiguous values
   void (*silu_mul)(const float* gate, const float* up, float* out, int blocks);
+  // The same runs through any activation; `up` is not read by one that is not gated
+  void (*activate)(const Activation& how, const float* gate, const float* up, float* out, int blocks);
   // out += weight * values
   void (*add_scaled)(const float* values, float weight, int count, float* out);
   void (*widen)(const void* x, Element type, int64_t count, float* out);

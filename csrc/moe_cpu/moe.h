@@ -32,7 +32,7 @@ struct MoeGemmArgs {
 
 struct MoeFfnArgs {
   const void* x;  // [tokens, hidden]
-  Stack gate_up;  // 2 * intermediate rows of hidden: the gate's, then up's
+  Stack gate_up;  // 2 * intermediate rows of hidden: the gate's, then up's; without a gate, up's alone
   Stack down;     // hidden rows of intermediate
   int num_experts;
   const int64_t* topk_ids;
@@ -43,6 +43,9 @@ struct MoeFfnArgs {
   int group_size, down_group_size;
   Element type;  // of x and out
   Precision precision;
+  Activation activation;
+  const float* gate_up_bias;  // [num_experts, rows of gate_up], or null
+  const float* down_bias;     // [num_experts, hidden], or null
 };
 
 void moe_gemm_cpu(const MoeGemmArgs& args, int threads);

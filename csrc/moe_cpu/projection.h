@@ -28,6 +28,8 @@ struct Projection {
   Stack stack;
   Activations& x;
   std::vector<int32_t> rows;  // row of x for each of routing.pairs
+  const float* bias = nullptr;  // [experts, n], n of whole blocks
+  int64_t n = 0;
 
   // out[blocks][count][16] of some blocks of expert e, for its pairs [begin, end) of the routing. `out` must
   // have room for tile_floats of the count.
@@ -43,6 +45,13 @@ struct Projection {
                          blocks,
                          x.view(rows.data() + begin, end - begin)};
     x.integers() ? kernels.integer_product(args, out) : kernels.exact_product(args, out);
+    if (bias != nullptr) add_bias(bias + e * n + block * kBlockRows, blocks, end - begin, out);
+  }
+
+  static void add_bias(const float* bias, int blocks, int count, float* out) {
+    for (int i = 0; i < blocks * count; ++i) {
+      for (int r = 0; r < kBlockRows; ++r) out[i * kBlockRows + r] += bias[i / count * kBlockRows + r];
+    }
   }
 
   // Calls f(first block, how many) for as many blocks as the kernels like at a time.

@@ -91,7 +91,8 @@ def moe_ffn_cpu(
     *,
     x: int, gate_up: StackAddress, down: StackAddress, num_experts: int, topk_ids: int, topk_weights: int, out: int,
     tokens: int, top_k: int, hidden: int, intermediate: int, group_size: int, down_group_size: int, type: int,
-    precision: int, threads: int = ...,
+    precision: int, threads: int = ..., gated: bool = ..., slope: float = ..., cubic: float = ..., limit: float = ...,
+    shift: float = ..., gate_up_bias: int = ..., down_bias: int = ...,
 ) -> None: ...
 def lowbit_gemm_cpu(
     *,

@@ -17,7 +17,6 @@ from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.model_config import check_layers, check_sizes
 from gemq.models import describe, empty_twin, packed_modules, prepare, replace_with_packed
 from gemq.nn import LowBitLinear
-from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
 
@@ -88,13 +87,17 @@ class GemqQuantizer(HfQuantizer):
         # transformers names the model's own where the caller gives none
         kind = cast(torch.dtype, dtype)
         twin = empty_twin(model)
+        forms = {f"{layer.path}.experts": layer.form for layer in describe(twin).moe}
         for path, packed in list(packed_modules(model)):
             plain: Any = twin.get_submodule(path)
             if isinstance(packed, LowBitLinear):
                 plain.weight, plain.bias = nn.Parameter(packed.weight(kind)), packed.bias
             else:
-                for name in PROJECTIONS:
-                    setattr(plain, name, nn.Parameter(packed.dense(name, kind)))
+                form = forms[path]
+                for name, own in form.names.items():
+                    setattr(plain, own, nn.Parameter(form.as_stored(name, packed.dense(name, kind))))
+                    if form.biased:
+                        setattr(plain, f"{own}_bias", getattr(packed, f"{own}_bias"))
             model.set_submodule(path, plain.train(model.training))
         return model
 

@@ -38,8 +38,11 @@ def packed_skeleton(
                 f"quantization_config.expert_bits[{layer.index}] has {len(bits)} widths for {moe.num_experts} experts"
             )
         if f"{layer.path}.experts".startswith(under):
+            form = layer.form
             modules[f"{layer.path}.experts"] = LowBitExperts(
-                moe.hidden, moe.intermediate, bits, group_size, device, down
+                moe.hidden, moe.intermediate, bits, group_size, device, down, activation=form.activation,
+                biased=form.biased, interleaved=form.interleaved, first=form.first,
+                dtype=form.weights(layer.experts)[0].dtype,
             )
     try:
         linears = moe.quantized_linears(widths)

@@ -12,11 +12,12 @@ one expert: ``h`` and ``g`` are of the same inputs, so that no second model runs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from gemq.activation import SILU, Inner
 from gemq.algorithms.layerwise import Hessian, expert_hidden
 from gemq.algorithms.refinement import damped
 
@@ -28,12 +29,14 @@ class InnerStatistics:
         self.hessian = Hessian(size, device)
         self.cross = torch.zeros(size, size, device=device)
 
-    def add(self, gate_up: Tensor, quantized: Tensor, x: Tensor, scale: Tensor | float = 1.0) -> None:
+    def add(
+        self, gate_up: Tensor, quantized: Tensor, x: Tensor, scale: Tensor | float = 1.0, inner: Inner = SILU
+    ) -> None:
         """Add tokens ``x [t, H]``, each counted ``scale ** 2`` times; ``gate_up`` and ``quantized`` are ``[2I, H]``."""
         if len(x):
-            given = expert_hidden(quantized, x) * scale
+            given = expert_hidden(quantized, x, inner) * scale
             self.hessian.add(given)
-            self.cross.addmm_((expert_hidden(gate_up, x) * scale).float().T, given.float())
+            self.cross.addmm_((expert_hidden(gate_up, x, inner) * scale).float().T, given.float())
 
     def fitted(self, weight: Tensor, damping: float) -> Tensor:
         """``V`` of the module's text for ``weight [n, I]``, in its dtype; ``weight`` itself where there is no token, or
@@ -52,17 +55,17 @@ class InnerStatistics:
 
 def fit_down(
     down: Tensor, bits: list[int], original: Tensor, quantized: Tensor,
-    rows: Iterable[list[tuple[Tensor, Tensor | float]]], damping: float,
+    rows: Iterable[list[tuple[Tensor, Tensor | float]]], damping: float, inner: Sequence[Inner] | None = None,
 ) -> tuple[Tensor, list[Hessian]]:
     """Fit the projections ``down [G, H, I]`` of some experts to their quantized gate and up projections.
 
     ``original`` and ``quantized`` are those projections ``[G, 2I, H]``; ``rows`` gives per batch, and for each of the
-    experts, its inputs and their scales. An expert of 0 ``bits`` stays as it is. Returns the fitted projections, and
+    experts, its inputs and their scales; ``inner`` are their activations (SiLU). An expert of 0 ``bits`` stays as it is. Returns the fitted projections, and
     the Hessians to quantize on.
     """
-    found = [InnerStatistics(down.shape[-1], down.device) for _ in down]
+    found, acts = [InnerStatistics(down.shape[-1], down.device) for _ in down], inner or [SILU] * len(down)
     for batch in rows:
-        for one, before, after, (x, scale) in zip(found, original, quantized, batch, strict=True):
-            one.add(before, after, x, scale)
+        for one, before, after, act, (x, scale) in zip(found, original, quantized, acts, batch, strict=True):
+            one.add(before, after, x, scale, act)
     fitted = [one.fitted(w, damping) if width else w for one, w, width in zip(found, down, bits, strict=True)]
     return torch.stack(fitted), [one.hessian for one in found]

@@ -24,6 +24,7 @@ from gemq.algorithms.layerwise import Routed, watch_experts
 from gemq.algorithms.perplexity import token_losses
 from gemq.algorithms.perturbation import Perturbation
 from gemq.models import MoeLayer, MoeModel
+from gemq.nn.experts import PROJECTIONS
 
 Progress = Callable[[int, int], None]
 
@@ -32,7 +33,7 @@ def _weights(layer: MoeLayer) -> list[Tensor]:
     """The parameters whose gradients are needed: both expert stacks, and a shared expert's three matrices."""
     experts: Any = layer.experts
     shared = [linear.weight for linear in layer.shared_linears().values()]
-    return [experts.gate_up_proj, experts.down_proj, *shared]
+    return [*layer.form.weights(experts), *shared]
 
 
 @contextmanager
@@ -88,18 +89,21 @@ def _layer_costs(
     layer: MoeLayer, sums: list[Tensor], seen: list[Routed], perturbation: Perturbation, candidates: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Costs ``[E, B]`` of an original layer's routed experts and ``[B]`` of its shared one."""
-    gate_up, down = _weights(layer)[:2]
+    stacks = [layer.form.standard(n, w.detach()) for n, w in zip(PROJECTIONS, _weights(layer), strict=False)]
+    sums = [layer.form.standard(n, s) for n, s in zip(PROJECTIONS, sums, strict=False)] + sums[2:]
+    gate_up, down = stacks
+    acts = layer.form.between(layer.experts).of(range(len(gate_up)))
     routed = np.zeros((len(gate_up), len(candidates)))
     for e in range(len(gate_up)):
         base = (gate_up[e], down[e])
-        found = perturbation.expert(*base, candidates, [r.rows(e)[0] for r in seen])
+        found = perturbation.expert(*base, candidates, [r.rows(e)[0] for r in seen], acts[e])
         routed[e] = [_cost([s[e] for s in sums[:2]], base, pair) for pair in found]
     if layer.shared is None:
         return routed, None
-    gate, up, down = (linear.weight for linear in layer.shared_linears().values())
-    base = (torch.cat([gate, up]), down)
-    found = perturbation.expert(*base, candidates, [r.x for r in seen])
-    merged = [torch.cat(sums[2:4]), sums[4]]
+    *first, down = (linear.weight for linear in layer.shared_linears().values())
+    base = (torch.cat(first), down)
+    found = perturbation.expert(*base, candidates, [r.x for r in seen], layer.shared_activation)
+    merged = [torch.cat(sums[2:-1]), sums[-1]]
     return routed, np.array([_cost(merged, base, pair) for pair in found])
 
 

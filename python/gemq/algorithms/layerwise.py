@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemq.activation import SILU, Inner
 from gemq.models import MoeLayer, MoeModel
 from gemq.models.forward import call
 
@@ -24,10 +26,12 @@ class LayerCalls:
 
 @contextmanager
 def _recording(moe: MoeModel, calls: LayerCalls) -> Iterator[None]:
+    # what a layer takes besides its input, some of which a family's model gives by position
+    names = list(inspect.signature(type(moe.layers[0]).forward).parameters)[2:]
+
     def record(index: int) -> Callable:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args:
-                raise TypeError(f"decoder layer {index} takes positional arguments besides its input")
+            kwargs |= dict(zip(names, args, strict=False))
             if index == 0:
                 calls.hidden.append(hidden_states.detach())
                 calls.kwargs.append([])
@@ -114,7 +118,7 @@ def watch_experts(layer: MoeLayer, seen: Callable[[Routed, Tensor], None]) -> It
         handle.remove()
 
 
-def expert_hidden(gate_up: Tensor, x: Tensor) -> Tensor:
-    """``SiLU(gate(x)) * up(x)`` of one expert: ``gate_up [2I, H]``, ``x [t, H] -> [t, I]``."""
-    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return nn.functional.silu(gate) * up
+def expert_hidden(gate_up: Tensor, x: Tensor, inner: Inner = SILU) -> Tensor:
+    """Inner activations of one expert, ``SiLU(gate(x)) * up(x)`` or others: ``gate_up [R, H]``, ``x [t, H] -> [t, I]``.
+    """
+    return inner(x @ gate_up.T)

@@ -27,7 +27,6 @@ from gemq.errors import CheckpointError
 from gemq.folders import local_folder
 from gemq.integrity import read_header, weight_files
 from gemq.model_config import check_layers, check_sizes, generation_config, skeleton
-from gemq.nn.experts import PROJECTIONS
 from gemq.tensor_files import DTYPES, WEIGHTS
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class DiskSource(Source):
         """Return the checker that finds NaN, infinity and numbers out of range as the files are read."""
         owners = {original: target for target, names in self._contents.made_of.items() for original in names}
         packed = {f"{path}.weight" for path in (*self.moe.attention, *self.moe.dense)}
-        packed |= {f"{layer.path}.experts.{name}" for layer in self.moe.moe for name in PROJECTIONS}
+        packed |= {path for layer in self.moe.moe for path in layer.stacks()}
 
         def kind(original: str) -> torch.dtype | None:
             target = owners.get(original)

@@ -50,8 +50,10 @@ def record_of(moe: MoeModel, weights: QuantizedWeights) -> LayerRecord:
     for layer in moe.moe:
         if layer.index in weights.stacks:
             gate_up, down = weights.stacks[layer.index]
+            form = layer.form
             modules[f"{layer.path}.experts"] = LowBitExperts.from_stacks(
-                gate_up, down, moe.hidden, moe.intermediate, weights.group_size
+                gate_up, down, moe.hidden, moe.intermediate, weights.group_size, activation=form.activation,
+                interleaved=form.interleaved, first=form.first,
             )
     for path, (codes, meta, width) in weights.linears.items():
         group = codes.shape[1] // meta.shape[1]

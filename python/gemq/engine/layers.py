@@ -55,15 +55,16 @@ class Weights:
     def write_to(self, model: PreTrainedModel) -> None:
         """Write all weights into a plain ``model`` of the same architecture, quantized ones dequantized."""
         moe = self.source.moe
-        stacks = {f"{m.path}.experts.{n}": (m.index, at) for m in moe.moe for at, n in enumerate(PROJECTIONS)}
+        stacks = {path: (m, name) for m in moe.moe for path, name in m.stacks().items()}
         for unit in range(OUTSIDE, len(moe.layers)):
             with self.loaded(unit):
                 for name in self.source.names(unit):
                     target = model.get_parameter_or_buffer(name)
                     if name in stacks:
-                        layer, at = stacks[name]
+                        layer, projection = stacks[name]
+                        stack = self.source.experts[layer.index][PROJECTIONS.index(projection)]
                         for expert in range(len(target)):
-                            target[expert].copy_(self.source.experts[layer][at][expert])
+                            target[expert].copy_(layer.form.as_stored(projection, stack[expert]))
                     else:
                         target.copy_(self.source.model.get_parameter_or_buffer(name))
 
@@ -268,7 +269,7 @@ def head_gradient(moe: MoeModel, window: Tensor, hidden: Tensor) -> tuple[Tensor
 @contextmanager
 def _handing_through(layers: list[nn.Module], hidden: Tensor) -> Iterator[None]:
     for layer in layers:
-        layer.forward = lambda hidden_states, **kwargs: hidden
+        layer.forward = lambda hidden_states, *args, **kwargs: hidden
     try:
         yield
     finally:

@@ -90,4 +90,5 @@ class _Measuring:
         return layer_costs(
             experts, shared, layer.shared_gate, trace, self.candidates,
             self.perturbation, self.sweep.windows.shape[1], self.sweep.budget, self.matrices,
+            layer.form.between(layer.experts, self.weights.source.dtype), layer.shared_activation,
         )

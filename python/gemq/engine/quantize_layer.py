@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq import distributed
+from gemq.activation import Inner
 from gemq.algorithms.compensation import fit_down
 from gemq.algorithms.gptq import GptqConfig, GptqReport
 from gemq.algorithms.layerwise import Hessian, Routed
@@ -104,14 +105,17 @@ def _quantize_experts(
     """Quantize all experts of a layer, a group at a time."""
     # no record was laid over the layer, so its experts are as they are stored
     weights = cast(tuple[StoredStack, StoredStack], source.experts[layer.index])
-    widths = result.widths.of_experts(layer.index)
+    widths, between = result.widths.of_experts(layer.index), layer.form.between(layer.experts, source.dtype)
     part = distributed.share(len(weights[0]))
     per_group = experts_at_once(weights, sweep.budget)
     stacks = tuple(QuantizedStack([], [], []) for _ in weights)
     reports: tuple[dict, ...] = ({}, {})
     for start in range(part.start, part.stop, per_group):
         group = slice(start, min(start + per_group, part.stop))
-        made = _quantize_group(weights, widths, group, partial(_scaled, trace, group, affinity), config, sweep)
+        made = _quantize_group(
+            weights, widths, group, partial(_scaled, trace, group, affinity), config, sweep,
+            between.of(range(group.start, group.stop)),
+        )
         for stack, report, (found, told) in zip(stacks, reports, made, strict=True):
             stack.codes.extend(found.codes)
             stack.meta.extend(found.meta)
@@ -130,13 +134,13 @@ def _quantize_experts(
 
 def _quantize_group(
     weights: tuple[StoredStack, StoredStack], widths: tuple[list[int], list[int]], group: slice,
-    rows: Callable[[], ScaledRows], config: GptqConfig, sweep: Sweep,
+    rows: Callable[[], ScaledRows], config: GptqConfig, sweep: Sweep, inner: list[Inner],
 ) -> list[tuple[QuantizedStack, dict[int, GptqReport]]]:
     """Quantize a group of experts: gate and up, then down."""
     gate_up, quantizer = weights[0][group], sweep.quantizer or quantize_experts
-    pairs = hessians_of(gate_up, rows(), weights[1].shape[-1], second=not config.compensate)
+    pairs = hessians_of(gate_up, rows(), weights[1].shape[-1], not config.compensate, inner)
     first = quantizer(gate_up, [pair[0] for pair in pairs], widths[0][group], config)
     down, hessians, bits = weights[1][group], [pair[1] for pair in pairs], widths[1][group]
     if config.compensate:
-        down, hessians = fit_down(down, bits, gate_up, dequantized(first[0], gate_up), rows(), config.damping)
+        down, hessians = fit_down(down, bits, gate_up, dequantized(first[0], gate_up), rows(), config.damping, inner)
     return [first, quantizer(down, hessians, bits, config)]

@@ -24,7 +24,6 @@ from gemq.engine.quantize import Quantized
 from gemq.engine.source import OUTSIDE, Source
 from gemq.engine.walk import Log, Progress
 from gemq.models import replace_with_packed
-from gemq.nn import LowBitLinear
 from gemq.ops import set_cpu_activations
 
 
@@ -52,8 +51,9 @@ class _PackedLayers:
         source.load(index, modules)
         dense = {path: source.model.get_submodule(path) for path in modules}
         for path, module in modules.items():
-            if isinstance(module, LowBitLinear) and dense[path].bias is not None:
-                module.bias = nn.Parameter(dense[path].bias.detach().clone(), requires_grad=False)
+            for name, value in dense[path].named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    setattr(module, name, nn.Parameter(value.detach().clone(), requires_grad=False))
             module.to(source.device)
             module.prepare()
         replace_with_packed(source.model, modules)

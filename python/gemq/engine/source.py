@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.engine.stored_experts import Stack, StoredStack, run_experts
-from gemq.models import MoeModel, describe, empty_twin
-from gemq.nn.experts import PROJECTIONS
+from gemq.models import MoeLayer, MoeModel, describe, empty_twin
 from gemq.packed_model import kept_in_float32
 
 if TYPE_CHECKING:
@@ -69,10 +68,10 @@ class Source(ABC):
         self._tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self._held: set[str] = set()
         self._units: dict[int, list[str]] = {index: [] for index in range(OUTSIDE, len(self.moe.layers))}
-        self._expert_stacks = {f"{layer.path}.experts.{name}" for layer in self.moe.moe for name in PROJECTIONS}
+        self._expert_stacks = {path for layer in self.moe.moe for path in layer.stacks()}
         for layer in self.moe.moe:
             experts: Any = layer.experts
-            experts.forward = partial(self._run_experts, layer.index, experts.act_fn)
+            experts.forward = partial(self._run_experts, layer)
 
     @abstractmethod
     def again(self) -> Source:
@@ -82,8 +81,8 @@ class Source(ABC):
     def _read(self, names: list[str]) -> None:
         """Put parameters into the skeleton, as they are stored."""
 
-    def _run_experts(self, index: int, act: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        return run_experts(self.experts[index], act, *args, **kwargs)
+    def _run_experts(self, layer: MoeLayer, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return run_experts(self.experts[layer.index], layer.form.between(layer.experts, self.dtype), *args, **kwargs)
 
     def unit_of(self, name: str) -> int:
         """The decoder layer of a parameter, or :data:`OUTSIDE`."""
@@ -112,7 +111,10 @@ class Source(ABC):
             self._load(group)
         for layer in self.moe.moe:
             if layer.index == unit and f"{layer.path}.experts" not in without:
-                gate_up, down = (StoredStack(getattr(layer.experts, n), self.dtype) for n in PROJECTIONS)
+                gate_up, down = (
+                    StoredStack(getattr(layer.experts, own), self.dtype, partial(layer.form.standard, name))
+                    for name, own in layer.form.names.items()
+                )
                 self.experts[unit] = gate_up, down
         if unit == OUTSIDE:
             self.model.tie_weights()
@@ -121,7 +123,7 @@ class Source(ABC):
     @staticmethod
     def _unwanted(name: str, without: Collection[str]) -> bool:
         owner, _, leaf = name.rpartition(".")
-        return owner in without and leaf != "bias"
+        return owner in without and not leaf.endswith("bias")
 
     def _load(self, names: list[str]) -> None:
         self._read(names)

@@ -6,28 +6,36 @@ memory. Here a stack stays as it is stored, and an expert is converted when it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemq import format as fmt
+from gemq.activation import Between
 from gemq.nn import LowBitExperts
 from gemq.ops import unpack_experts
 from gemq.reference.grid import dequantize_codes
 
 
 class StoredStack:
-    """A projection ``[E, n, k]`` as the checkpoint has it; an index or a slice gives experts in ``dtype``."""
+    """A projection as the checkpoint has it; an index or a slice gives experts ``[.., n, k]`` in ``dtype``, which
+    ``standard`` makes of what is stored."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        self._weight, self._dtype, self.shape = weight, dtype, weight.shape
+    def __init__(self, weight: Tensor, dtype: torch.dtype, standard: Callable[[Tensor], Tensor] = lambda stored: stored):
+        self._weight, self._dtype, self._standard = weight, dtype, standard
+        self.shape = standard(torch.empty_like(weight, device="meta")).shape
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, which: int | slice) -> Tensor:
-        return self._weight[which].to(self._dtype)
+        return self._standard(self._weight[which]).to(self._dtype).contiguous()
+
+    def stores(self, which: Tensor) -> None:
+        """Say which experts have bits: all, which None stands for."""
+        return None
 
 
 class PackedProjection:
@@ -42,6 +50,12 @@ class PackedProjection:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def stores(self, which: Tensor) -> Tensor | None:
+        """Bool ``[t, 1]``: if the experts ``which [t]`` have bits; None where all have."""
+        if all(self._bits):
+            return None
+        return (torch.tensor(self._bits, device=which.device) > 0)[which, None]
 
     def __getitem__(self, e: int) -> Tensor:
         bits, (n, k) = self._bits[e], self.shape[1:]
@@ -80,16 +94,26 @@ def _each(x: Tensor, stack: Stack, ends: list[int], columns: int, transposed: bo
     return out
 
 
+def _plus(product: Tensor, bias: Tensor | None, stack: Stack, ids: Tensor) -> Tensor:
+    """Add the rows of a bias ``[E, n]``; an expert without bits has none."""
+    if bias is None:
+        return product
+    rows, stores = bias[ids], stack.stores(ids)
+    return product + (rows if stores is None else torch.where(stores, rows, 0))
+
+
 def run_experts(
-    stacks: tuple[Stack, Stack], act: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    stacks: tuple[Stack, Stack], between: Between, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Run the experts, ``[T, H] -> [T, H]``. The result equals that of transformers' grouped experts bit for bit: sums
     are taken in the same order."""
+    activation, gate_up_bias, down_bias = between
     tokens, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1))
     ends = torch.bincount(ids, minlength=len(stacks[0])).cumsum(0).tolist()
-    gate, up = _Grouped.apply(hidden_states[order // top_k], stacks[0], ends).chunk(2, dim=-1)
-    out = _Grouped.apply(act(gate) * up, stacks[1], ends)
+    first = _Grouped.apply(hidden_states[order // top_k], stacks[0], ends)
+    inner = activation(_plus(first, gate_up_bias, stacks[0], ids))
+    out = _plus(_Grouped.apply(inner, stacks[1], ends), down_bias, stacks[1], ids)
     out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)

@@ -29,7 +29,12 @@ def _kept_width(layer: Any, config: Any) -> int:
     """Numbers that a layer's attention keeps of a token."""
     if getattr(config, "kv_lora_rank", None) is not None:
         return config.kv_lora_rank + config.qk_rope_head_dim
-    attention: Any = getattr(layer, "self_attn", None)
+    mixer: Any = getattr(layer, "mixer", None)
+    if mixer is not None and not hasattr(mixer, "k_proj"):
+        return 0  # a MoE block or Mamba in a layer that is one thing
+    attention: Any = getattr(layer, "self_attn", mixer)
+    if getattr(attention, "v_proj", attention) is None:
+        return 2 * attention.k_proj.out_features
     if all(hasattr(getattr(attention, name, None), "out_features") for name in ("k_proj", "v_proj")):
         return attention.k_proj.out_features + attention.v_proj.out_features
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -59,6 +64,10 @@ def _states(config: Any) -> tuple[int, int]:
     if hasattr(config, "linear_num_heads"):  # Kimi's delta attention
         width = config.linear_num_heads * config.linear_head_dim
         return 3 * width * config.linear_conv_kernel_dim, width * config.linear_head_dim
+    if hasattr(config, "mamba_num_heads"):  # Mamba 2 of Nemotron-H
+        width = config.mamba_num_heads * config.mamba_head_dim
+        inputs = width + 2 * config.n_groups * config.ssm_state_size
+        return inputs * config.conv_kernel, width * config.ssm_state_size
     if hasattr(config, "mamba_n_heads"):  # Mamba 2
         width = config.mamba_n_heads * config.mamba_d_head
         inputs = width + 2 * config.mamba_n_groups * config.mamba_d_state

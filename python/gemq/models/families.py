@@ -11,35 +11,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
+from gemq.activation import SILU, Activation
 from gemq.errors import UnsupportedModelError
 from gemq.format import UNQUANTIZED
+from gemq.models.experts import ExpertsForm, experts_form, mlp_activation
 from gemq.widths import Widths
 
 SUPPORTED = (
     "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
-    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe", "glm4_moe_lite", "granitemoe",
+    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe",
     "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear",
     "kolibri1", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "phimoe",
-    "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp_text", "solar_open",
+    "nemotron_h", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp_text", "solar_open",
 )
 # known, and different in a way that is not handled
 REFUSED = {
     "minimax": "its lightning attention keeps its state in a cache of its own",
-    "gpt_oss": "its experts have biases, transposed weights with gate and up interleaved, and a clamped activation "
-    "that is not SiLU(gate) * up",
 }
 # names of a decoder layer's token mixer, of its MoE block or dense MLP, of a block's router, and of a router's top-k
 _MIXERS = ("self_attn", "linear_attn", "mamba", "conv")
 _BLOCKS = ("mlp", "feed_forward", "block_sparse_moe")
-_ROUTERS = ("gate", "router", "gate.wg", "router.gate", "router.classifier")
+_ROUTERS = ("gate", "router", "gate.wg", "router.gate", "router.classifier", "router.proj")
+# fields of a config that, above 0, make a layer depend on more than the output of the one before it
+_NOT_LAYERWISE = {
+    "num_kv_shared_layers": "its last layers use keys and values of earlier ones",
+    "hidden_size_per_layer_input": "each layer takes an embedding of every token besides",
+}
 _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 # linears of a mixer that stay as they are, because an error in them grows from token to token: rows that set how fast a
 # recurrent state decays (in_proj_ba, in_proj_a, in_proj_b, b_proj; x_proj and dt_proj of Mamba), and the indexer's
 # weights, which choose the tokens that attention sees
 _KEPT_LINEARS = ("in_proj_ba", "in_proj_a", "in_proj_b", "x_proj", "dt_proj", "b_proj", "indexer.weights_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+_UNGATED_LINEARS = _MLP_LINEARS[1:]
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,25 @@ class MoeLayer:
     path: str
     block: nn.Module
     experts: nn.Module
+    form: ExpertsForm
     router: nn.Module
     router_path: str
     shared: nn.Module | None
     shared_path: str | None
     shared_gate: nn.Module | None
+    shared_activation: Activation = SILU
 
     def shared_linears(self) -> dict[str, nn.Linear]:
-        """Gate, up and down projection of the shared expert by module path; empty without one."""
+        """Gate (if the activation has one), up and down projection of the shared expert by module path; empty without
+        one."""
         if self.shared is None:
             return {}
-        return {f"{self.shared_path}.{name}": getattr(self.shared, name) for name in _MLP_LINEARS}
+        names = _MLP_LINEARS if self.shared_activation.gated else _UNGATED_LINEARS
+        return {f"{self.shared_path}.{name}": getattr(self.shared, name) for name in names}
+
+    def stacks(self) -> dict[str, str]:
+        """Projections by the paths of the parameters that hold them."""
+        return {f"{self.path}.experts.{own}": name for name, own in self.form.names.items()}
 
 
 @dataclass(frozen=True)
@@ -88,12 +103,17 @@ class MoeModel:
     def shared_multiple(self) -> float:
         """S: the width of a layer's merged shared expert in units of a routed expert; 0 without one."""
         shared: Any = self.moe[0].shared
-        return 0.0 if shared is None else shared.gate_proj.out_features / self.intermediate
+        return 0.0 if shared is None else shared.up_proj.out_features / self.intermediate
 
     @property
     def expert_parameters(self) -> int:
         """Weights of one routed expert."""
-        return 3 * self.hidden * self.intermediate
+        return self.form.parameters
+
+    @property
+    def form(self) -> ExpertsForm:
+        """Storage and activation of the experts, alike in all layers."""
+        return self.moe[0].form
 
     def moe_at(self, index: int) -> MoeLayer | None:
         """The MoE block of decoder layer ``index``; None if that is dense."""
@@ -142,9 +162,9 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] |
     return None
 
 
-def _router(path: str, block: Any) -> tuple[str, nn.Module]:
-    """Name and module of a block's router, which has a weight ``[E, H]``."""
-    shape = tuple(block.experts.down_proj.shape[:2])
+def _router(path: str, block: Any, experts: int, hidden: int) -> tuple[str, nn.Module]:
+    """Name and module of a block's router, which has a weight ``[experts, hidden]``."""
+    shape = (experts, hidden)
     for found in filter(None, (_child(block, (name,)) for name in _ROUTERS)):
         if tuple(getattr(getattr(found[1], "weight", None), "shape", ())) == shape:
             return found
@@ -157,41 +177,37 @@ def shared_expert(block: nn.Module) -> tuple[str | None, nn.Module | None]:
     """The name and module of a block's shared expert, None without one; one of no width is none."""
     for name in ("shared_experts", "shared_expert", "shared_mlp"):
         module = getattr(block, name, None)
-        width = getattr(getattr(module, "gate_proj", None), "out_features", None)
+        width = getattr(getattr(module, "up_proj", None), "out_features", None)
         if module is not None and width != 0:
             return name, module
     return None, None
 
 
-def _refuse_unknown_structure(path: str, block: Any) -> None:
-    experts = block.experts
-    names = {name for name, _ in experts.named_parameters()}
-    if names != {"gate_up_proj", "down_proj"}:
-        raise UnsupportedModelError(f"{path}.experts is not supported yet: it holds {sorted(names)}")
-    count, double, hidden = experts.gate_up_proj.shape
-    if tuple(experts.down_proj.shape) != (count, hidden, double // 2):
-        raise UnsupportedModelError(
-            f"{path}.experts is not supported yet: gate_up_proj {list(experts.gate_up_proj.shape)} and down_proj "
-            f"{list(experts.down_proj.shape)} are not [E, 2I, H] and [E, H, I]"
-        )
-    activation = getattr(experts, "act_fn", None)
-    if type(activation).__name__ not in ("SiLU", "SiLUActivation") and activation is not nn.functional.silu:
-        raise UnsupportedModelError(
-            f"{path}.experts is not supported yet: its activation is {type(activation).__name__}, not SiLU"
-        )
-    _, shared = shared_expert(block)
-    if shared is not None and not all(isinstance(getattr(shared, n, None), nn.Linear) for n in _MLP_LINEARS):
-        raise UnsupportedModelError(f"{path}: its shared expert is not a gated MLP")
+def _shared_activation(path: str, shared: nn.Module | None) -> Activation:
+    """The activation of a shared expert, which is an MLP of linears. Raises :class:`UnsupportedModelError`."""
+    if shared is None:
+        return SILU
+    found = mlp_activation(shared)
+    if found is None:
+        kind = type(getattr(shared, "act_fn", None)).__name__
+        raise UnsupportedModelError(f"{path} is not supported yet: its shared expert has the activation {kind}")
+    names = _MLP_LINEARS if found.gated else _UNGATED_LINEARS
+    if not all(isinstance(getattr(shared, n, None), nn.Linear) for n in names):
+        raise UnsupportedModelError(f"{path} is not supported yet: its shared expert is no MLP of {', '.join(names)}")
+    return found
 
 
-def _moe_layer(index: int, path: str, block: Any) -> MoeLayer:
-    _refuse_unknown_structure(path, block)
+def _shapes(experts: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in experts.named_parameters(recurse=False)}
+
+
+def _moe_layer(index: int, path: str, block: Any, config: Any, form: ExpertsForm) -> MoeLayer:
     name, shared = shared_expert(block)
-    router_name, router = _router(path, block)
+    router_name, router = _router(path, block, form.experts, getattr(config, "hidden_size", form.hidden))
     return MoeLayer(
-        index, path, block, block.experts, router, f"{path}.{router_name}", shared,
+        index, path, block, block.experts, form, router, f"{path}.{router_name}", shared,
         None if name is None else f"{path}.{name}",
-        None if name is None else getattr(block, "shared_expert_gate", None),
+        None if name is None else getattr(block, "shared_expert_gate", None), _shared_activation(path, shared),
     )
 
 
@@ -200,12 +216,43 @@ def _linears(path: str, module: nn.Module) -> dict[str, nn.Linear]:
     return {f"{path}.{name}": child for name, child in linears.items() if name not in _KEPT_LINEARS}
 
 
-def _mixer(path: str, layer: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a decoder layer's attention, full or linear."""
+@dataclass(frozen=True)
+class _Parts:
+    """What a decoder layer holds: the linears of its mixer and of dense MLPs, and its MoE block at ``path``."""
+
+    path: str
+    mixer: dict[str, nn.Linear]
+    dense: dict[str, nn.Linear]
+    block: Any = None
+
+
+def _parts(path: str, layer: Any) -> _Parts:
+    if isinstance(getattr(layer, "mixer", None), nn.Module):
+        return _one_of_them(f"{path}.mixer", layer.mixer)
     found = _child(layer, _MIXERS)
     if found is None:
         raise UnsupportedModelError(f"{path} is not supported yet: it has none of {', '.join(_MIXERS)}")
-    return _linears(f"{path}.{found[0]}", found[1])
+    mixer = _linears(f"{path}.{found[0]}", found[1])
+    found = _child(layer, _BLOCKS)
+    if found is None:
+        raise UnsupportedModelError(f"{path} is not supported yet: it has none of {', '.join(_BLOCKS)}")
+    name, block = found
+    if hasattr(block, "experts"):
+        # Granite's shared expert stands beside the block, and reads what it reads
+        beside = getattr(layer, "shared_mlp", None)
+        dense = _linears(f"{path}.shared_mlp", beside) if isinstance(beside, nn.Module) else {}
+        return _Parts(f"{path}.{name}", mixer, dense, block)
+    # Gemma 4 has experts and router on the layer, beside a dense MLP
+    own = layer if isinstance(getattr(layer, "experts", None), nn.Module) else None
+    return _Parts(path, mixer, _linears(f"{path}.{name}", block), own)
+
+
+def _one_of_them(path: str, mixer: Any) -> _Parts:
+    """A layer of Nemotron-H is one thing: attention, Mamba, a dense MLP or a MoE block."""
+    if hasattr(mixer, "experts"):
+        return _Parts(path, {}, {}, mixer)
+    linears = _linears(path, mixer)
+    return _Parts(path, {}, linears) if hasattr(mixer, "up_proj") else _Parts(path, linears, {})
 
 
 def _top_k(config: Any) -> int:
@@ -229,31 +276,30 @@ def describe(model: nn.Module) -> MoeModel:
     """
     config: Any = model.config
     check_supported(config)
+    config = config.get_text_config()
+    for name, what in _NOT_LAYERWISE.items():
+        if getattr(config, name, 0):
+            raise UnsupportedModelError(f"{type(model).__name__} with {name} is not supported yet: {what}")
     prefix, decoder = _decoder(model)
     moe: list[MoeLayer] = []
     attention: dict[str, nn.Linear] = {}
     dense: dict[str, nn.Linear] = {}
+    form: ExpertsForm | None = None
     for index, layer in enumerate(decoder.layers):
-        path = f"{prefix}.layers.{index}"
-        attention |= _mixer(path, layer)
-        found = _child(layer, _BLOCKS)
-        if found is None:
-            raise UnsupportedModelError(f"{path} is not supported yet: it has none of {', '.join(_BLOCKS)}")
-        name, block = found
-        if hasattr(block, "experts"):
-            moe.append(_moe_layer(index, f"{path}.{name}", block))
-            # Granite's shared expert stands beside the block, and reads what it reads
-            beside = getattr(layer, "shared_mlp", None)
-            dense |= _linears(f"{path}.shared_mlp", beside) if isinstance(beside, nn.Module) else {}
-        else:
-            dense |= _linears(f"{path}.{name}", block)
+        found = _parts(f"{prefix}.layers.{index}", layer)
+        attention |= found.mixer
+        dense |= found.dense
+        if found.block is not None:
+            if form is None or _shapes(found.block.experts) != _shapes(moe[0].experts):
+                form = experts_form(found.path, found.block.experts, config)
+            moe.append(_moe_layer(index, found.path, found.block, config, form))
     if not moe:
         raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer")
-    shapes = {tuple(cast(Tensor, m.experts.gate_up_proj).shape) for m in moe}
-    if len(shapes) > 1:
-        raise UnsupportedModelError(f"MoE layers of different shapes are not supported yet: {sorted(shapes)}")
-    count, double, hidden = shapes.pop()
+    forms = {layer.form for layer in moe}
+    if len(forms) > 1:
+        shapes = sorted((f.experts, f.rows, f.hidden) for f in forms)
+        raise UnsupportedModelError(f"MoE layers of different shapes are not supported yet: {shapes}")
     return MoeModel(
-        model, decoder, prefix, list(decoder.layers), moe, attention, dense, count,
-        _top_k(config.get_text_config()), hidden, double // 2,
+        model, decoder, prefix, list(decoder.layers), moe, attention, dense, form.experts, _top_k(config), form.hidden,
+        form.intermediate,
     )

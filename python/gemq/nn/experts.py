@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemq import format as fmt
+from gemq.activation import SILU, Activation, Between
 from gemq.nn.base import PackedModule
 from gemq.ops import (
     PackedStack,
@@ -50,6 +52,9 @@ class LowBitExperts(PackedModule):
     """Packed experts, called as ``experts(hidden [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]``.
 
     ``bits`` are the experts' widths, ``down_bits`` those of their down projections where they are others.
+    ``activation`` stands between the products. A ``biased`` module has parameters ``{projection}_bias [E, rows]``, in
+    ``dtype``, named and ordered as the family's are: ``first`` is its name of ``gate_up_proj``, and the rows of gate
+    and up take turns if ``interleaved``. A bias counts where its projection has bits.
 
     The state dict always holds the canonical layout: ``{gate_up,down}_codes`` (uint8) and ``_meta``
     (float16), flat, expert after expert. :meth:`prepare` must run once after the buffers are filled: it moves
@@ -58,12 +63,15 @@ class LowBitExperts(PackedModule):
 
     def __init__(
         self, hidden: int, intermediate: int, bits: list[int], group_size: int = 128,
-        device: torch.device | str | None = None, down_bits: list[int] | None = None,
+        device: torch.device | str | None = None, down_bits: list[int] | None = None, *,
+        activation: Activation = SILU, biased: bool = False, interleaved: bool = False, first: str = PROJECTIONS[0],
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if down_bits is not None and len(down_bits) != len(bits):
             raise ValueError(f"down_bits must be of {len(bits)} experts, as bits, got {len(down_bits)}")
         self.hidden, self.intermediate = hidden, intermediate
+        self.activation, self.interleaved, self._first = activation, interleaved, first
         self.num_experts = len(bits)
         self.bits = {"gate_up_proj": list(bits), "down_proj": list(bits if down_bits is None else down_bits)}
         self.group_sizes = {
@@ -77,6 +85,23 @@ class LowBitExperts(PackedModule):
             meta = torch.zeros(plan.meta_elements, dtype=torch.float16, device=device)
             self.register_buffer(stored_name(name, "codes"), codes)
             self.register_buffer(stored_name(name, "meta"), meta)
+            if biased:
+                rows = torch.zeros(self.num_experts, self.shape(name)[0], dtype=dtype, device=device)
+                self.register_parameter(self.bias_name(name), nn.Parameter(rows, requires_grad=False))
+
+    def bias_name(self, name: str) -> str:
+        """The parameter that holds the bias of a projection, if there is one."""
+        return f"{self._first if name == PROJECTIONS[0] else name}_bias"
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias float32 ``[E, rows]`` of a projection, gate first; None without."""
+        value = getattr(self, self.bias_name(name), None)
+        if value is None:
+            return None
+        value = value.detach().float()
+        if self.interleaved and name == PROJECTIONS[0]:
+            value = value.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return value.contiguous()
 
     def stored(self, name: str) -> tuple[Tensor, Tensor]:
         """The flat ``(codes, meta)`` of a projection, in the current layout."""
@@ -85,18 +110,20 @@ class LowBitExperts(PackedModule):
     def shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one expert's projection."""
         if name == "gate_up_proj":
-            return 2 * self.intermediate, self.hidden
+            return self.activation.rows(self.intermediate), self.hidden
         return self.hidden, self.intermediate
 
     @classmethod
     def from_stacks(
-        cls, gate_up: QuantizedStack, down: QuantizedStack, hidden: int, intermediate: int, group_size: int
+        cls, gate_up: QuantizedStack, down: QuantizedStack, hidden: int, intermediate: int, group_size: int,
+        **options: Any,
     ) -> LowBitExperts:
-        """Pack quantized projections (see :class:`QuantizedStack`), whose widths may differ.
+        """Pack quantized projections (see :class:`QuantizedStack`), whose widths may differ; ``options`` as the class
+        has them.
 
         Raises ``ValueError`` if they are of different numbers of experts, or for codes or metadata of another shape.
         """
-        module = cls(hidden, intermediate, gate_up.bits, group_size, down_bits=down.bits)
+        module = cls(hidden, intermediate, gate_up.bits, group_size, down_bits=down.bits, **options)
         for name, stack in (("gate_up_proj", gate_up), ("down_proj", down)):
             codes, meta = pack_experts(
                 stack.codes, stack.meta, stack.bits, *module.shape(name), module.group_sizes[name]
@@ -125,6 +152,7 @@ class LowBitExperts(PackedModule):
             tables = expert_tables(self.bits[name], *self.shape(name), self.group_sizes[name], layout, device)
             for label, table in zip(_TABLES, tables, strict=True):
                 self.register_buffer(f"_{name}_{label}", table, persistent=False)
+            self.register_buffer(f"_{name}_bias", self.bias(name), persistent=False)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -163,9 +191,14 @@ class LowBitExperts(PackedModule):
             out = self._direct(hidden_states, top_k_index, top_k_weights)
             if out is not None:
                 return out
+        between = self._between()
         return moe_lowbit_ffn(
-            hidden_states, self.stack("gate_up_proj"), self.stack("down_proj"), top_k_index, top_k_weights
+            hidden_states, self.stack("gate_up_proj"), self.stack("down_proj"), top_k_index, top_k_weights,
+            activation=between.activation, gate_up_bias=between.gate_up_bias, down_bias=between.down_bias,
         )
+
+    def _between(self) -> Between:
+        return Between(self.activation, self._gate_up_proj_bias, self._down_proj_bias)
 
     def _direct(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
         """Direct kernel call without the dispatcher; None if the op must validate the arguments."""
@@ -178,7 +211,7 @@ class LowBitExperts(PackedModule):
             return None
         return backends.moe_ffn(
             x.contiguous(), self._tensors("gate_up_proj"), self._tensors("down_proj"), ids, weights, self.intermediate,
-            self.group_sizes["gate_up_proj"], self.group_sizes["down_proj"], self.layout,
+            self.group_sizes["gate_up_proj"], self.group_sizes["down_proj"], self.layout, self._between(),
         )
 
     def extra_repr(self) -> str:

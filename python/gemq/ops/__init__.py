@@ -14,6 +14,7 @@ layout        backend                                devices
 Nothing falls back silently: a layout on a device that cannot serve it raises ``ValueError``.
 """
 
+from gemq.activation import Activation
 from gemq.ops.checks import set_debug
 from gemq.ops.cpu import cpu_activations, cpu_isa, set_cpu_activations, set_cpu_isa
 from gemq.ops.expert_buffers import expert_tables, layout_for, pack_experts, pack_stack, unpack_experts
@@ -23,6 +24,7 @@ from gemq.ops.packing import dequantize, pack, repack, unpack
 from gemq.ops.routing import topk_routing
 
 __all__ = [
+    "Activation",
     "PackedStack",
     "cpu_activations",
     "cpu_isa",

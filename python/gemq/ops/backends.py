@@ -6,12 +6,14 @@ Triton's takes the activations at float16's 11 significant bits, the CPU's as :f
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 from torch import Tensor
 
 from gemq import format as fmt
+from gemq.activation import PLAIN, Between
 from gemq.ops import checks, cpu
 from gemq.ops.packed_stack import Stack
 from gemq.ops.packing import dequantize, repack
@@ -51,26 +53,51 @@ def moe_gemm(
 
 def moe_ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int,
-    group_size: int, down_group_size: int, layout: str,
+    group_size: int, down_group_size: int, layout: str, between: Between = PLAIN,
 ) -> Tensor:
     """Forward of :func:`gemq.ops.moe_lowbit_ffn` on checked arguments; on the CPU it checks the offsets too."""
     if layout == "cpu_tile":
-        return cpu.moe_ffn(x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size)
+        return cpu.moe_ffn(
+            x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size, between
+        )
+    rows = between.activation.rows(intermediate)
     checks.expert_ids(topk_ids, gate_up[2].numel())
     if not x.is_cuda:
-        checks.expert_bounds("gate_up", gate_up, 2 * intermediate, x.shape[-1], group_size, layout)
+        checks.expert_bounds("gate_up", gate_up, rows, x.shape[-1], group_size, layout)
         checks.expert_bounds("down", down, x.shape[-1], intermediate, down_group_size, layout)
     if layout == "gpu_tile":
         from gemq.triton_kernels import moe_ffn as triton_moe_ffn
 
         return triton_moe_ffn(
             x, gate_up, down, topk_ids, topk_weights, intermediate=intermediate, group_size=group_size,
-            down_group_size=down_group_size,
+            down_group_size=down_group_size, between=_for_triton(between),
         )
-    hidden = _moe_gemm_dense(x.float(), gate_up, topk_ids, None, 2 * intermediate, group_size)
-    gate, up = hidden.chunk(2, dim=-1)
-    act = torch.nn.functional.silu(gate) * up
-    return _moe_gemm_dense(act, down, topk_ids, topk_weights, x.shape[-1], down_group_size).to(x.dtype)
+    hidden = _moe_gemm_dense(x.float(), gate_up, topk_ids, None, rows, group_size)
+    if between.gate_up_bias is not None:
+        hidden = hidden + bias_of(between.gate_up_bias, topk_ids, gate_up)
+    out = _moe_gemm_dense(between.activation(hidden), down, topk_ids, topk_weights, x.shape[-1], down_group_size)
+    if between.down_bias is not None:
+        out = out + torch.einsum("tkn,tk->tn", bias_of(between.down_bias, topk_ids, down), topk_weights.float())
+    return out.to(x.dtype)
+
+
+def _for_triton(between: Between):
+    from gemq.triton_kernels.activation import SILU, Gating, Inner
+
+    activation, gate_up_bias, down_bias = between
+    if between == PLAIN:
+        return SILU
+    how = activation.gating
+    gating = Gating(how.slope, how.cubic, 0.0 if how.limit == math.inf else how.limit, how.shift)
+    plain = not activation.gated or how == PLAIN.activation.gating
+    return Inner(activation, activation.gated, None if plain else gating, gate_up_bias, down_bias)
+
+
+def bias_of(bias: Tensor, topk_ids: Tensor, stack: Stack) -> Tensor:
+    """Rows ``[T, top_k, n]`` of a bias ``[E, n]``; zeros for ids out of range and experts without bits in ``stack``."""
+    bits, at = stack[2], topk_ids.long().clamp(0, len(bias) - 1)
+    counts = (topk_ids >= 0) & (topk_ids < len(bias)) & (bits[at] > 0)
+    return torch.where(counts[..., None], bias[at], 0.0)
 
 
 def dense_gemm(

@@ -13,7 +13,7 @@ setting    what is multiplied                 error of one activation
 
 ``int16`` is the default: it reaches the speed of memory like ``int8`` at most widths and costs no perplexity that can
 be measured, where ``int8`` cost up to 0.12% (docs/performance.md). The integer settings sum exactly inside a group. In
-a fused block the inner activations ``SiLU(gate) * up`` are rounded the same way. A group with a NaN or an infinity
+a fused block the inner activations are rounded the same way. A group with a NaN or an infinity
 gives NaN; one whose largest value is below ``2 ** -100`` counts as zero. The variant without integer dot products
 (``portable``) computes all settings as ``exact``. Sums over groups are float32, and the result is rounded once to the
 dtype of ``x``. No result depends on the number of threads, nor, with the integer settings, on the other tokens of a
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gemq._core import core
+from gemq.activation import PLAIN, Between
 from gemq.ops import checks
 from gemq.ops.packed_stack import Stack
 
@@ -107,18 +108,23 @@ def moe_gemm(
 
 def moe_ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, intermediate: int,
-    group_size: int, down_group_size: int,
+    group_size: int, down_group_size: int, between: Between = PLAIN,
 ) -> Tensor:
     """:func:`gemq.ops.moe_lowbit_ffn` on contiguous ``x``; ``ValueError`` for an expert outside the buffers."""
     checks.expert_ids(topk_ids, gate_up[2].numel())
     tokens, top_k = topk_ids.shape
     ids, scale = topk_ids.to(torch.int64).contiguous(), topk_weights.float().contiguous()
     out = torch.empty_like(x)
+    activation, gate_up_bias, down_bias = between
+    how = activation.gating
     core().moe_ffn_cpu(
         x=x.data_ptr(), gate_up=address(gate_up), down=address(down), num_experts=gate_up[2].numel(),
         topk_ids=ids.data_ptr(), topk_weights=scale.data_ptr(), out=out.data_ptr(), tokens=tokens, top_k=top_k,
         hidden=x.shape[-1], intermediate=intermediate, group_size=group_size, down_group_size=down_group_size,
         type=TYPES[x.dtype], precision=ACTIVATIONS.index(_setting), threads=torch.get_num_threads(),
+        gated=activation.gated, slope=how.slope, cubic=how.cubic, limit=how.limit, shift=how.shift,
+        gate_up_bias=0 if gate_up_bias is None else gate_up_bias.data_ptr(),
+        down_bias=0 if down_bias is None else down_bias.data_ptr(),
     )
     return out
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gemq import format as fmt
+from gemq.activation import SILU, Activation, Between, parse_activation
 from gemq.ops import backends, batching, checks, cpu
 from gemq.ops.packed_stack import PackedStack, Stack
 
@@ -65,11 +66,14 @@ def _moe_ffn(
     x: Tensor, gu_qweight: Tensor, gu_meta: Tensor, gu_bits: Tensor, gu_offsets: Tensor, gu_meta_offsets: Tensor,
     down_qweight: Tensor, down_meta: Tensor, down_bits: Tensor, down_offsets: Tensor, down_meta_offsets: Tensor,
     topk_ids: Tensor, topk_weights: Tensor, intermediate: int, group_size: int, down_group_size: int, layout: str,
+    activation: str = SILU.name, alpha: float = SILU.alpha, limit: float | None = None,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None,
 ) -> Tensor:
     gate_up = (gu_qweight, gu_meta, gu_bits, gu_offsets, gu_meta_offsets)
     down = (down_qweight, down_meta, down_bits, down_offsets, down_meta_offsets)
+    between = Between(Activation(activation, alpha, limit), gate_up_bias, down_bias)
     return backends.moe_ffn(
-        x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size, layout
+        x, gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size, layout, between
     )
 
 
@@ -79,28 +83,30 @@ def _(x, *args):
 
 
 def _save_ffn(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:13])
-    ctx.static = inputs[13:]
+    ctx.save_for_backward(*inputs[:13], *inputs[20:])
+    ctx.static = inputs[13:20]
 
 
 def _ffn_vjp(ctx, grad):
-    x, *stacks, topk_ids, topk_weights = ctx.saved_tensors
+    x, *stacks, topk_ids, topk_weights, gate_up_bias, down_bias = ctx.saved_tensors
     gate_up, down = stacks[:5], stacks[5:]
-    intermediate, group_size, down_group_size, layout = ctx.static
+    intermediate, group_size, down_group_size, layout, *activation = ctx.static
+    activation = Activation(*activation)
+    rows = activation.rows(intermediate)
     # float32 between the two products, as in the forward pass
-    hidden = _moe_gemm(x.float(), *gate_up, topk_ids, None, 2 * intermediate, group_size, layout)
-    gate, up = hidden.chunk(2, dim=-1)
-    act = torch.nn.functional.silu(gate) * up
+    hidden = _moe_gemm(x.float(), *gate_up, topk_ids, None, rows, group_size, layout)
+    hidden = hidden if gate_up_bias is None else hidden + backends.bias_of(gate_up_bias, topk_ids, gate_up)
+    act, grad = activation(hidden), grad.contiguous()
     grad_act, grad_weights = _moe_gemm_backward(
-        grad.contiguous(), act, *down, topk_ids, topk_weights, x.shape[-1], down_group_size, layout
+        grad, act, *down, topk_ids, topk_weights, x.shape[-1], down_group_size, layout
     )
-    sigmoid = torch.sigmoid(gate)
-    grad_gate = grad_act * up * sigmoid * (1 + gate * (1 - sigmoid))
-    grad_hidden = torch.cat([grad_gate, grad_act * gate * sigmoid], -1)
+    if down_bias is not None:
+        more = (grad[:, None].float() * backends.bias_of(down_bias, topk_ids, down)).sum(-1)
+        grad_weights = grad_weights + more.to(grad_weights.dtype)
     grad_x, _ = _moe_gemm_backward(
-        grad_hidden, x, *gate_up, topk_ids, None, 2 * intermediate, group_size, layout
+        activation.backward(hidden, grad_act), x, *gate_up, topk_ids, None, rows, group_size, layout
     )
-    return (grad_x, *(None,) * 11, grad_weights, None, None, None, None)
+    return (grad_x, *(None,) * 11, grad_weights, *(None,) * 9)
 
 
 _moe_ffn.register_autograd(_ffn_vjp, setup_context=_save_ffn)
@@ -261,15 +267,18 @@ def _gemm_of_tensors(
 
 
 def _block_of_stacks(
-    x: Tensor, gate_up: PackedStack, down: PackedStack, given: dict[str, int | str | None]
+    x: Tensor, gate_up: PackedStack, down: PackedStack, given: dict[str, int | str | None], activation: Activation
 ) -> tuple[Stack, Stack, int, int, int, str]:
     """``(gate_up, down, intermediate, group_size, down_group_size, layout)`` as the flat form has them."""
     for name, stack in (("gate_up", gate_up), ("down", down)):
         if not isinstance(stack, PackedStack):
             raise TypeError(f"{name} must be a PackedStack as the other stack is, got {type(stack).__name__}")
     _check_columns("x", x, "gate_up", gate_up.k)
-    if (gate_up.n, gate_up.k) != (2 * down.k, down.n):
-        raise ValueError(f"gate_up {gate_up.n} x {gate_up.k} and down {down.n} x {down.k} are of no one block")
+    if (gate_up.n, gate_up.k) != (activation.rows(down.k), down.n):
+        with_a = "" if activation.name == "silu" else f" with {activation.name} between them"
+        raise ValueError(
+            f"gate_up {gate_up.n} x {gate_up.k} and down {down.n} x {down.k} are of no one block{with_a}"
+        )
     if gate_up.layout != down.layout:
         raise ValueError(f"gate_up is in {gate_up.layout}, down in {down.layout}")
     held = {
@@ -282,9 +291,18 @@ def _block_of_stacks(
     return gate_up.tensors, down.tensors, down.k, gate_up.group_size, down.group_size, gate_up.layout
 
 
+def _check_bias(name: str, bias: Tensor | None, experts: int, rows: int, device: torch.device) -> None:
+    if bias is None:
+        return
+    checks.tensor(name, bias, dtype=torch.float32, dim=2, device=device)
+    if tuple(bias.shape) != (experts, rows):
+        raise ValueError(f"{name} must be {[experts, rows]}, got {list(bias.shape)}")
+
+
 @overload
 def moe_lowbit_ffn(
-    x: Tensor, gate_up: PackedStack, down: PackedStack, topk_ids: Tensor, topk_weights: Tensor
+    x: Tensor, gate_up: PackedStack, down: PackedStack, topk_ids: Tensor, topk_weights: Tensor, *,
+    activation: Activation | str = "silu", gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -292,24 +310,29 @@ def moe_lowbit_ffn(
 def moe_lowbit_ffn(
     x: Tensor, gate_up: Stack, down: Stack, topk_ids: Tensor, topk_weights: Tensor, *, intermediate: int,
     group_size: int = 128, down_group_size: int | None = None, layout: str = "canonical",
+    activation: Activation | str = "silu", gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None,
 ) -> Tensor: ...
 
 
 def moe_lowbit_ffn(
-    x, gate_up, down, topk_ids, topk_weights, *, intermediate=None, group_size=None, down_group_size=None, layout=None
+    x, gate_up, down, topk_ids, topk_weights, *, intermediate=None, group_size=None, down_group_size=None, layout=None,
+    activation="silu", gate_up_bias=None, down_bias=None,
 ):
-    """The whole expert block: ``sum_j w_j * down_j(SiLU(gate_j(x)) * up_j(x))``.
+    """The whole expert block: ``sum_j w_j * down_j(SiLU(gate_j(x)) * up_j(x))``, or with another activation.
 
     Args:
         x: ``[T, hidden]``; float32, float16 or bfloat16.
-        gate_up: a :class:`PackedStack`, each expert ``2 * intermediate`` x ``hidden`` with the gate rows first; or its
-            five tensors ``(qweight, meta, expert_bits, expert_offsets, meta_offsets)``.
+        gate_up: a :class:`PackedStack`, each expert ``2 * intermediate`` x ``hidden`` with the gate rows first
+            (``intermediate`` rows with an activation that has no gate); or its five tensors ``(qweight, meta, expert_bits, expert_offsets, meta_offsets)``.
         down: the same for ``hidden`` x ``intermediate``.
         topk_ids: int32 or int64 ``[T, top_k]``; ids below 0 or at least ``E`` contribute zero.
         topk_weights: ``[T, top_k]``.
         intermediate: the experts' inner width; like what follows, for stacks given as five tensors.
         group_size: of ``gate_up`` (default 128); ``down_group_size`` (default the same) of ``down``.
         layout: of both stacks (default ``canonical``).
+        activation: between the products, a name or an :class:`Activation` (:mod:`gemq.activation`).
+        gate_up_bias: float32 ``[E, rows of gate_up]``, or None; where an expert has no bits, its bias counts as zero.
+        down_bias: float32 ``[E, hidden]``, or None.
 
     Returns:
         ``[T, hidden]`` in the dtype of ``x``. Differentiable with respect to ``x`` and ``topk_weights``.
@@ -318,6 +341,7 @@ def moe_lowbit_ffn(
         TypeError, ValueError: a dtype, shape, device, stride, layout or group size out of the above.
     """
     checks.tensor("x", x, dtype=checks.FLOATS, dim=2, contiguous=False)
+    activation = parse_activation(activation)
     if topk_weights is None:
         raise TypeError("topk_weights must be a tensor, got None")
     _check_routing(x, topk_ids, topk_weights)
@@ -325,23 +349,30 @@ def moe_lowbit_ffn(
         given = {
             "intermediate": intermediate, "group_size": group_size, "down_group_size": down_group_size, "layout": layout
         }
-        gate_up, down, intermediate, group_size, down_group_size, layout = _block_of_stacks(x, gate_up, down, given)
+        gate_up, down, intermediate, group_size, down_group_size, layout = _block_of_stacks(
+            x, gate_up, down, given, activation
+        )
     else:
         if intermediate is None:
             raise TypeError("moe_lowbit_ffn() needs intermediate with stacks of five tensors")
         group_size, layout = group_size or 128, layout or "canonical"
     down_group_size = down_group_size or group_size
-    _check_stack("gate_up", gate_up, 2 * intermediate, x.shape[-1], group_size, layout, x.device)
+    rows = activation.rows(intermediate)
+    _check_stack("gate_up", gate_up, rows, x.shape[-1], group_size, layout, x.device)
     _check_stack("down", down, x.shape[-1], intermediate, down_group_size, layout, x.device)
     if gate_up[2].numel() != down[2].numel():
         raise ValueError(f"gate_up has {gate_up[2].numel()} experts, down {down[2].numel()}")
+    _check_bias("gate_up_bias", gate_up_bias, gate_up[2].numel(), rows, x.device)
+    _check_bias("down_bias", down_bias, down[2].numel(), x.shape[-1], x.device)
     if layout == "cpu_tile" and checks.unwatched(x, topk_ids, topk_weights):
         return cpu.moe_ffn(
-            x.contiguous(), gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size
+            x.contiguous(), gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size,
+            Between(activation, gate_up_bias, down_bias),
         )
     checks.no_tangent(x, topk_weights)
     return _moe_ffn(
-        x.contiguous(), *gate_up, *down, topk_ids, topk_weights, intermediate, group_size, down_group_size, layout
+        x.contiguous(), *gate_up, *down, topk_ids, topk_weights, intermediate, group_size, down_group_size, layout,
+        activation.name, activation.alpha, activation.limit, gate_up_bias, down_bias,
     )
 
 

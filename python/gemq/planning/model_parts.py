@@ -34,7 +34,8 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """Sizes of a model, in elements. ``outside`` are the parameters of embeddings, head and last norm."""
+    """Sizes of a model, in elements. ``outside`` are the parameters of embeddings, head and last norm, ``expert`` those
+    of one routed expert."""
 
     parameters: int
     outside: int
@@ -44,16 +45,12 @@ class ModelParts:
     experts: int
     top_k: int
     vocabulary: int
+    expert: int
 
     @property
     def moe_layers(self) -> int:
         """Decoder layers with routed experts."""
         return sum(layer.routed for layer in self.layers)
-
-    @property
-    def expert(self) -> int:
-        """Parameters of one routed expert."""
-        return 3 * self.hidden * self.intermediate
 
     @property
     def largest_layer(self) -> int:
@@ -99,7 +96,8 @@ def count_parts(moe: MoeModel) -> ModelParts:
     model: Any = moe.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return ModelParts(
-        parameters, outside, layers, moe.hidden, moe.intermediate, moe.num_experts, moe.top_k, vocabulary
+        parameters, outside, layers, moe.hidden, moe.intermediate, moe.num_experts, moe.top_k, vocabulary,
+        moe.expert_parameters,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemq.activation import SILU, Activation
 from gemq.format import codes_bytes, meta_elements
 from gemq.reference.bits import dequantize
 from gemq.reference.tiles import from_layout
@@ -68,17 +69,24 @@ def moe_lowbit_ffn(
     down: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     topk_ids: Tensor, topk_weights: Tensor, *, intermediate: int, group_size: int = 128,
     down_group_size: int | None = None, layout: str = "canonical", compute_dtype: torch.dtype = torch.float32,
+    activation: Activation = SILU, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None,
 ) -> Tensor:
-    """The whole expert block: gate and up, SiLU(gate) * up, down, weighted sum. ``[T, k] -> [T, k]``.
+    """The whole expert block: gate and up, activation, down, weighted sum. ``[T, k] -> [T, k]``.
 
     ``gate_up`` and ``down`` are ``(qweight, meta, expert_bits, expert_offsets, meta_offsets)``; the rows of
     ``gate_up`` are the ``intermediate`` gate rows, then the up rows.
     """
     hidden = moe_lowbit_gemm(
-        x, *gate_up, topk_ids, n=2 * intermediate, group_size=group_size, layout=layout, compute_dtype=compute_dtype
+        x, *gate_up, topk_ids, n=activation.rows(intermediate), group_size=group_size, layout=layout,
+        compute_dtype=compute_dtype,
     )
-    gate, up = hidden.chunk(2, dim=-1)
-    return moe_lowbit_gemm(
-        torch.nn.functional.silu(gate) * up, *down, topk_ids, topk_weights, n=x.shape[-1],
+    for e in gate_up[2].nonzero().flatten().tolist() if gate_up_bias is not None else ():
+        hidden[topk_ids == e] += gate_up_bias[e].to(compute_dtype)
+    out = moe_lowbit_gemm(
+        activation(hidden), *down, topk_ids, topk_weights, n=x.shape[-1],
         group_size=down_group_size or group_size, layout=layout, compute_dtype=compute_dtype,
     )
+    for e in down[2].nonzero().flatten().tolist() if down_bias is not None else ():
+        scale = torch.where(topk_ids == e, topk_weights.to(compute_dtype), 0).sum(1)
+        out += scale[:, None] * down_bias[e].to(compute_dtype)
+    return out
