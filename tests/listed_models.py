@@ -41,7 +41,7 @@ LISTED: dict[str, tuple[str, dict[str, Any]]] = {
     "flint": ("FlintForCausalLM", {}),
     "gemma4_text": ("Gemma4ForCausalLM", {
         "enable_moe_block": True, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 0,
-        "num_global_key_value_heads": 2, "global_head_dim": 32, "final_logit_softcapping": None,
+        "num_global_key_value_heads": 2, "global_head_dim": 64, "final_logit_softcapping": None,
     }),
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", _LATENT),
     "gpt_oss": ("GptOssForCausalLM", {}),
@@ -62,6 +62,9 @@ LISTED: dict[str, tuple[str, dict[str, Any]]] = {
     "kolibri1": ("Kolibri1ForCausalLM", {}),
     "laguna": ("LagunaForCausalLM", {"moe_routed_scaling_factor": 2.5}),
     "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "conv", "full_attention"], "num_dense_layers": 1}),
+    "mistral4": ("Mistral4ForCausalLM", _LATENT),
+    "minimax_m3_vl_text": ("MiniMaxM3VLForCausalLM", {}),
+    "aria_text": ("AriaTextForCausalLM", {}),
     "mellum": ("MellumForCausalLM", {}),
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", {}),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
@@ -78,6 +81,21 @@ LISTED: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "solar_open": ("SolarOpenForCausalLM", {}),
 }
+# wrappers by type: class of the whole, type of the text model in LISTED or fields of its own
+_VISION = {
+    "hidden_size": 32, "embed_dim": 32, "depth": 1, "num_hidden_layers": 1, "num_heads": 2, "num_attention_heads": 2,
+    "intermediate_size": 64, "out_hidden_size": 64, "image_size": 28, "patch_size": 14, "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0], "encoder_layers": 1, "d_model": 32, "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32, "output_dim": 64,
+}
+WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": ("Gemma4ForConditionalGeneration", LISTED["gemma4_text"][1]),
+    "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", {}),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", _MIXED),
+    "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinkerForConditionalGeneration", {}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {}),
+    "qwen4_exp": ("Qwen4ExpForConditionalGeneration", LISTED["qwen4_exp_text"][1]),
+}
 _ROUTERS = ("gate.weight", "router.weight", "wg.weight", "router.layer.weight", "conv1d.weight")
 
 
@@ -86,13 +104,32 @@ def _fields(config_class: type) -> set[str]:
     return named | set(inspect.signature(config_class.__init__).parameters)
 
 
+def _sized(config_class: Any, values: dict[str, Any], own: dict[str, Any]) -> Any:
+    known = _fields(config_class) | own.keys()
+    return config_class(**{field: value for field, value in values.items() if field in known})
+
+
+def _wrapper(config_class: Any, own: dict[str, Any]) -> Any:
+    """A wrapper's config, with one layer in each of its towers."""
+    parts: dict[str, Any] = {}
+    for name, kind in config_class.sub_configs.items():
+        if "text" in name:
+            parts[name] = _sized(kind, _SIZES | own, own).to_dict()
+        elif kind.__name__ != "AutoConfig":
+            known = _fields(kind)
+            parts[name] = {field: value for field, value in _VISION.items() if field in known}
+    config = config_class(**parts)
+    if not hasattr(config, "vision_start_token_id"):
+        config.vision_start_token_id = 3  # Qwen3-Omni's forward asks for it, its config class does not name it
+    return config
+
+
 def listed_model(kind: str, seed: int = 0) -> nn.Module:
     """A model of two to four layers of 4 experts, in float32, whose routers decide clearly."""
     torch.manual_seed(seed)
-    name, own = LISTED[kind]
+    name, own = (LISTED | WRAPPED)[kind]
     config_class = CONFIG_MAPPING[kind]
-    known = _fields(config_class)
-    config = config_class(**{field: value for field, value in _SIZES.items() if field in known} | own)
+    config = _wrapper(config_class, own) if kind in WRAPPED else _sized(config_class, _SIZES | own, own)
     model = getattr(transformers, name)(config)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -163,7 +163,7 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="down_bias"):
         moe_lowbit_ffn(x, *stacks, ids, weights, down_bias=biases["down_bias"].half())
     for wrong in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="activation.limit must be positive"):
+        with pytest.raises(ValueError, match=r"activation\.limit must be positive"):
             Activation(limit=wrong)
     with pytest.raises(ValueError, match="gelu_tanh takes no limit"):
         Activation("gelu_tanh", limit=3.0)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from listed_models import LISTED, listed_model
+from listed_models import LISTED, WRAPPED, listed_model
 from safetensors.torch import load_file
 from test_engine import modules_of, packed_bytes_of, streamed
 from test_importance import RTN, perturbed
 from tiny_models import random_windows, slow_but
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 import gemq
 from gemq.algorithms.layerwise import expert_hidden
@@ -26,12 +26,13 @@ from gemq.engine.source import ResidentSource
 from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
 from gemq.models import describe
+from gemq.models.auto import auto_class
 from gemq.nn.experts import PROJECTIONS
 from gemq.reference.importance import expert_calls, expert_cost
 
 # of each kind of attention, block and router one on every run; the others are slow
-QUICK = ("deepseek_v32", "glm4_moe_lite", "granitemoehybrid", "laguna")
-EVERY = slow_but(LISTED, QUICK)
+QUICK = ("deepseek_v32", "gemma4", "gpt_oss", "granitemoehybrid", "laguna", "nemotron_h", "qwen3_5_moe")
+EVERY = slow_but(LISTED | WRAPPED, QUICK)
 # linears that stay as they are: the head, gates, rows that set how a state decays, an indexer's weights, and those
 # outside mixers and MLPs (AXK2's fc1 and fc2; Qwen4's mixing of residual streams)
 KEPT = {"lm_head", "shared_expert_gate", "in_proj_a", "in_proj_b", "b_proj", "x_proj", "dt_proj", "weights_proj", "fc1",
@@ -40,7 +41,7 @@ METHOD = MethodConfig(budgets=(2.0,), perturbation="rtn", per_layer="none", batc
 WINDOWS = random_windows(5, 16)
 
 
-@pytest.mark.parametrize("kind", LISTED)
+@pytest.mark.parametrize("kind", LISTED | WRAPPED)
 def test_parts_are_found(kind: str) -> None:
     model = listed_model(kind)
     moe = describe(model)
@@ -49,7 +50,8 @@ def test_parts_are_found(kind: str) -> None:
         assert model.get_submodule(layer.router_path) is layer.router and layer.router.weight.shape == (4, 64)
     for path, linear in moe.linears().items():
         assert model.get_submodule(path) is linear
-    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {path for path, module in moe.decoder.named_modules(prefix=moe.decoder_path)
+               if isinstance(module, nn.Linear)}
     kept = {path.rpartition(".")[2] for path in linears - set(moe.linears()) - {m.router_path for m in moe.moe}}
     assert kept <= KEPT
 
@@ -112,11 +114,15 @@ def hub_folder(kind: str, path: Path) -> Path:
     return path
 
 
+def loaded_by_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_from_disk_and_from_memory_the_same_bytes(kind: str, tmp_path: Path) -> None:
     folder = hub_folder(kind, tmp_path / "model")
     ((one, modules),) = streamed(folder, tmp_path / "run", METHOD)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole = loaded_by_transformers(folder).eval()
     (other,) = quantize_progressively(ResidentSource(whole), WINDOWS, METHOD)
     assert packed_bytes_of([(one, modules)]) == packed_bytes_of([(other, modules_of(other))])
     assert all(map(torch.equal, one.routers.values(), other.routers.values()))
@@ -140,7 +146,7 @@ def test_a_checkpoint_holds_the_names_of_its_source(made) -> None:
     plain = {name for name in packed if not name.endswith(("_codes", "_meta"))}
     assert plain <= source.keys() and any(name.endswith("_codes") for name in packed)
     # float32 is what transformers keeps so, whatever the files hold
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    loaded = loaded_by_transformers(folder, torch.bfloat16)
     kept = sum(tensor.dtype == torch.float32 for tensor in loaded.state_dict().values())
     # a module may make its own weight float32 (Hunyuan's router), which files need not
     assert kept or not any(packed[name].dtype == torch.float32 for name in plain)
@@ -155,7 +161,7 @@ def test_loaded_it_computes_what_its_dequantized_twin_does(made) -> None:
     with torch.no_grad():
         a, b = (model(input_ids=ids, use_cache=False).logits for model in (packed, plain))
     assert float((a - b).norm() / b.norm()) < 1e-5
-    auto = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    auto = loaded_by_transformers(out)
     with torch.no_grad():
         assert torch.equal(auto(input_ids=ids, use_cache=False).logits, a)
 
@@ -196,24 +202,12 @@ def tensors(layer: object) -> list[torch.Tensor]:
     return found
 
 
-def test_a_wrapper_gives_its_text_model(tmp_path: Path, tokenizer, text_file, caplog) -> None:
-    """Qwen3.5 is published with a vision tower: the same bytes as of its text model alone, and a warning."""
-    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
-
-    text = listed_model("qwen3_5_moe_text").to(torch.bfloat16)
-    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64,
-              "num_position_embeddings": 16}
-    whole = Qwen3_5MoeForConditionalGeneration(
-        Qwen3_5MoeConfig(text_config=text.config.to_dict(), vision_config=vision, tie_word_embeddings=False)
-    ).to(torch.bfloat16)
-    whole.model.language_model.load_state_dict(text.model.state_dict())
-    whole.lm_head.load_state_dict(text.lm_head.state_dict())
-    for name, model in (("text", text), ("whole", whole)):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        gemq.quantize(str(tmp_path / name), str(tmp_path / f"{name}-out"), bits=2.0, calibration=str(text_file),
-                      samples=4, length=12, recipe="fast", device="cpu")
-    made = [(tmp_path / f"{name}-out" / "model.safetensors").read_bytes() for name in ("text", "whole")]
-    assert made[0] == made[1]
-    assert "are not part of the model and are left out: model.visual." in caplog.text
-    assert type(gemq.from_pretrained(tmp_path / "whole-out")).__name__ == "Qwen3_5MoeForCausalLM"
+def test_the_towers_of_a_wrapper_travel(made) -> None:
+    """Vision and audio towers are written back as they are, and the folder loads as the source's class."""
+    kind, folder, out = made
+    if kind not in WRAPPED:
+        pytest.skip("a text model")
+    source, packed = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    towers = [name for name in source if any(part in name for part in ("visual", "vision", "audio"))]
+    assert towers and all(torch.equal(source[name], packed[name]) for name in towers)
+    assert type(gemq.from_pretrained(out)).__name__ == WRAPPED[kind][0]

@@ -155,7 +155,8 @@ def _fused_ffn(
     gate_up_kernel[(blocks.count, intermediate // (ROWS * tiles))](
         act.x, act.groups, qweight.view(torch.int32), meta.view(torch.int32), bits, offsets, meta_offsets,
         blocks.expert, blocks.pairs, inner.x, inner.groups, down[2], experts, tokens, top_k, intermediate, hidden,
-        act.x.shape[-1], inner.x.shape[-1], HOW=_how(hidden, group_size, first, mode, tiles, 1 + between.gated, 1, mode == SCALED),
+        act.x.shape[-1], inner.x.shape[-1],
+        HOW=_how(hidden, group_size, first, mode, tiles, 1 + between.gated, 1, mode == SCALED),
         ACT_KWS=all_words_along_k(intermediate), ACT_GROUP=down_group_size, bias_ptr=between.gate_up_bias,
         GATING=between.gating, **_options(first),
     )

@@ -107,7 +107,7 @@ def combine_kernel(
         if (expert >= 0) & (expert < experts):
             weight = tl.load(weights_ptr + pair).to(tl.float32)
             value = tl.load(partial_ptr + pair * n + at, at < n, other=0.0)
-            if bias_ptr is not None:
+            if bias_ptr is not None:  # noqa: SIM102 the outer condition is decided when compiling
                 if tl.load(bits_ptr + expert) > 0:
                     value += tl.load(bias_ptr + expert.to(tl.int64) * n + at, at < n, other=0.0)
             acc += value * weight

@@ -109,9 +109,9 @@ _USE = """
 
 ```python
 import gemq
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({python})
+model = gemq.from_pretrained({python})
 tokenizer = AutoTokenizer.from_pretrained({python})
 ids = tokenizer("It was a dark night", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))

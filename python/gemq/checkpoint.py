@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from huggingface_hub import save_torch_state_dict
 
 from gemq import durable
@@ -24,6 +23,7 @@ from gemq.hf import attach
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.integrity import verify as verify_files
 from gemq.model_config import generation_config, model_config
+from gemq.models.auto import auto_class
 from gemq.output_folder import check_output
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import stored_state
@@ -104,7 +104,7 @@ def from_pretrained(
         dtype: of activations and unquantized tensors; "auto" takes the checkpoint's.
         device: where to put the model, for instance "cuda"; None leaves it on the CPU.
         verify: first compare every file with the SHA-256 sums of the manifest, as :func:`gemq.verify` does.
-        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``. No code of the checkpoint is run unless
+        kwargs: passed on to transformers' ``from_pretrained``. No code of the checkpoint is run unless
             ``trust_remote_code=True`` is among them.
 
     Raises :class:`CheckpointError` for a checkpoint that is truncated, inconsistent, newer than this version or
@@ -116,10 +116,10 @@ def from_pretrained(
     load_packed_config(folder)
     weight_files(folder)
     trusted = kwargs.pop("trust_remote_code", False)
-    model_config(str(folder), trusted)
+    config = model_config(str(folder), trusted)
     generation_config(folder)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             folder, dtype=dtype, trust_remote_code=trusted, **kwargs
         )
     except (GemqError, MemoryError, torch.OutOfMemoryError):

@@ -19,6 +19,7 @@ from gemq.models import describe, empty_twin, packed_modules, prepare, replace_w
 from gemq.nn import LowBitLinear
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
+from gemq.tensor_files import DTYPES
 
 _FLOATS = ("F32", "F16", "BF16")
 # a number of layers above this is believed only if there are as many tensors
@@ -73,6 +74,9 @@ class GemqQuantizer(HfQuantizer):
         packed = self.quantization_config.packed
         modules = packed_skeleton(describe(model), packed.widths, packed.group_size, "meta")
         replace_with_packed(model, modules)
+        for path in modules:
+            # a family may initialise its experts from the block around them, which has none now
+            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
         if files:
             check_files(model, files)
 
@@ -136,7 +140,7 @@ def _refuse_tensor_parallelism(distributed: Any) -> None:
 
 
 def _check_layers(config: Any) -> None:
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(layers, int) or layers <= _MANY_LAYERS or not Path(config.name_or_path).is_dir():
         return
     tensors = sum(len(read_header(file)) for file in weight_files(config.name_or_path))
@@ -179,7 +183,8 @@ def _misfit(name: str, expected: torch.Tensor, found: TensorEntry) -> list[str]:
     if found.shape != list(expected.shape):
         return [f"{name} has shape {found.shape}, expected {list(expected.shape)}"]
     exact = {"_codes": ("U8",), "_meta": ("F16",)}
-    allowed = next((v for k, v in exact.items() if name.endswith(k)), _FLOATS)
+    plain = _FLOATS if expected.is_floating_point() else tuple(k for k, v in DTYPES.items() if v == expected.dtype)
+    allowed = next((v for k, v in exact.items() if name.endswith(k)), plain)
     return [] if found.dtype in allowed else [f"{name} is {found.dtype}, expected {' or '.join(allowed)}"]
 
 

@@ -13,6 +13,7 @@ from gemq.checkpoint import from_pretrained
 from gemq.errors import CheckpointError, first_line
 from gemq.integrity import read_json
 from gemq.model_config import check_sizes, config_file, generation_config, model_config
+from gemq.models.auto import auto_class
 from gemq.models.families import SUPPORTED, check_supported
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def checked_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
     """Return the transformers config of any model. The sizes of a supported family are checked. Raises
     :class:`CheckpointError`."""
     config = model_config(path, trust_remote_code)
-    if getattr(config, "model_type", None) in SUPPORTED:
+    if getattr(config.get_text_config(), "model_type", None) in SUPPORTED:
         check_sizes(config, config_file(path))
     return config
 
@@ -82,12 +83,11 @@ _INSTEAD = {
     "gemq": "it is a gemq checkpoint: its full-precision model is needed",
     "gptq": "gemq import-gptq reads it",
     "fp8": "its fp8 weights must be converted to bfloat16 first, each multiplied by its weight_scale_inv",
-    "mxfp4": "its MXFP4 experts must be dequantized to bfloat16 first",
 }
 
 
 def check_unquantized(path: str, config: PreTrainedConfig) -> None:
-    """Raise :class:`CheckpointError`, with a remedy, for a config of quantized weights."""
+    """Raise :class:`CheckpointError`, with a remedy, for a config of quantized weights, but for those in MXFP4."""
     found = getattr(config, "quantization_config", None)
     if not found:
         # an empty one says nothing
@@ -96,20 +96,28 @@ def check_unquantized(path: str, config: PreTrainedConfig) -> None:
         return
     stored = found if isinstance(found, dict) else found.to_dict()
     method: Any = stored.get("quant_method")
+    if method == "mxfp4":
+        # read as bfloat16, which holds its values exactly
+        del config.quantization_config
+        return
     instead = _INSTEAD.get(method, "gemq reads weights in float32, float16 and bfloat16")
     raise CheckpointError(f"{path!r} is quantized already, by {method!r}; give the full-precision model ({instead})")
 
 
 def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """A full-precision model of a supported family, checked by its config before any weight is read."""
-    from transformers import AutoModelForCausalLM
+    from transformers import Mxfp4Config
 
     config = check_model(path, trust_remote_code)
+    stored, more = model_config(path, trust_remote_code), {}
+    if getattr(stored, "quantization_config", None):
+        # MXFP4, or check_model had refused it
+        config, more = stored, {"quantization_config": Mxfp4Config(dequantize=True)}
     if Path(path).is_dir():
         generation_config(Path(path))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code
+        model = auto_class(config).from_pretrained(
+            path, config=config, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code, **more
         )
     except MemoryError:
         raise

@@ -20,6 +20,7 @@ from torch import nn
 from gemq.errors import CheckpointError, GemqError, first_line
 from gemq.folders import is_hub_name
 from gemq.integrity import read_json
+from gemq.models.config_fields import field
 
 # more than any published model's, and few enough that a skeleton of them takes seconds
 MAX_LAYERS = 1024
@@ -53,25 +54,9 @@ def model_config(path: str, trust_remote_code: bool = False) -> Any:
     file = config_file(path)
     check_stored(read_json(file, _MOST_BYTES), file)
     try:
-        return text_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _refusal(path, file, error) from error
-
-
-# wrappers of a text and a vision model, whose text model transformers loads from the same folder
-_WRAPPERS = {"qwen3_5_moe": "qwen3_5_moe_text"}
-
-
-def text_config(config: Any) -> Any:
-    """The config of a wrapper's text model; a text model's own config as it is."""
-    text = config.get_text_config()
-    if _WRAPPERS.get(getattr(config, "model_type", "")) == getattr(text, "model_type", None) and text is not config:
-        text.name_or_path, text.tie_word_embeddings = config.name_or_path, config.tie_word_embeddings
-        for name in ("quantization_config", "dtype"):
-            if getattr(config, name, None) is not None:
-                setattr(text, name, getattr(config, name))
-        return text
-    return config
 
 
 def alone_config(file: Path) -> Any:
@@ -86,7 +71,7 @@ def alone_config(file: Path) -> Any:
     if "model_type" not in data:
         raise CheckpointError(f"{file} is no model config: it has no model_type")
     try:
-        return text_config(AutoConfig.for_model(data.pop("model_type"), **data))
+        return AutoConfig.for_model(data.pop("model_type"), **data)
     except Exception as error:
         raise _refusal(str(file), file, error) from error
 
@@ -125,11 +110,11 @@ def skeleton(config: Any, trust_remote_code: bool = False, **options: Any) -> nn
 
     The config is copied. Raises :class:`CheckpointError` for fields that make no model.
     """
-    from transformers import AutoModelForCausalLM
+    from gemq.models.auto import auto_class
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(config).from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code, **options
             )
     except (GemqError, MemoryError):
@@ -228,18 +213,19 @@ def check_sizes(config: Any, where: Path | str) -> None:
 
     Raises :class:`CheckpointError` naming the field, what it is and what is allowed.
     """
+    config = config.get_text_config()
     for name in _RANGES:
-        value = getattr(config, name, None)
+        value = field(config, name)
         if value is not None:
             _check_range(where, name, value)
-    if getattr(config, "sliding_window", None) == 0 and not hasattr(config, "use_sliding_window"):
+    if field(config, "sliding_window") == 0 and not hasattr(config, "use_sliding_window"):
         # where another field switches the window, 0 is none
         _refuse(where, "sliding_window", "null, or a whole number of at least 1", 0)
     for name in ("rms_norm_eps", "routed_scaling_factor", "initializer_range"):
-        value = getattr(config, name, None)
+        value = field(config, name)
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):
             _refuse(where, name, "a finite number of at least 0", value)
-    dtype = getattr(config, "dtype", None)
+    dtype = field(config, "dtype")
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and named not in COMPUTING:
         _refuse(where, "dtype", "one floating-point type", dtype)
@@ -247,10 +233,10 @@ def check_sizes(config: Any, where: Path | str) -> None:
     _check_experts(config, where)
     _check_activation(config, where)
     _check_rotary(config, where)
-    types = getattr(config, "layer_types", None)
+    types = field(config, "layer_types")
     if types is not None and len(types) != config.num_hidden_layers:
         _refuse(where, "layer_types", f"a list of num_hidden_layers = {config.num_hidden_layers} names", types)
-    dense = getattr(config, "mlp_only_layers", None)
+    dense = field(config, "mlp_only_layers")
     if dense is not None and not (isinstance(dense, (list, tuple)) and all(type(n) is int for n in dense)):
         _refuse(where, "mlp_only_layers", "a list of layer numbers", dense)
 
@@ -258,30 +244,31 @@ def check_sizes(config: Any, where: Path | str) -> None:
 def check_layers(config: Any, tensors: int, where: Path | str) -> None:
     """Raise :class:`CheckpointError` for a config with more decoder layers than weight files hold ``tensors``: a
     skeleton of many layers takes long."""
+    config = config.get_text_config()
     if config.num_hidden_layers > tensors:
         raise CheckpointError(f"{where}: config.json says {config.num_hidden_layers} layers, but the weight files hold "
                               f"{tensors} tensors")
 
 
 def _check_heads(config: Any, where: Path | str) -> None:
-    heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    heads, groups = field(config, "num_attention_heads"), field(config, "num_key_value_heads")
     if heads and groups and heads % groups:
         _refuse(where, "num_key_value_heads", f"a divisor of num_attention_heads = {heads}", groups)
-    hidden = getattr(config, "hidden_size", None)
-    latent = getattr(config, "kv_lora_rank", None) is not None
-    if heads and hidden and not latent and getattr(config, "head_dim", None) is None and hidden % heads:
+    hidden = field(config, "hidden_size")
+    latent = field(config, "kv_lora_rank") is not None
+    if heads and hidden and not latent and field(config, "head_dim") is None and hidden % heads:
         _refuse(where, "hidden_size", f"a multiple of num_attention_heads = {heads}", hidden)
 
 
 def _check_experts(config: Any, where: Path | str) -> None:
-    name = next((n for n in _EXPERTS if getattr(config, n, None) is not None), None)
-    count, top_k = getattr(config, name or "", None), getattr(config, "num_experts_per_tok", None)
+    name = next((n for n in _EXPERTS if field(config, n) is not None), None)
+    count, top_k = field(config, name or ""), field(config, "num_experts_per_tok")
     if count and top_k and top_k > count:
         _refuse(where, "num_experts_per_tok", f"in 1..{count}, the experts ({name})", top_k)
-    groups = getattr(config, "n_group", None)
+    groups = field(config, "n_group")
     if count and groups and count % groups:
         _refuse(where, "n_group", f"a divisor of {name} = {count}", groups)
-    kept = getattr(config, "topk_group", None)
+    kept = field(config, "topk_group")
     if groups and kept and kept > groups:
         _refuse(where, "topk_group", f"in 1..{groups}, the groups (n_group)", kept)
 
@@ -289,13 +276,13 @@ def _check_experts(config: Any, where: Path | str) -> None:
 def _check_activation(config: Any, where: Path | str) -> None:
     from transformers.activations import ACT2FN
 
-    activation = getattr(config, "hidden_act", None)
+    activation = field(config, "hidden_act")
     if activation is not None and activation not in ACT2FN:
         _refuse(where, "hidden_act", "an activation that transformers knows, such as silu", activation)
 
 
 def _check_rotary(config: Any, where: Path | str) -> None:
-    rotary = getattr(config, "rope_parameters", None)
+    rotary = field(config, "rope_parameters")
     for kind in [rotary, *rotary.values()] if isinstance(rotary, dict) else ():
         for name, value in kind.items() if isinstance(kind, dict) else ():
             if type(value) in (int, float) and not math.isfinite(value):

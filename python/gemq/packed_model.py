@@ -72,7 +72,21 @@ def stored_tensors(
     if dtype is not None:
         as_is = packed | kept_in_float32(model)
         state = {k: v.to(dtype) if v.is_floating_point() and k not in as_is else v for k, v in state.items()}
-    return {k: check_finite(k, v).contiguous() for k, v in revert_weight_conversion(model, state).items()}
+    towers = tower_prefixes(model)
+    for name, value in state.items():
+        if not name.startswith(towers):
+            check_finite(name, value)
+    return {k: v.contiguous() for k, v in revert_weight_conversion(model, state).items()}
+
+
+def tower_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Module paths of a wrapper's vision and audio towers, each with a dot: what is neither around nor inside its text
+    model, and not its head. They are kept as they are, infinite bounds of clipped layers included."""
+    decoder = model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    text, head = f"{path}.", model.get_output_embeddings()
+    found = (f"{name}." for name, module in model.named_modules() if name and module is not head)
+    return tuple(p for p in found if not p.startswith(text) and not text.startswith(p))
 
 
 def kept_in_float32(model: PreTrainedModel) -> set[str]:

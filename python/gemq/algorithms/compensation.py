@@ -60,8 +60,8 @@ def fit_down(
     """Fit the projections ``down [G, H, I]`` of some experts to their quantized gate and up projections.
 
     ``original`` and ``quantized`` are those projections ``[G, 2I, H]``; ``rows`` gives per batch, and for each of the
-    experts, its inputs and their scales; ``inner`` are their activations (SiLU). An expert of 0 ``bits`` stays as it is. Returns the fitted projections, and
-    the Hessians to quantize on.
+    experts, its inputs and their scales; ``inner`` are their activations (SiLU). An expert of 0 ``bits`` stays as it
+    is. Returns the fitted projections, and the Hessians to quantize on.
     """
     found, acts = [InnerStatistics(down.shape[-1], down.device) for _ in down], inner or [SILU] * len(down)
     for batch in rows:

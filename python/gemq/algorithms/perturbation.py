@@ -62,7 +62,8 @@ class Perturbation:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Quantize experts ``gate_up [G, 2I, H]`` and ``down [G, H, I]`` to every width above 0 and back.
 
-        ``rows()`` gives their inputs ``[t, H]``, batch by batch, ``inner`` are their activations (SiLU). Returns both projections by width, dequantized.
+        ``rows()`` gives their inputs ``[t, H]``, batch by batch, ``inner`` are their activations (SiLU). Returns both
+        projections by width, dequantized.
         """
         hessians: list[tuple[Hessian, Hessian]] = []
         if self.kind == "gptq" and widths:

@@ -40,12 +40,16 @@ def load_config(name: str, layers: int | None = None) -> PreTrainedConfig:
 
 
 def _truncated(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    first = getattr(config, "first_k_dense_replace", 0) + 1
-    if not first <= layers <= config.num_hidden_layers:
-        raise ValueError(f"layers must be in {first}..{config.num_hidden_layers} for this model, got {layers}")
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    text = config.get_text_config()
+    first = getattr(text, "first_k_dense_replace", 0) + 1
+    if not first <= layers <= text.num_hidden_layers:
+        raise ValueError(f"layers must be in {first}..{text.num_hidden_layers} for this model, got {layers}")
+    # a family may count its layers by this list
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        if getattr(text, name, None):
+            setattr(text, name, getattr(text, name)[:layers])
+    if text.num_hidden_layers != layers:
+        text.num_hidden_layers = layers
     return config
 
 

@@ -89,7 +89,8 @@ def measure(
     """
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(0, model.config.vocab_size, (batch, prompt_length), generator=generator).to(device)
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = torch.randint(0, vocabulary, (batch, prompt_length), generator=generator).to(device)
     phase("prefill")
     for _ in Decoding(model, prompt, None, _options(1), compile=compile):
         pass

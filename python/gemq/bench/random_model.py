@@ -15,6 +15,7 @@ from gemq.errors import OutOfMemoryError
 from gemq.format import check_bits
 from gemq.generation.memory import GIB, cache_bytes_per_token, free_bytes
 from gemq.models import describe, packed_modules, replace_with_packed
+from gemq.models.packed import fill_computed_buffers
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
@@ -174,9 +175,7 @@ def _materialise(model: Any, dtype: torch.dtype, device: torch.device, generator
             if buffer.is_meta:
                 # correction biases of routers; rotary frequencies are made anew below
                 setattr(module, name, torch.zeros_like(buffer, device=device))
-    for path, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            model.set_submodule(path, type(module)(config=model.config).to(device))
+    fill_computed_buffers(model, device)
     model.tie_weights()
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:

@@ -124,15 +124,17 @@ def run_bench(config: BenchConfig, report: Report = lambda text: None) -> BenchR
     device = pick_device(config.device)
     architecture = load_config(config.model_config, config.layers)
     length = config.prompt_length + config.tokens + config.profile_steps
-    if length > architecture.max_position_embeddings:
+    positions = architecture.get_text_config().max_position_embeddings
+    if length > positions:
         raise ValueError(
             f"prompt_length {config.prompt_length}, tokens {config.tokens} and profile_steps {config.profile_steps} "
-            f"must be at most {architecture.max_position_embeddings} together, the positions of the model"
+            f"must be at most {positions} together, the positions of the model"
         )
     dtype = _dtype(config, architecture)
     reset_peaks(device)
     total = sum(p.numel() for p in meta_model(architecture).parameters())
-    report(f"{architecture.model_type}, {architecture.num_hidden_layers} layers, {total / 1e9:.2f} B parameters")
+    layers = architecture.get_text_config().num_hidden_layers
+    report(f"{architecture.model_type}, {layers} layers, {total / 1e9:.2f} B parameters")
     if config.unquantized:
         model = random_model.build_unquantized(architecture, dtype, device, config.seed)
         runs, failures = _baselines(config, model, device, report)
@@ -145,7 +147,7 @@ def run_bench(config: BenchConfig, report: Report = lambda text: None) -> BenchR
         bits, shares = plan.widths.bits_per_expert, _shares(plan)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     return BenchResult(
-        config, architecture.model_type, architecture.num_hidden_layers, total, bits,
+        config, architecture.model_type, layers, total, bits,
         str(dtype).removeprefix("torch."), name, runs, failures, shares,
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from gemq.engine import mxfp4
 from gemq.engine.read_tensor import places, stacked
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry
@@ -33,7 +34,8 @@ class Contents:
     """Location of every tensor of a model in the checkpoint's files.
 
     ``file`` is by tensor of the checkpoint, and ``pattern`` the conversion's pattern that it fits, None for one that
-    is stored as it is. ``made_of`` are the tensors of each parameter, ``unused`` those of none.
+    is stored as it is. ``made_of`` are the tensors of each parameter, ``unused`` those of none; parameters of ``mxfp4``
+    are made of blocks and scales.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Contents:
     pattern: dict[str, str | None] = field(default_factory=dict)
     made_of: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    mxfp4: set[str] = field(default_factory=set)
 
     def entry(self, original: str) -> TensorEntry:
         """The header's entry of a tensor of the checkpoint."""
@@ -80,6 +83,10 @@ def contents(folder: Path, headers: dict[Path, dict[str, TensorEntry]], model: n
             target, pattern = rename_source_key(original, renamings, converters, model.base_model_prefix, state)
             if target not in state and original in state:
                 target = original
+            whole = mxfp4.parameter_of(target)
+            if target not in state and whole in state:
+                target, pattern = whole, None
+                found.mxfp4.add(whole)
             found.file[original] = file
             if target in state:
                 found.pattern[original] = pattern
@@ -115,7 +122,24 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def _check_mxfp4(found: Contents, target: str, originals: list[str], parameter: Tensor) -> None:
+    """Raise :class:`CheckpointError` unless a parameter has blocks and scales of its shape."""
+    for part, shape in mxfp4.shapes(list(parameter.shape)).items():
+        names = [name for name in originals if name.endswith(part)]
+        if len(names) != 1 or len(originals) != len(mxfp4.PARTS):
+            raise CheckpointError(f"{found.folder}: {target} in MXFP4 must have blocks and scales, got {originals}")
+        entry = found.entry(names[0])
+        if entry.dtype != "U8" or entry.shape != shape:
+            raise CheckpointError(
+                f"{found.folder} does not fit its config: {names[0]} is {entry.dtype} {entry.shape}, expected U8 "
+                f"{shape}"
+            )
+
+
 def _check_parameter(found: Contents, target: str, originals: list[str], parameter: Tensor) -> None:
+    if target in found.mxfp4:
+        _check_mxfp4(found, target, originals, parameter)
+        return
     for original in originals:
         _check_dtype(found, original, parameter.dtype)
     kinds = found.kinds(originals)

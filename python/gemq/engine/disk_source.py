@@ -18,6 +18,7 @@ from transformers import logging as transformers_logging
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from gemq.engine import mxfp4
 from gemq.engine.contents import contents, tell_unused
 from gemq.engine.fingerprint import SourceWatch
 from gemq.engine.numbers import Numbers
@@ -27,6 +28,8 @@ from gemq.errors import CheckpointError
 from gemq.folders import local_folder
 from gemq.integrity import read_header, weight_files
 from gemq.model_config import check_layers, check_sizes, generation_config, skeleton
+from gemq.models.packed import fill_computed_buffers
+from gemq.packed_model import tower_prefixes
 from gemq.tensor_files import DTYPES, WEIGHTS
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ class DiskSource(Source):
         super().__init__(model, computing, device, declared)
         self._stored: dict[str, torch.dtype] = {}
         self._index_files(quiet)
-        self._fill_computed_buffers()
+        fill_computed_buffers(self.model, self.device)
 
     def _skeleton(self, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
         """The model without weights, and ``_contents``: where they are."""
@@ -83,12 +86,13 @@ class DiskSource(Source):
     def numbers(self) -> Numbers:
         """Return the checker that finds NaN, infinity and numbers out of range as the files are read."""
         owners = {original: target for target, names in self._contents.made_of.items() for original in names}
+        towers = tower_prefixes(self.model)
         packed = {f"{path}.weight" for path in (*self.moe.attention, *self.moe.dense)}
         packed |= {path for layer in self.moe.moe for path in layer.stacks()}
 
         def kind(original: str) -> torch.dtype | None:
             target = owners.get(original)
-            if target is None:
+            if target is None or target.startswith(towers):
                 return None
             # scales and offsets are float16
             return torch.float16 if target in packed else torch.float32 if target in self._float32 else self.stored
@@ -111,7 +115,8 @@ class DiskSource(Source):
             tell_unused(self._contents, f"{self.moe.decoder_path}.layers", len(self.moe.layers))
         for target, originals in self._contents.made_of.items():
             self._units[self.unit_of(target)].append(target)
-            dtype = DTYPES[self._contents.entry(originals[0]).dtype]
+            stored = DTYPES[self._contents.entry(originals[0]).dtype]
+            dtype = torch.bfloat16 if target in self._contents.mxfp4 else stored
             parameter = self.model.get_parameter_or_buffer(target)
             if parameter.is_floating_point():
                 self._stored[target] = dtype
@@ -129,15 +134,6 @@ class DiskSource(Source):
                                  "in transformers", self.folder, target, source)
                 return True
         return False
-
-    def _fill_computed_buffers(self) -> None:
-        """Fill the buffers that no checkpoint holds (rotary frequencies) by the family's own initialisation."""
-        for module in self.model.modules():
-            names = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
-            for name in names:
-                setattr(module, name, torch.empty_like(getattr(module, name), device=self.device))
-            if names:
-                self.model._init_weights(module)
 
     def _read(self, names: list[str]) -> None:
         kept = self._kept or {}
@@ -165,6 +161,9 @@ class DiskSource(Source):
     def _fill(self, name: str, originals: list[str]) -> bool:
         """Read a parameter that is one tensor of the checkpoint, or a stack of them; False if it is made otherwise."""
         found = self._contents
+        if name in found.mxfp4:
+            self._fill_from_mxfp4(name, originals)
+            return True
         kinds = found.kinds(originals)
         parameter = self.model.get_parameter_or_buffer(name)
         dtypes = {DTYPES[found.entry(original).dtype] for original in originals}
@@ -179,6 +178,15 @@ class DiskSource(Source):
                 read_into(found.file[original], found.entry(original), out)
         self.put(name, value)
         return True
+
+    def _fill_from_mxfp4(self, name: str, originals: list[str]) -> None:
+        parts = []
+        for part in mxfp4.PARTS:
+            original = next(o for o in originals if o.endswith(part))
+            entry = self._contents.entry(original)
+            parts.append(torch.empty(entry.shape, dtype=torch.uint8))
+            read_into(self._contents.file[original], entry, parts[-1])
+        self.put(name, mxfp4.dequantize(*parts))
 
     def _refuse(self, wrong: list[str]) -> None:
         if wrong:

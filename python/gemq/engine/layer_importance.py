@@ -111,7 +111,8 @@ def layer_costs(
     Args:
         base: the experts that are perturbed, ``[E, 2I, H]`` and ``[E, H, I]``, taken by slices. Of several processes
             each measures its share of them.
-        shared: gate (if it has one), up and down of the shared expert, if there is one, and ``shared_gate`` its sigmoid gate.
+        shared: gate (if it has one), up and down of the shared expert, if there is one, and ``shared_gate`` its sigmoid
+            gate.
         trace: the calls of the experts and the gradients at their output.
         candidates: widths 0..8.
         length: tokens of a window.

@@ -23,7 +23,7 @@ class StoredStack:
     """A projection as the checkpoint has it; an index or a slice gives experts ``[.., n, k]`` in ``dtype``, which
     ``standard`` makes of what is stored."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, standard: Callable[[Tensor], Tensor] = lambda stored: stored):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, standard: Callable[[Tensor], Tensor] = lambda w: w):
         self._weight, self._dtype, self._standard = weight, dtype, standard
         self.shape = standard(torch.empty_like(weight, device="meta")).shape
 

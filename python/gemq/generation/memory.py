@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gemq.errors import OutOfMemoryError
+from gemq.models.config_fields import field
 
 GIB = 2**30
 _LINEAR = ("linear_attention", "conv")
@@ -27,17 +28,18 @@ def cache_bytes_per_token(model: Any) -> int:
 
 def _kept_width(layer: Any, config: Any) -> int:
     """Numbers that a layer's attention keeps of a token."""
-    if getattr(config, "kv_lora_rank", None) is not None:
-        return config.kv_lora_rank + config.qk_rope_head_dim
     mixer: Any = getattr(layer, "mixer", None)
     if mixer is not None and not hasattr(mixer, "k_proj"):
         return 0  # a MoE block or Mamba in a layer that is one thing
     attention: Any = getattr(layer, "self_attn", mixer)
+    config = getattr(attention, "config", config)  # of the layer, where layers differ
+    if field(config, "kv_lora_rank") is not None:
+        return config.kv_lora_rank + config.qk_rope_head_dim
     if getattr(attention, "v_proj", attention) is None:
         return 2 * attention.k_proj.out_features
     if all(hasattr(getattr(attention, name, None), "out_features") for name in ("k_proj", "v_proj")):
         return attention.k_proj.out_features + attention.v_proj.out_features
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = field(config, "head_dim") or config.hidden_size // config.num_attention_heads
     return 2 * config.num_key_value_heads * head
 
 

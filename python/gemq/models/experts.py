@@ -103,6 +103,9 @@ class ExpertsForm:
 
 def mlp_activation(mlp: nn.Module) -> Activation | None:
     """The activation of a dense MLP or shared expert by its ``act_fn``; None for one that is not known."""
+    alpha, limit = (getattr(mlp, name, None) for name in ("swiglu_alpha", "swiglu_limit"))
+    if alpha is not None and limit is not None:
+        return Activation("swigluoai", alpha, limit)
     found = next((f for name in ("act_fn", "activation_fn") if (f := getattr(mlp, name, None)) is not None), None)
     name = _DENSE_ACTIVATIONS.get(getattr(found, "__name__", type(found).__name__))
     return None if name is None else Activation(name)
@@ -114,7 +117,7 @@ def _candidates(experts: Any, config: Any, gated: bool) -> Iterator[tuple[Activa
         yield Activation("relu2"), False
         return
     limit = next((v for v in (getattr(experts, "limit", None), getattr(config, "swiglu_limit", None)) if v), None)
-    alpha = next((v for v in (getattr(experts, "alpha", None), getattr(config, "swiglu_alpha", None)) if v), 1.702)
+    alpha = next((v for v in (getattr(experts, "alpha", None), getattr(experts, "swiglu_alpha", None)) if v), 1.702)
     for interleaved in (False, True):
         for bound in dict.fromkeys((None, limit)):
             yield Activation("silu", limit=bound), interleaved
@@ -169,9 +172,14 @@ class _Probe:
 
     def fits(self, form: ExpertsForm) -> bool:
         """True if the module computes what ``form`` says."""
-        # a loader may have another default device
-        with torch.no_grad(), torch.device("cpu"):
-            return self._fits(form)
+        # a loader may have another default device and dtype
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.no_grad(), torch.device("cpu"):
+                return self._fits(form)
+        finally:
+            torch.set_default_dtype(before)
 
     def _fits(self, form: ExpertsForm) -> bool:
         try:

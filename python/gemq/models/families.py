@@ -8,24 +8,31 @@ architectures for which this was tested, ``docs/families.md`` what is special in
 
 from __future__ import annotations
 
+import inspect
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from gemq.activation import SILU, Activation
 from gemq.errors import UnsupportedModelError
-from gemq.format import UNQUANTIZED
+from gemq.format import GROUP_SIZES, UNQUANTIZED
+from gemq.models.config_fields import field
 from gemq.models.experts import ExpertsForm, experts_form, mlp_activation
 from gemq.widths import Widths
 
+_log = logging.getLogger("gemq")
+# compared with transformers' own models; another type that has their structure works with a warning
 SUPPORTED = (
-    "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
-    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe",
-    "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear",
-    "kolibri1", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "phimoe",
-    "nemotron_h", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp_text", "solar_open",
+    "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text", "glm4_moe",
+    "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
+    "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash",
+    "minimax_m2", "minimax_m3_vl_text", "mistral4", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe",
+    "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_text", "qwen3_vl_moe_text", "qwen4_exp_text",
+    "solar_open",
 )
 # known, and different in a way that is not handled
 REFUSED = {
@@ -35,11 +42,15 @@ REFUSED = {
 _MIXERS = ("self_attn", "linear_attn", "mamba", "conv")
 _BLOCKS = ("mlp", "feed_forward", "block_sparse_moe")
 _ROUTERS = ("gate", "router", "gate.wg", "router.gate", "router.classifier", "router.proj")
+# a config's number of experts
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 # fields of a config that, above 0, make a layer depend on more than the output of the one before it
 _NOT_LAYERWISE = {
     "num_kv_shared_layers": "its last layers use keys and values of earlier ones",
     "hidden_size_per_layer_input": "each layer takes an embedding of every token besides",
 }
+# arguments of a layer that are no function of the sizes of a batch
+_HANDED_ON = {"prev_topk_indices": "what the layer before it chose", "input_ids": "the tokens themselves"}
 _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 # linears of a mixer that stay as they are, because an error in them grows from token to token: rows that set how fast a
 # recurrent state decays (in_proj_ba, in_proj_a, in_proj_b, b_proj; x_proj and dt_proj of Mamba), and the indexer's
@@ -47,6 +58,7 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 _KEPT_LINEARS = ("in_proj_ba", "in_proj_a", "in_proj_b", "x_proj", "dt_proj", "b_proj", "indexer.weights_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 _UNGATED_LINEARS = _MLP_LINEARS[1:]
+_MERGED_LINEARS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class MoeLayer:
         one."""
         if self.shared is None:
             return {}
-        names = _MLP_LINEARS if self.shared_activation.gated else _UNGATED_LINEARS
+        names = _shared_names(self.shared, self.shared_activation)
         return {f"{self.shared_path}.{name}": getattr(self.shared, name) for name in names}
 
     def stacks(self) -> dict[str, str]:
@@ -102,8 +114,8 @@ class MoeModel:
     @property
     def shared_multiple(self) -> float:
         """S: the width of a layer's merged shared expert in units of a routed expert; 0 without one."""
-        shared: Any = self.moe[0].shared
-        return 0.0 if shared is None else shared.up_proj.out_features / self.intermediate
+        linears = list(self.moe[0].shared_linears().values())
+        return linears[-1].in_features / self.intermediate if linears else 0.0
 
     @property
     def expert_parameters(self) -> int:
@@ -177,7 +189,7 @@ def shared_expert(block: nn.Module) -> tuple[str | None, nn.Module | None]:
     """The name and module of a block's shared expert, None without one; one of no width is none."""
     for name in ("shared_experts", "shared_expert", "shared_mlp"):
         module = getattr(block, name, None)
-        width = getattr(getattr(module, "up_proj", None), "out_features", None)
+        width = getattr(getattr(module, "down_proj", None), "in_features", None)
         if module is not None and width != 0:
             return name, module
     return None, None
@@ -191,19 +203,29 @@ def _shared_activation(path: str, shared: nn.Module | None) -> Activation:
     if found is None:
         kind = type(getattr(shared, "act_fn", None)).__name__
         raise UnsupportedModelError(f"{path} is not supported yet: its shared expert has the activation {kind}")
-    names = _MLP_LINEARS if found.gated else _UNGATED_LINEARS
+    names = _shared_names(shared, found)
     if not all(isinstance(getattr(shared, n, None), nn.Linear) for n in names):
         raise UnsupportedModelError(f"{path} is not supported yet: its shared expert is no MLP of {', '.join(names)}")
     return found
 
 
-def _shapes(experts: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in experts.named_parameters(recurse=False)}
+def _shared_names(shared: nn.Module, activation: Activation) -> tuple[str, ...]:
+    """The linears of a shared expert: gate (if there is one) and up, together or not, and down."""
+    if not activation.gated:
+        return _UNGATED_LINEARS
+    return _MERGED_LINEARS if isinstance(getattr(shared, "gate_up_proj", None), nn.Linear) else _MLP_LINEARS
+
+
+def _looks(experts: Any) -> tuple:
+    """What experts modules of one form have in common."""
+    shapes = {name: parameter.shape for name, parameter in experts.named_parameters(recurse=False)}
+    act = getattr(experts, "act_fn", None)
+    return type(experts), shapes, getattr(act, "__name__", type(act)), getattr(experts, "limit", None)
 
 
 def _moe_layer(index: int, path: str, block: Any, config: Any, form: ExpertsForm) -> MoeLayer:
     name, shared = shared_expert(block)
-    router_name, router = _router(path, block, form.experts, getattr(config, "hidden_size", form.hidden))
+    router_name, router = _router(path, block, form.experts, config.hidden_size)
     return MoeLayer(
         index, path, block, block.experts, form, router, f"{path}.{router_name}", shared,
         None if name is None else f"{path}.{name}",
@@ -213,7 +235,11 @@ def _moe_layer(index: int, path: str, block: Any, config: Any, form: ExpertsForm
 
 def _linears(path: str, module: nn.Module) -> dict[str, nn.Linear]:
     linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    return {f"{path}.{name}": child for name, child in linears.items() if name not in _KEPT_LINEARS}
+    # a linear whose columns no group divides stays as it is, too
+    return {
+        f"{path}.{name}": child for name, child in linears.items()
+        if name not in _KEPT_LINEARS and child.in_features % min(GROUP_SIZES) == 0
+    }
 
 
 @dataclass(frozen=True)
@@ -256,17 +282,29 @@ def _one_of_them(path: str, mixer: Any) -> _Parts:
 
 
 def _top_k(config: Any) -> int:
-    value = next(found for name in _TOP_K if (found := getattr(config, name, None)) is not None)
+    value = next(found for name in _TOP_K if (found := field(config, name)) is not None)
     return value if isinstance(value, int) else value[0]
 
 
 def check_supported(config: Any) -> None:
-    """Raise :class:`UnsupportedModelError` unless the transformers config is of a supported architecture."""
-    kind = getattr(config, "model_type", None)
+    """Raise :class:`UnsupportedModelError` unless the transformers config is of a supported architecture, or of one
+    that has experts: :func:`describe` then finds out if it fits."""
+    text = config.get_text_config()
+    kind = getattr(text, "model_type", None)
     if kind in REFUSED:
         raise UnsupportedModelError(f"model type {kind!r} is not supported: {REFUSED[kind]}")
-    if kind not in SUPPORTED:
+    if kind not in SUPPORTED and not any(field(text, name) for name in _COUNTS):
         raise UnsupportedModelError(f"model type {kind!r} is not supported yet; supported: {', '.join(SUPPORTED)}")
+
+
+@lru_cache
+def _tell_unlisted(kind: str) -> None:
+    """Warn, once, that a type fits the structure of others and was not compared."""
+    if kind not in SUPPORTED:
+        _log.warning(
+            "model type %s has the structure of supported types, but was never compared with transformers: check the "
+            "quantized model before you rely on it", kind,
+        )
 
 
 def describe(model: nn.Module) -> MoeModel:
@@ -278,9 +316,16 @@ def describe(model: nn.Module) -> MoeModel:
     check_supported(config)
     config = config.get_text_config()
     for name, what in _NOT_LAYERWISE.items():
-        if getattr(config, name, 0):
+        if field(config, name):
             raise UnsupportedModelError(f"{type(model).__name__} with {name} is not supported yet: {what}")
     prefix, decoder = _decoder(model)
+    taken = inspect.signature(type(decoder.layers[0]).forward).parameters
+    for name, what in _HANDED_ON.items():
+        if name in taken:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not supported yet: its layers take {what} ({name}) besides the output of "
+                f"the one before"
+            )
     moe: list[MoeLayer] = []
     attention: dict[str, nn.Linear] = {}
     dense: dict[str, nn.Linear] = {}
@@ -290,11 +335,12 @@ def describe(model: nn.Module) -> MoeModel:
         attention |= found.mixer
         dense |= found.dense
         if found.block is not None:
-            if form is None or _shapes(found.block.experts) != _shapes(moe[0].experts):
+            if form is None or _looks(found.block.experts) != _looks(moe[-1].experts):
                 form = experts_form(found.path, found.block.experts, config)
             moe.append(_moe_layer(index, found.path, found.block, config, form))
     if not moe:
         raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer")
+    _tell_unlisted(config.model_type)
     forms = {layer.form for layer in moe}
     if len(forms) > 1:
         shapes = sorted((f.experts, f.rows, f.hidden) for f in forms)

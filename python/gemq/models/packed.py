@@ -10,12 +10,25 @@ import torch
 from torch import nn
 
 from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.nn.base import PackedModule
 
 
 def empty_twin(model: Any) -> Any:
     """A transformers model of the class and config of ``model``, with the family's own modules and no storage."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
+
+
+def fill_computed_buffers(model: Any, device: torch.device | str) -> None:
+    """Fill the buffers that no checkpoint holds (rotary frequencies) by the family's own initialisation."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            continue
+        names = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
+        for name in names:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if names:
+            model._init_weights(module)
 
 
 def replace_with_packed(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -323,7 +323,8 @@ def moe_lowbit_ffn(
     Args:
         x: ``[T, hidden]``; float32, float16 or bfloat16.
         gate_up: a :class:`PackedStack`, each expert ``2 * intermediate`` x ``hidden`` with the gate rows first
-            (``intermediate`` rows with an activation that has no gate); or its five tensors ``(qweight, meta, expert_bits, expert_offsets, meta_offsets)``.
+            (``intermediate`` rows with an activation that has no gate); or its five tensors
+            ``(qweight, meta, expert_bits, expert_offsets, meta_offsets)``.
         down: the same for ``hidden`` x ``intermediate``.
         topk_ids: int32 or int64 ``[T, top_k]``; ids below 0 or at least ``E`` contribute zero.
         topk_weights: ``[T, top_k]``.

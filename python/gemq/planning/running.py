@@ -78,7 +78,8 @@ def inference_of(
     if free is not None:
         left = free - weights - state - process
         own: Any = model.config
-        longest = _most(lambda length: length * token + working(length) <= left, own.max_position_embeddings)
+        positions = own.get_text_config().max_position_embeddings
+        longest = _most(lambda length: length * token + working(length) <= left, positions)
     return Inference(weights, state + context * token, working(context), read, process, free, longest)
 
 
