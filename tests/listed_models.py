@@ -90,7 +90,15 @@ _VISION = {
 }
 WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": ("Gemma4ForConditionalGeneration", LISTED["gemma4_text"][1]),
+    "glm4v_moe": ("Glm4vMoeForConditionalGeneration", {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+                            "mrope_section": [2, 3, 3]},
+    }),
+    "kimi_k25": ("Kimi_K25ForConditionalGeneration", _LATENT),
     "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", {}),
+    "step3p7": ("Step3p7ForConditionalGeneration", {
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "layer_types": ["full_attention"] * 3,
+    }),
     "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", _MIXED),
     "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinkerForConditionalGeneration", {}),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {}),
@@ -114,6 +122,8 @@ def _wrapper(config_class: Any, own: dict[str, Any]) -> Any:
     parts: dict[str, Any] = {}
     for name, kind in config_class.sub_configs.items():
         if "text" in name:
+            # Kimi's text model is a DeepSeek-V3
+            kind = CONFIG_MAPPING["deepseek_v3"] if kind.__name__ == "AutoConfig" else kind
             parts[name] = _sized(kind, _SIZES | own, own).to_dict()
         elif kind.__name__ != "AutoConfig":
             known = _fields(kind)

@@ -110,7 +110,7 @@ def reloaded(tmp_path_factory):
 def test_the_tests_know_every_family():
     compared = {tiny_model(family).config.model_type for family in FAMILIES}
     listed = {listed_model(kind).config.get_text_config().model_type for kind in LISTED | WRAPPED}
-    assert compared | listed == set(SUPPORTED) and not compared & listed
+    assert compared | listed == set(SUPPORTED) and compared & listed == {"deepseek_v3"}  # inside Kimi K2.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

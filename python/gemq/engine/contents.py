@@ -90,7 +90,8 @@ def contents(folder: Path, headers: dict[Path, dict[str, TensorEntry]], model: n
             found.file[original] = file
             if target in state:
                 found.pattern[original] = pattern
-                found.made_of.setdefault(target, []).append(original)
+                for made in _targets(target, pattern, converters):
+                    found.made_of.setdefault(made, []).append(original)
             else:
                 found.unused.append(original)
     _swap_tied(found, model, state)
@@ -98,6 +99,16 @@ def contents(folder: Path, headers: dict[Path, dict[str, TensorEntry]], model: n
     for target, originals in found.made_of.items():
         _check_parameter(found, target, originals, state[target])
     return found
+
+
+def _targets(target: str, pattern: str | None, converters: list[WeightConverter]) -> list[str]:
+    """The parameters that a tensor makes: several where a conversion splits it (a fused q, k and v)."""
+    converter = next((c for c in converters if pattern is not None and pattern in c.source_patterns), None)
+    if converter is None or len(converter.target_patterns) < 2:
+        return [target]
+    named = [p.removesuffix("$").removeprefix("^") for p in converter.target_patterns]
+    own = next((p for p in named if p in target), None)
+    return [target] if own is None else [target.replace(own, other) for other in named]
 
 
 def _swap_tied(found: Contents, model: nn.Module, state: dict) -> None:
