@@ -62,6 +62,7 @@ LISTED: dict[str, tuple[str, dict[str, Any]]] = {
     "kolibri1": ("Kolibri1ForCausalLM", {}),
     "laguna": ("LagunaForCausalLM", {"moe_routed_scaling_factor": 2.5}),
     "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "conv", "full_attention"], "num_dense_layers": 1}),
+    "llama4_text": ("Llama4ForCausalLM", {"intermediate_size_mlp": 96, "num_experts_per_tok": 1}),
     "mistral4": ("Mistral4ForCausalLM", _LATENT),
     "minimax_m3_vl_text": ("MiniMaxM3VLForCausalLM", {}),
     "aria_text": ("AriaTextForCausalLM", {}),
@@ -95,6 +96,7 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
                             "mrope_section": [2, 3, 3]},
     }),
     "kimi_k25": ("Kimi_K25ForConditionalGeneration", _LATENT),
+    "llama4": ("Llama4ForConditionalGeneration", LISTED["llama4_text"][1]),
     "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", {}),
     "step3p7": ("Step3p7ForConditionalGeneration", {
         "mlp_layer_types": ["dense", "sparse", "sparse"], "layer_types": ["full_attention"] * 3,

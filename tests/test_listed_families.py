@@ -27,6 +27,7 @@ from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
 from gemq.models import describe
 from gemq.models.auto import auto_class
+from gemq.models.weighted_inputs import call_by_ids
 from gemq.nn.experts import PROJECTIONS
 from gemq.reference.importance import expert_calls, expert_cost
 
@@ -45,7 +46,8 @@ WINDOWS = random_windows(5, 16)
 def test_parts_are_found(kind: str) -> None:
     model = listed_model(kind)
     moe = describe(model)
-    assert (moe.num_experts, moe.hidden, moe.intermediate) == (4, 64, 96) and moe.top_k == 2 and moe.moe
+    assert (moe.num_experts, moe.hidden, moe.intermediate) == (4, 64, 96) and moe.moe
+    assert moe.top_k == model.config.get_text_config().num_experts_per_tok if "llama4" in kind else moe.top_k == 2
     for layer in moe.moe:
         assert model.get_submodule(layer.router_path) is layer.router and layer.router.weight.shape == (4, 64)
     for path, linear in moe.linears().items():
@@ -88,11 +90,31 @@ def shared_costs(model: nn.Module, layer, windows: torch.Tensor) -> float:
     return total
 
 
+def call_experts_by_ids(model: nn.Module, moe, windows: torch.Tensor) -> None:
+    """Make experts whose inputs are weighted take ids, so that one expert's output is seen; the model stays the same.
+    """
+    with torch.no_grad():
+        before = model(input_ids=windows, use_cache=False).logits
+    for layer in moe.moe:
+        first, second = layer.experts.gate_up_proj, layer.experts.down_proj
+
+        def forward(x, ids, weights, first=first, second=second, act=layer.experts.act_fn):
+            gate, up = torch.einsum("th,thn->tn", x, first[ids[:, 0]]).chunk(2, -1)
+            return torch.einsum("ti,tih->th", up * act(gate), second[ids[:, 0]]) * weights
+
+        layer.experts.forward = forward
+        call_by_ids(layer.block)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=windows, use_cache=False).logits, before)
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_costs_are_those_of_autograd(kind: str) -> None:
     model = listed_model(kind)
     moe, windows = describe(model), random_windows(3, 16)
     model.requires_grad_(False)
+    if "llama4" in kind:
+        call_experts_by_ids(model, moe, windows)
     found = measure_importance(ResidentSource(model), windows, (2,), perturbation=RTN, batch_size=3)
     for row, layer in enumerate(moe.moe):
         calls = expert_calls(model, [layer.experts], windows)
@@ -107,7 +129,9 @@ def test_costs_are_those_of_autograd(kind: str) -> None:
 
 def hub_folder(kind: str, path: Path) -> Path:
     """The model as its checkpoints are: 16 bits, names of their own."""
-    model = listed_model(kind).to(torch.bfloat16)
+    model = listed_model(kind)
+    for tensor in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+        tensor.data = tensor.data.to(torch.bfloat16)  # not model.to(), which would take Llama 4's complex numbers
     if model.generation_config is not None:
         model.generation_config.eos_token_id = None
     model.save_pretrained(path)

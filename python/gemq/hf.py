@@ -16,6 +16,7 @@ from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.model_config import check_layers, check_sizes
 from gemq.models import describe, empty_twin, packed_modules, prepare, replace_with_packed
+from gemq.models.weighted_inputs import call_as_before
 from gemq.nn import LowBitLinear
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
@@ -64,7 +65,7 @@ class GemqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if model.base_model is model:
+        if model.get_output_embeddings() is None:
             raise CheckpointError(
                 f"a gemq checkpoint loads as a causal language model, not as {type(model).__name__}: use "
                 "AutoModelForCausalLM, whose base_model is that"
@@ -97,6 +98,7 @@ class GemqQuantizer(HfQuantizer):
             if isinstance(packed, LowBitLinear):
                 plain.weight, plain.bias = nn.Parameter(packed.weight(kind)), packed.bias
             else:
+                call_as_before(model.get_submodule(path.rpartition(".")[0]))
                 form = forms[path]
                 for name, own in form.names.items():
                     setattr(plain, own, nn.Parameter(form.as_stored(name, packed.dense(name, kind))))

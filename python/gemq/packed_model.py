@@ -9,6 +9,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from gemq.errors import CheckpointError
 from gemq.models import MoeModel, packed_modules
+from gemq.models.forward import decoder_of
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.tensor_files import check_finite
 from gemq.widths import Widths
@@ -82,7 +83,7 @@ def stored_tensors(
 def tower_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
     """Module paths of a wrapper's vision and audio towers, each with a dot: what is neither around nor inside its text
     model, and not its head. They are kept as they are, infinite bounds of clipped layers included."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     path = next(name for name, module in model.named_modules() if module is decoder)
     text, head = f"{path}.", model.get_output_embeddings()
     found = (f"{name}." for name, module in model.named_modules() if name and module is not head)

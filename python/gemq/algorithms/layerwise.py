@@ -82,11 +82,13 @@ class Hessian:
 
 @dataclass
 class Routed:
-    """Arguments of a call of a layer's experts: ``x [T, H]``, ``ids [T, k]``, ``weights [T, k]``."""
+    """Arguments of a call of a layer's experts: ``x [T, H]``, ``ids [T, k]``, ``weights [T, k]``; ``shared [T, H]`` are
+    the inputs of the shared expert, where those are others."""
 
     x: Tensor
     ids: Tensor
     weights: Tensor
+    shared: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for the exchange between processes."""

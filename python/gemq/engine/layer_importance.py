@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gemq import distributed
 from gemq.activation import PLAIN, SILU, Activation, Between, Inner
 from gemq.algorithms.layer_costs import DOWN, GATE_UP, WHOLE, LayerCosts
-from gemq.algorithms.layerwise import expert_hidden
+from gemq.algorithms.layerwise import Routed, expert_hidden
 from gemq.algorithms.perturbation import Perturbation
 from gemq.engine.layers import Trace
 from gemq.engine.source import return_memory
@@ -84,6 +84,10 @@ def _group_costs(
                 sums.add(expert, column, part, change, g, scale, window)
 
 
+def _shared_inputs(routed: Routed) -> Tensor:
+    return (routed.x if routed.shared is None else routed.shared)[:]
+
+
 def _shared_costs(
     sums: LayerCosts, shared: tuple[Tensor, ...], gate: nn.Module | None, trace: Trace,
     candidates: tuple[int, ...], perturbation: Perturbation, act: Inner,
@@ -91,11 +95,11 @@ def _shared_costs(
     widths = [b for b in candidates if b]
     base = (torch.cat(shared[:-1]), shared[-1])
     (quantized,) = _perturbed(
-        (base[0][None], base[1][None]), widths, perturbation, lambda: ([r.x[:]] for r, _ in trace), [act]
+        (base[0][None], base[1][None]), widths, perturbation, lambda: ([_shared_inputs(r)] for r, _ in trace), [act]
     )
     for routed, gradient in trace:
         assert gradient is not None
-        x, g = routed.x[:], gradient[:].float() * trace.shared_share
+        x, g = _shared_inputs(routed), gradient[:].float() * trace.shared_share
         g = g if gate is None else g * torch.sigmoid(gate(x))
         sums.add_shared((change for _, _, change in _changes(x, base, quantized, candidates, (WHOLE,), act)), g)
 

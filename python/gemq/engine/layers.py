@@ -22,6 +22,7 @@ from gemq.engine.scratch import Scratch
 from gemq.engine.shared_share import SharedShare
 from gemq.engine.source import OUTSIDE, Source, put, return_memory
 from gemq.models import MoeLayer, MoeModel, describe, empty_twin
+from gemq.models.weighted_inputs import takes_inputs_alone
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_model import kept_in_float32
 
@@ -157,12 +158,15 @@ class StoredRows:
 class Trace:
     """Recorded arguments of the experts of a layer, batch by batch of all processes, in scratch arrays. With
     ``gradients`` it also holds ``gradient``, ``d loss / d output [T, H]`` of the experts; that of the shared expert is
-    ``shared_share`` times as large. Inputs and gradients are :class:`StoredRows`."""
+    ``shared_share`` times as large. ``own_shared`` traces hold what the shared expert sees, as well. Inputs and
+    gradients are :class:`StoredRows`."""
 
-    def __init__(self, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool):
+    def __init__(
+        self, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool, own_shared: bool = False
+    ):
         self.scratch, self.device, self.batches = scratch, device, len(calls)
         self.shared_share = 1.0
-        self._names = [*_ROUTED, *(["gradient"] if gradients else [])]
+        self._names = [*_ROUTED, *(["gradient"] if gradients else []), *(["shared"] if own_shared else [])]
         self._prefix = "trace"
 
     def arrays(self) -> dict[str, str]:
@@ -177,8 +181,9 @@ class Trace:
             )
             # it is indexed as a tensor would be
             x: Any = self._rows(arrays["x"], batch, len(ids))
+            shared: Any = self._rows(arrays["shared"], batch, len(ids)) if "shared" in arrays else None
             gradient = self._rows(arrays["gradient"], batch, len(ids)) if "gradient" in arrays else None
-            yield Routed(x, ids, weights), gradient
+            yield Routed(x, ids, weights, shared), gradient
 
     def _rows(self, array: str, batch: int, length: int) -> StoredRows:
         return StoredRows(self.scratch, array, batch, length, self.device)
@@ -215,13 +220,21 @@ def recording(
 ) -> Iterator[Trace]:
     """Record every call of the layer's experts inside the block; with ``gradients`` also what flows back. The trace
     can be read after it."""
-    trace = Trace(scratch, device, calls, gradients)
+    # a block that weights its experts' inputs gives the shared one others
+    own_shared = gradients and layer.shared is not None and takes_inputs_alone(layer.experts)
+    trace = Trace(scratch, device, calls, gradients, own_shared)
     with ExitStack() as stack:
         out = {name: stack.enter_context(scratch.writing(array)) for name, array in trace.arrays().items()}
 
         shares = SharedShare(layer, trace)
         if gradients and shares.needed:
             stack.callback(cast(nn.Module, layer.shared).register_forward_hook(shares.called).remove)
+
+        def shared_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            out["shared"].append(args[0].detach())
+
+        if own_shared:
+            stack.callback(cast(nn.Module, layer.shared).register_forward_pre_hook(shared_input).remove)
 
         def gradient(g: Tensor) -> None:
             out["gradient"].append(g)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gemq.engine.stored_experts import Stack, StoredStack, run_experts
 from gemq.models import MoeLayer, MoeModel, describe, empty_twin
+from gemq.models.weighted_inputs import call_by_ids, takes_inputs_alone
 from gemq.packed_model import kept_in_float32
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Source(ABC):
         self._expert_stacks = {path for layer in self.moe.moe for path in layer.stacks()}
         for layer in self.moe.moe:
             experts: Any = layer.experts
+            if takes_inputs_alone(experts):
+                call_by_ids(layer.block)
             experts.forward = partial(self._run_experts, layer)
 
     @abstractmethod

@@ -24,7 +24,7 @@ from gemq.generation.options import MAX_BATCH, GenerationOptions, ending
 from gemq.generation.sampling import Sampler
 from gemq.generation.step import LeanStep, ModelStep, Progress
 from gemq.models.families import check_supported
-from gemq.models.forward import call
+from gemq.models.forward import call, decoder_of
 
 STEPS = ("auto", "native", "lean", "transformers")
 MODES = ("auto", "none", "compile", "graph")
@@ -153,7 +153,7 @@ class Decoding:
         batch, length = self.prompt.shape
         # a head that is known takes the last hidden state alone; others say themselves what they make of it
         whole = known.head_unknown(self.model) is not None
-        module = self.model if whole else self.model.get_decoder()
+        module = self.model if whole else decoder_of(self.model)
         options = {"logits_to_keep": 1} if whole else {}
         sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
         chunk = length if sliding and not known.sees_windows(self.model.config) else max(PREFILL_TOKENS // batch, 1)

@@ -12,6 +12,7 @@ from torch import nn
 
 from gemq.errors import OutOfMemoryError
 from gemq.models.config_fields import field
+from gemq.models.forward import decoder_of
 
 GIB = 2**30
 _LINEAR = ("linear_attention", "conv")
@@ -21,7 +22,7 @@ def cache_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that one token of one row takes in the cache of a supported family."""
     config, size = model.config.get_text_config(), model.get_input_embeddings().weight.element_size()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    layers = [layer for layer, kind in zip(model.get_decoder().layers, kinds, strict=False) if kind not in _LINEAR]
+    layers = [layer for layer, kind in zip(decoder_of(model).layers, kinds, strict=False) if kind not in _LINEAR]
     indexer = getattr(config, "index_head_dim", None) or getattr(config, "indexer_head_dim", None) or 0
     return (sum(_kept_width(layer, config) for layer in layers) + kinds.count("indexed_attention") * indexer) * size
 

@@ -18,7 +18,7 @@ from gemq.generation.attention import (
     rms_norm,
     rotary_tables,
 )
-from gemq.models.forward import call
+from gemq.models.forward import call, decoder_of
 
 
 @dataclass
@@ -48,7 +48,7 @@ class LeanStep:
     blocks, projections and weights are the model's own."""
 
     def __init__(self, model: Any, cache: Any, limit: int, dynamic: bool):
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         self.embed, self.final, self.head = decoder.embed_tokens, decoder.norm, model.lm_head
         self.dynamic = dynamic
         self.rotary = rotary_tables(decoder, limit, self.embed.weight.dtype)
@@ -63,7 +63,7 @@ class LeanStep:
         """Tell why the model or its filled cache is not of a form that is known here; None if they are."""
         if reason := known.model_unknown(model, cache):
             return reason
-        pairs = zip(model.get_decoder().layers, cache.layers, strict=False)
+        pairs = zip(decoder_of(model).layers, cache.layers, strict=False)
         found = (attention_unfit(layer.self_attn, state.keys, state.values) for layer, state in pairs)
         return next(filter(None, found), None)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gemq.activation import SILU, Activation, Between
 from gemq.errors import UnsupportedModelError
+from gemq.models.weighted_inputs import takes_inputs_alone
 from gemq.nn.experts import PROJECTIONS
 
 # of a probe: experts, hidden size, intermediate size, tokens, top-k
@@ -163,6 +164,14 @@ def experts_form(path: str, experts: Any, config: Any) -> ExpertsForm:
     raise UnsupportedModelError(f"{where}: {told} (activation {name})")
 
 
+def _called(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    forward = inspect.unwrap(type(module).forward)
+    if not takes_inputs_alone(module):
+        return forward(module, x, ids, weights)
+    every = forward(module, x.repeat(_EXPERTS, 1)).view(_EXPERTS, len(x), -1)
+    return sum(weights[:, slot, None] * every[ids[:, slot], torch.arange(len(x))] for slot in range(_TOP_K))
+
+
 class _Probe:
     """The family's forward, run on tiny random weights."""
 
@@ -223,6 +232,6 @@ class _Probe:
             # small, where activations of one kind differ, to large, beyond limits
             x, weights = draw(_TOKENS, _HIDDEN) * torch.logspace(-1, 1.5, _TOKENS)[:, None], draw(_TOKENS, _TOP_K)
             ids = torch.stack([torch.randperm(_EXPERTS, generator=generator)[:_TOP_K] for _ in range(_TOKENS)])
-            output = inspect.unwrap(type(module).forward)(module, x.clone(), ids, weights)
+            output = _called(module, x.clone(), ids, weights)
             self._found[transposed] = (module, output, lambda: (x, ids, weights))
         return self._found[transposed]

@@ -21,6 +21,7 @@ from gemq.errors import UnsupportedModelError
 from gemq.format import GROUP_SIZES, UNQUANTIZED
 from gemq.models.config_fields import field
 from gemq.models.experts import ExpertsForm, experts_form, mlp_activation
+from gemq.models.forward import decoder_of
 from gemq.widths import Widths
 
 _log = logging.getLogger("gemq")
@@ -30,9 +31,9 @@ SUPPORTED = (
     "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text", "glm4_moe",
     "glm4_moe_lite", "glm4v_moe_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid",
     "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2_moe",
-    "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "mistral4", "mixtral", "nemotron_h", "olmoe",
-    "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_text",
-    "qwen3_vl_moe_text", "qwen4_exp_text", "solar_open", "step3p5",
+    "llama4_text", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "mistral4", "mixtral",
+    "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
+    "qwen3_omni_moe_text", "qwen3_vl_moe_text", "qwen4_exp_text", "solar_open", "step3p5",
 )
 # known, and different in a way that is not handled
 REFUSED = {
@@ -156,7 +157,7 @@ class MoeModel:
 
 
 def _decoder(model: Any) -> tuple[str, Any]:
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     path = next((name for name, module in model.named_modules() if module is decoder), None)
     if not path or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise UnsupportedModelError(f"{type(model).__name__} is not supported yet: it has no decoder.layers list")

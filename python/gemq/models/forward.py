@@ -14,6 +14,14 @@ from typing import Any
 
 from torch import nn
 
+
+def decoder_of(model: Any) -> Any:
+    """The module of a causal language model or wrapper that holds the decoder layers, as ``layers``, if any does."""
+    decoder = model.get_decoder()
+    # Llama 4 gives its text model with the head, around the decoder
+    return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+
+
 SWITCHES = {
     "output_attentions": False, "output_hidden_states": False, "output_router_logits": False, "return_dict": True,
 }

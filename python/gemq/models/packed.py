@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemq.models.weighted_inputs import call_by_ids, takes_inputs_alone
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.base import PackedModule
 
@@ -36,6 +37,9 @@ def replace_with_packed(model: nn.Module, modules: Mapping[str, nn.Module]) -> N
     mode."""
     for path, module in modules.items():
         module.train(model.training)
+        before = model.get_submodule(path)
+        if isinstance(module, LowBitExperts) and takes_inputs_alone(before):
+            call_by_ids(model.get_submodule(path.rpartition(".")[0]))
         model.set_submodule(path, module)
 
 
