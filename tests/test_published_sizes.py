@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_models import slow_but
 from transformers import AutoConfig
 
-from gemq.bench.architectures import meta_model, parameters
+from gemq.bench.architectures import KNOWN, PUBLISHED, STATED, load_config, meta_model, parameters
 from gemq.bench.random_model import packed_plan
 from gemq.models import describe
 from gemq.packed_model import packed_skeleton
 
+ROOT = Path(__file__).resolve().parents[1]
 # overrides of transformers' defaults, which are those of the published model for the other families
 OLMOE = {"intermediate_size": 1024}
 DOTS1 = {
@@ -49,3 +54,23 @@ def test_a_published_size(kind, changes, billions, experts, layers, attention, d
     assert len(modules) == layers + attention + dense + (3 * layers if shared else 0)
     buffers = [b for m in modules.values() for b in m.buffers()]
     assert len(buffers) == 2 * len(modules) + 2 * layers and {b.device for b in buffers} == {torch.device("meta")}
+
+
+@pytest.mark.parametrize("name", slow_but(STATED, ("gpt-oss-20b", "gemma-4-26b-a4b", "nemotron-3-nano-30b-a3b")))
+def test_a_config_that_ships_has_the_parameters_that_its_makers_state(name):
+    config = load_config(name)
+    assert parameters(config) / 1e9 == pytest.approx(STATED[name], rel=0.03)
+    assert describe(meta_model(config)).moe
+
+
+def test_the_page_of_what_fits_knows_every_config():
+    rows = re.findall(r"^\| `(.*?)`(\*?) \|", (ROOT / "docs" / "what-fits.md").read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == set(KNOWN) and {name for name, mark in rows if mark} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", ["lfm2-8b-a1b"])
+def test_a_row_of_the_page_is_what_the_script_computes(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import what_fits
+
+    assert what_fits.row(name) in (ROOT / "docs" / "what-fits.md").read_text().splitlines()

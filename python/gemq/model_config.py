@@ -198,7 +198,8 @@ _RANGES = {
     "decoder_sparse_step": (1, 1 << 16), "first_k_dense_replace": (0, MAX_LAYERS),
 }
 # families exist that have a size a layer, and such that say "none" by -1
-_BY_LAYER = {"num_attention_heads", "num_key_value_heads", "intermediate_size"}
+_BY_LAYER = {"num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size",
+             "num_experts_per_tok"}
 _NEGATIVE = {"sliding_window"}
 
 
@@ -216,8 +217,9 @@ def check_sizes(config: Any, where: Path | str) -> None:
     config = config.get_text_config()
     for name in _RANGES:
         value = field(config, name)
-        if value is not None:
-            _check_range(where, name, value)
+        for one in value if isinstance(value, list) and name in _BY_LAYER else [value]:
+            if one is not None:
+                _check_range(where, name, one)
     if field(config, "sliding_window") == 0 and not hasattr(config, "use_sliding_window"):
         # where another field switches the window, 0 is none
         _refuse(where, "sliding_window", "null, or a whole number of at least 1", 0)
@@ -263,6 +265,7 @@ def _check_heads(config: Any, where: Path | str) -> None:
 def _check_experts(config: Any, where: Path | str) -> None:
     name = next((n for n in _EXPERTS if field(config, n) is not None), None)
     count, top_k = field(config, name or ""), field(config, "num_experts_per_tok")
+    top_k = max(top_k) if isinstance(top_k, list) else top_k
     if count and top_k and top_k > count:
         _refuse(where, "num_experts_per_tok", f"in 1..{count}, the experts ({name})", top_k)
     groups = field(config, "n_group")

@@ -25,7 +25,7 @@ _GIB = 1 << 30
 
 def bench(
     model_config: Annotated[str, typer.Option(
-        help="mixtral-8x7b, deepseek-v2-lite, qwen1.5-moe, qwen3-30b-a3b, or a config.json.")],
+        help="A name that gemq knows, such as qwen3-30b-a3b or gpt-oss-20b, or a config.json.")],
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Required: a config has no weights.")]
     = False,
     bits: Annotated[float | None, typer.Option("--bits", "-b", help="Mean bits of the routed experts; 16: baseline.")]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(
-        help="Folder or hub name of a model, a config.json, or mixtral-8x7b, deepseek-v2-lite, qwen1.5-moe, "
-        "qwen3-30b-a3b.")],
+        help="Folder or hub name of a model, a config.json, or a name that gemq knows, such as qwen3-30b-a3b or "
+        "gpt-oss-20b.")],
     bits: Annotated[str, typer.Option("--bits", "-b", help="Bits per expert; several, falling: 3,2.5,2.")] = "2.5",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where it would be written.")] = Path("."),
     method: Annotated[Method, typer.Option(help="How bits are allocated.")] = Method.gemq,
@@ -58,7 +58,7 @@ def plan(
     """
     from gemq.algorithms.method import MethodConfig
     from gemq.algorithms.router_tuning import RouterTuningConfig
-    from gemq.bench.architectures import PUBLISHED, load_config
+    from gemq.bench.architectures import KNOWN, load_config
     from gemq.cli import options
     from gemq.loading import check_model, parse_dtype
     from gemq.planning import PlanConfig, make_plan
@@ -75,7 +75,7 @@ def plan(
         ),
         samples, length, keep, wanted, context, rows,
     )
-    local = model in PUBLISHED or Path(model).suffix == ".json"
+    local = model in KNOWN or Path(model).suffix == ".json"
     architecture = load_config(model) if local else check_model(model, trust_remote_code)
     found = make_plan(architecture, config, _machine(device, output, wanted))
     if as_json and form not in (Format.table, Format.json):
