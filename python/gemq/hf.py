@@ -16,6 +16,7 @@ from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.model_config import check_layers, check_sizes
 from gemq.models import describe, empty_twin, packed_modules, prepare, replace_with_packed
+from gemq.models.ahead import is_ahead
 from gemq.models.weighted_inputs import call_as_before
 from gemq.nn import LowBitLinear
 from gemq.packed_config import PackedConfig
@@ -159,7 +160,8 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
         for name, entry in read_header(file).items():
             if name in found:
                 raise CheckpointError(f"the tensor {name} is in more than one file")
-            found[name] = entry
+            if not is_ahead(model, name):
+                found[name] = entry
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     state = {k: v.to("meta") for k, v in model.state_dict().items() if k not in tied}
     expected = revert_weight_conversion(model, state)

@@ -67,7 +67,7 @@ class Perturbation:
         """
         hessians: list[tuple[Hessian, Hessian]] = []
         if self.kind == "gptq" and widths:
-            batches = ([(x, 1.0) for x in batch] for batch in rows())
+            batches: ScaledRows = ([(x, 1.0) for x in batch] for batch in rows())
             hessians = hessians_of(gate_up, batches, down.shape[-1], inner=inner)
         first, second = ([pair[which] for pair in hessians] for which in range(2))
         return self._at_widths(gate_up, first, widths), self._at_widths(down, second, widths)

@@ -44,7 +44,8 @@ class Assembly:
 
     def write(self, folder: Path) -> None:
         """Write the shards, and their index if there are several."""
-        sizes = stored_tensors(self.model, self._state(), self.dtype)
+        kept = self.source.kept()
+        sizes = stored_tensors(self.model, self._state(), self.dtype) | self.source.kept_sizes()
         split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD)
         with durable.explained(folder), ExitStack() as stack:
             shards = {
@@ -56,6 +57,8 @@ class Assembly:
                 for name, value in stored_tensors(self.model, self._unit(unit), self.dtype).items():
                     shards[split.tensor_to_filename[name]].put(name, value)
                 self._progress(unit + 1, layers)
+            for name, read in kept.items():
+                shards[split.tensor_to_filename[name]].put(name, read())
             left = [name for shard in shards.values() for name in shard.left]
             if left:
                 raise AssertionError(f"tensors that were not written: {left[:5]}")

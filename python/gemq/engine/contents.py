@@ -21,6 +21,7 @@ from gemq.engine import mxfp4
 from gemq.engine.read_tensor import places, stacked
 from gemq.errors import CheckpointError
 from gemq.integrity import TensorEntry
+from gemq.models.ahead import is_ahead
 from gemq.tensor_files import DTYPES, WEIGHTS
 
 _log = logging.getLogger("gemq")
@@ -34,8 +35,8 @@ class Contents:
     """Location of every tensor of a model in the checkpoint's files.
 
     ``file`` is by tensor of the checkpoint, and ``pattern`` the conversion's pattern that it fits, None for one that
-    is stored as it is. ``made_of`` are the tensors of each parameter, ``unused`` those of none; parameters of ``mxfp4``
-    are made of blocks and scales.
+    is stored as it is. ``made_of`` are the tensors of each parameter, ``unused`` those of none, ``ahead`` those of
+    layers of multi-token prediction; parameters of ``mxfp4`` are made of blocks and scales.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Contents:
     pattern: dict[str, str | None] = field(default_factory=dict)
     made_of: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    ahead: list[str] = field(default_factory=list)
     mxfp4: set[str] = field(default_factory=set)
 
     def entry(self, original: str) -> TensorEntry:
@@ -93,7 +95,7 @@ def contents(folder: Path, headers: dict[Path, dict[str, TensorEntry]], model: n
                 for made in _targets(target, pattern, converters):
                     found.made_of.setdefault(made, []).append(original)
             else:
-                found.unused.append(original)
+                (found.ahead if is_ahead(model, original) else found.unused).append(original)
     _swap_tied(found, model, state)
     _check_complete(found, model, state)
     for target, originals in found.made_of.items():
@@ -204,19 +206,20 @@ def _check_numbers(found: Contents, target: str, names: list[str], experts: int)
 
 
 def tell_unused(found: Contents, layers: str, count: int) -> None:
-    """Warn, by the logger ``gemq``, of the tensors that are left out. transformers leaves them out as well.
+    """Warn, by the logger ``gemq``, of the tensors that are left out, as transformers leaves them out. Layers of
+    multi-token prediction are not: they are kept as they are.
 
     ``layers`` is the path of the decoder layers, of which there are ``count``.
     """
     unused = [name for name in found.unused if not _COMPUTED.search(name)]
     beyond = re.compile(rf"{re.escape(layers)}\.(\d+)\.")
-    ahead = [n for n in unused if n.startswith("mtp.") or ((m := beyond.match(n)) and int(m[1]) >= count)]
-    if ahead:
+    more = [name for name in unused if (m := beyond.match(name)) and int(m[1]) >= count]
+    if more:
         _log.warning(
-            "%s: %d tensors of layers that the model does not have are left out (layers of multi-token prediction, or "
-            "more than the %d of num_hidden_layers): %s", found.folder, len(ahead), count, listed(ahead),
+            "%s: %d tensors of layers that the model does not have (more than the %d of num_hidden_layers) are left "
+            "out: %s", found.folder, len(more), count, listed(more),
         )
-    rest = [name for name in unused if name not in set(ahead)]
+    rest = [name for name in unused if name not in set(more)]
     if rest:
         _log.warning(
             "%s: %d tensors are not part of the model and are left out: %s", found.folder, len(rest), listed(rest)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -99,6 +101,20 @@ class DiskSource(Source):
 
         return Numbers(self._headers, kind)
 
+    def kept(self) -> dict[str, Callable[[], Tensor]]:
+        return {name: partial(self._whole, name) for name in self._contents.ahead}
+
+    def kept_sizes(self) -> dict[str, Tensor]:
+        entries = {name: self._contents.entry(name) for name in self._contents.ahead}
+        return {n: torch.empty(e.shape, dtype=DTYPES[e.dtype], device="meta") for n, e in entries.items()}
+
+    def _whole(self, original: str) -> Tensor:
+        """One tensor of the files."""
+        entry = self._contents.entry(original)
+        value = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        read_into(self._contents.file[original], entry, value)
+        return value
+
     def again(self) -> DiskSource:
         return DiskSource(*self._made_of, first=self)
 
@@ -180,12 +196,7 @@ class DiskSource(Source):
         return True
 
     def _fill_from_mxfp4(self, name: str, originals: list[str]) -> None:
-        parts = []
-        for part in mxfp4.PARTS:
-            original = next(o for o in originals if o.endswith(part))
-            entry = self._contents.entry(original)
-            parts.append(torch.empty(entry.shape, dtype=torch.uint8))
-            read_into(self._contents.file[original], entry, parts[-1])
+        parts = (self._whole(next(o for o in originals if o.endswith(part))) for part in mxfp4.PARTS)
         self.put(name, mxfp4.dequantize(*parts))
 
     def _refuse(self, wrong: list[str]) -> None:

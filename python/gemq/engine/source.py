@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,14 @@ class Source(ABC):
 
     def _run_experts(self, layer: MoeLayer, *args: Tensor, **kwargs: Tensor) -> Tensor:
         return run_experts(self.experts[layer.index], layer.form.between(layer.experts, self.dtype), *args, **kwargs)
+
+    def kept(self) -> dict[str, Callable[[], Tensor]]:
+        """Tensors of the checkpoint that belong to no module and are written back as they are, by name."""
+        return {}
+
+    def kept_sizes(self) -> dict[str, Tensor]:
+        """:meth:`kept` without storage."""
+        return {}
 
     def unit_of(self, name: str) -> int:
         """The decoder layer of a parameter, or :data:`OUTSIDE`."""

@@ -339,7 +339,7 @@ def describe(model: nn.Module) -> MoeModel:
             if form is None or _looks(found.block.experts) != _looks(moe[-1].experts):
                 form = experts_form(found.path, found.block.experts, config)
             moe.append(_moe_layer(index, found.path, found.block, config, form))
-    if not moe:
+    if form is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer")
     _tell_unlisted(config.model_type)
     forms = {layer.form for layer in moe}

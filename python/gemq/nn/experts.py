@@ -198,7 +198,8 @@ class LowBitExperts(PackedModule):
         )
 
     def _between(self) -> Between:
-        return Between(self.activation, self._gate_up_proj_bias, self._down_proj_bias)
+        biases: list[Any] = [getattr(self, f"_{name}_bias") for name in PROJECTIONS]
+        return Between(self.activation, *biases)
 
     def _direct(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
         """Direct kernel call without the dispatcher; None if the op must validate the arguments."""

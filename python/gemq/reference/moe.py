@@ -80,13 +80,15 @@ def moe_lowbit_ffn(
         x, *gate_up, topk_ids, n=activation.rows(intermediate), group_size=group_size, layout=layout,
         compute_dtype=compute_dtype,
     )
-    for e in gate_up[2].nonzero().flatten().tolist() if gate_up_bias is not None else ():
-        hidden[topk_ids == e] += gate_up_bias[e].to(compute_dtype)
+    if gate_up_bias is not None:
+        for e in gate_up[2].nonzero().flatten().tolist():
+            hidden[topk_ids == e] += gate_up_bias[e].to(compute_dtype)
     out = moe_lowbit_gemm(
         activation(hidden), *down, topk_ids, topk_weights, n=x.shape[-1],
         group_size=down_group_size or group_size, layout=layout, compute_dtype=compute_dtype,
     )
-    for e in down[2].nonzero().flatten().tolist() if down_bias is not None else ():
-        scale = torch.where(topk_ids == e, topk_weights.to(compute_dtype), 0).sum(1)
-        out += scale[:, None] * down_bias[e].to(compute_dtype)
+    if down_bias is not None:
+        for e in down[2].nonzero().flatten().tolist():
+            scale = torch.where(topk_ids == e, topk_weights.to(compute_dtype), 0).sum(1)
+            out += scale[:, None] * down_bias[e].to(compute_dtype)
     return out
