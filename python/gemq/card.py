@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from gemq import __version__, durable
 from gemq.checkpoint import load_packed_config
 from gemq.checkpoint_summary import summarize
-from gemq.evaluations import read_evaluations
+from gemq.evaluations import Score, read_evaluations
 from gemq.folders import is_hub_name
 from gemq.integrity import CARD_FILE, read_json
 from gemq.packed_config import PackedConfig
@@ -89,7 +89,22 @@ def _scores(folder: Path) -> str:
     if not scores:
         return ""
     rows = [f"| {_cell(s.data)} | {s.length:,} | {s.tokens:,} | {s.perplexity:.3f} |" for s in scores]
-    return "\n## Measured\n\n| text | window | tokens | perplexity |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    table = "\n## Measured\n\n| text | window | tokens | perplexity |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    return table + _divergences([s for s in scores if s.divergence])
+
+
+def _divergences(scores: list[Score]) -> str:
+    """The table of KL divergences from full precision; empty without any."""
+    if not scores:
+        return ""
+    head = "\n| text | KL divergence from | mean | median | 99% | 99.9% | same top token | perplexity ratio |\n"
+    rows = []
+    for s in scores:
+        d = s.divergence or {}
+        names = f"| {_cell(s.data)} | {_cell(s.reference or 'full precision')} | "
+        rows.append(f"{names}{d['mean']:.5f} | {d['median']:.5f} | {d['p99']:.4f} | {d['p999']:.4f} | "
+                    f"{d['same_top']:.2%} | {d['ratio']:.4f} |")
+    return head + "|" + "---|" * 8 + "\n" + "\n".join(rows) + "\n"
 
 
 def _cell(text: str) -> str:

@@ -21,13 +21,16 @@ from gemq.errors import CheckpointError
 from gemq.integrity import EVALUATIONS_FILE, read_json
 
 VERSION = 1
+# in nats, but for the share of positions whose likeliest token is the reference's, and the ratio of perplexities
+DIVERGENCE = ("mean", "median", "p99", "p999", "same_top", "ratio")
 # more tokens than any text has
 _MOST = 1 << 62
 
 
 @dataclass(frozen=True)
 class Score:
-    """Token perplexity on ``data`` in windows of ``length`` tokens, over ``tokens`` predicted tokens."""
+    """Token perplexity on ``data`` in windows of ``length`` tokens, over ``tokens`` predicted tokens; ``divergence``
+    from a reference by the names of :data:`DIVERGENCE`, and the ``reference``."""
 
     data: str
     length: int
@@ -36,6 +39,8 @@ class Score:
     seconds: float | None = None
     model: str | None = None
     gemq: str | None = None
+    divergence: dict[str, float] | None = None
+    reference: str | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -65,8 +70,16 @@ def score_of(record: Any) -> Score:
         raise ValueError(f"perplexity must be a number of at least 1, got {record['perplexity']!r:.60}")
     if seconds is not None and (not _is_number(seconds) or not 0 <= seconds <= sys.float_info.max):
         raise ValueError(f"seconds must be >= 0, got {seconds!r:.60}")
-    texts = {n: v if isinstance(v, str) else None for n, v in ((n, record.get(n)) for n in ("model", "gemq"))}
-    return Score(record["data"], record["length"], float(record["perplexity"]), record["tokens"], seconds, **texts)
+    divergence = record.get("divergence")
+    if divergence is not None and not (
+        isinstance(divergence, dict) and set(divergence) == set(DIVERGENCE)
+        and all(_is_number(v) and 0 <= v <= sys.float_info.max for v in divergence.values())
+    ):
+        raise ValueError(f"divergence must give {', '.join(DIVERGENCE)} as numbers >= 0, got {divergence!r:.80}")
+    named = ((n, record.get(n)) for n in ("model", "gemq", "reference"))
+    texts: dict[str, Any] = {n: v if isinstance(v, str) else None for n, v in named}
+    return Score(record["data"], record["length"], float(record["perplexity"]), record["tokens"], seconds, **texts,
+                 divergence=divergence)
 
 
 def read_evaluations(folder: str | os.PathLike) -> list[Score]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gemq import distributed
 from gemq.algorithms.calibration import calibration_windows, check_windows, evaluation_windows
 from gemq.algorithms.costs import Costs
+from gemq.algorithms.divergence import Divergence, Logits, counted, divergence, window_logits
 from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.method import MethodConfig, needs_whole_model
 from gemq.algorithms.perplexity import perplexity
@@ -35,6 +36,8 @@ from gemq.errors import CheckpointError, first_line
 from gemq.folders import file_or_folder
 from gemq.integrity import RUN_FILE
 from gemq.loading import check_model, load_any, load_tokenizer, parse_dtype, pick_device
+from gemq.logits_file import save_logits as write_logits
+from gemq.logits_file import stored_logits
 from gemq.model_config import model_config
 from gemq.models import MoeModel
 from gemq.outcome import (
@@ -269,23 +272,35 @@ def target_of(config: QuantizeConfig, budget: float) -> Path:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Token perplexity of a model on a text, over ``tokens`` predicted tokens, in ``seconds``."""
+    """Token perplexity of a model on a text, over ``tokens`` predicted tokens, in ``seconds``; with a reference also
+    the ``divergence`` from it."""
 
     perplexity: float
     tokens: int
     seconds: float
+    divergence: Divergence | None = None
 
 
 @plain_torch()
 def evaluate(
     model: str | os.PathLike | nn.Module, text: str = "wikitext2", *, length: int = 2048, limit: int | None = None,
     tokenizer: Any = None, batch_size: int = 4, dtype: str = "auto", device: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, reference: str | os.PathLike | nn.Module | None = None,
+    save_logits: str | os.PathLike | None = None, second_half: bool = False,
 ) -> Evaluation:
-    """Token perplexity over consecutive windows of ``length`` tokens of a held-out text.
+    """Token perplexity over consecutive windows of ``length`` tokens of a held-out text, and how far the model's
+    distributions are from a reference's.
 
-    ``model`` is a packed checkpoint, a full-precision model folder or name, or a loaded model (then give its
-    ``tokenizer``). ``limit`` bounds the number of windows.
+    Args:
+        model: a packed checkpoint, a full-precision model's folder or name, or a loaded model (then give its
+            ``tokenizer``).
+        limit: bounds the number of windows.
+        reference: the full-precision model, loaded beside ``model``, or a file of ``save_logits``.
+        save_logits: file to write this model's logits to, for later ``reference``.
+        second_half: compare with the reference at the second half of each window, as llama.cpp does.
+
+    Raises :class:`CheckpointError` for a reference that was made of other windows or has another tokenizer,
+    ``ValueError`` for one of another vocabulary.
     """
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(str(model))
@@ -297,6 +312,30 @@ def evaluate(
             raise ValueError("tokenizer must be given with a loaded model")
         windows = evaluation_windows(tokenizer, text, length, limit)
         check_windows(windows, model.config, tokenizer)
+    wanted = None if reference is None else _reference(reference, windows, text, dtype, device, second_half)
     start = time.perf_counter()
     value = perplexity(model, windows, batch_size, progress)
-    return Evaluation(value, windows.shape[0] * (windows.shape[1] - 1), time.perf_counter() - start)
+    seconds, found = time.perf_counter() - start, None
+    if save_logits is not None:
+        write_logits(model, windows, Path(save_logits), batch_size, second_half, progress)
+    if wanted is not None:
+        found = divergence(model, wanted, windows, batch_size, second_half, progress)
+    return Evaluation(value, windows.shape[0] * (windows.shape[1] - 1), seconds, found)
+
+
+def _reference(
+    reference: str | os.PathLike | nn.Module, windows: Tensor, text: str, dtype: str, device: str | None,
+    second_half: bool,
+) -> Logits:
+    """The logits of a loaded model, of a model's folder or name, or of a file."""
+    if not isinstance(reference, nn.Module):
+        if Path(reference).is_file():
+            return stored_logits(Path(reference), windows, second_half)
+        own = evaluation_windows(load_tokenizer(str(reference)), text, windows.shape[1], len(windows))
+        if not torch.equal(own, windows):
+            raise CheckpointError(
+                f"the tokenizer of the reference {os.fspath(reference)!r} makes other tokens of {text}"
+            )
+        reference = load_any(reference, dtype, device)
+    base, where = reference, counted(windows.shape[1], second_half)
+    return lambda start, end: window_logits(base, windows[start:end], where)
