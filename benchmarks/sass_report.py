@@ -137,18 +137,24 @@ class Variant:
     dense: int = 0
     # arguments that are 1, which triton compiles as constants
     ones: tuple[str, ...] = ()
+    # numbers of an activation other than SiLU; parts 1: squared ReLU, without a gate
+    gating: tuple[float, ...] = ()
+    parts: int = 2
+    bias: bool = False
 
     @property
     def name(self) -> str:
         parts = [self.kernel, f"{self.only} bit" if self.only else "mixed", f"{self.columns} columns", f"w{self.warps}"]
         parts += ["plain"] * (self.mode == 0) + [f"ahead {self.ahead}"] * (self.ahead != 2) + ["pdl"] * self.pdl
-        parts += [f"dense {self.dense}"] * bool(self.dense)
+        parts += [f"dense {self.dense}"] * bool(self.dense) + ["another gating"] * bool(self.gating)
+        parts += ["no gate"] * (self.parts == 1) + ["biased"] * self.bias
         parts += [f"kw{self.kw} g{self.group}"] * ((self.kw, self.group) != (16, 128))
         return " ".join(parts)
 
 
 def variant(v: Variant) -> Row:
     """Compile one variant and measure it."""
+    from gemq.triton_kernels.activation import Gating
     from gemq.triton_kernels.decode_kernels import gate_up_kernel, product_kernel
     from gemq.triton_kernels.decode_tile import rows_at_once
     from gemq.triton_kernels.launch_parameters import fragment_run
@@ -161,13 +167,15 @@ def variant(v: Variant) -> Row:
         only=v.only,
     )
     constants = dict.fromkeys(v.ones, 1)
+    pointers = POINTERS | ({"bias_ptr": "*fp32"} if v.bias else {})
     if v.kernel == "gate_up":
-        how = how._replace(tiles=v.tiles, parts=2, splits=1, planes=v.mode == 2)
+        how = how._replace(tiles=v.tiles, parts=v.parts, splits=1, planes=v.mode == 2)
         constants |= {"HOW": how, "ACT_KWS": how.kws, "ACT_GROUP": ROWS * v.tiles}
-        compiled = compile_kernel(gate_up_kernel, POINTERS, constants, v.warps)
+        constants |= {"GATING": Gating(*v.gating)} if v.gating else {}
+        compiled = compile_kernel(gate_up_kernel, pointers, constants, v.warps)
     else:
         constants |= {"HOW": how, "SLOTS": v.slots, "DENSE": v.dense}
-        compiled = compile_kernel(product_kernel, POINTERS, constants, v.warps)
+        compiled = compile_kernel(product_kernel, pointers, constants, v.warps)
     # a warp handles so many rows of one span a trip
     weights = rows_at_once(v.only, v.columns) * span_columns(v.only, v.kw) / 32 if v.only else None
     return measure(v.name, compiled, weights)

@@ -137,7 +137,11 @@ def test_kernels_of_all_widths_for_sm90(sass_report, kernel, columns):
         {"kernel": "gate_up", "only": 2, "pdl": True},
         # triton turns integer arguments that are 1 into constants, which have fewer methods
         {"kernel": "gate_up", "only": 2, "ones": ("inputs", "sharing", "experts")},
+        # gpt-oss
+        {"kernel": "gate_up", "only": 2, "gating": (1.702, 0.0, 7.0, 1.0), "bias": True},
         *(pytest.param(more, marks=pytest.mark.slow) for more in (
+            {"kernel": "gate_up", "only": 2, "gating": (1.5957691, 0.0713548, 0.0, 0.0)},
+            {"kernel": "gate_up", "only": 2, "parts": 1}, {"kernel": "product", "only": 2, "bias": True},
             {"kernel": "product", "only": 0, "mode": 0}, {"kernel": "gate_up", "only": 0, "warps": 8},
             {"kernel": "gate_up", "only": 2, "tiles": 1, "group": 64}, {"kernel": "product", "only": 2, "kw": 8},
             {"kernel": "product", "only": 3, "dense": 3, "slots": 0},
