@@ -248,3 +248,16 @@ def test_a_config_is_found_where_it_is_named(tmp_path, model_folder):
     for path, message in [(str(tmp_path), "no config.json"), ("./nowhere", "no such folder"), ("a/b/c", "no such")]:
         with pytest.raises(CheckpointError, match=message):
             config_file(path)
+
+
+def test_fields_that_do_not_fit_together(gemq_run, model_folder, quick, tmp_path, monkeypatch):
+    """What fails in the family's own code is one line, with what it said."""
+    from transformers import MixtralModel
+
+    def broken(self, *args, **kwargs):
+        raise RuntimeError("split_with_sizes expects split_sizes to sum exactly to 8")
+
+    monkeypatch.setattr(MixtralModel, "forward", broken)
+    code, _, err = gemq_run("quantize", model_folder, "-o", tmp_path / "out", "--bits", "2", *quick)
+    assert code == 2 and "the forward pass of MixtralForCausalLM fails: RuntimeError: split_with_sizes" in err
+    assert "Traceback" not in err and not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gemq.activation import SILU, Inner
+from gemq.errors import CheckpointError, GemqError, first_line
 from gemq.models import MoeLayer, MoeModel
 from gemq.models.forward import call
 
@@ -52,12 +53,20 @@ def _recording(moe: MoeModel, calls: LayerCalls) -> Iterator[None]:
 @torch.no_grad()
 def capture_layer_calls(moe: MoeModel, batches: list[Tensor]) -> LayerCalls:
     """Run only the embeddings and note how the model would call each decoder layer (no layer is executed), for each
-    of ``batches``, int64 ``[B, T]``."""
+    of ``batches``, int64 ``[B, T]``. Raises :class:`CheckpointError` where the family's own code fails, as it does for
+    a config whose fields do not fit together."""
     calls = LayerCalls()
     device = next(moe.model.parameters()).device
     with _recording(moe, calls):
         for batch in batches:
-            call(moe.decoder, input_ids=batch.to(device), use_cache=False)
+            try:
+                call(moe.decoder, input_ids=batch.to(device), use_cache=False)
+            except (GemqError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise CheckpointError(
+                    f"the forward pass of {type(moe.model).__name__} fails: {type(error).__name__}: {first_line(error)}"
+                ) from error
     return calls
 
 
