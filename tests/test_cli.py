@@ -318,7 +318,7 @@ def test_unsupported_and_quantized_models(gemq_run, checkpoint, quick, tmp_path)
     from transformers import LlamaConfig
 
     LlamaConfig(hidden_size=32).save_pretrained(tmp_path / "llama")
-    message = "model type 'llama' is not supported yet; supported: afmoe, axk1"
+    message = "model type 'llama' is not supported yet; supported: afmoe, aria_text"
     fails(gemq_run("quantize", tmp_path / "llama", "-o", tmp_path / "o", *quick), message)
     fails(gemq_run("quantize", checkpoint, "-o", tmp_path / "o", *quick), "is quantized already")
 

@@ -21,12 +21,12 @@ from transformers import AutoConfig
 import gemq
 from gemq.algorithms.layerwise import expert_hidden
 from gemq.algorithms.method import MethodConfig
+from gemq.auto_class import auto_class
 from gemq.engine.progression import measure_importance, quantize_progressively
 from gemq.engine.source import ResidentSource
 from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
 from gemq.models import describe
-from gemq.models.auto import auto_class
 from gemq.models.weighted_inputs import call_by_ids
 from gemq.nn.experts import PROJECTIONS
 from gemq.reference.importance import expert_calls, expert_cost

@@ -25,7 +25,8 @@ from gemq.pipeline import QuantizeConfig
 
 PACKAGE = Path(gemq.__file__).parent
 # calls of transformers that ask on standard input whether to run a model's code, unless they are told
-ASKING = {"AutoConfig", "AutoTokenizer", "AutoProcessor", "AutoModel", "AutoModelForCausalLM", "HFLM"}
+ASKING = {"AutoConfig", "AutoTokenizer", "AutoProcessor", "AutoModel", "AutoModelForCausalLM", "HFLM",
+          "auto_class"}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def test_every_call_that_could_ask_for_trust_says_what_it_trusts():
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             owner = node.func.value
+            owner = owner.func if isinstance(owner, ast.Call) else owner  # auto_class(config)
             name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
             if name in ASKING and node.func.attr in ("from_pretrained", "from_config"):
                 seen.append(path.relative_to(PACKAGE).as_posix())

@@ -21,7 +21,8 @@ class Gating(NamedTuple):
 
 
 class Inner(NamedTuple):
-    """What ``gemq.ops`` hands down: ``act`` computes it in torch; no ``gating`` is SiLU where it is ``gated``.
+    """Activation and biases as ``gemq.ops`` hands them down: ``act`` computes the first in torch; no ``gating`` is SiLU
+    where it is ``gated``.
 
     Biases are float32 ``[E, rows]`` and ``[E, hidden]``, or None.
     """

@@ -67,7 +67,7 @@ def _multiply(inputs: Inputs, stack: Stack, out: Tensor, exponents: Tensor | Non
 
 
 def _inner(exponents: Tensor | None, job: Job) -> dict:
-    """What the kernels of gate and up get besides."""
+    """Arguments of the kernels of gate and up alone."""
     return {} if exponents is None else {"bias_ptr": job.between.gate_up_bias, "GATING": job.between.gating}
 
 

@@ -119,7 +119,7 @@ class Between(NamedTuple):
 
 
     def of(self, experts: range) -> list[Inner]:
-        """What some experts, of all bits, make of their first product ``[..., rows]``."""
+        """The inner activations of some experts, all of which have bits, as functions of their first product."""
         if self.gate_up_bias is None:
             return [self.activation for _ in experts]
         return [self._biased(self.gate_up_bias[e]) for e in experts]

@@ -17,13 +17,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from gemq import durable
+from gemq.auto_class import auto_class
 from gemq.errors import CheckpointError, GemqError
 from gemq.folders import HUB_OPTIONS, checkpoint_folder
 from gemq.hf import attach
 from gemq.integrity import read_json, weight_files, write_manifest
 from gemq.integrity import verify as verify_files
 from gemq.model_config import generation_config, model_config
-from gemq.models.auto import auto_class
 from gemq.output_folder import check_output
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import stored_state

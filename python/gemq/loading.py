@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gemq.auto_class import auto_class
 from gemq.checkpoint import from_pretrained
 from gemq.errors import CheckpointError, first_line
 from gemq.integrity import read_json
 from gemq.model_config import check_sizes, config_file, generation_config, model_config
-from gemq.models.auto import auto_class
 from gemq.models.families import SUPPORTED, check_supported
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ import torch
 import transformers
 from torch import nn
 
+from gemq.config_fields import field
 from gemq.errors import CheckpointError, GemqError, first_line
 from gemq.folders import is_hub_name
 from gemq.integrity import read_json
-from gemq.models.config_fields import field
 
 # more than any published model's, and few enough that a skeleton of them takes seconds
 MAX_LAYERS = 1024
@@ -110,7 +110,7 @@ def skeleton(config: Any, trust_remote_code: bool = False, **options: Any) -> nn
 
     The config is copied. Raises :class:`CheckpointError` for fields that make no model.
     """
-    from gemq.models.auto import auto_class
+    from gemq.auto_class import auto_class
 
     try:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""How far a model's next-token distributions are from a reference's, in the terms of llama.cpp's ``--kl-divergence``.
+"""KL divergence of a model's next-token distributions from a reference's, as llama.cpp's ``--kl-divergence`` gives it.
 
 With ``p`` the reference's probabilities of the next token and ``q`` the model's, the divergence of a position is
 ``sum over the vocabulary of p (log p - log q)``, in nats. It is zero for the same model and, unlike a perplexity,
@@ -63,7 +63,7 @@ def _pieces(logits: Tensor, reference: Tensor, labels: Tensor) -> Iterator[tuple
 
 
 class Positions:
-    """What is known of each position that was counted."""
+    """Divergence, probabilities and likeliest tokens of the positions that were counted."""
 
     def __init__(self) -> None:
         self._found: list[Tensor] = []

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemq.config_fields import field
 from gemq.errors import OutOfMemoryError
-from gemq.models.config_fields import field
 from gemq.models.forward import decoder_of
 
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""How a family's experts module stores its matrices and what it computes, found by computing.
+"""Find by computing how a family's experts module stores its matrices, and what it computes.
 
 transformers fuses a layer's experts into one module with ``gate_up_proj [E, 2I, H]`` (or ``up_proj [E, I, H]`` where
 there is no gate) and ``down_proj [E, H, I]``. Some families store them transposed, some with the rows of gate and up in

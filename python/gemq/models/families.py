@@ -9,17 +9,20 @@ architectures for which this was tested, ``docs/families.md`` what is special in
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 from torch import nn
+from transformers import AutoConfig
 
 from gemq.activation import SILU, Activation
+from gemq.config_fields import field
 from gemq.errors import UnsupportedModelError
 from gemq.format import GROUP_SIZES, UNQUANTIZED
-from gemq.models.config_fields import field
+from gemq.model_config import skeleton
 from gemq.models.experts import ExpertsForm, experts_form, mlp_activation
 from gemq.models.forward import decoder_of
 from gemq.widths import Widths
@@ -218,7 +221,7 @@ def _shared_names(shared: nn.Module, activation: Activation) -> tuple[str, ...]:
 
 
 def _looks(experts: Any) -> tuple:
-    """What experts modules of one form have in common."""
+    """Class, shapes and activation of an experts module: alike in modules of one form."""
     shapes = {name: parameter.shape for name, parameter in experts.named_parameters(recurse=False)}
     act = getattr(experts, "act_fn", None)
     return type(experts), shapes, getattr(act, "__name__", type(act)), getattr(experts, "limit", None)
@@ -245,7 +248,7 @@ def _linears(path: str, module: nn.Module) -> dict[str, nn.Linear]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a decoder layer holds: the linears of its mixer and of dense MLPs, and its MoE block at ``path``."""
+    """Parts of a decoder layer: the linears of its mixer and of dense MLPs, and its MoE block at ``path``."""
 
     path: str
     mixer: dict[str, nn.Linear]
@@ -288,14 +291,22 @@ def _top_k(config: Any) -> int:
 
 
 def check_supported(config: Any) -> None:
-    """Raise :class:`UnsupportedModelError` unless the transformers config is of a supported architecture, or of one
-    that has experts: :func:`describe` then finds out if it fits."""
+    """Raise :class:`UnsupportedModelError` unless the transformers config is of a supported architecture, or makes a
+    model of the structure of one."""
+    if not _is_listed(config):
+        _check_structure(config.get_text_config().model_type, config.to_json_string())
+
+
+def _is_listed(config: Any) -> bool:
+    """True for a type of :data:`SUPPORTED`, False for another with experts. Raises :class:`UnsupportedModelError` for
+    what is refused by name, and for types without experts."""
     text = config.get_text_config()
     kind = getattr(text, "model_type", None)
     if kind in REFUSED:
         raise UnsupportedModelError(f"model type {kind!r} is not supported: {REFUSED[kind]}")
     if kind not in SUPPORTED and not any(field(text, name) for name in _COUNTS):
         raise UnsupportedModelError(f"model type {kind!r} is not supported yet; supported: {', '.join(SUPPORTED)}")
+    return kind in SUPPORTED
 
 
 @lru_cache
@@ -308,13 +319,24 @@ def _tell_unlisted(kind: str) -> None:
         )
 
 
+@lru_cache
+def _check_structure(kind: str, config: str) -> None:
+    """Locate the parts of a model without storage, of an unlisted type, made of a config in JSON."""
+    data = json.loads(config)
+    data.pop("quantization_config", None)
+    try:
+        describe(skeleton(AutoConfig.for_model(data.pop("model_type"), **data)))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"model type {kind!r} is not supported yet: {error}") from error
+
+
 def describe(model: nn.Module) -> MoeModel:
     """Locate the parts of an unquantized transformers MoE causal language model.
 
     Raises :class:`gemq.errors.UnsupportedModelError` naming what is missing or different.
     """
     config: Any = model.config
-    check_supported(config)
+    _is_listed(config)
     config = config.get_text_config()
     for name, what in _NOT_LAYERWISE.items():
         if field(config, name):

@@ -198,7 +198,7 @@ class LowBitExperts(PackedModule):
         )
 
     def _between(self) -> Between:
-        biases: list[Any] = [getattr(self, f"_{name}_bias") for name in PROJECTIONS]
+        biases: list[Any] = [getattr(self, f"_{name}_bias", None) for name in PROJECTIONS]
         return Between(self.activation, *biases)
 
     def _direct(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:

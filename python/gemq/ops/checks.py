@@ -204,3 +204,25 @@ def unwatched(x: Tensor, *others: Tensor | None) -> bool:
         if t is not None and (type(t) not in (Tensor, Parameter) or (grad and t.requires_grad)):
             return False
     return True
+
+
+def routing(x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> None:
+    """Check the routing of tokens ``x``: ids and, if there are any, weights ``[T, top_k]``."""
+    tensor("topk_ids", topk_ids, dtype=(torch.int32, torch.int64), dim=2, device=x.device, contiguous=False)
+    if x.shape[0] != topk_ids.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} tokens, topk_ids {topk_ids.shape[0]}")
+    if topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids must have at least one slot a token, got shape {list(topk_ids.shape)}")
+    if topk_weights is not None:
+        tensor("topk_weights", topk_weights, dtype=FLOATS, dim=2, device=x.device, contiguous=False)
+        if topk_weights.shape != topk_ids.shape:
+            raise ValueError(f"topk_weights {list(topk_weights.shape)} must match topk_ids {list(topk_ids.shape)}")
+
+
+def bias(name: str, value: Tensor | None, experts: int, rows: int, device: torch.device) -> None:
+    """Check a bias float32 ``[experts, rows]``, or None."""
+    if value is None:
+        return
+    tensor(name, value, dtype=torch.float32, dim=2, device=device)
+    if tuple(value.shape) != (experts, rows):
+        raise ValueError(f"{name} must be {[experts, rows]}, got {list(value.shape)}")

@@ -179,18 +179,6 @@ def _check_stack(name: str, stack: Stack, n: int, k: int, group_size: int, layou
         checks.SEEN.add(stack, shape)
 
 
-def _check_routing(x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> None:
-    checks.tensor("topk_ids", topk_ids, dtype=(torch.int32, torch.int64), dim=2, device=x.device, contiguous=False)
-    if x.shape[0] != topk_ids.shape[0]:
-        raise ValueError(f"x has {x.shape[0]} tokens, topk_ids {topk_ids.shape[0]}")
-    if topk_ids.shape[1] == 0:
-        raise ValueError(f"topk_ids must have at least one slot a token, got shape {list(topk_ids.shape)}")
-    if topk_weights is not None:
-        checks.tensor("topk_weights", topk_weights, dtype=checks.FLOATS, dim=2, device=x.device, contiguous=False)
-        if topk_weights.shape != topk_ids.shape:
-            raise ValueError(f"topk_weights {list(topk_weights.shape)} must match topk_ids {list(topk_ids.shape)}")
-
-
 @overload
 def moe_lowbit_gemm(x: Tensor, stack: PackedStack, topk_ids: Tensor, topk_weights: Tensor | None = None) -> Tensor: ...
 
@@ -255,7 +243,7 @@ def _gemm_of_tensors(
     layout: str = "canonical",
 ) -> Tensor:
     checks.tensor("x", x, dtype=checks.FLOATS, dim=(2, 3), contiguous=False)
-    _check_routing(x, topk_ids, topk_weights)
+    checks.routing(x, topk_ids, topk_weights)
     if x.dim() == 3 and x.shape[1] != topk_ids.shape[1]:
         raise ValueError(f"x has {x.shape[1]} rows a token, topk_ids {topk_ids.shape[1]} slots")
     stack = (qweight, meta, expert_bits, expert_offsets, meta_offsets)
@@ -289,14 +277,6 @@ def _block_of_stacks(
         if value is not None and value != held[name]:
             raise ValueError(f"{name}={value} was given, but the stacks say {held[name]}")
     return gate_up.tensors, down.tensors, down.k, gate_up.group_size, down.group_size, gate_up.layout
-
-
-def _check_bias(name: str, bias: Tensor | None, experts: int, rows: int, device: torch.device) -> None:
-    if bias is None:
-        return
-    checks.tensor(name, bias, dtype=torch.float32, dim=2, device=device)
-    if tuple(bias.shape) != (experts, rows):
-        raise ValueError(f"{name} must be {[experts, rows]}, got {list(bias.shape)}")
 
 
 @overload
@@ -345,7 +325,7 @@ def moe_lowbit_ffn(
     activation = parse_activation(activation)
     if topk_weights is None:
         raise TypeError("topk_weights must be a tensor, got None")
-    _check_routing(x, topk_ids, topk_weights)
+    checks.routing(x, topk_ids, topk_weights)
     if isinstance(gate_up, PackedStack) or isinstance(down, PackedStack):
         given = {
             "intermediate": intermediate, "group_size": group_size, "down_group_size": down_group_size, "layout": layout
@@ -363,8 +343,8 @@ def moe_lowbit_ffn(
     _check_stack("down", down, x.shape[-1], intermediate, down_group_size, layout, x.device)
     if gate_up[2].numel() != down[2].numel():
         raise ValueError(f"gate_up has {gate_up[2].numel()} experts, down {down[2].numel()}")
-    _check_bias("gate_up_bias", gate_up_bias, gate_up[2].numel(), rows, x.device)
-    _check_bias("down_bias", down_bias, down[2].numel(), x.shape[-1], x.device)
+    checks.bias("gate_up_bias", gate_up_bias, gate_up[2].numel(), rows, x.device)
+    checks.bias("down_bias", down_bias, down[2].numel(), x.shape[-1], x.device)
     if layout == "cpu_tile" and checks.unwatched(x, topk_ids, topk_weights):
         return cpu.moe_ffn(
             x.contiguous(), gate_up, down, topk_ids, topk_weights, intermediate, group_size, down_group_size,
