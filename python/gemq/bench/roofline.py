@@ -67,7 +67,7 @@ def expert_sizes(experts: Any) -> list[int]:
 def other_bytes(model: Any, batch: int) -> int:
     """Weights that every step reads: all but the routed experts and, of the embedding, all but the batch's rows."""
     embedding = model.get_input_embeddings().weight
-    total, counted = 0, {id(embedding)} if model.lm_head.weight is not embedding else set()
+    total, counted = 0, {id(embedding)} if model.get_output_embeddings().weight is not embedding else set()
     for path, module in model.named_modules():
         if path.endswith(".experts"):
             continue

@@ -167,7 +167,7 @@ class Decoding:
             if whole:
                 return out.logits[:, -1]
             # as a matrix: on [B, 1, H], sliced out of [B, T, H], torch copies the whole head for a batched product
-            return self.model.lm_head(out.last_hidden_state[:, -1].contiguous())
+            return self.model.get_output_embeddings()(out.last_hidden_state[:, -1].contiguous())
 
     @plain_inference
     def _set_up(self) -> None:

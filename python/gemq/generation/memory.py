@@ -34,14 +34,19 @@ def _kept_width(layer: Any, config: Any) -> int:
         return 0  # a MoE block or Mamba in a layer that is one thing
     attention: Any = getattr(layer, "self_attn", mixer)
     config = getattr(attention, "config", config)  # of the layer, where layers differ
-    if field(config, "kv_lora_rank") is not None:
-        return config.kv_lora_rank + config.qk_rope_head_dim
+
+    def own(name: str) -> Any:
+        found = getattr(attention, name, None)
+        return field(config, name) if found is None else found
+
+    if own("kv_lora_rank") is not None:
+        return own("kv_lora_rank") + own("qk_rope_head_dim")
     if getattr(attention, "v_proj", attention) is None:
         return 2 * attention.k_proj.out_features
     if all(hasattr(getattr(attention, name, None), "out_features") for name in ("k_proj", "v_proj")):
         return attention.k_proj.out_features + attention.v_proj.out_features
-    head = field(config, "head_dim") or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * head
+    head = own("head_dim") or config.hidden_size // own("num_attention_heads")
+    return 2 * own("num_key_value_heads") * head
 
 
 def state_bytes_per_row(model: Any) -> int:
