@@ -14,7 +14,7 @@ from listed_models import LISTED, WRAPPED, listed_model
 from safetensors.torch import load_file
 from test_engine import modules_of, packed_bytes_of, streamed
 from test_importance import RTN, perturbed
-from tiny_models import random_windows, slow_but
+from tiny_models import random_windows, slow_but, tiny_model
 from torch import nn
 from transformers import AutoConfig
 
@@ -26,7 +26,7 @@ from gemq.engine.progression import measure_importance, quantize_progressively
 from gemq.engine.source import ResidentSource
 from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
-from gemq.models import describe
+from gemq.models import SUPPORTED, describe, families
 from gemq.models.weighted_inputs import call_by_ids
 from gemq.nn.experts import PROJECTIONS
 from gemq.reference.importance import expert_calls, expert_cost
@@ -235,3 +235,15 @@ def test_the_towers_of_a_wrapper_travel(made) -> None:
     towers = [name for name in source if any(part in name for part in ("visual", "vision", "audio"))]
     assert towers and all(torch.equal(source[name], packed[name]) for name in towers)
     assert type(gemq.from_pretrained(out)).__name__ == WRAPPED[kind][0]
+
+
+def test_a_type_that_fits_works_unlisted(monkeypatch, caplog):
+    """Its structure is what counts; a warning says, once, that it was not compared."""
+    model = tiny_model("olmoe")
+    wanted = describe(model)
+    monkeypatch.setattr(families, "SUPPORTED", tuple(kind for kind in SUPPORTED if kind != "olmoe"))
+    families._tell_unlisted.cache_clear()
+    for _ in range(2):
+        assert describe(model).attention == wanted.attention
+    families.check_supported(model.config)
+    assert caplog.text.count("model type olmoe has the structure of supported types, but was never compared") == 1

@@ -251,7 +251,7 @@ def test_a_config_is_found_where_it_is_named(tmp_path, model_folder):
 
 
 def test_fields_that_do_not_fit_together(gemq_run, model_folder, quick, tmp_path, monkeypatch):
-    """What fails in the family's own code is one line, with what it said."""
+    """An error of the family's own code is one line, with what it said."""
     from transformers import MixtralModel
 
     def broken(self, *args, **kwargs):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -69,9 +70,9 @@ class Activation:
         """Rows of the first product."""
         return 2 * intermediate if self.gated else intermediate
 
-    @property
+    @cached_property
     def gating(self) -> Gating:
-        """The numbers of a gated activation."""
+        """The numbers of a gated activation; every call of a kernel takes them."""
         if self.name == "gelu_tanh":
             return Gating(GELU_SLOPE, GELU_SLOPE * 0.044715)
         if self.name == "swigluoai":
@@ -116,7 +117,6 @@ class Between(NamedTuple):
     activation: Activation = SILU
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-
 
     def of(self, experts: range) -> list[Inner]:
         """The inner activations of some experts, all of which have bits, as functions of their first product."""

@@ -18,7 +18,7 @@ from gemq.model_config import check_layers, check_sizes
 from gemq.models import describe, empty_twin, packed_modules, prepare, replace_with_packed
 from gemq.models.ahead import is_ahead
 from gemq.models.weighted_inputs import call_as_before
-from gemq.nn import LowBitLinear
+from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
 from gemq.tensor_files import DTYPES
@@ -76,9 +76,10 @@ class GemqQuantizer(HfQuantizer):
         packed = self.quantization_config.packed
         modules = packed_skeleton(describe(model), packed.widths, packed.group_size, "meta")
         replace_with_packed(model, modules)
-        for path in modules:
-            # a family may initialise its experts from the block around them, which has none now
-            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
+        for path, module in modules.items():
+            if isinstance(module, LowBitExperts):
+                # a family may initialise its experts from the block around them, which has none now
+                model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
         if files:
             check_files(model, files)
 

@@ -28,19 +28,18 @@ def save_logits(
 ) -> None:
     """Write the logits of ``windows`` int64 ``[N, T]`` to ``file``, which appears when it is whole."""
     where = counted(windows.shape[1], second_half)
-    first = window_logits(model, windows[:1], where).cpu()
-    tensors = {"windows": windows, "logits": torch.empty(len(windows), *first.shape[1:], dtype=first.dtype,
-                                                         device="meta")}
-    head, at = file_head(tensors)
     part = file.with_name(f".{file.name}.part")
     try:
         with durable.explained(file), part.open("wb") as out:
-            out.write(head)
-            out.seek(at["windows"])
-            out.write(windows.contiguous().view(-1).view(torch.uint8).numpy().data)
-            out.seek(at["logits"])
             for start in range(0, len(windows), batch_size):
                 logits = window_logits(model, windows[start : start + batch_size], where).cpu().contiguous()
+                if not start:
+                    whole = torch.empty(len(windows), *logits.shape[1:], dtype=logits.dtype, device="meta")
+                    head, at = file_head({"windows": windows, "logits": whole})
+                    out.write(head)
+                    out.seek(at["windows"])
+                    out.write(windows.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    out.seek(at["logits"])
                 out.write(logits.view(-1).view(torch.uint8).numpy().data)
                 if progress:
                     progress(min(start + batch_size, len(windows)), len(windows))

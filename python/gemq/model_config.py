@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 
+from gemq.auto_class import auto_class
 from gemq.config_fields import field
 from gemq.errors import CheckpointError, GemqError, first_line
 from gemq.folders import is_hub_name
@@ -110,8 +111,6 @@ def skeleton(config: Any, trust_remote_code: bool = False, **options: Any) -> nn
 
     The config is copied. Raises :class:`CheckpointError` for fields that make no model.
     """
-    from gemq.auto_class import auto_class
-
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(

@@ -79,10 +79,10 @@ def evaluate(
     if result.divergence is not None:
         found["divergence"] = asdict(result.divergence) | {"ratio": result.divergence.ratio, "reference": reference}
     if keep:
-        # where a text lay is no part of what was measured
-        name = Path(data).name if "/" in data else data
-        record(model, Score(name, length, result.perplexity, result.tokens, result.seconds, gemq=gemq.__version__,
-                            divergence=_recorded(result.divergence), reference=_shown(reference)))
+        record(model, Score(
+            _shown(data), length, result.perplexity, result.tokens, result.seconds, gemq=gemq.__version__,
+            divergence=_recorded(result.divergence), reference=reference and _shown(reference),
+        ))
         write_card(Path(model))
     if as_json:
         print(json.dumps(found, allow_nan=False))
@@ -90,16 +90,16 @@ def evaluate(
     rate = result.tokens / result.seconds
     chosen = former_form or form
     row = found | {"rate": rate}
-    if result.divergence is None:
+    if reference is None:
         emit(data, _COLUMNS, [row], chosen)
         return
     row |= row.pop("divergence")
     emit(f"{data}, {_shown(reference)} as reference", (*_COLUMNS, *_DIVERGENCE), [row], chosen)
 
 
-def _shown(reference: str | None) -> str | None:
-    """A reference by its name: where it lay is no part of what was measured."""
-    return None if reference is None else Path(reference).name if "/" in reference else reference
+def _shown(path: str) -> str:
+    """A text or reference by its name: where it lay is no part of what was measured."""
+    return Path(path).name if "/" in path else path
 
 
 def _recorded(divergence: Divergence | None) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ def is_ahead(model: Any, name: str) -> bool:
     transformers ignores them by ``_keys_to_ignore_on_load_unexpected``; a text model's class ignores its wrapper's
     vision tower there as well, which is none of them.
     """
-    patterns = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()
     if name.startswith("mtp."):
         return True
+    patterns = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()
     return any("visual" not in pattern and re.search(pattern, name) for pattern in patterns)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gemq.activation import SILU, Activation, Between
 from gemq.errors import UnsupportedModelError
 from gemq.models.weighted_inputs import takes_inputs_alone
-from gemq.nn.experts import PROJECTIONS
+from gemq.nn.experts import PROJECTIONS, gate_first
 
 # of a probe: experts, hidden size, intermediate size, tokens, top-k
 _EXPERTS, _HIDDEN, _INNER, _TOKENS, _TOP_K = 3, 8, 4, 5, 2
@@ -83,9 +83,7 @@ class ExpertsForm:
     def _gate_first(self, name: str, value: Tensor, dim: int) -> Tensor:
         if not (self.interleaved and name == PROJECTIONS[0]):
             return value
-        half = value.shape[dim] // 2
-        order = torch.arange(2 * half, device=value.device).view(half, 2).T.flatten()
-        return value.index_select(dim, order)
+        return gate_first(value, dim)
 
     def biases(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, Tensor | None]:
         """Biases ``[E, n]`` of both projections, gate first; None without."""
@@ -177,7 +175,8 @@ class _Probe:
 
     def __init__(self, experts: Any, first: str, biased: bool):
         self._experts, self._first, self.biased, self.problem = experts, first, biased, ""
-        self._found: dict[bool, tuple[Any, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]]] = {}
+        # by transposed or not: the module, and the output, inputs, ids and weights of its call
+        self._found: dict[bool, tuple[Any, Tensor, Tensor, Tensor, Tensor]] = {}
 
     def fits(self, form: ExpertsForm) -> bool:
         """True if the module computes what ``form`` says."""
@@ -192,13 +191,11 @@ class _Probe:
 
     def _fits(self, form: ExpertsForm) -> bool:
         try:
-            module, output, arguments = self._run(form.transposed)
+            module, output, x, ids, weights = self._run(form.transposed)
         except Exception as error:
             self.problem = f"its forward on [T, H], ids and weights [T, k] gives {type(error).__name__}: {error}"
             return False
-        x, ids, weights = arguments()
-        tiny = ExpertsForm(_EXPERTS, _HIDDEN, _INNER, form.activation, form.first, form.second, form.transposed,
-                           form.interleaved, form.biased)
+        tiny = replace(form, experts=_EXPERTS, hidden=_HIDDEN, intermediate=_INNER)
         gate_up, down = (tiny.standard(n, w.detach()) for n, w in zip(PROJECTIONS, tiny.weights(module), strict=True))
         first_bias, second_bias = tiny.biases(module)
         wanted = torch.zeros_like(x)
@@ -210,7 +207,7 @@ class _Probe:
             wanted += weights[:, slot, None] * (out if second_bias is None else out + second_bias[chosen])
         return bool(((output - wanted).norm(dim=1) < _CLOSE * wanted.norm(dim=1)).all())
 
-    def _run(self, transposed: bool) -> tuple[Any, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
+    def _run(self, transposed: bool) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
         if transposed not in self._found:
             generator = torch.Generator().manual_seed(0)
 
@@ -233,5 +230,5 @@ class _Probe:
             x, weights = draw(_TOKENS, _HIDDEN) * torch.logspace(-1, 1.5, _TOKENS)[:, None], draw(_TOKENS, _TOP_K)
             ids = torch.stack([torch.randperm(_EXPERTS, generator=generator)[:_TOP_K] for _ in range(_TOKENS)])
             output = _called(module, x.clone(), ids, weights)
-            self._found[transposed] = (module, output, lambda: (x, ids, weights))
+            self._found[transposed] = (module, output, x, ids, weights)
         return self._found[transposed]

@@ -38,6 +38,11 @@ def stored_name(projection: str, part: str) -> str:
     return f"{projection.removesuffix('_proj')}_{part}"
 
 
+def gate_first(value: Tensor, dim: int) -> Tensor:
+    """Put rows of gate and up that take turns along ``dim``, which counts from the end, in halves: the gate's first."""
+    return value.unflatten(dim, (-1, 2)).transpose(dim - 1, dim).flatten(dim - 1, dim)
+
+
 @dataclass(frozen=True)
 class QuantizedStack:
     """Codes of one projection of all experts of a layer: ``codes[e]`` uint8 ``[n, k]``, ``meta[e]`` float16
@@ -99,9 +104,7 @@ class LowBitExperts(PackedModule):
         if value is None:
             return None
         value = value.detach().float()
-        if self.interleaved and name == PROJECTIONS[0]:
-            value = value.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return value.contiguous()
+        return (gate_first(value, -1) if self.interleaved and name == PROJECTIONS[0] else value).contiguous()
 
     def stored(self, name: str) -> tuple[Tensor, Tensor]:
         """The flat ``(codes, meta)`` of a projection, in the current layout."""
