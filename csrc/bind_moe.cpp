@@ -94,9 +94,9 @@ void bind_moe_ffn(const MoeFfnCall& c) {
   check_groups("down_group_size", c.down_group_size, "intermediate", c.intermediate);
   const Element element = check_type(c.type);
   const Precision rounding = check_precision(c.precision);
-  const Stack first = check_stack("gate_up", c.gate_up, c.num_experts,
-                                  (c.gated ? 2 : 1) * static_cast<int64_t>(c.intermediate), c.hidden,
-                                  c.group_size);
+  const Stack first =
+      check_stack("gate_up", c.gate_up, c.num_experts,
+                  (c.gated ? 2 : 1) * static_cast<int64_t>(c.intermediate), c.hidden, c.group_size);
   const Stack second =
       check_stack("down", c.down, c.num_experts, c.hidden, c.intermediate, c.down_group_size);
   if (c.tokens == 0) return;
@@ -104,10 +104,23 @@ void bind_moe_ffn(const MoeFfnCall& c) {
   check_pointer("topk_ids", c.topk_ids);
   check_pointer("topk_weights", c.topk_weights);
   check_pointer("out", c.out);
-  moe_ffn_cpu({as<const void>(c.x), first, second, c.num_experts, as<const int64_t>(c.topk_ids),
-               as<const float>(c.topk_weights), as<void>(c.out), c.tokens, c.top_k, c.hidden, c.intermediate,
-               c.group_size, c.down_group_size, element, rounding,
-               {c.gated, c.slope, c.cubic, c.limit, c.shift}, as<const float>(c.gate_up_bias),
+  moe_ffn_cpu({as<const void>(c.x),
+               first,
+               second,
+               c.num_experts,
+               as<const int64_t>(c.topk_ids),
+               as<const float>(c.topk_weights),
+               as<void>(c.out),
+               c.tokens,
+               c.top_k,
+               c.hidden,
+               c.intermediate,
+               c.group_size,
+               c.down_group_size,
+               element,
+               rounding,
+               {c.gated, c.slope, c.cubic, c.limit, c.shift},
+               as<const float>(c.gate_up_bias),
                as<const float>(c.down_bias)},
               c.threads);
 }

@@ -27,7 +27,7 @@ struct Projection {
   const Kernels& kernels;
   Stack stack;
   Activations& x;
-  std::vector<int32_t> rows;  // row of x for each of routing.pairs
+  std::vector<int32_t> rows;    // row of x for each of routing.pairs
   const float* bias = nullptr;  // [experts, n], n of whole blocks
   int64_t n = 0;
 
