@@ -30,25 +30,26 @@ int bind_buffer(Program& program, int64_t width, uintptr_t external) {
   return program.buffer(width, reinterpret_cast<float*>(external));
 }
 
-void bind_embed(Program& program, uintptr_t table, int type, int64_t tokens, int out) {
+void bind_embed(Program& program, uintptr_t table, int type, int64_t tokens, float scale, int out) {
   check_pointer("table", table);
   check_at_least("tokens", tokens, 1);
   program.limits.tokens = tokens;
-  program.add<Embed>(program.variant(), reinterpret_cast<const void*>(table), check_type(type),
+  program.add<Embed>(program.variant(), reinterpret_cast<const void*>(table), check_type(type), scale,
                      rows(program, "out", out));
 }
 
-void bind_norm(Program& program, int x, uintptr_t weight, float eps, int out) {
+void bind_norm(Program& program, int x, uintptr_t weight, float eps, int out, bool onto, float scale) {
   check_pointer("weight", weight);
   const Rows& from = rows(program, "x", x);
   program.add<Norm>(program.variant(), from, floats(weight, from.width()), eps,
-                    rows(program, "out", out, from.width()));
+                    rows(program, "out", out, from.width()), onto, scale);
 }
 
-void bind_silu_mul(Program& program, int gate, int up, int out) {
+void bind_activate(Program& program, int gate, int up, int out, bool gated, float slope, float cubic,
+                   float limit, float shift) {
   const Rows& first = rows(program, "gate", gate);
-  program.add<SiluMul>(program.variant(), first, rows(program, "up", up, first.width()),
-                       rows(program, "out", out, first.width()));
+  program.add<Activate>(program.variant(), Activation{gated, slope, cubic, limit, shift}, first,
+                        rows(program, "up", up, first.width()), rows(program, "out", out, first.width()));
 }
 
 void bind_linear(Program& program, int x, const std::vector<MatrixAddress>& matrices, bool onto, int gate) {
@@ -76,19 +77,23 @@ void bind_attend(Program& program, const AttentionAddress& a) {
   }
   if (a.heads % a.groups != 0)
     bad_value("heads", a.heads, "a multiple of groups=" + std::to_string(a.groups));
-  check_range("rotary", a.rotary, 2, a.dim);
+  check_range("rotary", a.rotary, 0, a.dim);
   if (a.rotary % 2 != 0) bad_value("rotary", a.rotary, "even");
-  for (const auto& [name, at] :
-       {std::pair{"cosines", a.cosines}, {"sines", a.sines}, {"keys", a.keys}, {"values", a.values}}) {
-    check_pointer(name, at);
-  }
+  check_pointer("keys", a.keys);
+  check_pointer("values", a.values);
   check_at_least("slots", a.slots, 1);
-  check_at_least("positions", a.positions, 1);
-  const int64_t queries = static_cast<int64_t>(a.heads) * a.dim,
+  if (a.rotary > 0) {
+    check_pointer("cosines", a.cosines);
+    check_pointer("sines", a.sines);
+    check_at_least("positions", a.positions, 1);
+    program.limits.positions = std::min(program.limits.positions, a.positions);
+  }
+  const int64_t outputs = static_cast<int64_t>(a.heads) * a.dim,
                 keys = static_cast<int64_t>(a.groups) * a.dim;
   AttentionShape shape{a.heads,
                        a.groups,
                        a.dim,
+                       a.gated,
                        a.rotary,
                        reinterpret_cast<const float*>(a.cosines),
                        reinterpret_cast<const float*>(a.sines),
@@ -97,15 +102,17 @@ void bind_attend(Program& program, const AttentionAddress& a) {
                        reinterpret_cast<void*>(a.values),
                        check_type(a.type),
                        a.slots,
+                       a.window,
                        a.scale,
                        floats(a.query_norm, a.dim),
                        floats(a.key_norm, a.dim),
-                       a.eps};
-  program.limits.slots = std::min(program.limits.slots, a.slots);
-  program.limits.positions = std::min(program.limits.positions, a.positions);
-  program.add<Attend>(program.variant(), rows(program, "query", a.query, queries),
+                       floats(a.value_norm, a.dim),
+                       a.eps,
+                       floats(a.sinks, a.heads)};
+  if (!a.window) program.limits.slots = std::min(program.limits.slots, a.slots);
+  program.add<Attend>(program.variant(), rows(program, "query", a.query, (a.gated ? 2 : 1) * outputs),
                       rows(program, "key", a.key, keys), rows(program, "value", a.value, keys),
-                      rows(program, "out", a.out, queries), std::move(shape));
+                      rows(program, "out", a.out, outputs), std::move(shape));
 }
 
 void bind_attend_latent(Program& program, const LatentAddress& a) {
@@ -152,6 +159,102 @@ void bind_attend_latent(Program& program, const LatentAddress& a) {
                             rows(program, "out", a.out, heads * a.v_dim), std::move(shape));
 }
 
+namespace {
+
+// A part of `count` numbers for each of `heads` key heads.
+DeltaShape::Part part(Program& program, const std::string& name, const PartAddress& a, int64_t count,
+                      int heads) {
+  const Rows& found = rows(program, name, a.buffer);
+  check_at_least((name + ".offset").c_str(), a.offset, 0);
+  check_at_least((name + ".stride").c_str(), a.stride, count);
+  const int64_t end = a.offset + (heads - 1) * a.stride + count;
+  if (end > found.width()) bad_value(name + ": its end", end, "at most " + std::to_string(found.width()));
+  return {&found, a.offset, a.stride};
+}
+
+}  // namespace
+
+void bind_delta_net(Program& program, const DeltaAddress& a) {
+  for (const auto& [name, value] : {std::pair{"key_heads", a.key_heads},
+                                    {"value_heads", a.value_heads},
+                                    {"key_dim", a.key_dim},
+                                    {"value_dim", a.value_dim}}) {
+    check_at_least(name, value, 1);
+  }
+  if (a.value_heads % a.key_heads != 0)
+    bad_value("value_heads", a.value_heads, "a multiple of key_heads=" + std::to_string(a.key_heads));
+  check_at_least("taps", a.taps, 2);
+  for (const auto& [name, at] : {std::pair{"weights", a.weights},
+                                 {"rate", a.rate},
+                                 {"offset", a.offset},
+                                 {"norm", a.norm},
+                                 {"past", a.past},
+                                 {"state", a.state}}) {
+    check_pointer(name, at);
+  }
+  const int shared = a.value_heads / a.key_heads, heads = a.key_heads;
+  const int64_t values = static_cast<int64_t>(shared) * a.value_dim;
+  DeltaShape shape{part(program, "query", a.query, a.key_dim, heads),
+                   part(program, "key", a.key, a.key_dim, heads),
+                   part(program, "value", a.value, values, heads),
+                   part(program, "gate", a.gate, values, heads),
+                   part(program, "beta", a.beta, shared, heads),
+                   part(program, "decay", a.decay, shared, heads),
+                   a.key_heads,
+                   a.value_heads,
+                   a.key_dim,
+                   a.value_dim,
+                   a.taps,
+                   {},
+                   floats(a.rate, a.value_heads),
+                   floats(a.offset, a.value_heads),
+                   floats(a.norm, a.value_dim),
+                   a.eps,
+                   reinterpret_cast<float*>(a.past),
+                   reinterpret_cast<float*>(a.state)};
+  shape.weights = floats(a.weights, a.taps * shape.channels());
+  Rows& out = rows(program, "out", a.out, shape.values());
+  program.add<DeltaNet>(program.variant(), out, std::move(shape));
+}
+
+void bind_mamba(Program& program, const MambaAddress& a) {
+  for (const auto& [name, value] :
+       {std::pair{"heads", a.heads}, {"dim", a.dim}, {"groups", a.groups}, {"states", a.states}}) {
+    check_at_least(name, value, 1);
+  }
+  if (a.heads % a.groups != 0)
+    bad_value("heads", a.heads, "a multiple of groups=" + std::to_string(a.groups));
+  check_at_least("taps", a.taps, 2);
+  for (const auto& [name, at] : {std::pair{"weights", a.weights},
+                                 {"rate", a.rate},
+                                 {"offset", a.offset},
+                                 {"skip", a.skip},
+                                 {"norm", a.norm},
+                                 {"past", a.past},
+                                 {"state", a.state}}) {
+    check_pointer(name, at);
+  }
+  MambaShape shape{a.heads,
+                   a.dim,
+                   a.groups,
+                   a.states,
+                   a.taps,
+                   {},
+                   {},
+                   floats(a.rate, a.heads),
+                   floats(a.offset, a.heads),
+                   floats(a.skip, a.heads),
+                   floats(a.norm, static_cast<int64_t>(a.heads) * a.dim),
+                   a.eps,
+                   reinterpret_cast<float*>(a.past),
+                   reinterpret_cast<float*>(a.state)};
+  shape.weights = floats(a.weights, a.taps * shape.channels());
+  shape.bias = floats(a.bias, shape.channels());
+  const Rows& projected = rows(program, "projected", a.projected, shape.width());
+  Rows& out = rows(program, "out", a.out, shape.inner());
+  program.add<Mamba>(program.variant(), projected, out, std::move(shape));
+}
+
 void bind_experts(Program& program, const ExpertsAddress& a) {
   Rows& x = rows(program, "x", a.x);
   check_at_least("experts", a.experts, 1);
@@ -167,8 +270,8 @@ void bind_experts(Program& program, const ExpertsAddress& a) {
       bad_value("top_k", a.top_k, "at most the experts kept");
   }
   const auto hidden = static_cast<int>(x.width());
-  const Stack gate_up = check_stack("gate_up", a.gate_up, a.experts, 2 * static_cast<int64_t>(a.intermediate),
-                                    hidden, a.group_size);
+  const int64_t first = (a.gated ? 2 : 1) * static_cast<int64_t>(a.intermediate);
+  const Stack gate_up = check_stack("gate_up", a.gate_up, a.experts, first, hidden, a.group_size);
   const Stack down = check_stack("down", a.down, a.experts, hidden, a.intermediate, a.down_group_size);
   RoutingRule rule{a.sigmoid,
                    floats(a.bias, a.experts),
@@ -177,11 +280,22 @@ void bind_experts(Program& program, const ExpertsAddress& a) {
                    a.kept_groups,
                    a.normalize,
                    a.epsilon,
-                   a.scale};
+                   a.scale,
+                   floats(a.expert_scale, a.experts)};
+  ExpertsShape shape{gate_up,
+                     down,
+                     a.experts,
+                     a.top_k,
+                     hidden,
+                     a.intermediate,
+                     a.group_size,
+                     a.down_group_size,
+                     {a.gated, a.slope, a.cubic, a.limit, a.shift},
+                     floats(a.gate_up_bias, a.experts * first),
+                     floats(a.down_bias, static_cast<int64_t>(a.experts) * hidden),
+                     a.onto};
   program.add<Experts>(program.variant(), program.precision(), rows(program, "logits", a.logits, a.experts),
-                       x, rows(program, "out", a.out, hidden), std::move(rule),
-                       ExpertsShape{gate_up, down, a.experts, a.top_k, hidden, a.intermediate, a.group_size,
-                                    a.down_group_size});
+                       x, rows(program, "out", a.out, hidden), std::move(rule), std::move(shape));
 }
 
 void bind_run(Program& program, uintptr_t tokens, uintptr_t positions, uintptr_t starts, int64_t slot,

@@ -99,6 +99,10 @@ PYBIND11_MODULE(_C, module) {
                                  "An attention of a decode program.");
   define_class<LatentAddress>(module, "LatentAddress", "latent_address",
                               "A latent attention of a decode program.");
+  define_class<PartAddress>(module, "PartAddress", "part_address", "Where a gated delta net finds numbers.");
+  define_class<DeltaAddress>(module, "DeltaAddress", "delta_address",
+                             "A gated delta net of a decode program.");
+  define_class<MambaAddress>(module, "MambaAddress", "mamba_address", "A Mamba-2 mixer of a decode program.");
   define_class<ExpertsAddress>(module, "ExpertsAddress", "experts_address",
                                "A block of experts of a decode program.");
   py::class_<Program>(
@@ -110,12 +114,16 @@ PYBIND11_MODULE(_C, module) {
            }),
            arg("batch"), arg("precision"))
       .def("buffer", &bind_buffer, arg("width"), arg("external") = 0)
-      .def("embed", &bind_embed, arg("table"), arg("type"), arg("tokens"), arg("out"))
-      .def("norm", &bind_norm, arg("x"), arg("weight"), arg("eps"), arg("out"))
-      .def("silu_mul", &bind_silu_mul, arg("gate"), arg("up"), arg("out"))
+      .def("embed", &bind_embed, arg("table"), arg("type"), arg("tokens"), arg("scale"), arg("out"))
+      .def("norm", &bind_norm, arg("x"), arg("weight"), arg("eps"), arg("out"), arg("onto") = false,
+           arg("scale") = 1.0f)
+      .def("activate", &bind_activate, arg("gate"), arg("up"), arg("out"), arg("gated"), arg("slope"),
+           arg("cubic"), arg("limit"), arg("shift"))
       .def("linear", &bind_linear, arg("x"), arg("matrices"), arg("onto") = false, arg("gate") = -1)
       .def("attend", &bind_attend, arg("attention"))
       .def("attend_latent", &bind_attend_latent, arg("attention"))
+      .def("delta_net", &bind_delta_net, arg("delta"))
+      .def("mamba", &bind_mamba, arg("mamba"))
       .def("experts", &bind_experts, arg("experts"))
       .def("run", &bind_run, Unlocked(), arg("tokens"), arg("positions"), arg("starts"), arg("slot"),
            arg("threads") = 1)

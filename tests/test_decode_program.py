@@ -97,15 +97,6 @@ def test_results_are_added_behind_a_gate(isa, gated):
     assert_near(out.double(), before.double() + factor * (wide @ dense.T))
 
 
-@pytest.mark.parametrize("width", [5, 16, 130, 1500])
-def test_silu_mul(isa, width):
-    gate, up, out = normal(4, width, scale=5), normal(4, width, seed=1), poisoned(4, width)
-    program = DecodeProgram(4)
-    program.silu_mul(program.buffer(width, gate), program.buffer(width, up), program.buffer(width, out))
-    run(program)
-    assert_near(out.double(), torch.nn.functional.silu(gate.double()) * up.double())
-
-
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """``[..., dim]`` with its first numbers turned by halves."""
     size = cosines.shape[-1]
@@ -247,12 +238,12 @@ def test_operations_are_timed():
     program = DecodeProgram(1)
     x = program.buffer(64, normal(1, 64))
     program.norm(x, torch.ones(64), 1e-6, x)
-    program.silu_mul(x, x, x)
+    program.activate(x, x, x)
     run(program)
     assert program.seconds() == []
     program.measure()
     run(program)
-    assert [name for name, _ in program.seconds()] == ["norm", "silu_mul"]
+    assert [name for name, _ in program.seconds()] == ["norm", "activate"]
     assert all(0 < seconds < 60 for _, seconds in program.seconds())
     program.measure(False)
     run(program)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from listed_models import listed_model
 from packed_models import quantized
+from step_models import step_logits
 from tiny_models import FAMILIES, VOCAB, random_windows, tiny_model
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -13,8 +15,6 @@ from gemq.generation import Decoding, GenerationOptions, decoding, generate_rows
 from gemq.generation.step import LeanStep, ModelStep
 
 NEW = 24
-# Qwen3-Next's linear attention and gated query run in transformers' own forward
-LEAN = tuple(family for family in FAMILIES if family != "qwen3_next")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -25,11 +25,6 @@ def family(request):
 @pytest.fixture(scope="module")
 def model(family):
     return tiny_model(family)
-
-
-def lean_or_skip(family, step="lean"):
-    if step == "lean" and family not in LEAN:
-        pytest.skip("no lean step for this structure")
 
 
 def padded(rows=4, length=11, seed=3):
@@ -59,7 +54,6 @@ def tokens(*arguments, **options):
 
 @pytest.mark.parametrize("step", ["lean", "transformers"])
 def test_greedy_is_generates(family, model, step):
-    lean_or_skip(family, step)
     ids = random_windows(3, 9, 1)
     expected = reference(model, ids)
     assert len(expected.unique()) > 5
@@ -70,7 +64,6 @@ def test_greedy_is_generates(family, model, step):
 
 @pytest.mark.parametrize("step", ["lean", "transformers"])
 def test_padded_rows_are_generates(family, model, step):
-    lean_or_skip(family, step)
     ids, mask = padded()
     expected = reference(model, ids, mask)
     assert torch.equal(tokens(model, ids, mask, step=step), expected)
@@ -84,27 +77,20 @@ def test_a_known_model_takes_the_lean_step(family, model):
     run = decode(model, random_windows(1, 5, 0), new=3)
     assert run.step_kind is None
     list(run)
-    assert run.step_kind == ("lean" if family in LEAN else "transformers")
+    assert run.step_kind == "lean"
 
 
 @torch.inference_mode()
 def test_every_step_matches_the_forward_of_the_whole_text(family, model):
     """Logits of lean steps, not only which is largest."""
-    lean_or_skip(family)
     ids, mask = padded(3, 9)
-    run = decode(model, ids, mask, new=8)
-    found, stream = [], iter(run)
-    text = torch.cat([ids, next(stream)[:, None]], 1)
-    for new in stream:
-        step = run.step
-        # the state after a step is the input of the next
-        found.append(step(run.tokens, run.progress).clone())
-        text = torch.cat([text, new[:, None]], 1)
+    found, new = step_logits(model, ids, mask, "lean", 8)
+    text = torch.cat([ids, new], 1)
     whole = torch.cat([mask, torch.ones(3, text.shape[1] - 9, dtype=torch.long)], 1)
     positions = (whole.cumsum(-1) - 1).clamp_min(0)
     expected = model(text, attention_mask=whole, position_ids=positions).logits
     for at, logits in enumerate(found):
-        torch.testing.assert_close(logits, expected[:, 10 + at], rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(logits, expected[:, 9 + at], rtol=2e-4, atol=2e-4)
 
 
 def test_chunked_prefill_changes_nothing(model, monkeypatch):
@@ -125,7 +111,6 @@ def test_packed_models_decode_to_their_own_generate(family_name):
 
 def test_a_step_is_one_graph(family, model, monkeypatch):
     """Without the code generator, which takes long: that the whole step is traced."""
-    lean_or_skip(family)
     torch._dynamo.reset()
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **options: compile(step, backend="aot_eager", **options))
@@ -339,7 +324,7 @@ def test_cache_bytes_are_those_of_the_cache(family_name):
 def test_structures_without_a_lean_step():
     """Structures that the lean step would compute wrongly are left to transformers, or refused if it was asked for."""
     ids, mask = padded(3, 9)
-    hybrid = tiny_model("qwen3_next")
+    hybrid = listed_model("lfm2_moe")
     with pytest.raises(ValueError, match="step='lean' needs a model of known structure"):
         list(decode(hybrid, ids, mask, step="lean"))
     with pytest.raises(ValueError, match="compile='compile' needs a model of known structure"):

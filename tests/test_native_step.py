@@ -8,6 +8,7 @@ from functools import lru_cache
 import pytest
 import torch
 from packed_models import relative_error
+from step_models import step_logits
 from tiny_models import FAMILIES, VOCAB, tiny_model
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from gemq.models import describe, packed_modules
 from gemq.packed_config import PackedConfig
 from gemq.widths import Widths
 
-NATIVE = tuple(family for family in FAMILIES if family != "qwen3_next")
 # float32 sums in another order, through two layers
 TOLERANCE = 1e-5
 NEW = 7
@@ -74,18 +74,9 @@ def decoding(model: nn.Module, ids: Tensor, mask: Tensor | None, step: str, new:
     return Decoding(model, ids, mask, GenerationOptions(new, ignore_eos=True), compile="none", step=step)
 
 
-@torch.inference_mode()
 def logits(model: nn.Module, ids: Tensor, mask: Tensor | None, step: str, new: int = NEW) -> tuple[Tensor, Tensor]:
     """``[new - 1, B, V]`` logits of all steps and the tokens ``[B, new]``."""
-    run = decoding(model, ids, mask, step, new)
-    found, tokens = [], []
-    for token in run:
-        if tokens:
-            # the state after a step is the input of the next; it writes the same keys and values again
-            found.append(run.step(run.tokens, run.progress).float().clone())
-        tokens.append(token)
-    assert run.step_kind == step
-    return torch.stack(found), torch.stack(tokens, 1)
+    return step_logits(model, ids, mask, step, new)
 
 
 def assert_same(model: nn.Module, ids: Tensor, mask: Tensor | None, tolerance: float = TOLERANCE) -> None:
@@ -96,7 +87,7 @@ def assert_same(model: nn.Module, ids: Tensor, mask: Tensor | None, tolerance: f
     assert torch.equal(own_tokens, tokens)
 
 
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", [3, UNQUANTIZED])
 @pytest.mark.parametrize("rows", [1, 4, 16])
 def test_logits_are_the_lean_steps(family, attention, rows):
@@ -139,7 +130,7 @@ def test_long_texts_and_padding_over_spans_of_the_cache(family):
     assert_same(model, ids, mask)
 
 
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_models_are_no_further_from_float32(family):
     """Activations stay in float32, so the result is nearer to the float32 model's than the lean step's."""
     model = shared_model(family, dtype=torch.bfloat16)
@@ -160,7 +151,7 @@ def test_nan_stays_in_its_row():
     model = packed_model("mixtral")
     ids, mask = prompt(3)
     ids[ids == 5] = 6
-    clean = logits(model, ids, mask, "native", 2)[0][0]
+    clean = logits(model, ids, mask, "native", 3)[0][1]
     ids[1, -1] = 5
     model.model.embed_tokens.weight.data[5] = torch.nan
     run = decoding(model, ids, mask, "native")
@@ -202,16 +193,14 @@ def test_threads_change_nothing(setting):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_step_runs(family):
-    """Known structures of up to 16 rows are native; linear attention is transformers'."""
+    """Known structures of up to 16 rows are native."""
     model = shared_model(family)
-    other = "transformers" if family == "qwen3_next" else "lean"
-    for rows, expected in ((1, "native" if family in NATIVE else other), (17, other)):
+    for rows, expected in ((1, "native"), (17, "lean")):
         run = decoding(model, prompt(rows)[0], None, "auto", 2)
         list(run)
         assert run.step_kind == expected
-    if family not in NATIVE:
-        with pytest.raises(ValueError, match="step='native' needs a packed model of known structure on the CPU"):
-            list(decoding(model, prompt(1)[0], None, "native"))
+    with pytest.raises(ValueError, match="step='native' needs a packed model of known structure on the CPU"):
+        list(decoding(model, prompt(17)[0], None, "native"))
     with pytest.raises(ValueError, match="step must be one of auto, native, lean, transformers, got 'fast'"):
         decoding(model, prompt(1)[0], None, "fast")
 
@@ -254,7 +243,7 @@ def _fits(model: nn.Module) -> bool:
 
 
 def test_routers_of_known_classes_only():
-    for family in NATIVE:
+    for family in FAMILIES:
         block = describe(tiny_model(family)).moe[0].block
         assert routing_of(block.gate) is not None
     assert routing_of(nn.Linear(3, 3)) is None

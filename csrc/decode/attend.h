@@ -1,5 +1,5 @@
-// Attention of the new tokens over a static cache: grouped heads, rotary halves, optional norms of every
-// head.
+// Attention of the new tokens over a static cache or a window: grouped heads, rotary halves, optional norms
+// of every head, gates and sinks.
 #pragma once
 
 #include <vector>
@@ -10,16 +10,21 @@ namespace gemq {
 
 struct AttentionShape {
   int heads, groups, dim;  // query heads, key and value heads, numbers a head
-  int rotary;              // numbers of a head that turn
+  bool gated;              // each query head is followed by a gate, whose sigmoid its output is multiplied by
+  int rotary;              // numbers of a head that turn; 0 for none
   const float* cosines;    // [positions, rotary]
   const float* sines;      // [positions, rotary], the first half negated
   int64_t positions;       // rows of these tables
   void *keys, *values;     // [batch, groups, slots, dim]
   Element type;            // of keys and values
   int64_t slots;
+  bool window;  // the slots hold the newest tokens in turn, see KvChunks
   float scale;
-  std::vector<float> query_norm, key_norm;  // [dim] each, or empty
+  std::vector<float> query_norm, key_norm, value_norm;  // [dim] each, or empty
   float eps;
+  std::vector<float> sinks;  // [heads]: a score beside those of the keys; or empty
+
+  int query_dim() const { return gated ? 2 * dim : dim; }
 };
 
 class Attend : public Operation {

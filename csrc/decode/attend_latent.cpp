@@ -96,7 +96,7 @@ void AttendLatent::attend_chunk(const StepInput& step, int64_t item, float* scra
   const int64_t chunk = item % chunks_.count(), row = item / chunks_.count() / head_runs();
   const int first = static_cast<int>(item / chunks_.count() % head_runs()) * kHeads;
   const int heads = std::min(kHeads, shape_.heads - first);
-  const Range slots = KvChunks::slots(step, row, chunk);
+  const Range slots = chunks_.slots(step, row, chunk);
   const KvChunks::Part part = chunks_.part(row, chunk, first);
   if (slots.begin >= slots.end) return chunks_.leave_out(part, heads);
   const int64_t at = (row * shape_.slots + slots.begin) * element_bytes(shape_.type);

@@ -1,25 +1,38 @@
 #include "decode/experts.h"
 
+#include <algorithm>
+
 namespace gemq {
 
 Experts::Experts(const Kernels& kernels, Precision precision, const Rows& logits, Rows& x, Rows& out,
-                 RoutingRule rule, const ExpertsShape& shape)
+                 RoutingRule rule, ExpertsShape shape)
     : logits_(logits),
+      out_(out),
       rule_(std::move(rule)),
-      shape_(shape),
-      ids_(x.count() * shape.top_k),
-      weights_(x.count() * shape.top_k),
+      shape_(std::move(shape)),
+      ids_(x.count() * shape_.top_k),
+      weights_(x.count() * shape_.top_k),
       scratch_(x.count()),
-      inner_(kernels, precision, x.count() * shape.top_k, shape.intermediate, shape.down_group_size),
+      inner_(kernels, precision, x.count() * shape_.top_k, shape_.intermediate, shape_.down_group_size),
       ffn_{kernels,
-           {},
-           shape.intermediate,
-           shape.down_group_size,
+           shape_.activation,
+           shape_.intermediate,
+           shape_.down_group_size,
            routing_,
-           {kernels, shape.gate_up, x.packed(shape.group_size), {}, nullptr, 0},
-           {kernels, shape.down, inner_, {}, nullptr, 0}},
-      output_(kernels, out.row(0), kElementFloat32, shape.hidden, shape.top_k, weights_.data(), x.count()) {
-  output_.onto = true;
+           {kernels,
+            shape_.gate_up,
+            x.packed(shape_.group_size),
+            {},
+            shape_.gate_up_bias.empty() ? nullptr : shape_.gate_up_bias.data(),
+            (shape_.activation.gated ? 2 : 1) * static_cast<int64_t>(shape_.intermediate)},
+           {kernels,
+            shape_.down,
+            inner_,
+            {},
+            shape_.down_bias.empty() ? nullptr : shape_.down_bias.data(),
+            shape_.hidden}},
+      output_(kernels, out.row(0), kElementFloat32, shape_.hidden, shape_.top_k, weights_.data(), x.count()) {
+  output_.onto = shape_.onto;
 }
 
 int64_t Experts::scratch_floats() const {
@@ -51,7 +64,12 @@ void Experts::run(const StepInput&, Team team, float* scratch) {
   const Ffn::Scratch own = Ffn::scratch(scratch, routing_.most);
   groups_.work(team, [&](int64_t item) { ffn_.inner_group(item, own); });
   groups_.wait();
-  last_.work(team, [&](int64_t run) { write_columns(ffn_.down, routing_, run, output_, own.gate); });
+  last_.work(team, [&](int64_t run) {
+    write_columns(ffn_.down, routing_, run, output_, own.gate);
+    const int64_t first = run * kColumnBlocks * kBlockRows;
+    const int64_t count = std::min<int64_t>(kColumnBlocks * kBlockRows, shape_.hidden - first);
+    for (int64_t row = 0; row < out_.count(); ++row) out_.finish(row, first, count);
+  });
 }
 
 }  // namespace gemq

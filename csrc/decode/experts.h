@@ -14,13 +14,16 @@ namespace gemq {
 struct ExpertsShape {
   Stack gate_up, down;
   int experts, top_k, hidden, intermediate, group_size, down_group_size;
+  Activation activation;
+  std::vector<float> gate_up_bias, down_bias;  // [experts, rows], or empty
+  bool onto;                                   // add to what `out` holds
 };
 
-// out += the weighted sum of the experts that each row's logits choose
+// out = or += the weighted sum of the experts that each row's logits choose
 class Experts : public Operation {
 public:
   Experts(const Kernels& kernels, Precision precision, const Rows& logits, Rows& x, Rows& out,
-          RoutingRule rule, const ExpertsShape& shape);
+          RoutingRule rule, ExpertsShape shape);
   const char* name() const override { return "experts"; }
   void reset(const StepInput&, int threads) override;
   void run(const StepInput&, Team team, float* scratch) override;
@@ -30,6 +33,7 @@ private:
   void choose(int64_t row);
 
   const Rows& logits_;
+  Rows& out_;
   RoutingRule rule_;
   ExpertsShape shape_;
   int threads_ = 1;

@@ -34,6 +34,36 @@ struct AttendArgs {
   float* out;     // [heads, dim]: values weighted with these
 };
 
+// A causal convolution of one new number a channel, each channel with weights of its own, and SiLU.
+struct ConvolveArgs {
+  const float* x;        // [channels]
+  float* past;           // [taps - 1, stride]: the numbers before, oldest first; moved on
+  const float* weights;  // [taps, stride]
+  const float* bias;     // [channels], or null
+  int taps, channels;
+  int64_t stride;
+  float* out;  // [channels]
+};
+
+// The gated delta rule for one head: state = decay * state + key (beta * (value - decay * key state)).
+struct DeltaArgs {
+  float* state;  // [keys, values]
+  int keys, values;
+  const float *query, *key, *value;
+  float decay, beta;
+  float* out;  // [values]: query times the new state
+};
+
+// Mamba-2's recurrence for one head: state = decay * state + step * x into.
+struct StateSpaceArgs {
+  float* state;  // [values, states]
+  int values, states;
+  const float* x;            // [values]
+  const float *into, *from;  // [states]
+  float decay, step, skip;
+  float* out;  // [values]: the new state times `from`, and skip * x
+};
+
 constexpr int64_t score_stride(int64_t count) { return (count + 15) / 16 * 16; }
 
 }  // namespace gemq

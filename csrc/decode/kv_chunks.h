@@ -14,20 +14,34 @@ public:
   // As many keys and values as stay in a near cache.
   static constexpr int64_t kSlots = 256;
 
-  KvChunks(int64_t batch, int64_t slots, int heads, int dim)
-      : most_chunks_((slots + kSlots - 1) / kSlots),
+  // A window of `slots` tokens holds the token at position p of a row's own text in slot p % slots.
+  KvChunks(int64_t batch, int64_t slots, int heads, int dim, bool window = false)
+      : batch_(batch),
+        slots_(slots),
+        window_(window),
+        most_chunks_((slots + kSlots - 1) / kSlots),
         heads_(heads),
         dim_(dim),
         most_(batch * most_chunks_ * heads),
         sums_(batch * most_chunks_ * heads),
         contexts_(batch * most_chunks_ * heads * dim) {}
 
-  void reset(const StepInput& step) { count_ = step.slot / kSlots + 1; }
+  void reset(const StepInput& step) {
+    int64_t last = window_ ? 0 : step.slot;
+    for (int64_t row = 0; window_ && row < batch_; ++row) last = std::max(last, seen(step, row).end - 1);
+    count_ = last / kSlots + 1;
+  }
   int64_t count() const { return count_; }
 
+  // Where a row's new token goes.
+  int64_t newest(const StepInput& step, int64_t row) const {
+    return window_ ? step.positions[row] % slots_ : step.slot;
+  }
+
   // Slots of a chunk that a row sees; none where all of it is padding.
-  static Range slots(const StepInput& step, int64_t row, int64_t chunk) {
-    return {std::max(chunk * kSlots, step.starts[row]), std::min((chunk + 1) * kSlots, step.slot + 1)};
+  Range slots(const StepInput& step, int64_t row, int64_t chunk) const {
+    const Range all = seen(step, row);
+    return {std::max(chunk * kSlots, all.begin), std::min((chunk + 1) * kSlots, all.end)};
   }
 
   // Where the results of some heads of a chunk go.
@@ -45,15 +59,16 @@ public:
     std::fill_n(part.sums, heads, 0.0f);
   }
 
-  // The softmax over all chunks: to[dim].
-  void merge(const Kernels& kernels, int64_t row, int head, float* to) const {
-    float most = -INFINITY, sum = 0;
+  // The softmax over all chunks, and over a `sink`, a score without a value: to[dim].
+  void merge(const Kernels& kernels, int64_t row, int head, float* to, float sink = -INFINITY) const {
+    float most = sink;
     for (int64_t chunk = 0; chunk < count_; ++chunk) most = std::max(most, *part(row, chunk, head).most);
     std::fill_n(to, dim_, 0.0f);
+    float sum = sink == -INFINITY ? 0.0f : std::exp(sink - most);
     for (int64_t chunk = 0; chunk < count_; ++chunk) {
       const Part from = part(row, chunk, head);
       if (*from.sums == 0) continue;
-      const float weight = count_ == 1 ? 1.0f : std::exp(*from.most - most);
+      const float weight = *from.most == most ? 1.0f : std::exp(*from.most - most);
       sum += weight * *from.sums;
       kernels.add_scaled(from.contexts, weight, dim_, to);
     }
@@ -62,6 +77,13 @@ public:
   }
 
 private:
+  Range seen(const StepInput& step, int64_t row) const {
+    if (!window_) return {step.starts[row], step.slot + 1};
+    return {0, std::min(step.positions[row] + 1, slots_)};
+  }
+
+  int64_t batch_, slots_;
+  bool window_;
   int64_t most_chunks_, count_ = 0;
   int heads_, dim_;
   AlignedFloats most_, sums_, contexts_;

@@ -9,9 +9,11 @@
 
 #include "decode/attend.h"
 #include "decode/attend_latent.h"
-#include "decode/embed_norm_silu.h"
+#include "decode/delta_net.h"
+#include "decode/embed_norm_activate.h"
 #include "decode/experts.h"
 #include "decode/linear.h"
+#include "decode/mamba.h"
 
 namespace gemq {
 

@@ -78,7 +78,9 @@ void choose_experts(const RoutingRule& rule, const float* logits, int experts, i
     sum += weights[i];
   }
   const float factor = rule.scale / (rule.normalize ? sum + rule.epsilon : 1.0f);
-  for (int i = 0; i < top_k; ++i) weights[i] *= factor;
+  for (int i = 0; i < top_k; ++i) {
+    weights[i] *= rule.expert_scale.empty() ? factor : factor * rule.expert_scale[ids[i]];
+  }
 }
 
 }  // namespace gemq

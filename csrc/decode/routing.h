@@ -16,9 +16,10 @@ struct RoutingRule {
   // of the two largest.
   GroupScore group_score;
   int groups, kept_groups;
-  bool normalize;  // divide the weights by their sum
-  float epsilon;   // added to that sum
-  float scale;     // of the weights at last
+  bool normalize;                   // divide the weights by their sum
+  float epsilon;                    // added to that sum
+  float scale;                      // of the weights at last
+  std::vector<float> expert_scale;  // of each expert's weight at last; or empty
 };
 
 struct RoutingScratch {

@@ -145,6 +145,10 @@ void dense_product(const DenseArgs& args, float* out);    // decode/step_vectors
 void attend(const AttendArgs& args);
 void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out);
 void rotate(const float* x, const float* cosines, const float* sines, int rotary, int dim, float* out);
+void gate(const float* gate, bool silu, int64_t count, float* out);  // decode/recurrent_vectors.cpp
+void convolve(const ConvolveArgs& args);
+void delta_rule(const DeltaArgs& args);
+void state_space(const StateSpaceArgs& args);
 }  // namespace GEMQ_VARIANT
 
 #ifdef __AVX2__
@@ -170,6 +174,10 @@ const Kernels GEMQ_KERNELS = {GEMQ_TEXT(GEMQ_VARIANT),
                               GEMQ_VARIANT::dense_product,
                               GEMQ_VARIANT::attend,
                               GEMQ_VARIANT::rms_norm,
-                              GEMQ_VARIANT::rotate};
+                              GEMQ_VARIANT::rotate,
+                              GEMQ_VARIANT::gate,
+                              GEMQ_VARIANT::convolve,
+                              GEMQ_VARIANT::delta_rule,
+                              GEMQ_VARIANT::state_space};
 
 }  // namespace gemq

@@ -77,6 +77,11 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
   // The first `rotary` of `dim` numbers turned by halves: x * cosines + (halves exchanged) * sines
   void (*rotate)(const float* x, const float* cosines, const float* sines, int rotary, int dim, float* out);
+  // out *= sigmoid(gate), or SiLU(gate)
+  void (*gate)(const float* gate, bool silu, int64_t count, float* out);
+  void (*convolve)(const ConvolveArgs& args);
+  void (*delta_rule)(const DeltaArgs& args);
+  void (*state_space)(const StateSpaceArgs& args);
 };
 
 #ifdef GEMQ_X86

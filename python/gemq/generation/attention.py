@@ -6,13 +6,15 @@ repeated key and value heads, and for latent attention (MLA) the expansion of th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemq.generation.known import edited
+from gemq.generation.known import GATED, HALF_TABLES, edited
+from gemq.generation.norms import rms_norm
+from gemq.generation.states import KeyValues
 from gemq.nn import LowBitLinear
 
 
@@ -21,17 +23,16 @@ class Place(NamedTuple):
 
     ``slot`` int64 ``[1]`` is its index in the cache. ``end`` is a Python number, the length of the cache that is read,
     or None for all of it. ``mask`` ``[B or 1, 1, 1, end]`` is added to the scores, 0 or minus infinity, in the dtype of
-    the keys; None where every slot up to ``end`` is seen.
+    the keys; None where every slot up to ``end`` is seen. ``windows`` maps the slots of a window to the slot of the new
+    token ``[B, 1, 1, 1]`` and the mask ``[B, 1, 1, slots]`` of a layer with that window. ``rotary`` maps a kind of
+    layer to ``(cos, signed sin)``, each ``[B, 1, D]``.
     """
 
     slot: Tensor
     end: int | None
     mask: Tensor | None
-
-
-def rms_norm(x: Tensor, norm: Any) -> Tensor:
-    """Apply transformers' RMSNorm in one call."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    windows: dict[int, tuple[Tensor, Tensor]]
 
 
 def _store(buffer: Tensor, place: Place, new: Tensor) -> Tensor:
@@ -55,46 +56,81 @@ def is_latent(module: nn.Module) -> bool:
 
 
 class GroupedAttention:
-    """Rotary halves (of the whole head, or with GLM4-MoE its first part), grouped heads, and optional norms of query
-    and key, over a head or, with OLMoE, over all heads: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and GLM4-MoE."""
+    """Grouped heads, with what families have of: rotary halves (of the whole head or, with GLM4-MoE, its first part),
+    norms of query and key (over a head or, with OLMoE, over all heads) and of values (Gemma 4, whose values may be the
+    keys), gates beside the queries (Qwen3-Next, Qwen3.5), sinks (gpt-oss) and windows."""
 
-    def __init__(self, module: Any, keys: Tensor, values: Tensor):
-        self.module, self.keys, self.values = module, keys, values
-        self.head_dim, self.groups, self.scale = module.head_dim, keys.shape[1], module.scaling
+    def __init__(self, module: Any, state: KeyValues):
+        self.module, (self.keys, self.values, self.window) = module, state
+        self.head_dim, self.groups, self.scale = module.head_dim, state.keys.shape[1], module.scaling
         self.q_norm: Any = getattr(module, "q_norm", None)
         self.k_norm: Any = getattr(module, "k_norm", None)
+        self.v_norm: Any = getattr(module, "v_norm", None)
         self.norm_all = self.q_norm is not None and self.q_norm.weight.shape != (self.head_dim,)
+        self.gated = has_gates(module)
+        self.sinks: Tensor | None = getattr(module, "sinks", None)
+        self.kind: str | None = getattr(module, "layer_type", None)
 
     @staticmethod
     def unfit(module: Any, keys: Tensor, values: Tensor) -> str | None:
         """Tell why this is not the attention that ``module`` computes on a cache of these tensors; None if it is."""
-        if (getattr(module, "sliding_window", None) or keys.shape[2]) < keys.shape[2]:
-            return f"{type(module).__name__} has a sliding window of {module.sliding_window}"
-        if module.q_proj.out_features != module.o_proj.in_features:
-            # Qwen3-Next: the query's projection has a gate beside it
+        if module.q_proj.out_features != (2 if has_gates(module) else 1) * module.o_proj.in_features:
             return "the query's projection is wider than the heads"
         fits = keys.shape == values.shape and keys.shape[-1] == module.head_dim
         return None if fits else f"the cache holds keys {list(keys.shape)} and values {list(values.shape)}"
 
-    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], place: Place) -> Tensor:
-        """``[B, 1, H] -> [B, 1, H]``; ``rotary`` is ``(cos, signed sin)``, each ``[B, 1, D]``."""
+    def __call__(self, x: Tensor, place: Place) -> Tensor:
+        """``[B, 1, H] -> [B, 1, H]``."""
         module, batch, size = self.module, x.shape[0], self.head_dim
-        query, key = module.q_proj(x), module.k_proj(x)
+        query, key, gate = module.q_proj(x), module.k_proj(x), None
+        value = key if getattr(module, "v_proj", None) is None else module.v_proj(x)
         if self.norm_all:
             query, key = rms_norm(query, self.q_norm), rms_norm(key, self.k_norm)
-        query, key = query.view(batch, -1, size), key.view(batch, self.groups, size)
-        value = module.v_proj(x).view(batch, self.groups, size)
+        if self.gated:
+            query, gate = query.view(batch, -1, 2 * size).chunk(2, -1)
+        query, key = query.reshape(batch, -1, size), key.view(batch, self.groups, size)
+        value = value.view(batch, self.groups, size)
         if self.q_norm is not None and not self.norm_all:
             query, key = rms_norm(query, self.q_norm), rms_norm(key, self.k_norm)
-        # query and key turn together
-        both = _rotate_halves(torch.cat((query, key), 1), *rotary)
-        query, key = both[:, : -self.groups], both[:, -self.groups :]
-        keys, values = _store(self.keys, place, key), _store(self.values, place, value)
+        if self.v_norm is not None:
+            value = rms_norm(value, self.v_norm)
+        if place.rotary:
+            # query and key turn together
+            turn = place.rotary[self.kind if self.kind in place.rotary else None]
+            both = _rotate_halves(torch.cat((query, key), 1), *turn)
+            query, key = both[:, : -self.groups], both[:, -self.groups :]
+        keys, values, mask = self._cached(place, key, value)
         # the heads that share a key are rows of one query matrix, so keys are read once
         query = query.reshape(batch, self.groups, -1, size)
-        mask = None if place.mask is None else place.mask.expand(batch, self.groups, query.shape[2], -1)
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
-        return module.o_proj(out.reshape(batch, 1, -1))
+        mask = None if mask is None else mask.expand(batch, self.groups, query.shape[2], -1)
+        if self.sinks is None:
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
+        else:
+            out = self._beside_sinks(query, keys, values, mask)
+        out = out.reshape(batch, 1, -1)
+        return module.o_proj(out if gate is None else out * gate.reshape(batch, 1, -1).sigmoid())
+
+    def _cached(self, place: Place, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write the new entries; returns keys, values and mask of what is seen."""
+        if not self.window:
+            return _store(self.keys, place, key), _store(self.values, place, value), place.mask
+        slot, mask = place.windows[self.keys.shape[2]]
+        for buffer, new in ((self.keys, key), (self.values, value)):
+            buffer.scatter_(2, slot.expand(-1, self.groups, 1, self.head_dim), new[:, :, None].to(buffer.dtype))
+        return self.keys, self.values, mask
+
+    def _beside_sinks(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        scores = query @ keys.transpose(2, 3) * self.scale
+        if mask is not None:
+            scores = scores + mask
+        sinks = cast(Tensor, self.sinks).view(1, self.groups, -1, 1).expand(query.shape[0], -1, -1, -1)
+        weights = torch.cat((scores, sinks.to(scores.dtype)), -1).softmax(-1)[..., :-1]
+        return weights @ values
+
+
+def has_gates(module: Any) -> bool:
+    """Tell if the query's projection has a gate beside each head's query."""
+    return type(module).__name__ in GATED
 
 
 def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -112,8 +148,9 @@ class LatentAttention:
     ``kv_b_proj`` is held dequantized in the model's dtype for this, ``heads * (nope + v) * rank`` elements a layer.
     """
 
-    def __init__(self, module: Any, keys: Tensor, values: Tensor):
-        self.module, self.latents, self.ropes = module, keys, values
+    def __init__(self, module: Any, state: KeyValues):
+        keys = state.keys
+        self.module, self.latents, self.ropes = module, keys, state.values
         self.nope, self.rope, self.v_dim = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
         self.rank, self.scale = module.kv_lora_rank, module.scaling
         # V3 leaves neighbours that turned together half the vector apart, V2 side by side; the cache holds them so
@@ -142,14 +179,14 @@ class LatentAttention:
             return module.q_proj(x)
         return module.q_b_proj(rms_norm(module.q_a_proj(x), module.q_a_layernorm))
 
-    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], place: Place) -> Tensor:
-        """``[B, 1, H] -> [B, 1, H]``; ``rotary`` is ``(cos, sin)``, each ``[B, 1, rope / 2]``, or with V3 twice that
-        with the sine's first half negated."""
+    def __call__(self, x: Tensor, place: Place) -> Tensor:
+        """``[B, 1, H] -> [B, 1, H]``; the rotary ``(cos, sin)`` are ``[B, 1, rope / 2]``, or with V3 twice that with
+        the sine's first half negated."""
         module, batch = self.module, x.shape[0]
         query = self._query(x).view(batch, -1, self.nope + self.rope)
         latent, key = module.kv_a_proj_with_mqa(x).view(batch, 1, -1).split((self.rank, self.rope), -1)
         latent = rms_norm(latent, module.kv_a_layernorm)
-        both = _rotate_pairs(torch.cat((query[..., self.nope :], key), 1), *rotary, self.apart)
+        both = _rotate_pairs(torch.cat((query[..., self.nope :], key), 1), *place.rotary[None], self.apart)
         latents = _store(self.latents, place, latent)[:, 0]
         ropes = _store(self.ropes, place, both[:, -1:])[:, 0]
         # [heads, B, nope] x [heads, nope, rank]
@@ -172,14 +209,25 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, apart: bool) -> Tensor:
     return (torch.cat(turned, -1) if apart else torch.stack(turned, -1).flatten(-2)).to(x.dtype)
 
 
-def rotary_tables(decoder: Any, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(cos, sin)`` of positions ``0 .. length - 1``, each ``[length, D]``, from the model's own rotary module."""
-    device = decoder.embed_tokens.weight.device
-    found = decoder.rotary_emb(
-        torch.empty(1, 1, dtype=dtype, device=device), torch.arange(length, device=device)[None]
-    )
+def rotary_tables(decoder: Any, length: int, dtype: torch.dtype) -> dict[str | None, tuple[Tensor, Tensor]]:
+    """``(cos, signed sin)`` of positions ``0 .. length - 1``, each ``[length, D]``, from the model's own rotary module;
+    by kind of layer where kinds turn differently (Gemma 4), else under None. Empty for a model that turns nothing."""
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
+        return {}
+    kinds = getattr(rotary, "layer_types", None) or [None]
+    return {kind: _tables(rotary, kind, length, dtype, next(decoder.parameters()).device) for kind in kinds}
+
+
+def _tables(
+    rotary: Any, kind: str | None, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    x = torch.empty(1, 1, dtype=dtype, device=device)
+    found = rotary(x, torch.arange(length, device=device)[None], *(() if kind is None else (kind,)))
     if isinstance(found, Tensor):
         return found[0].real.contiguous(), found[0].imag.contiguous()
     cos, sin = (t[0] for t in found)
+    if type(rotary).__name__ in HALF_TABLES:
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     half = sin.shape[-1] // 2
     return cos.contiguous(), torch.cat((-sin[:, :half], sin[:, half:]), -1)

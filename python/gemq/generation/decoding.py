@@ -22,7 +22,8 @@ from gemq.generation.memory import cache_error, check_cache_fits, free_bytes
 from gemq.generation.native import NativeStep
 from gemq.generation.options import MAX_BATCH, GenerationOptions, ending
 from gemq.generation.sampling import Sampler
-from gemq.generation.step import LeanStep, ModelStep, Progress
+from gemq.generation.states import KeyValues, Recurrent, State, fixed_states
+from gemq.generation.step import LeanStep, ModelStep, Progress, capped
 from gemq.models.families import check_supported
 from gemq.models.forward import call, decoder_of
 
@@ -167,7 +168,8 @@ class Decoding:
             if whole:
                 return out.logits[:, -1]
             # as a matrix: on [B, 1, H], sliced out of [B, T, H], torch copies the whole head for a batched product
-            return self.model.get_output_embeddings()(out.last_hidden_state[:, -1].contiguous())
+            logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -1].contiguous())
+            return capped(logits, known.softcap(self.model))
 
     @plain_inference
     def _set_up(self) -> None:
@@ -177,12 +179,16 @@ class Decoding:
                 raise ValueError(f"compile={self.mode!r} needs a model of known structure ({self.step_reason}); use "
                                  "compile='none'")
             self.mode = "none"
-        if self.step_kind == "native":
-            self.eager_step = NativeStep(self.model, self.cache, self.limit, self.prompt.shape[0])
-        elif self.step_kind == "lean":
-            self.eager_step = LeanStep(self.model, self.cache, self.limit, dynamic=self.mode == "none")
-        else:
+        self.states: list[State] = []
+        if self.step_kind == "transformers":
             self.eager_step = ModelStep(self.model, self.cache, self.limit)
+        else:
+            with self._memory_errors():
+                self.states = fixed_states(self.cache, self.limit, self.progress.starts())
+            if self.step_kind == "native":
+                self.eager_step = NativeStep(self.model, self.states, self.limit, self.prompt.shape[0])
+            else:
+                self.eager_step = LeanStep(self.model, self.states, self.limit, dynamic=self.mode == "none")
         self.step = self.eager_step
         if self.mode == "compile":
             self.step = torch.compile(self.step, fullgraph=True, dynamic=False)
@@ -192,7 +198,11 @@ class Decoding:
                 self._advance = GraphedStep(self._one_step, self._state(), self.sampler.generator)
             elif self.mode == "compile":
                 # compiles; the first step writes the same keys and values again
+                moved = self._moved()
+                before = [t.clone() for t in moved]
                 self.step(self.tokens, self.progress)
+                for tensor, value in zip(moved, before, strict=True):
+                    tensor.copy_(value)
 
     def _kind(self) -> tuple[str, str | None]:
         """Choose the step that runs, and give the reason for not taking a better one (None for the best). Raises
@@ -216,7 +226,12 @@ class Decoding:
 
     def _state(self) -> list[Tensor]:
         tensors = (self.tokens, self.best, self.ended, self.progress.slot, self.progress.positions, self.sampler.seen)
-        return [t for t in tensors if t is not None]
+        return [t for t in tensors if t is not None] + self._moved()
+
+    def _moved(self) -> list[Tensor]:
+        """Tensors of the states in which a step leaves another token's place changed."""
+        held = [s for s in self.states if isinstance(s, Recurrent) or (isinstance(s, KeyValues) and s.window)]
+        return [tensor for state in held for tensor in state[:2]]
 
     def _one_step(self) -> None:
         """Feed the newest tokens, and write the next ones in their place."""

@@ -1,102 +1,52 @@
 """A decoding step of a packed model on the CPU as one compiled program (:mod:`gemq.ops.decode`).
 
 The same computation as :class:`gemq.generation.step.LeanStep`, with activations in float32 whatever the model's dtype,
-one call a token, and no Python between operations. It serves grouped and latent attention, known routers, experts
-packed for the CPU and up to 16 rows; other structures keep their step.
-
-Unquantized weights are read as they are stored. Those of a float32 model whose every element is a bfloat16 or float16
-number, as those of a 16-bit checkpoint are, are read from a 16-bit copy: the same products from half the bytes. The
-copy is kept for as long as its layer.
+one call a token, and no Python between operations. It serves the mixers of :mod:`gemq.generation.native_mixers`, known
+routers, experts packed for the CPU and up to 16 rows; other structures keep their step.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gemq.generation import known
-from gemq.generation.attention import GroupedAttention, LatentAttention, is_latent, rotary_tables
+from gemq.generation import known, native_mixers
+from gemq.generation.attention import rotary_tables
+from gemq.generation.native_program import Writer, as_stored, out_features
 from gemq.generation.routers import routing_of
-from gemq.generation.step import LeanStep, Progress
+from gemq.generation.states import State
+from gemq.generation.step import LeanStep, Progress, capped
+from gemq.models.experts import mlp_activation
 from gemq.models.families import shared_expert
+from gemq.models.forward import decoder_of
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.base import profiled
-from gemq.ops import checks, cpu, decode
-from gemq.ops.decode import MAX_ROWS, Attention, DecodeProgram, Matrix, Routing
+from gemq.ops import checks
+from gemq.ops.decode import MAX_ROWS, Routing
 
-_MLP = ("gate_proj", "up_proj", "down_proj")
-# elements that are compared at a time: their float32 form stays in a near cache
-_COMPARED = 1 << 17
-_narrowed: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
-
-
-def as_stored(linear: Any) -> Tensor:
-    """The weight of ``linear``, from a 16-bit copy where that holds every element exactly.
-
-    A copy of an earlier call is compared with the weight before it is used again: weights may have changed.
-    """
-    weight: Tensor = linear.weight.detach().contiguous()
-    if weight.dtype != torch.float32:
-        return weight
-    held = _narrowed.pop(linear, None)
-    if held is None or held.shape != weight.shape or not _holds(held, weight):
-        held = _narrow(weight)
-    if held is None:
-        return weight
-    _narrowed[linear] = held
-    return held
-
-
-def _narrow(weight: Tensor) -> Tensor | None:
-    for dtype in (torch.bfloat16, torch.float16):
-        # a few rows tell in most cases
-        if not torch.equal(weight[:4].to(dtype).float(), weight[:4]):
-            continue
-        narrow = cpu.empty(weight.numel(), dtype).view(weight.shape).copy_(weight)
-        if _holds(narrow, weight):
-            return narrow
-    return None
-
-
-def _holds(narrow: Tensor, weight: Tensor) -> bool:
-    """Return True if all elements are equal. Parts are compared in turn: the float32 form of the whole would be another
-    copy."""
-    rows = max(_COMPARED // weight.shape[1], 1)
-    pairs = zip(narrow.split(rows), weight.split(rows), strict=True)
-    return all(torch.equal(part.float(), rows) for part, rows in pairs)
+__all__ = ["NativeStep", "as_stored"]
+_EMBEDDINGS = ("Embedding", "Gemma4TextScaledWordEmbedding")
 
 
 class NativeStep:
-    """See the module. ``progress.seen`` of the first call says where each row's text starts."""
+    """See the module. ``progress`` of the first call says where each row's text starts."""
 
-    def __init__(self, model: Any, cache: Any, limit: int, batch: int):
-        decoder = model.get_decoder()
-        # the program reads the memory of the model and the cache
-        self.model, self.cache = model, cache
-        self.program = program = DecodeProgram(batch)
+    def __init__(self, model: Any, states: list[State], limit: int, batch: int):
+        decoder, embedding, head = decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings()
+        # the program reads the memory of the model and the states
+        self.model, self.states = model, states
+        self.writer = writer = Writer(batch, embedding.embedding_dim, rotary_tables(decoder, limit, torch.float32))
+        self.program, self.cap = writer.program, known.softcap(model)
         self.starts: Tensor | None = None
-        hidden = decoder.embed_tokens.embedding_dim
-        self.logits = torch.empty(batch, model.lm_head.out_features)
-        self.x, self.y = program.buffer(hidden), program.buffer(hidden)
-        self.rotary = rotary_tables(decoder, limit, torch.float32)
-        program.embed(decoder.embed_tokens.weight.detach().contiguous(), self.x)
-        for layer, state in zip(decoder.layers, cache.layers, strict=False):
-            self._norm(self.x, layer.input_layernorm, self.y)
-            out = (self._latent if is_latent(layer.self_attn) else self._grouped)(layer.self_attn, state)
-            self._linear(out, {self.x: layer.self_attn.o_proj}, onto=True)
-            self._norm(self.x, layer.post_attention_layernorm, self.y)
-            if hasattr(layer.mlp, "experts"):
-                self._experts(layer.mlp)
-            else:
-                gate, up = self._buffers(layer.mlp.gate_proj, layer.mlp.up_proj)
-                self._linear(self.y, {gate: layer.mlp.gate_proj, up: layer.mlp.up_proj})
-                self._down(layer.mlp, gate, up)
-        self._norm(self.x, decoder.norm, self.y)
-        self._linear(self.y, {program.buffer(model.lm_head.out_features, self.logits): model.lm_head})
+        self.logits = torch.empty(batch, out_features(head))
+        writer.program.embed(embedding.weight.detach().contiguous(), writer.x, _scale(embedding))
+        for layer, state in zip(decoder.layers, states, strict=False):
+            (self._sandwich if known.is_sandwich(layer) else self._layer)(layer, state)
+        writer.norm(writer.x, known.final_norm(decoder), writer.y)
+        writer.linear(writer.y, {writer.program.buffer(out_features(head), self.logits): head})
 
     @staticmethod
     def unfit(model: Any, cache: Any, batch: int) -> str | None:
@@ -106,108 +56,102 @@ class NativeStep:
             return f"a batch of {batch} rows is more than {MAX_ROWS}"
         if reason := LeanStep.unfit(model, cache):
             return reason
-        decoder = model.get_decoder()
-        if type(decoder.embed_tokens) is not nn.Embedding:
-            return f"the embedding is a {type(decoder.embed_tokens).__name__}"
-        if reason := _changed(model) or _linear_unfit(model.lm_head):
+        embedding = model.get_input_embeddings()
+        if type(embedding).__name__ not in _EMBEDDINGS:
+            return f"the embedding is a {type(embedding).__name__}"
+        if reason := _changed(model) or _linear_unfit(model.get_output_embeddings()):
             return reason
-        return next(filter(None, map(_layer_unfit, decoder.layers, cache.layers)), None)
+        return next(filter(None, map(_layer_unfit, decoder_of(model).layers, cache.layers)), None)
 
     def __call__(self, tokens: Tensor, progress: Progress) -> Tensor:
         """Logits float32 ``[B, V]`` after ``tokens`` int64 ``[B]``; the next call overwrites them."""
         if self.starts is None:
-            seen = progress.seen
-            # padding is on the left
-            self.starts = torch.zeros_like(tokens) if seen is None else (~seen).sum(1)
+            self.starts = progress.starts()
         with profiled("gemq::decode_step"):
             self.program.run(tokens, progress.positions, self.starts, progress.length - 1)
-        return self.logits
+        return capped(self.logits, self.cap)
 
-    def _buffers(self, *linears: Any) -> list[int]:
-        return [self.program.buffer(linear.out_features) for linear in linears]
-
-    def _norm(self, x: int, norm: Any, out: int) -> None:
-        self.program.norm(x, norm.weight, norm.variance_epsilon, out)
-
-    def _linear(self, x: int, layers: dict[int, Any], onto: bool = False, gate: int = -1) -> None:
-        """The layers that share ``x``, by the buffer of their result."""
-        matrices = [_matrix(layer, out) for out, layer in layers.items()]
-        width = _in_features(next(iter(layers.values())))
-        self.program.linear(x, width, matrices, onto, gate)
-
-    def _grouped(self, module: Any, state: Any) -> int:
-        program, known = self.program, GroupedAttention(module, state.keys, state.values)
-        query, key, value = self._buffers(module.q_proj, module.k_proj, module.v_proj)
-        out = program.buffer(module.o_proj.in_features)
-        self._linear(self.y, {query: module.q_proj, key: module.k_proj, value: module.v_proj})
-        norms: dict[str, Any] = {}
-        if known.norm_all:
-            self._norm(query, known.q_norm, query)
-            self._norm(key, known.k_norm, key)
-        elif known.q_norm is not None:
-            norms = {"query_norm": known.q_norm.weight, "key_norm": known.k_norm.weight,
-                     "eps": known.q_norm.variance_epsilon}
-        cosines, sines = self.rotary
-        heads = module.q_proj.out_features // known.head_dim
-        program.attend(Attention(
-            query, key, value, out, heads, state.keys, state.values, cosines, sines, known.scale, **norms
-        ))
-        return out
-
-    def _latent(self, module: Any, state: Any) -> int:
-        program, heads, compressed = self.program, module.num_heads, module.q_lora_rank is not None
-        first = module.q_a_proj if compressed else module.q_proj
-        query, latent = self._buffers(first, module.kv_a_proj_with_mqa)
-        self._linear(self.y, {query: first, latent: module.kv_a_proj_with_mqa})
-        if compressed:
-            self._norm(query, module.q_a_layernorm, query)
-            (whole,) = self._buffers(module.q_b_proj)
-            self._linear(query, {whole: module.q_b_proj})
-            query = whole
-        known = LatentAttention(module, state.keys, state.values)
-        out = program.buffer(heads * known.v_dim)
-        half = known.rope // 2
-        cosines, sines = self.rotary[0][:, :half], self.rotary[1][:, -half:]
-        program.attend_latent(decode.LatentAttention(
-            query, latent, out, known.into_latent.transpose(1, 2).contiguous(),
-            known.from_latent.transpose(1, 2).contiguous(), module.kv_a_layernorm.weight,
-            module.kv_a_layernorm.variance_epsilon, cosines.contiguous(), sines.contiguous(), known.apart, state.keys,
-            state.values, known.scale,
-        ))
-        return out
+    def _layer(self, layer: Any, state: State) -> None:
+        writer, module, feed = self.writer, known.mixer_of(layer), known.feed_of(layer)
+        norms = known.layer_norms(layer)
+        if module is not None:
+            writer.norm(writer.x, norms[0], writer.y)
+            out, last = native_mixers.mixer(writer, module, state)
+            writer.linear(out, {writer.x: last}, onto=True)
+        if feed is None:
+            return
+        writer.norm(writer.x, norms[-1], writer.y)
+        if hasattr(feed, "experts"):
+            self._experts(feed)
+            return
+        firsts = writer.first_of(feed)
+        writer.linear(writer.y, firsts)
+        writer.linear(writer.inner_of(feed, firsts), {writer.x: feed.down_proj}, onto=True)
 
     def _experts(self, block: Any) -> None:
-        program, experts, rule = self.program, block.experts, cast(Routing, routing_of(block.gate))
-        logits = program.buffer(experts.num_experts)
+        """The router, the shared expert and the experts of a block whose input is ``y``, added to ``x``."""
+        writer, experts, router = self.writer, block.experts, _router(block)
+        logits, gate = writer.program.buffer(experts.num_experts), -1
         shared: Any = shared_expert(block)[1]
-        layers, gate = {logits: block.gate}, -1
-        if shared is not None:
-            first, second = self._buffers(shared.gate_proj, shared.up_proj)
-            layers |= {first: shared.gate_proj, second: shared.up_proj}
+        firsts = {} if shared is None else writer.first_of(shared)
+        layers = {logits: router} | firsts
         if shared is not None and hasattr(block, "shared_expert_gate"):
-            gate = program.buffer(1)
+            gate = writer.program.buffer(1)
             layers[gate] = block.shared_expert_gate
-        self._linear(self.y, layers)
+        latent, read = getattr(block, "fc1_latent_proj", None), writer.y
+        if isinstance(latent, (nn.Linear, LowBitLinear)):
+            (read,) = writer.buffers(latent)
+            layers[read] = latent
+        writer.linear(writer.y, layers)
         if shared is not None:
-            self._down(shared, first, second, gate)
-        program.experts(logits, self.y, self.x, rule, experts.stack("gate_up_proj"), experts.stack("down_proj"))
+            inner = writer.inner_of(shared, firsts)
+            writer.linear(inner, {writer.x: shared.down_proj}, onto=True, gate=gate)
+        if read == writer.y:
+            self._routed(experts, router, logits, read, writer.x)
+            return
+        out = writer.program.buffer(experts.hidden)
+        self._routed(experts, router, logits, read, out, onto=False)
+        writer.linear(out, {writer.x: block.fc2_latent_proj}, onto=True)
 
-    def _down(self, mlp: Any, first: int, second: int, gate: int = -1) -> None:
-        inner = self.program.buffer(mlp.gate_proj.out_features)
-        self.program.silu_mul(first, second, inner)
-        self._linear(inner, {self.x: mlp.down_proj}, onto=True, gate=gate)
+    def _routed(self, experts: Any, router: Any, logits: int, x: int, out: int, onto: bool = True) -> None:
+        self.writer.program.experts(
+            logits, x, out, cast(Routing, routing_of(router)), experts.stack("gate_up_proj"),
+            experts.stack("down_proj"), experts.between(), onto,
+        )
+
+    def _sandwich(self, layer: Any, state: State) -> None:
+        """A layer of Gemma 4: what goes into ``x`` passes a norm, and the last one multiplies by the layer's factor."""
+        writer, hidden = self.writer, self.writer.hidden
+        x, y, program = writer.x, writer.y, self.writer.program
+        writer.norm(x, layer.input_layernorm, y)
+        out, last = native_mixers.mixer(writer, layer.self_attn, state)
+        writer.norm(writer.apply(out, last), layer.post_attention_layernorm, x, onto=True)
+        writer.norm(x, layer.pre_feedforward_layernorm, y)
+        firsts = writer.first_of(layer.mlp)
+        writer.linear(y, firsts)
+        dense = writer.apply(writer.inner_of(layer.mlp, firsts), layer.mlp.down_proj)
+        if layer.enable_moe_block:
+            writer.norm(dense, layer.post_feedforward_layernorm_1, dense)
+            router = layer.router
+            scale = router.scale.detach().float() * router.scalar_root_size
+            program.norm(x, scale, router.eps, y)
+            logits = writer.apply(y, router.proj)
+            writer.norm(x, layer.pre_feedforward_layernorm_2, y)
+            routed = program.buffer(hidden)
+            self._routed(layer.experts, router, logits, y, routed, onto=False)
+            writer.norm(routed, layer.post_feedforward_layernorm_2, dense, onto=True)
+        factor = float(layer.layer_scalar)
+        writer.norm(dense, layer.post_feedforward_layernorm, x, onto=True, scale=factor)
 
 
-def _matrix(layer: Any, out: int) -> Matrix:
-    bias = getattr(layer, "bias", None)
-    if isinstance(layer, LowBitLinear):
-        packed = (layer.weight_codes, layer.weight_meta)
-        return Matrix(out, layer.out_features, packed, layer.bits, layer.group_size, bias)
-    return Matrix(out, layer.weight.shape[0], as_stored(layer), bias=bias)
+def _scale(embedding: Any) -> float:
+    """The factor of an embedding's rows, as its dtype holds it."""
+    scale = getattr(embedding, "embed_scale", None)
+    return 1.0 if scale is None else float(scale.to(embedding.weight.dtype))
 
 
-def _in_features(layer: Any) -> int:
-    return layer.in_features if isinstance(layer, LowBitLinear) else layer.weight.shape[1]
+def _router(block: Any) -> Any:
+    return block.gate if hasattr(block, "gate") else block.router
 
 
 def _changed(model: nn.Module) -> str | None:
@@ -229,41 +173,52 @@ def _linear_unfit(layer: Any) -> str | None:
 def _mlp_unfit(mlp: Any) -> str | None:
     if reason := known.unknown(mlp, "mlp"):
         return reason
-    activation = type(mlp.act_fn).__name__
-    if activation not in ("SiLU", "SiLUActivation"):
-        return f"an activation is {activation}, not SiLU"
-    return _first_unfit(getattr(mlp, name) for name in _MLP)
+    activation = mlp_activation(mlp)
+    if activation is None:
+        return f"an activation is {type(mlp.act_fn).__name__}"
+    names = ("gate_proj", "up_proj", "down_proj") if activation.gated else ("up_proj", "down_proj")
+    return _first_unfit(getattr(mlp, name) for name in names)
 
 
 def _first_unfit(linears: Iterable[nn.Module | None]) -> str | None:
     return next(filter(None, map(_linear_unfit, linears)), None)
 
 
-def _attention_unfit(module: Any, keys: Tensor, values: Tensor) -> str | None:
-    """Tell why the program does not read the linears or the cache of an attention that :class:`LeanStep` knows."""
-    if keys.dtype not in checks.FLOATS or not (keys.is_contiguous() and values.is_contiguous()):
-        return f"the cache is {keys.dtype} of strides {keys.stride()}"
-    if not is_latent(module):
-        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    else:
-        names = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-        names += ["q_proj"] if module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
-    return _first_unfit(getattr(module, name) for name in names)
+def _mixer_unfit(module: Any, state: Any) -> str | None:
+    """Tell why the program does not read the linears or the cache of a mixer that :class:`LeanStep` knows."""
+    if known.kind_of(module) in ("grouped", "latent"):
+        keys, values = state.keys, state.values
+        # growing buffers are copied to fixed ones first
+        apart = hasattr(state, "max_cache_len") and not (keys.is_contiguous() and values.is_contiguous())
+        if keys.dtype not in checks.FLOATS or apart:
+            return f"the cache is {keys.dtype} of strides {keys.stride()}"
+    return _first_unfit(native_mixers.linears(module))
+
+
+def _experts_unfit(block: Any) -> str | None:
+    if type(block.experts) is not LowBitExperts:
+        return f"the experts are {type(block.experts).__name__}, not packed"
+    if block.experts.layout != "cpu_tile":
+        return f"the experts are packed as {block.experts.layout}"
+    router = _router(block)
+    return None if routing_of(router) is not None else f"{type(router).__name__} was not compared"
+
+
+def _block_unfit(block: Any) -> str | None:
+    if reason := known.unknown(block, "block") or _experts_unfit(block):
+        return reason
+    shared, gate = shared_expert(block)[1], getattr(block, "shared_expert_gate", None)
+    others = (gate, getattr(block, "fc1_latent_proj", None), getattr(block, "fc2_latent_proj", None))
+    reason = None if shared is None else _mlp_unfit(shared)
+    return reason or _first_unfit(layer for layer in others if layer is not None and type(layer) is not nn.Identity)
 
 
 def _layer_unfit(layer: Any, state: Any) -> str | None:
-    mlp = layer.mlp
-    if reason := _attention_unfit(layer.self_attn, state.keys, state.values):
+    module, feed = known.mixer_of(layer), known.feed_of(layer)
+    if module is not None and (reason := _mixer_unfit(module, state)):
         return reason
-    if not hasattr(mlp, "experts"):
-        return _mlp_unfit(mlp)
-    if reason := known.unknown(mlp, "block"):
-        return reason
-    if type(mlp.experts) is not LowBitExperts:
-        return f"the experts are {type(mlp.experts).__name__}, not packed"
-    if mlp.experts.layout != "cpu_tile":
-        return f"the experts are packed as {mlp.experts.layout}"
-    if routing_of(mlp.gate) is None:
-        return f"{type(mlp.gate).__name__} was not compared"
-    shared, gate = shared_expert(mlp)[1], getattr(mlp, "shared_expert_gate", None)
-    return (None if shared is None else _mlp_unfit(shared)) or (None if gate is None else _linear_unfit(gate))
+    if known.is_sandwich(layer) and layer.enable_moe_block:
+        return _mlp_unfit(feed) or _experts_unfit(layer) or _linear_unfit(layer.router.proj)
+    if feed is None:
+        return None
+    return _block_unfit(feed) if hasattr(feed, "experts") else _mlp_unfit(feed)

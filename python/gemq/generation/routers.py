@@ -42,7 +42,23 @@ def _scaled(router: Any) -> Routing | None:
     return replace(plain, group_score="largest", groups=router.num_group, kept_groups=router.topk_group)
 
 
+def _softmax_of_chosen(router: Any) -> Routing:
+    """Routing rule of gpt-oss: a softmax over the chosen logits is one over all, normalized."""
+    return Routing(router.top_k)
+
+
+def _scaled_experts(router: Any) -> Routing:
+    """Routing rule of Gemma 4."""
+    return Routing(router.config.top_k_experts, expert_scale=router.per_expert_scale)
+
+
 _RULES = {
+    "GptOssTopKRouter": _softmax_of_chosen,
+    "Gemma4TextRouter": _scaled_experts,
+    "Glm4MoeLiteTopkRouter": _corrected,
+    "NemotronHTopkRouter": _corrected,
+    "Qwen3NextTopKRouter": _optional,
+    "Qwen3_5MoeTopKRouter": _normalized,
     "DeepseekV2TopkRouter": _scaled,
     "DeepseekV3TopkRouter": _corrected,
     "Dots1TopkRouter": _corrected,

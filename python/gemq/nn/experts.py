@@ -194,13 +194,14 @@ class LowBitExperts(PackedModule):
             out = self._direct(hidden_states, top_k_index, top_k_weights)
             if out is not None:
                 return out
-        between = self._between()
+        between = self.between()
         return moe_lowbit_ffn(
             hidden_states, self.stack("gate_up_proj"), self.stack("down_proj"), top_k_index, top_k_weights,
             activation=between.activation, gate_up_bias=between.gate_up_bias, down_bias=between.down_bias,
         )
 
-    def _between(self) -> Between:
+    def between(self) -> Between:
+        """Activation and biases between and behind the products. Biases are None before :meth:`prepare`."""
         biases: list[Any] = [getattr(self, f"_{name}_bias", None) for name in PROJECTIONS]
         return Between(self.activation, *biases)
 
@@ -215,7 +216,7 @@ class LowBitExperts(PackedModule):
             return None
         return backends.moe_ffn(
             x.contiguous(), self._tensors("gate_up_proj"), self._tensors("down_proj"), ids, weights, self.intermediate,
-            self.group_sizes["gate_up_proj"], self.group_sizes["down_proj"], self.layout, self._between(),
+            self.group_sizes["gate_up_proj"], self.group_sizes["down_proj"], self.layout, self.between(),
         )
 
     def extra_repr(self) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from gemq import format as fmt
 from gemq._core import core
+from gemq.activation import PLAIN, SILU, Activation, Between
 from gemq.ops import checks, cpu
 from gemq.ops.packed_stack import PackedStack
 
@@ -41,7 +42,10 @@ class Attention:
     """Attention over ``keys`` and ``values [batch, groups, slots, dim]``, into which the new ones are written.
 
     ``query``, ``key``, ``value`` and ``out`` are buffers; ``cosines`` and ``sines`` float32 ``[positions, rotary]``,
-    the first half of the sines negated; ``query_norm`` and ``key_norm`` weights ``[dim]`` of norms over a head.
+    the first half of the sines negated (None: nothing turns); ``query_norm``, ``key_norm`` and ``value_norm`` weights
+    ``[dim]`` of norms over a head. ``gated``: each head of the query, ``[2 * dim]``, ends with a gate, whose sigmoid
+    its output is multiplied by. ``sinks [heads]`` are scores beside those of the keys. ``window``: the token at
+    position ``p`` of a row's own text is in slot ``p % slots``, so the slots hold the newest tokens.
     """
 
     query: int
@@ -51,12 +55,16 @@ class Attention:
     heads: int
     keys: Tensor
     values: Tensor
-    cosines: Tensor
-    sines: Tensor
+    cosines: Tensor | None
+    sines: Tensor | None
     scale: float
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     eps: float = 0.0
+    value_norm: Tensor | None = None
+    gated: bool = False
+    sinks: Tensor | None = None
+    window: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,11 +93,73 @@ class LatentAttention:
     scale: float
 
 
+class Part(NamedTuple):
+    """Numbers of key head ``j``: ``buffer[:, offset + j * stride :]``."""
+
+    buffer: int
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Linear attention by the gated delta rule: convolution, state and gated norm.
+
+    ``query`` and ``key`` are ``key_dim`` numbers a key head; ``value`` and ``gate`` are ``value_dim`` numbers, ``beta``
+    and ``decay`` one each, for every value head that shares the key head. ``out`` is a buffer ``[value_heads *
+    value_dim]``. ``weights`` float32 ``[taps, channels]`` convolve all queries, keys and values. ``rate`` and ``offset
+    [value_heads]`` give a state's decay, ``e^(rate * softplus(decay + offset))``; ``norm [value_dim]``. ``past``
+    float32 ``[batch, taps - 1, channels]`` and ``state`` float32 ``[batch, value_heads, key_dim, value_dim]`` move on.
+    """
+
+    query: Part
+    key: Part
+    value: Part
+    gate: Part
+    beta: Part
+    decay: Part
+    out: int
+    key_heads: int
+    weights: Tensor
+    rate: Tensor
+    offset: Tensor
+    norm: Tensor
+    eps: float
+    past: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class Mamba:
+    """Mamba-2 between its two projections. The buffer ``projected`` is ``gate [heads * dim]``, the convolution's
+    ``channels`` (``heads * dim``, and twice ``groups * states``) and ``step [heads]``; ``out [heads * dim]``.
+
+    ``weights`` float32 ``[taps, channels]`` and ``bias [channels]`` or None convolve. A step is ``softplus(step +
+    offset)``, a decay ``e^(rate * step)``; ``rate``, ``offset`` and ``skip [heads]``; ``norm [heads * dim]`` is one of
+    ``groups`` groups. ``past`` float32 ``[batch, taps - 1, channels]`` and ``state`` float32 ``[batch, heads, dim,
+    states]`` move on.
+    """
+
+    projected: int
+    out: int
+    groups: int
+    weights: Tensor
+    bias: Tensor | None
+    rate: Tensor
+    offset: Tensor
+    skip: Tensor
+    norm: Tensor
+    eps: float
+    past: Tensor
+    state: Tensor
+
+
 @dataclass(frozen=True)
 class Routing:
     """Rule from a router's logits to experts and weights. It is :func:`gemq.ops.topk_routing` with the additions of
     DeepSeek and GLM4. Only the best ``kept_groups`` of ``groups`` runs of experts take part (``group_score`` "largest"
-    or "two_largest" of a run), and ``epsilon`` is added to the sum that weights are divided by."""
+    or "two_largest" of a run), and ``epsilon`` is added to the sum that weights are divided by. ``expert_scale [E]``
+    multiplies the weights at last."""
 
     top_k: int
     scoring: str = "softmax"
@@ -100,6 +170,7 @@ class Routing:
     group_score: str | None = None
     groups: int = 1
     kept_groups: int = 1
+    expert_scale: Tensor | None = None
 
 
 class DecodeProgram:
@@ -132,18 +203,21 @@ class DecodeProgram:
         at = 0 if tensor is None else self._address("tensor", tensor, torch.float32, (self.batch, width))
         return self._program.buffer(width, at)
 
-    def embed(self, table: Tensor, out: int) -> None:
-        """``out`` = rows of ``table [vocabulary, width]``."""
+    def embed(self, table: Tensor, out: int, scale: float = 1.0) -> None:
+        """``out`` = ``scale`` times rows of ``table [vocabulary, width]``."""
         at = self._address("table", table)
-        self._program.embed(at, cpu.TYPES[table.dtype], table.shape[0], out)
+        self._program.embed(at, cpu.TYPES[table.dtype], table.shape[0], scale, out)
 
-    def norm(self, x: int, weight: Tensor, eps: float, out: int) -> None:
-        """``out = weight * x / sqrt(mean(x^2) + eps)``; ``out`` may be ``x``."""
-        self._program.norm(x, self._floats("weight", weight, weight.numel()), eps, out)
+    def norm(
+        self, x: int, weight: Tensor, eps: float, out: int, *, onto: bool = False, scale: float = 1.0
+    ) -> None:
+        """``out = weight * x / sqrt(mean(x^2) + eps)``; ``out`` may be ``x``. ``onto`` adds that to ``out``, and
+        multiplies the sum by ``scale``."""
+        self._program.norm(x, self._floats("weight", weight, weight.numel()), eps, out, onto, scale)
 
-    def silu_mul(self, gate: int, up: int, out: int) -> None:
-        """``out = SiLU(gate) * up``."""
-        self._program.silu_mul(gate, up, out)
+    def activate(self, gate: int, up: int, out: int, activation: Activation = SILU) -> None:
+        """``out`` = the activation of the buffers ``gate`` and ``up``; one without a gate reads ``gate`` alone."""
+        self._program.activate(gate, up, out, activation.gated, *activation.gating)
 
     def linear(self, x: int, width: int, matrices: Sequence[Matrix], onto: bool = False, gate: int = -1) -> None:
         """Multiply every matrix by ``x [batch, width]``. ``onto`` adds the results to the contents of the buffers,
@@ -174,16 +248,63 @@ class DecodeProgram:
         shape = tuple(a.keys.shape)
         if len(shape) != 4 or shape[0] != self.batch:
             raise ValueError(f"keys must be [{self.batch}, groups, slots, dim], got {list(shape)}")
-        positions, rotary = a.cosines.shape
+        positions, rotary, cosines, sines = 0, 0, 0, 0
+        if a.cosines is not None and a.sines is not None:
+            positions, rotary = a.cosines.shape
+            cosines = self._address("cosines", a.cosines, torch.float32)
+            sines = self._address("sines", a.sines, torch.float32, (positions, rotary))
         self._program.attend(core().attention_address(
             query=a.query, key=a.key, value=a.value, out=a.out, heads=a.heads, groups=shape[1], dim=shape[3],
-            rotary=rotary, cosines=self._address("cosines", a.cosines, torch.float32),
-            sines=self._address("sines", a.sines, torch.float32, (positions, rotary)), positions=positions,
+            rotary=rotary, gated=a.gated, cosines=cosines, sines=sines, positions=positions,
             keys=self._address("keys", a.keys), values=self._address("values", a.values, a.keys.dtype, shape),
-            type=cpu.TYPES[a.keys.dtype], slots=shape[2], scale=a.scale,
+            type=cpu.TYPES[a.keys.dtype], slots=shape[2], window=a.window, scale=a.scale,
             query_norm=self._floats("query_norm", a.query_norm, shape[3]),
-            key_norm=self._floats("key_norm", a.key_norm, shape[3]), eps=a.eps,
+            key_norm=self._floats("key_norm", a.key_norm, shape[3]),
+            value_norm=self._floats("value_norm", a.value_norm, shape[3]), eps=a.eps,
+            sinks=self._floats("sinks", a.sinks, a.heads),
         ))
+
+    def delta_net(self, d: DeltaNet) -> None:
+        """Convolve, move the states on, read them, and apply the gated norm."""
+        _, value_heads, key_dim, value_dim = d.state.shape
+        taps, channels = d.weights.shape
+        expected = 2 * d.key_heads * key_dim + value_heads * value_dim
+        if channels != expected:
+            raise ValueError(f"weights must be of {expected} channels, got {channels}")
+        parts = {
+            name: core().part_address(**getattr(d, name)._asdict())
+            for name in ("query", "key", "value", "gate", "beta", "decay")
+        }
+        self._program.delta_net(core().delta_address(
+            **parts, out=d.out, key_heads=d.key_heads, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim,
+            taps=taps, weights=self._table("weights", d.weights, (taps, channels)),
+            rate=self._floats("rate", d.rate, value_heads), offset=self._floats("offset", d.offset, value_heads),
+            norm=self._floats("norm", d.norm, value_dim), eps=d.eps,
+            **self._states(d.past, d.state, taps, channels),
+        ))
+
+    def mamba(self, m: Mamba) -> None:
+        """Convolve, move the states on, read them, and apply the gated norm."""
+        _, heads, dim, states = m.state.shape
+        taps, channels = m.weights.shape
+        expected = heads * dim + 2 * m.groups * states
+        if channels != expected:
+            raise ValueError(f"weights must be of {expected} channels, got {channels}")
+        self._program.mamba(core().mamba_address(
+            projected=m.projected, out=m.out, heads=heads, dim=dim, groups=m.groups, states=states, taps=taps,
+            weights=self._table("weights", m.weights, (taps, channels)),
+            bias=self._floats("bias", m.bias, channels), rate=self._floats("rate", m.rate, heads),
+            offset=self._floats("offset", m.offset, heads), skip=self._floats("skip", m.skip, heads),
+            norm=self._floats("norm", m.norm, heads * dim), eps=m.eps,
+            **self._states(m.past, m.state, taps, channels),
+        ))
+
+    def _states(self, past: Tensor, state: Tensor, taps: int, channels: int) -> dict[str, int]:
+        """Addresses of the tensors that a recurrent operation moves on."""
+        return {
+            "past": self._address("past", past, torch.float32, (self.batch, taps - 1, channels)),
+            "state": self._address("state", state, torch.float32, (self.batch, *state.shape[1:])),
+        }
 
     def attend_latent(self, a: LatentAttention) -> None:
         """Fold the queries, write the new entries to the cache, run attention, and expand the values."""
@@ -203,23 +324,34 @@ class DecodeProgram:
         ))
 
     def experts(
-        self, logits: int, x: int, out: int, routing: Routing, gate_up: PackedStack, down: PackedStack
+        self, logits: int, x: int, out: int, routing: Routing, gate_up: PackedStack, down: PackedStack,
+        between: Between = PLAIN, onto: bool = True,
     ) -> None:
-        """Add to ``out`` the outputs for ``x`` of the experts chosen by ``logits [batch, E]``. The stacks are as in
-        :func:`gemq.ops.moe_lowbit_ffn`, in the layout ``cpu_tile``."""
+        """Set ``out`` to the outputs for ``x`` of the experts chosen by ``logits [batch, E]``, or add them to it. The
+        stacks and what is ``between`` are as in :func:`gemq.ops.moe_lowbit_ffn`, in the layout ``cpu_tile``."""
         for name, stack in (("gate_up", gate_up), ("down", down)):
             if stack.layout != "cpu_tile":
                 raise ValueError(f"{name} must be in cpu_tile, got {stack.layout}")
             self._held += stack.tensors
+        how, experts = between.activation.gating, gate_up.experts
+        rows = between.activation.rows(down.k)
         self._program.experts(core().experts_address(
             logits=logits, x=x, out=out, top_k=routing.top_k, sigmoid=routing.scoring == "sigmoid",
             normalize=routing.normalize, epsilon=routing.epsilon, scale=routing.scale,
-            bias=self._floats("bias", routing.bias, gate_up.experts),
+            bias=self._floats("bias", routing.bias, experts),
             group_score=GROUP_SCORES.index(routing.group_score), groups=routing.groups,
-            kept_groups=routing.kept_groups, gate_up=cpu.address(gate_up.tensors), down=cpu.address(down.tensors),
-            experts=gate_up.experts, intermediate=down.k, group_size=gate_up.group_size,
-            down_group_size=down.group_size,
+            kept_groups=routing.kept_groups,
+            expert_scale=self._floats("expert_scale", routing.expert_scale, experts),
+            gate_up=cpu.address(gate_up.tensors), down=cpu.address(down.tensors), experts=experts,
+            intermediate=down.k, group_size=gate_up.group_size, down_group_size=down.group_size,
+            gated=between.activation.gated, slope=how.slope, cubic=how.cubic, limit=how.limit, shift=how.shift,
+            gate_up_bias=self._table("gate_up_bias", between.gate_up_bias, (experts, rows)),
+            down_bias=self._table("down_bias", between.down_bias, (experts, down.n)), onto=onto,
         ))
+
+    def _table(self, name: str, tensor: Tensor | None, shape: tuple[int, int]) -> int:
+        """Address of a small matrix as float32, 0 for none."""
+        return 0 if tensor is None else self._address(name, tensor.detach().float().contiguous(), shape=shape)
 
     def run(self, tokens: Tensor, positions: Tensor, starts: Tensor, slot: int) -> None:
         """Run one step. ``tokens``, ``positions`` in each row's own text, and ``starts``, the first cache slot that is
