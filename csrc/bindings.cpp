@@ -79,9 +79,12 @@ PYBIND11_MODULE(_C, module) {
 
   module.def(
       "advise_huge_pages",
-      [](uintptr_t at, int64_t bytes) { advise_huge_pages(reinterpret_cast<void*>(at), bytes); }, arg("at"),
-      arg("bytes"),
-      "Ask the system for large pages under memory not yet written; does nothing where it cannot.");
+      [](uintptr_t at, int64_t bytes, bool now) {
+        advise_huge_pages(reinterpret_cast<void*>(at), bytes, now);
+      },
+      arg("at"), arg("bytes"), arg("now") = false,
+      "Ask the system for large pages under memory not yet written, or move what is written now; does "
+      "nothing where it cannot.");
   define_class<StackAddress>(module, "StackAddress", "stack_address",
                              "Addresses and sizes of the tensors of a packed stack.");
   define<MoeGemmCall, &bind_moe_gemm>(

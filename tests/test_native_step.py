@@ -20,6 +20,7 @@ from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.native import NativeStep, as_stored
 from gemq.generation.routers import routing_of
 from gemq.models import describe, packed_modules
+from gemq.ops import cpu
 from gemq.packed_config import PackedConfig
 from gemq.widths import Widths
 
@@ -247,6 +248,15 @@ def test_routers_of_known_classes_only():
         block = describe(tiny_model(family)).moe[0].block
         assert routing_of(block.gate) is not None
     assert routing_of(nn.Linear(3, 3)) is None
+
+
+def test_unquantized_weights_move_to_large_pages():
+    """The memory keeps its address and contents; small, empty and unaligned memory is left alone."""
+    for shape in ((3000, 1024), (5, 7), (0, 4)):
+        weight = torch.randn(shape).bfloat16()
+        before, address = weight.clone(), weight.data_ptr()
+        assert cpu.on_large_pages(weight[1:]).equal(before[1:])
+        assert cpu.on_large_pages(weight) is weight and weight.data_ptr() == address and weight.equal(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

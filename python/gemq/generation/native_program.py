@@ -32,7 +32,7 @@ def as_stored(linear: Any) -> Tensor:
     """
     weight: Tensor = linear.weight.detach().contiguous()
     if weight.dtype != torch.float32:
-        return weight
+        return cpu.on_large_pages(weight)
     held = _narrowed.pop(linear, None)
     if held is None or held.shape != weight.shape or not _holds(held, weight):
         held = _narrow(weight)

@@ -76,6 +76,12 @@ def empty(elements: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def on_large_pages(tensor: Tensor) -> Tensor:
+    """Move a tensor's memory to large pages where the system can, and return the tensor. Its address stays."""
+    core().advise_huge_pages(tensor.data_ptr(), tensor.nbytes, True)
+    return tensor
+
+
 def address(stack: Stack):
     """Return the extension's ``StackAddress`` of a stack's tensors, which it does not keep alive."""
     codes, meta, bits, offsets, meta_offsets = stack
