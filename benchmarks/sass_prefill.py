@@ -98,16 +98,21 @@ def _entry(method: str, columns: int | None = None) -> dict:
     return next(e for e in entries if columns in (None, e["columns"]))
 
 
-def _pointers(parts: int) -> dict[str, str]:
-    return POINTERS | {"out_ptr": "*fp16" if parts == 2 else "*fp32"}
+def _pointers(parts: int, squared: bool = False) -> dict[str, str]:
+    return POINTERS | {"out_ptr": "*fp16" if parts == 2 or squared else "*fp32"}
+
+
+def _product(parts: int, squared: bool) -> str:
+    return " squared" if squared else " gate+up" if parts == 2 else ""
 
 
 def packed(
-    columns: int, parts: int, only: int, group: int = 128, kw: int = 16, fast: bool = True, ones: tuple[str, ...] = ()
+    columns: int, parts: int, only: int, group: int = 128, kw: int = 16, fast: bool = True, ones: tuple[str, ...] = (),
+    squared: bool = False,
 ) -> Row:
     """The packed kernel of the default table with so many columns, at one width or mixed (``only`` 0).
 
-    ``ones``: arguments that are 1, which triton compiles as constants.
+    ``ones``: arguments that are 1, which triton compiles as constants. ``squared``: with squared ReLU, of one part.
     """
     from gemq.triton_kernels import launch_parameters
     from gemq.triton_kernels.layout import WIDTHS
@@ -120,22 +125,23 @@ def packed(
         stages=e["stages"], room=e["steps"], fast=fast,
         threads_first=launch_parameters.threads_first(triton.__version__), only=only,
     )
-    compiled = compile_kernel(packed_kernel, _pointers(parts), {"HOW": how} | dict.fromkeys(ones, 1), e["warps"])
+    constants = {"HOW": how, "SQUARED": squared} | dict.fromkeys(ones, 1)
+    compiled = compile_kernel(packed_kernel, _pointers(parts, squared), constants, e["warps"])
     width = f"{only} bit" if only else "mixed"
-    name = f"packed{' gate+up' if parts == 2 else ''} {width} {columns} columns"
+    name = f"packed{_product(parts, squared)} {width} {columns} columns"
     name += (f" kw{kw} g{group}" if (kw, group) != (16, 128) else "") + ("" if fast else " plain")
     return measure(name, compiled, e["warps"], e["rows"] if only else 0)
 
 
-def dense(parts: int, ones: tuple[str, ...] = ()) -> Row:
+def dense(parts: int, ones: tuple[str, ...] = (), squared: bool = False) -> Row:
     """The product of unpacked weights."""
     from gemq.triton_kernels.prefill_unpacked import grouped_kernel
 
     e = _entry("dense")
     constants = {"COLUMNS": e["columns"], "ROWS": e["rows"], "PARTS": parts, "STAGES": e["stages"]}
-    constants |= dict.fromkeys(ones, 1)
-    compiled = compile_kernel(grouped_kernel, _pointers(parts), constants, e["warps"], e["stages"])
-    return measure(f"dense{' gate+up' if parts == 2 else ''} {e['columns']} x {e['rows']}", compiled, e["warps"], 0)
+    constants |= dict.fromkeys(ones, 1) | {"SQUARED": squared}
+    compiled = compile_kernel(grouped_kernel, _pointers(parts, squared), constants, e["warps"], e["stages"])
+    return measure(f"dense{_product(parts, squared)} {e['columns']} x {e['rows']}", compiled, e["warps"], 0)
 
 
 def unpacking(only: int, group: int = 128, kw: int = 16) -> Row:
@@ -182,6 +188,7 @@ def report():
             yield packed(count, 1, only)
         for parts in (1, 2):
             yield packed(count, parts, 0)
+        yield packed(count, 1, 0, squared=True)
     for kw, group in ((8, 128), (16, 64), (16, 32), (8, 32)):
         for parts in (1, 2):
             yield packed(columns[0], parts, 0, group, kw)
@@ -189,6 +196,7 @@ def report():
     yield packed(columns[0], 1, 0, fast=False)
     for parts in (1, 2):
         yield dense(parts)
+    yield dense(1, squared=True)
     for only in (1, 2, 3, 4, 8, 0):
         yield unpacking(only)
     yield from small()

@@ -9,7 +9,9 @@ from stacks import random_stack
 from triton_cases import DEVICE, INTERPRETED, TOLERANCE, error, fresh, on_device, routing, slow
 
 from gemq import reference
+from gemq.activation import Activation
 from gemq.triton_kernels import launch_parameters, moe_ffn, moe_prefill, prefill_inputs, prefill_launch
+from gemq.triton_kernels.activation import Inner
 
 ENTRIES = launch_parameters.table("default")["prefill"]
 PACKED = [e["columns"] for e in ENTRIES if e["method"] == "packed"]
@@ -134,6 +136,59 @@ def test_ffn(method, intermediate, monkeypatch):
     assert error(out, expected) <= 1.3 * TOLERANCE[torch.bfloat16]
     others = [i for i in range(17) if i != 5]
     assert error(out[others], expected[others]) <= TOLERANCE[torch.bfloat16]
+
+
+def in_torch(first: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("the activation was left to torch")
+
+
+def without_gate(x, ids, weights, bits, inner, biases, method):
+    """A squared-ReLU block's output in one pass and the float64 reference, with hidden size 128."""
+    gate_up = random_stack(bits, inner, 128, 64, "gpu_tile", inner)
+    down = random_stack(bits[::-1], 128, inner, 32, "gpu_tile", 7)
+    out = poisoned(*x.shape, dtype=x.dtype)
+    between = Inner(in_torch, False, None, *(b if b is None else b.to(DEVICE) for b in biases))
+    prefill_launch.ffn(
+        x.to(DEVICE), on_device(gate_up), on_device(down), ids.to(DEVICE), weights.to(DEVICE), inner, 64, 32, out,
+        not INTERPRETED, launch(method), between,
+    )
+    expected = reference.moe_lowbit_ffn(
+        x, gate_up, down, ids, weights, intermediate=inner, group_size=64, down_group_size=32, layout="gpu_tile",
+        compute_dtype=torch.float64, activation=Activation("relu2"), gate_up_bias=biases[0], down_bias=biases[1],
+    )
+    return out, expected
+
+
+@pytest.mark.parametrize("method", [16, slow(32), slow(64), 128, "dense"])
+@pytest.mark.parametrize("inner", [slow(32), 96, slow(160), slow(320), 192])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+def test_squared_relu_in_one_pass(method, inner, bias, monkeypatch):
+    """Every width and none, rows that fill no tile or no program, an idle expert, ids out of range, any scale."""
+    monkeypatch.setattr(prefill_launch, "SCRATCH_BYTES", 4 * inner * 128)
+    bits = [2, 1, 0, 3, 4, 8, 5]
+    ids, weights = torch.randint(0, 6, (19, 2)), torch.rand(19, 2)
+    ids[0, 1], ids[9], ids[3] = -1, 7, 2
+    x = fresh(19, 128, dtype=torch.float32)
+    x[5] *= 1e12
+    biases = (torch.randn(7, inner), torch.randn(7, 128)) if bias else (None, None)
+    out, expected = without_gate(x, ids, weights, bits, inner, biases, method)
+    for row in range(19):  # of 128 numbers, whose roundings average out less
+        assert error(out[row], expected[row]) <= 2 * TOLERANCE[torch.float16]
+    if not bias:
+        assert not out[9].any() and not out[3].any()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("method", [16, "dense"])
+def test_squared_relu_of_a_bad_row(method):
+    """NaN and what overflows stay in their row; negative infinity is a zero where nothing else is added."""
+    x, ids, weights = fresh(18, 128, dtype=torch.float32), torch.zeros(18, 1, dtype=torch.int64), torch.ones(18, 1)
+    clean, _ = without_gate(x, ids, weights, [2, 1], 96, (None, None), method)
+    x[1, 3], x[3], x[17] = float("nan"), 0.0, 1e30
+    out, _ = without_gate(x, ids, weights, [2, 1], 96, (None, None), method)
+    good = [i for i in range(18) if i not in (1, 3, 17)]
+    assert torch.equal(out[good], clean[good])
+    assert out[1].isnan().all() and not out[17].isfinite().all() and not out[3].any()
 
 
 def test_public_calls_take_the_table():

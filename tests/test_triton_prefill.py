@@ -81,20 +81,21 @@ def test_one_width_for_sm90(sass_prefill, bits, columns, most):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("columns, parts", [
-    (16, 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((64, 2), (128, 1), (128, 2)))
+@pytest.mark.parametrize("columns, parts, squared", [
+    (16, 1, False), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
+        (64, 2, False), (128, 1, False), (128, 2, False), (16, 1, True), (64, 1, True), (128, 1, True)))
 ])
-def test_mixed_widths_for_sm90(sass_prefill, columns, parts):
-    row = sass_prefill.packed(columns, parts, 0)
+def test_mixed_widths_for_sm90(sass_prefill, columns, parts, squared):
+    row = sass_prefill.packed(columns, parts, 0, squared=squared)
     assert row.spills == 0 and row.registers <= 255
     assert row.shared <= sass_prefill.SHARED_BYTES
     assert row.loop.get("HGMMA", 0) > 0
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("parts", [1, 2], ids=["gemm", "gate-up"])
-def test_dense_product_for_sm90(sass_prefill, parts):
-    row = sass_prefill.dense(parts)
+@pytest.mark.parametrize("parts, squared", [(1, False), (2, False), (1, True)], ids=["gemm", "gate-up", "squared"])
+def test_dense_product_for_sm90(sass_prefill, parts, squared):
+    row = sass_prefill.dense(parts, squared=squared)
     assert row.spills == 0 and row.shared <= sass_prefill.SHARED_BYTES
     assert row.loop.get("HGMMA", 0) >= 4 and "HMMA" not in row.loop
     assert row.loop.get("LDGSTS.128", 0) >= 12

@@ -22,7 +22,7 @@ class Gating(NamedTuple):
 
 class Inner(NamedTuple):
     """Activation and biases as ``gemq.ops`` hands them down: ``act`` computes the first in torch; no ``gating`` is SiLU
-    where it is ``gated``.
+    where it is ``gated``, and squared ReLU where it is not.
 
     Biases are float32 ``[E, rows]`` and ``[E, hidden]``, or None.
     """

@@ -48,7 +48,7 @@ class Inputs:
 
 def _multiply(inputs: Inputs, stack: Stack, out: Tensor, exponents: Tensor | None, group_size: int, job: Job) -> None:
     """``out [pairs, n]``; with ``exponents``, the float16 inner activations that they scale."""
-    (_, n), parts = out.shape, 1 if exponents is None else 2
+    (_, n), parts = out.shape, _parts(exponents, job)
     if job.launch.method == "dense":
         _multiply_dense(inputs, stack, out, exponents, group_size, job)
         return
@@ -66,9 +66,17 @@ def _multiply(inputs: Inputs, stack: Stack, out: Tensor, exponents: Tensor | Non
     )
 
 
+def _parts(exponents: Tensor | None, job: Job) -> int:
+    """Matrices of a product: gate and up, where their inner activations are what it writes."""
+    return 2 if exponents is not None and job.between.gated else 1
+
+
 def _inner(exponents: Tensor | None, job: Job) -> dict:
-    """Arguments of the kernels of gate and up alone."""
-    return {} if exponents is None else {"bias_ptr": job.between.gate_up_bias, "GATING": job.between.gating}
+    """Arguments of the kernels that write inner activations, which have ``exponents``."""
+    if exponents is None:
+        return {}
+    between = job.between
+    return {"bias_ptr": between.gate_up_bias, "GATING": between.gating, "SQUARED": not between.gated}
 
 
 def _multiply_dense(
@@ -76,7 +84,7 @@ def _multiply_dense(
 ) -> None:
     qweight, meta, bits, offsets, meta_offsets = stack
     block_expert, block_pairs, counts = job.order
-    (_, n), parts, k, experts = out.shape, 1 if exponents is None else 2, inputs.k, bits.numel()
+    (_, n), parts, k, experts = out.shape, _parts(exponents, job), inputs.k, bits.numel()
     blocks, launch = block_expert.numel(), job.launch
     height, stride = triton.cdiv(parts * n, ROWS) * ROWS, triton.cdiv(k, STEP_COLUMNS) * STEP_COLUMNS
     chunk = max(1, min(experts, SCRATCH_BYTES // (2 * height * stride)))
@@ -141,13 +149,13 @@ def ffn(
     inputs = _inputs(x, top_k, launch)
     ordered = launch.method == "packed"
     pairs, device = ids.numel(), x.device
-    if intermediate % ROWS or not between.gated:
-        # the up rows begin inside a tile; or there are none, and the fused kernels are for two
+    if between.gated and intermediate % ROWS:
+        # the up rows begin inside a tile
         both = torch.empty(pairs, between.rows(intermediate), dtype=torch.float32, device=device)
         _multiply(inputs, gate_up, both, None, group_size, job)
         inner = normalize(between.act(add_bias(both, between.gate_up_bias, ids, gate_up[2])), ordered)
     else:
-        part = launch.rows // 2
+        part = launch.rows // 2 if between.gated else launch.rows
         act = torch.empty(pairs, intermediate, dtype=torch.float16, device=device)
         exponents = torch.empty(pairs, triton.cdiv(intermediate, part), dtype=torch.int32, device=device)
         _multiply(inputs, gate_up, act, exponents, group_size, job)

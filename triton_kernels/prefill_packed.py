@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .activation import gated_by
+from .activation import gated_by, relu_squared
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
 from .prefill_inputs import leading_exponent, power_of_two
 from .prefill_unpack import Span, half_weights, repeats, threads, trip_words
@@ -107,7 +107,7 @@ def _product(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
 def packed_kernel(
     x_ptr, inverse_ptr, codes_ptr, meta_ptr, bits_ptr, offsets_ptr, meta_offsets_ptr, expert_ptr, pairs_ptr,
     out_ptr, exponent_ptr, experts, blocks, sharing, n, k, k_padded, HOW: tl.constexpr, bias_ptr=None,
-    GATING: tl.constexpr = None,
+    GATING: tl.constexpr = None, SQUARED: tl.constexpr = False,
 ):
     """``out [pairs, n]``, every element written once; grid of ``blocks * cdiv(n, rows / parts)`` programs.
 
@@ -115,7 +115,8 @@ def packed_kernel(
     pairs share an input. ``HOW`` is a :class:`.widths.Packed`. Two parts: the matrix has 2 n rows, gate then up, and
     the result is ``silu(gate) * up``, as float16 scaled by ``2**(14 - exponent)`` with an ``exponent
     [pairs, n / (rows / 2)]`` for each of a pair's blocks of rows; ``bias [experts, 2 n]`` is added first, if there is
-    one, and ``GATING`` is another activation.
+    one, and ``GATING`` is another activation. One part and ``SQUARED``: ``relu(x)^2`` likewise, of a matrix and bias of
+    ``n`` rows, with an exponent for every ``rows``.
     """
     ROWS: tl.constexpr = HOW.rows
     COLUMNS: tl.constexpr = HOW.columns
@@ -175,9 +176,16 @@ def packed_kernel(
                 gate += tl.reshape(gate_bias, (OUTPUTS // ROW_LANES, ROW_LANES))[:, :, None]
                 up += tl.reshape(up_bias, (OUTPUTS // ROW_LANES, ROW_LANES))[:, :, None]
         result = tl.reshape(gated(gate, up, GATING), (OUTPUTS, COLUMNS))
+    elif SQUARED:
+        if bias_ptr is not None:  # noqa: SIM102 the outer condition is decided when compiling
+            if bits > 0:
+                acc += tl.load(bias_ptr + expert.to(tl.int64) * n + out_row, out_row < n, other=0.0)[:, None]
+        # rows beyond the last repeat others or are padding: no part of the exponent
+        result = tl.where(out_row[:, None] < n, relu_squared(acc), 0.0)
+    else:
+        result = acc
+    if PARTS == 2 or SQUARED:
         exponent = leading_exponent(tl.max(result.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
         tl.store(exponent_ptr + pair.to(tl.int64) * tl.cdiv(n, OUTPUTS) + at_tile, exponent, pair >= 0)
         result = result * power_of_two(14 - exponent)[None, :]
-    else:
-        result = acc
     tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), inside)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .activation import relu_squared
 from .layout import HALF_STEP, K_LANES, ROW_LANES, STEP, TILE_ROWS, WARP, span_columns, span_words
 from .prefill_inputs import leading_exponent, power_of_two
 from .prefill_packed import gated, grouped_order
@@ -82,7 +83,7 @@ def dequantize_kernel(
 def grouped_kernel(
     x_ptr, inverse_ptr, weights_ptr, bits_ptr, expert_ptr, pairs_ptr, out_ptr, exponent_ptr, first, until, experts,
     blocks, sharing, n, n_padded, k, k_padded, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr, bias_ptr=None, GATING: tl.constexpr = None,
+    STAGES: tl.constexpr, bias_ptr=None, GATING: tl.constexpr = None, SQUARED: tl.constexpr = False,
 ):
     """Multiply as the packed kernel does by ``weights [until - first, n_padded, stride]``, of experts from ``first``.
 
@@ -133,9 +134,15 @@ def grouped_kernel(
                 gate += tl.reshape(gate_bias, (OUTPUTS // ROW_LANES, ROW_LANES))[None, :, :]
                 up += tl.reshape(up_bias, (OUTPUTS // ROW_LANES, ROW_LANES))[None, :, :]
         result = tl.reshape(gated(gate, up, GATING), (COLUMNS, OUTPUTS))
+    elif SQUARED:
+        if bias_ptr is not None:  # noqa: SIM102 the outer condition is decided when compiling
+            if bits > 0:
+                acc += tl.load(bias_ptr + expert.to(tl.int64) * n + out_row, out_row < n, other=0.0)[None, :]
+        result = tl.where(out_row[None, :] < n, relu_squared(acc), 0.0)
+    else:
+        result = acc
+    if PARTS == 2 or SQUARED:
         exponent = leading_exponent(tl.max(result.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
         tl.store(exponent_ptr + pair.to(tl.int64) * tl.cdiv(n, OUTPUTS) + at_tile, exponent, pair >= 0)
         result = result * power_of_two(14 - exponent)[:, None]
-    else:
-        result = acc
     tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), inside)
