@@ -136,10 +136,11 @@ def _wrapper(config_class: Any, own: dict[str, Any]) -> Any:
     return config
 
 
-def listed_model(kind: str, seed: int = 0) -> nn.Module:
-    """A model of two to four layers of 4 experts, in float32, whose routers decide clearly."""
+def listed_model(kind: str, seed: int = 0, **fields: Any) -> nn.Module:
+    """A model of two to four layers of 4 experts, in float32, whose routers decide clearly, with other ``fields``."""
     torch.manual_seed(seed)
     name, own = (LISTED | WRAPPED)[kind]
+    own = own | fields
     config_class = CONFIG_MAPPING[kind]
     config = _wrapper(config_class, own) if kind in WRAPPED else _sized(config_class, _SIZES | own, own)
     model = getattr(transformers, name)(config)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.layerwise import Routed, watch_experts
@@ -52,21 +52,39 @@ def _only_trainable(moe: MoeModel, weights: list[Tensor]) -> Iterator[None]:
         moe.model.train(was_training)
 
 
-def _keep(seen: list[Routed], routed: Routed, output: Tensor) -> None:
-    seen.append(routed)
+@dataclass
+class _Inputs:
+    """Inputs of a layer's experts, and those ``[T, H]`` of its shared expert, which may be others; an entry a call."""
+
+    routed: list[Routed] = field(default_factory=list)
+    shared: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def _watching(layer: MoeLayer, inputs: _Inputs) -> Iterator[None]:
+    """Record the inputs of every call."""
+
+    def shared_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.shared.append(args[0].detach().flatten(0, -2))
+
+    with ExitStack() as stack:
+        stack.enter_context(watch_experts(layer, lambda routed, _: inputs.routed.append(routed)))
+        if layer.shared is not None:
+            stack.callback(layer.shared.register_forward_pre_hook(shared_input).remove)
+        yield
 
 
 def _information(
     moe: MoeModel, windows: Tensor, progress: Progress | None, steps: int
-) -> tuple[list[list[Tensor]], list[list[Routed]]]:
+) -> tuple[list[list[Tensor]], list[_Inputs]]:
     """Per layer the summed squared gradients of :func:`_weights`, and the experts' inputs."""
     weights = [_weights(layer) for layer in moe.moe]
     flat = [p for row in weights for p in row]
     sums = [[torch.zeros_like(p, dtype=torch.float32) for p in row] for row in weights]
-    inputs: list[list[Routed]] = [[] for _ in moe.moe]
+    inputs = [_Inputs() for _ in moe.moe]
     with _only_trainable(moe, flat), ExitStack() as stack, torch.enable_grad():
         for seen, layer in zip(inputs, moe.moe, strict=True):
-            stack.enter_context(watch_experts(layer, partial(_keep, seen)))
+            stack.enter_context(_watching(layer, seen))
         for done, window in enumerate(windows, 1):
             loss = token_losses(moe.model, window[None]).mean()
             gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
@@ -86,7 +104,7 @@ def _cost(information: Sequence[Tensor], base: Sequence[Tensor], quantized: Sequ
 
 
 def _layer_costs(
-    layer: MoeLayer, sums: list[Tensor], seen: list[Routed], perturbation: Perturbation, candidates: tuple[int, ...]
+    layer: MoeLayer, sums: list[Tensor], seen: _Inputs, perturbation: Perturbation, candidates: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Costs ``[E, B]`` of an original layer's routed experts and ``[B]`` of its shared one."""
     stacks = [layer.form.standard(n, w.detach()) for n, w in zip(PROJECTIONS, _weights(layer), strict=False)]
@@ -96,13 +114,13 @@ def _layer_costs(
     routed = np.zeros((len(gate_up), len(candidates)))
     for e in range(len(gate_up)):
         base = (gate_up[e], down[e])
-        found = perturbation.expert(*base, candidates, [r.rows(e)[0] for r in seen], acts[e])
+        found = perturbation.expert(*base, candidates, [r.rows(e)[0] for r in seen.routed], acts[e])
         routed[e] = [_cost([s[e] for s in sums[:2]], base, pair) for pair in found]
     if layer.shared is None:
         return routed, None
     *first, down = (linear.weight for linear in layer.shared_linears().values())
     base = (torch.cat(first), down)
-    found = perturbation.expert(*base, candidates, [r.x for r in seen], layer.shared_activation)
+    found = perturbation.expert(*base, candidates, seen.shared, layer.shared_activation)
     merged = [torch.cat(sums[2:-1]), sums[-1]]
     return routed, np.array([_cost(merged, base, pair) for pair in found])
 

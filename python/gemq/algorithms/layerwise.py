@@ -15,6 +15,7 @@ from gemq.activation import SILU, Inner
 from gemq.errors import CheckpointError, GemqError, first_line
 from gemq.models import MoeLayer, MoeModel
 from gemq.models.forward import call
+from gemq.models.weighted_inputs import routed_rows
 
 
 @dataclass
@@ -91,13 +92,15 @@ class Hessian:
 
 @dataclass
 class Routed:
-    """Arguments of a call of a layer's experts: ``x [T, H]``, ``ids [T, k]``, ``weights [T, k]``; ``shared [T, H]`` are
-    the inputs of the shared expert, where those are others."""
+    """Arguments of a call of a layer's experts: ``x [T, H]``, ``ids [T, k]``, ``weights [T, k]``; ``shared`` are the
+    inputs of the shared expert, where those are others, and ``shared_gradient`` is what flows back to its output, where
+    that is of another width than the experts'."""
 
     x: Tensor
     ids: Tensor
     weights: Tensor
     shared: Tensor | None = None
+    shared_gradient: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for the exchange between processes."""
@@ -115,10 +118,14 @@ class Routed:
 
 @contextmanager
 def watch_experts(layer: MoeLayer, seen: Callable[[Routed, Tensor], None]) -> Iterator[None]:
-    """Call ``seen(arguments, output)`` after every call of the layer's experts."""
+    """Call ``seen(arguments, output)`` after every call of the layer's experts, by ids or with all their inputs."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
+        if len(args) + len(kwargs) == 1:
+            (inputs,) = (*args, *kwargs.values())
+            seen(Routed(*routed_rows(inputs.detach(), layer.form.experts)), output)
+            return
         values = [*args, *(kwargs[n] for n in names[len(args) :])]
         seen(Routed(*(v.detach() for v in values)), output)
 

@@ -100,7 +100,11 @@ def _shared_costs(
     for routed, gradient in trace:
         assert gradient is not None
         x, g = _shared_inputs(routed), gradient[:].float() * trace.shared_share
-        g = g if gate is None else g * torch.sigmoid(gate(x))
+        if routed.shared_gradient is not None:
+            # at its own output, before any gate
+            g = routed.shared_gradient[:].float()
+        elif gate is not None:
+            g = g * torch.sigmoid(gate(x))
         sums.add_shared((change for _, _, change in _changes(x, base, quantized, candidates, (WHOLE,), act)), g)
 
 

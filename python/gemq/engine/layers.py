@@ -137,6 +137,7 @@ def forward(weights: Weights, calls: Calls, index: int, scratch: Scratch, source
 
 
 _ROUTED = ("x", "ids", "weights")
+SHARED, SHARED_GRADIENT = "shared", "shared_gradient"
 
 
 class StoredRows:
@@ -158,15 +159,15 @@ class StoredRows:
 class Trace:
     """Recorded arguments of the experts of a layer, batch by batch of all processes, in scratch arrays. With
     ``gradients`` it also holds ``gradient``, ``d loss / d output [T, H]`` of the experts; that of the shared expert is
-    ``shared_share`` times as large. ``own_shared`` traces hold what the shared expert sees, as well. Inputs and
-    gradients are :class:`StoredRows`."""
+    ``shared_share`` times as large. ``of_shared`` names what is recorded at the shared expert itself: ``shared``, its
+    inputs, and ``shared_gradient``. Inputs and gradients are :class:`StoredRows`."""
 
     def __init__(
-        self, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool, own_shared: bool = False
+        self, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool, of_shared: tuple[str, ...] = ()
     ):
         self.scratch, self.device, self.batches = scratch, device, len(calls)
         self.shared_share = 1.0
-        self._names = [*_ROUTED, *(["gradient"] if gradients else []), *(["shared"] if own_shared else [])]
+        self._names = [*_ROUTED, *(["gradient"] if gradients else []), *of_shared]
         self._prefix = "trace"
 
     def arrays(self) -> dict[str, str]:
@@ -179,14 +180,12 @@ class Trace:
             ids, weights = (
                 self.scratch.rows(arrays[name], batch, slice(None)).to(self.device) for name in ("ids", "weights")
             )
-            # it is indexed as a tensor would be
-            x: Any = self._rows(arrays["x"], batch, len(ids))
-            shared: Any = self._rows(arrays["shared"], batch, len(ids)) if "shared" in arrays else None
-            gradient = self._rows(arrays["gradient"], batch, len(ids)) if "gradient" in arrays else None
-            yield Routed(x, ids, weights, shared), gradient
-
-    def _rows(self, array: str, batch: int, length: int) -> StoredRows:
-        return StoredRows(self.scratch, array, batch, length, self.device)
+            # they are indexed as tensors would be
+            rows: dict[str, Any] = {
+                name: StoredRows(self.scratch, array, batch, len(ids), self.device) for name, array in arrays.items()
+            }
+            own = (rows.get(name) for name in (SHARED, SHARED_GRADIENT))
+            yield Routed(rows["x"], ids, weights, *own), rows.get("gradient")
 
     def _batch(self, batch: int) -> dict[str, Tensor]:
         return {name: self.scratch.batch(array, batch).to(self.device) for name, array in self.arrays().items()}
@@ -214,15 +213,23 @@ class Trace:
             self.scratch.drop(array)
 
 
+def _of_shared(layer: MoeLayer) -> tuple[str, ...]:
+    """Name what is recorded at the shared expert itself, as the calls of the routed ones do not tell it."""
+    if layer.shared is None:
+        return ()
+    if layer.latent:
+        return SHARED, SHARED_GRADIENT
+    # a block that weights its experts' inputs gives the shared one others
+    return (SHARED,) if takes_inputs_alone(layer.experts) else ()
+
+
 @contextmanager
 def recording(
     layer: MoeLayer, scratch: Scratch, device: torch.device, calls: Calls, gradients: bool = False
 ) -> Iterator[Trace]:
     """Record every call of the layer's experts inside the block; with ``gradients`` also what flows back. The trace
     can be read after it."""
-    # a block that weights its experts' inputs gives the shared one others
-    own_shared = gradients and layer.shared is not None and takes_inputs_alone(layer.experts)
-    trace = Trace(scratch, device, calls, gradients, own_shared)
+    trace = Trace(scratch, device, calls, gradients, _of_shared(layer) if gradients else ())
     with ExitStack() as stack:
         out = {name: stack.enter_context(scratch.writing(array)) for name, array in trace.arrays().items()}
 
@@ -231,10 +238,15 @@ def recording(
             stack.callback(cast(nn.Module, layer.shared).register_forward_hook(shares.called).remove)
 
         def shared_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            out["shared"].append(args[0].detach())
+            out[SHARED].append(args[0].detach().flatten(0, -2))
 
-        if own_shared:
+        def shared_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(lambda g: out[SHARED_GRADIENT].append(g.flatten(0, -2)))
+
+        if SHARED in out:
             stack.callback(cast(nn.Module, layer.shared).register_forward_pre_hook(shared_input).remove)
+        if SHARED_GRADIENT in out:
+            stack.callback(cast(nn.Module, layer.shared).register_forward_hook(shared_output).remove)
 
         def gradient(g: Tensor) -> None:
             out["gradient"].append(g)

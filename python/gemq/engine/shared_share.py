@@ -24,7 +24,7 @@ class SharedShare:
 
     def __init__(self, layer: MoeLayer, trace: Trace):
         # a gate between the shared expert and the block's output is known, and applied where costs are summed
-        self.needed = layer.shared is not None and layer.shared_gate is None
+        self.needed = layer.shared is not None and layer.shared_gate is None and not layer.latent
         self._path, self._trace = layer.path, trace
         self._found: dict[str, Tensor] = {}
 

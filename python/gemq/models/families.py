@@ -81,6 +81,12 @@ class MoeLayer:
     shared_gate: nn.Module | None
     shared_activation: Activation = SILU
 
+    @property
+    def latent(self) -> bool:
+        """True if the routed experts work in another width than the block, and than the shared expert."""
+        shared = list(self.shared_linears().values())
+        return bool(shared) and shared[-1].out_features != self.form.hidden
+
     def shared_linears(self) -> dict[str, nn.Linear]:
         """Gate (if the activation has one), up and down projection of the shared expert by module path; empty without
         one."""

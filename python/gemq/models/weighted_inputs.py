@@ -19,6 +19,15 @@ def takes_inputs_alone(experts: nn.Module) -> bool:
     return list(inspect.signature(inspect.unwrap(type(experts).forward)).parameters) == ["self", "hidden_states"]
 
 
+def routed_rows(hidden_states: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What such a module would be called with by ids: inputs ``[R, H]``, ids ``[R, 1]`` and weights of 1 ``[R, 1]``.
+
+    ``hidden_states [E * T, H]`` are what it is given; tokens that are not for an expert have weight, and rows of, 0.
+    """
+    row = hidden_states.count_nonzero(-1).nonzero()
+    return hidden_states[row[:, 0]], row // (len(hidden_states) // experts), hidden_states.new_ones(len(row), 1)
+
+
 def call_by_ids(block: nn.Module) -> None:
     """Have a block with ``router``, ``shared_expert`` and ``top_k`` call ``experts(x, ids, weights)``, in place."""
     block.forward = partial(_forward, block)
