@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ from torch import nn
 from gemq.algorithms.fisher import weight_fisher
 from gemq.algorithms.layerwise import watch_experts
 from gemq.algorithms.method import METHODS, MethodConfig
+from gemq.algorithms.router_alignment import routing_divergence
+from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.engine.progression import measure_importance, quantize_progressively
 from gemq.engine.source import ResidentSource
 from gemq.models import describe, prepare
@@ -98,3 +102,32 @@ def test_costs_beside_a_latent_width_are_those_of_autograd() -> None:
             expected = sum(expert_cost(call, expert, before, after) for call in calls)
             assert found.routed[row, expert, 0] == pytest.approx(expected, rel=1e-3, abs=1e-16)
         assert found.shared[row, 0] == pytest.approx(shared_costs(model, layer, WINDOWS), rel=1e-3)
+
+
+@torch.no_grad()
+def own_logits(model: nn.Module) -> list[torch.Tensor]:
+    """What gpt-oss's routers compute, ``[T, E]`` by layer."""
+    seen: list[torch.Tensor] = []
+    handles = [layer.router.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+               for layer in describe(model).moe]
+    model(input_ids=WINDOWS)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_a_routers_bias_is_part_of_what_is_aligned() -> None:
+    model = listed_model("gpt_oss")
+    for layer in describe(model).moe:
+        nn.init.normal_(layer.router.bias, 0, 2)
+    options = MethodConfig(
+        budgets=(2.0,), method="uniform", router_method="alignment", batch_size=1,
+        router=RouterTuningConfig(learning_rate=1e-2, epochs=4), **FAST,
+    )
+    (result,) = quantize_progressively(ResidentSource(model), WINDOWS, options)
+    (plain,) = quantize_progressively(ResidentSource(model), WINDOWS, replace(options, tune=False))
+    targets, after, before = (own_logits(m) for m in (model, result.weights.whole().model, plain.weights.whole().model))
+    for target, one, two, told in zip(targets, before, after, result.router_losses, strict=True):
+        # what it reports is what the family's own forward does
+        assert float(routing_divergence(target, two)) == pytest.approx(told, rel=1e-3)
+        assert told < 0.9 * float(routing_divergence(target, one))

@@ -35,6 +35,17 @@ def router_inputs(layer: MoeLayer, seen: list[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
+def router_logits(router: Any, x: Tensor) -> Tensor:
+    """Logits ``[T, E]`` of a router for ``x [T, H]``, float32, with its bias where it has one (gpt-oss)."""
+    return nn.functional.linear(x.float(), router.weight.float(), router_bias(router))
+
+
+def router_bias(router: Any) -> Tensor | None:
+    """The bias ``[E]`` of a router's logits, float32; None without. One that only corrects the choice is none."""
+    bias = getattr(router, "bias", None)
+    return None if bias is None else bias.detach().float()
+
+
 def routing_divergence(target: Tensor, logits: Tensor) -> Tensor:
     """Token-mean ``KL(softmax(target) || softmax(logits))`` in nats of logits ``[T, E]``."""
     return nn.functional.kl_div(
@@ -42,11 +53,13 @@ def routing_divergence(target: Tensor, logits: Tensor) -> Tensor:
     )
 
 
-def aligned(weight: Tensor, x: Tensor, target: Tensor, config: RouterTuningConfig, rows: int) -> Tensor:
+def aligned(
+    weight: Tensor, x: Tensor, target: Tensor, config: RouterTuningConfig, rows: int, bias: Tensor | None = None
+) -> Tensor:
     """Train a router ``weight [E, H]`` on ``x [T, H]`` towards ``target [T, E]`` in steps of ``rows`` tokens.
 
-    Master weights are float32. Returns the trained weight in the dtype of ``weight``. Raises ``ValueError`` unless
-    ``target`` are logits of these tokens and experts.
+    A ``bias [E]``, float32, is part of its logits and stays as it is. Master weights are float32. Returns the trained
+    weight in the dtype of ``weight``. Raises ``ValueError`` unless ``target`` are logits of these tokens and experts.
     """
     if tuple(target.shape) != (len(x), len(weight)):
         raise ValueError(f"target must be [{len(x)}, {len(weight)}], got {list(target.shape)}")
@@ -55,7 +68,7 @@ def aligned(weight: Tensor, x: Tensor, target: Tensor, config: RouterTuningConfi
     with torch.enable_grad():
         for _ in range(config.epochs):
             for at in range(0, len(x), rows):
-                logits = nn.functional.linear(x[at : at + rows].float(), master)
+                logits = nn.functional.linear(x[at : at + rows].float(), master, bias)
                 (master.grad,) = torch.autograd.grad(routing_divergence(target[at : at + rows], logits), master)
                 optimizer.step()
     return master.detach().to(weight.dtype)

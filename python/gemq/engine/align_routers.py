@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemq.algorithms.router_alignment import aligned, router_inputs, routing_divergence
+from gemq.algorithms.router_alignment import aligned, router_bias, router_inputs, router_logits, routing_divergence
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.engine.layers import Weights, put_routers
 from gemq.engine.quantize import Quantized
@@ -39,11 +39,11 @@ def align_routers(
                 router: Any = layer.router
                 x, weight = _inputs(walk, layer), router.weight
                 routers[layer.index] = aligned(
-                    weight, x, targets[layer.index], config, config.batch_size * sweep.windows.shape[1]
+                    weight, x, targets[layer.index], config, config.batch_size * sweep.windows.shape[1],
+                    router_bias(router),
                 ).cpu()
                 put_routers(quantized.source, routers, layer.index)
-                logits = torch.nn.functional.linear(x.float(), router.weight.float())
-                divergences.append(float(routing_divergence(targets[layer.index], logits)))
+                divergences.append(float(routing_divergence(targets[layer.index], router_logits(layer.router, x))))
                 if layer is not moe.moe[-1]:
                     walk.forward(layer.index)
             walk.scratch.drop(walk.name(layer.index))
@@ -70,9 +70,7 @@ def _targets(weights: Weights, sweep: Sweep) -> Iterator[tuple[int, Tensor]]:
     for layer in weights.source.moe.moe:
         walk.need(layer.index)
         with weights.loaded(layer.index):
-            x = _inputs(walk, layer)
-            router: Any = layer.router
-            yield layer.index, torch.nn.functional.linear(x.float(), router.weight.float())
+            yield layer.index, router_logits(layer.router, _inputs(walk, layer))
             if layer is not weights.source.moe.moe[-1]:
                 walk.forward(layer.index)
         walk.scratch.drop(walk.name(layer.index))
