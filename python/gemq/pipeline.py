@@ -227,7 +227,7 @@ def check_resources(config: QuantizeConfig, architecture: PreTrainedConfig, devi
     folder = run_directory(config) if uses_directory(config) else config.output
     here = distributed.processes_here()
     machine = this_machine(device, folder, dtype or torch.float32, rates=False, processes=here)
-    check(make_plan(architecture, options, machine), architecture)
+    check(make_plan(architecture, options, machine, config.model), architecture)
 
 
 def run_directory(config: QuantizeConfig) -> Path:

@@ -77,7 +77,7 @@ def plan(
     )
     local = model in KNOWN or Path(model).suffix == ".json"
     architecture = load_config(model) if local else check_model(model, trust_remote_code)
-    found = make_plan(architecture, config, _machine(device, output, wanted))
+    found = make_plan(architecture, config, _machine(device, output, wanted), None if local else model)
     if as_json and form not in (Format.table, Format.json):
         raise typer.BadParameter(f"--json and --format {form.value} ask for different things")
     _print(model, found, Format.json if as_json else form)

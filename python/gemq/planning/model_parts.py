@@ -9,14 +9,19 @@ from torch import nn
 
 from gemq.model_config import skeleton
 from gemq.models import MoeModel, describe
+from gemq.packed_model import kept_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
 def meta_model(config: PreTrainedConfig) -> nn.Module:
-    """The unquantized model of a transformers config, without any storage."""
-    return skeleton(config).eval().requires_grad_(False)
+    """The unquantized model of a transformers config, without any storage; what the family keeps in float32 is that."""
+    model: Any = skeleton(config).eval().requires_grad_(False)
+    for name in kept_in_float32(model):
+        tensor = model.get_parameter_or_buffer(name)
+        tensor.data = tensor.data.float()
+    return model
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class LayerParts:
 @dataclass(frozen=True)
 class ModelParts:
     """Sizes of a model, in elements. ``outside`` are the parameters of embeddings, head and last norm, ``expert`` those
-    of one routed expert."""
+    of one routed expert, which takes ``expert_hidden`` numbers a token: ``hidden``, but for latent widths."""
 
     parameters: int
     outside: int
@@ -46,6 +51,12 @@ class ModelParts:
     top_k: int
     vocabulary: int
     expert: int
+    expert_hidden: int
+
+    @property
+    def expert_rows(self) -> int:
+        """Rows of a routed expert's first projection: gate and up, or up alone."""
+        return self.expert // self.expert_hidden - self.intermediate
 
     @property
     def moe_layers(self) -> int:
@@ -94,10 +105,10 @@ def count_parts(moe: MoeModel) -> ModelParts:
     parameters = sum(p.numel() for p in moe.model.parameters())
     outside = parameters - sum(layer.parameters for layer in layers)
     model: Any = moe.model
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary, hidden = model.get_input_embeddings().weight.shape[0], moe.routers[0].shape[1]
     return ModelParts(
-        parameters, outside, layers, moe.hidden, moe.intermediate, moe.num_experts, moe.top_k, vocabulary,
-        moe.expert_parameters,
+        parameters, outside, layers, hidden, moe.intermediate, moe.num_experts, moe.top_k, vocabulary,
+        moe.expert_parameters, moe.form.hidden,
     )
 
 

@@ -7,6 +7,7 @@ headers of the files are written out with the names and shapes that they will ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,19 +26,25 @@ _SHARD = 5 * 10**9
 
 @dataclass(frozen=True)
 class OutputSize:
-    """Bytes of a checkpoint: its ``tensors``, and its ``files`` of weights (with headers, and the index of shards)."""
+    """Bytes of a checkpoint: its ``tensors``, and its ``files`` of weights (with headers, and the index of shards).
+    ``ahead`` are those of the tensors that belong to layers of multi-token prediction."""
 
     tensors: int
     files: int
     count: int
+    ahead: int = 0
 
 
-def output_size(moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: int = _SHARD) -> OutputSize:
+def output_size(
+    moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: int = _SHARD,
+    ahead: Mapping[str, torch.Tensor] | None = None,
+) -> OutputSize:
     """The size of the checkpoint of a model without storage (of :func:`gemq.planning.model_parts.located`) with these
-    widths; unquantized tensors are stored in ``dtype``, a file holds about ``shard`` bytes. The model is packed by
-    this."""
+    widths; unquantized tensors are stored in ``dtype``, a file holds about ``shard`` bytes. ``ahead``, of
+    :func:`gemq.planning.ahead.ahead_tensors`, are in it as they are. The model is packed by this."""
+    ahead = ahead or {}
     replace_with_packed(moe.model, packed_skeleton(moe, config.widths, config.group_size, "meta"))
-    state = stored_state(moe.model, dtype)
+    state = stored_state(moe.model, dtype) | dict(ahead)
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
@@ -50,22 +57,31 @@ def output_size(moe: MoeModel, config: PackedConfig, dtype: torch.dtype, shard: 
     files = tensors + sum(len(file_head(shard)[0]) for shard in shards)
     if len(shards) > 1:
         files += sum(len(name) + 45 for name in state)
-    return OutputSize(tensors, files, len(shards))
+    return OutputSize(tensors, files, len(shards), sum(t.nbytes for t in ahead.values()))
 
 
 def resident_bytes(model: nn.Module, layout: str, dtype: torch.dtype) -> int:
     """Bytes of a packed model without storage once it is ready to run: codes and scales in ``layout``, the rest in
     ``dtype``."""
-    size = torch.empty(0, dtype=dtype).element_size()
-    total = sum(p.numel() * size for p in model.parameters())
+    total = sum(p.numel() * dtype.itemsize for p in model.parameters()) + experts_bytes(model, layout)
     for _, module in packed_modules(model):
         if isinstance(module, LowBitLinear):
-            n, k, group = module.out_features, module.in_features, module.group_size
-            total += codes_bytes(n, k, module.bits, layout) + 2 * meta_elements(n, k, module.bits, group, layout)
+            total += _matrix_bytes(module.out_features, module.in_features, module.bits, module.group_size, layout)
+    return total
+
+
+def experts_bytes(model: nn.Module, layout: str) -> int:
+    """Bytes of all routed experts of a packed model without storage, in ``layout``."""
+    total = 0
+    for _, module in packed_modules(model):
+        if isinstance(module, LowBitLinear):
             continue
         for name in PROJECTIONS:
             n, k = module.shape(name)
-            for bits in module.bits[name]:
-                total += codes_bytes(n, k, bits, layout)
-                total += 2 * meta_elements(n, k, bits, module.group_sizes[name], layout)
+            group = module.group_sizes[name]
+            total += sum(_matrix_bytes(n, k, bits, group, layout) for bits in module.bits[name])
     return total
+
+
+def _matrix_bytes(n: int, k: int, bits: int, group_size: int, layout: str) -> int:
+    return codes_bytes(n, k, bits, layout) + 2 * meta_elements(n, k, bits, group_size, layout)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from gemq.algorithms.method import MethodConfig
 from gemq.choices import Keep
 from gemq.errors import ResourceError
 from gemq.planning import memory
+from gemq.planning.ahead import ahead_tensors
 from gemq.planning.machine import Machine
 from gemq.planning.memory import Need, Work
 from gemq.planning.model_parts import ModelParts, count_parts, located
@@ -144,19 +147,26 @@ def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     return declared if declared in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def make_plan(config: PreTrainedConfig, options: PlanConfig, machine: Machine) -> Plan:
+def make_plan(
+    config: PreTrainedConfig, options: PlanConfig, machine: Machine, folder: str | None = None
+) -> Plan:
     """Predict everything for the model of a transformers ``config``; no weight is read.
+
+    ``folder`` is the model's, where there is one: it says which layers of multi-token prediction are there, which the
+    config may not (:func:`gemq.planning.ahead.ahead_tensors`).
 
     Raises :class:`gemq.errors.UnsupportedModelError` for a model that gemq does not know, ``ValueError`` for a budget
     that no allocation meets.
     """
     moe = located(config)
     parts, stored = count_parts(moe), _stored_dtype(config)
+    ahead = ahead_tensors(moe, stored, folder)
     dtype = computed_dtype(config, options.dtype, machine.on_cpu)
     work = Work(options.samples, options.length, options.method, dtype.itemsize, machine.on_cpu, options.ranks)
+    packed = partial(_packed, config, options, machine, stored, ahead)
     outputs, inference = {}, {}
     for budget in sorted(options.method.budgets, reverse=True):
-        outputs[budget], inference[budget] = _packed(config, options, machine, budget, stored)
+        outputs[budget], inference[budget] = packed(budget)
     largest = max(o.files for o in outputs.values())
     stages = _needs(options, parts, work, largest)
     seconds = None
@@ -166,9 +176,7 @@ def make_plan(config: PreTrainedConfig, options: PlanConfig, machine: Machine) -
     runnable = None
     if not all(run.fits for run in inference.values()):
         low, high = budget_range(moe, options.method)
-        runnable = bits_that_run(
-            low, min(high, max(outputs)), lambda budget: _packed(config, options, machine, budget, stored)[1].fits
-        )
+        runnable = bits_that_run(low, min(high, max(outputs)), lambda budget: packed(budget)[1].fits)
     name = str(dtype).removeprefix("torch.")
     return Plan(options, machine, config.model_type, parts, outputs, inference, stages, seconds, name, runnable)
 
@@ -183,15 +191,16 @@ def _needs(options: PlanConfig, parts: ModelParts, work: Work, output: int) -> d
 
 
 def _packed(
-    config: PreTrainedConfig, options: PlanConfig, machine: Machine, budget: float, stored: torch.dtype
+    config: PreTrainedConfig, options: PlanConfig, machine: Machine, stored: torch.dtype, ahead: dict[str, Tensor],
+    budget: float,
 ) -> tuple[OutputSize, Inference]:
     """Sizes of one budget's checkpoint, on disk and running."""
     moe = located(config)
     parts = count_parts(moe)
     widths = planned_widths(moe, options.method, budget)
-    size = output_size(moe, widths, stored)
+    size = output_size(moe, widths, stored, ahead=ahead)
     model = moe.model.to(stored)
-    return size, inference_of(model, parts, widths, size, machine, options.rows, options.context, stored)
+    return size, inference_of(model, parts, machine, options.rows, options.context, stored)
 
 
 def check(plan: Plan, config: PreTrainedConfig) -> None:

@@ -13,11 +13,11 @@ from torch import nn
 
 from gemq.generation.decoding import PREFILL_TOKENS
 from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
-from gemq.packed_config import PackedConfig
+from gemq.packed_model import tower_prefixes
 from gemq.planning.machine import Machine
 from gemq.planning.memory import CONTEXT, PROCESS
 from gemq.planning.model_parts import ModelParts
-from gemq.planning.output import OutputSize, resident_bytes
+from gemq.planning.output import experts_bytes, resident_bytes
 
 # budgets that are tried lie this far apart
 _STEP = 0.25
@@ -53,25 +53,22 @@ class Inference:
 
 
 def inference_of(
-    model: nn.Module, parts: ModelParts, config: PackedConfig, size: OutputSize, machine: Machine, rows: int,
-    context: int, stored: torch.dtype,
+    model: nn.Module, parts: ModelParts, machine: Machine, rows: int, context: int, stored: torch.dtype
 ) -> Inference:
     """Memory that ``rows`` sequences of ``context`` tokens take with a packed ``model`` without storage."""
-    weights = resident_bytes(model, "cpu_tile" if machine.on_cpu else "gpu_tile", stored)
+    layout = "cpu_tile" if machine.on_cpu else "gpu_tile"
+    weights = resident_bytes(model, layout, stored)
     state = rows * state_bytes_per_row(model)
     # of a prompt, a chunk at a time: hidden states and the widest inner activation of every token; and the last
     # token's logits
-    inner = max(parts.top_k * 3 * parts.intermediate, max(3 * layer.mlp for layer in parts.layers))
+    inner = max(parts.top_k * (parts.expert_rows + parts.intermediate), max(3 * layer.mlp for layer in parts.layers))
     token, per_token = rows * cache_bytes_per_token(model), (4 * parts.hidden + inner) * stored.itemsize
     logits = rows * parts.vocabulary * 8
 
     def working(length: int) -> int:
         return min(rows * length, PREFILL_TOKENS) * per_token + logits
 
-    third = parts.expert // 3
-    experts = sum(third * b // 8 + (b > 0) * third * 4 // 128 for b in config.widths.weight_bits)
-    embeddings = parts.vocabulary * parts.hidden * stored.itemsize
-    read = size.tensors - experts * (parts.experts - parts.top_k) // parts.experts - embeddings
+    read = weights - _not_read(model, parts, layout) - _beside_text(model, stored)
     free = machine.host_free if machine.on_cpu else machine.device_free
     process = PROCESS if machine.on_cpu else CONTEXT
     longest = None
@@ -81,6 +78,21 @@ def inference_of(
         positions = own.get_text_config().max_position_embeddings
         longest = _most(lambda length: length * token + working(length) <= left, positions)
     return Inference(weights, state + context * token, working(context), read, process, free, longest)
+
+
+def _not_read(model: nn.Module, parts: ModelParts, layout: str) -> int:
+    """Bytes of the experts that a token is not routed to."""
+    return experts_bytes(model, layout) * (parts.experts - parts.top_k) // parts.experts
+
+
+def _beside_text(model: Any, stored: torch.dtype) -> int:
+    """Bytes of what a decoded token reads a row of, or nothing: embeddings that are not the head too, and towers."""
+    towers = tower_prefixes(model)
+    embeddings = model.get_input_embeddings().weight
+    found = [p for name, p in model.named_parameters() if name.startswith(towers)]
+    if model.get_output_embeddings().weight is not embeddings:
+        found.append(embeddings)
+    return sum(p.numel() for p in found) * stored.itemsize
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

@@ -57,20 +57,22 @@ def measuring(parts: ModelParts, work: Work) -> Operations:
     for layer in parts.layers:
         if not layer.routed:
             continue
-        blocks = [(parts.intermediate, parts.experts, parts.top_k)]
+        # a shared expert has a gate where routed ones have
+        first = parts.expert_rows // parts.intermediate
+        blocks = [(parts.expert_hidden, parts.intermediate, parts.experts, parts.top_k)]
         if layer.mlp:
-            blocks.append((layer.mlp, 1, 1))
-        for inner, count, share in blocks:
-            run = 2 * 3 * parts.hidden * inner * tokens * share
+            blocks.append((parts.hidden, layer.mlp, 1, 1))
+        for hidden, inner, count, share in blocks:
+            run = 2 * (first + 1) * hidden * inner * tokens * share
             # per matrix two more down projections a width, of routed experts
-            evaluated = 5 / 3 if work.method.per_matrix and inner == parts.intermediate else 1
+            evaluated = (first + 3) / (first + 1) if work.method.per_matrix and count > 1 else 1
             total += Operations((1 + evaluated * widths) * run)
             if work.method.perturbation == "gptq":
-                total += Operations(run + 2 * tokens * share * (parts.hidden**2 + inner**2))
-                total += _gptq(2 * inner, parts.hidden, count * widths, count)
-                total += _gptq(parts.hidden, inner, count * widths, count)
+                total += Operations(run + 2 * tokens * share * (hidden**2 + inner**2))
+                total += _gptq(first * inner, hidden, count * widths, count)
+                total += _gptq(hidden, inner, count * widths, count)
             else:
-                total += Operations(rounded=3 * parts.hidden * inner * count * widths)
+                total += Operations(rounded=(first + 1) * hidden * inner * count * widths)
     return total
 
 
@@ -85,14 +87,14 @@ def quantizing(parts: ModelParts, work: Work) -> Operations:
             total += Operations(2 * tokens * k * k) + _gptq(n, k, products=products)
         if layer.routed:
             routed = tokens * parts.top_k
-            hidden, inner = parts.hidden, parts.intermediate
-            total += Operations(routed * (2 * hidden**2 + 2 * inner**2 + 4 * hidden * inner))
-            total += _gptq(2 * inner, hidden, parts.experts, products=products)
+            hidden, inner, rows = parts.expert_hidden, parts.intermediate, parts.expert_rows
+            total += Operations(routed * (2 * hidden**2 + 2 * inner**2 + 2 * hidden * rows))
+            total += _gptq(rows, hidden, parts.experts, products=products)
             total += _gptq(hidden, inner, parts.experts, products=products)
             if config.compensate:
-                # gate and up once more, quantized, the second statistic, and its solution
+                # the first projection once more, quantized, the second statistic, and its solution
                 solved = parts.experts * 4 * hidden * inner**2
-                total += Operations(routed * (2 * inner**2 + 4 * hidden * inner) + solved)
+                total += Operations(routed * (2 * inner**2 + 2 * hidden * rows) + solved)
     return total
 
 
