@@ -9,13 +9,18 @@ import torch
 from ahead_models import PREFIXES, published_folder
 from packed_models import logits
 from safetensors.torch import load_file
+from tiny_models import random_windows, tiny_model
 from transformers import AutoConfig
 
 import gemq
 from gemq.algorithms.method import MethodConfig
+from gemq.checkpoint import save_packed
 from gemq.checkpoint_summary import summarize
 from gemq.cli.run import run
+from gemq.engine.progression import quantize_progressively
+from gemq.engine.source import ResidentSource
 from gemq.integrity import WEIGHTS_FILE, weight_files
+from gemq.models.ahead import is_ahead
 from gemq.pipeline import QuantizeConfig
 from gemq.planning import Machine, PlanConfig, make_plan
 
@@ -76,3 +81,15 @@ def test_the_plan_counts_them(family, tmp_path, tokenizer, text_file) -> None:
     # layer 2 by its config, in place of 61 or 92: a digit a name, and places in the file
     assert 0 <= plan.outputs[2.0].files - alone.outputs[2.0].files <= 2 * len(ahead) + 16
     assert alone.inference[2.0] == plan.inference[2.0]
+
+
+def test_a_layer_that_another_size_of_the_family_has_ahead_is_loaded(tmp_path) -> None:
+    """GLM-4.5-Air's layer ahead is 46, which is one of GLM-4.5's own."""
+    model = tiny_model("glm4_moe", layers=48)
+    assert is_ahead(model, "model.layers.46.mlp.gate.weight")
+    (result,) = quantize_progressively(ResidentSource(model), random_windows(1, 8), METHOD)
+    packed, config = result.packed()
+    save_packed(packed, config, tmp_path / "out", dtype=torch.bfloat16)
+    loaded = gemq.from_pretrained(tmp_path / "out")
+    assert "model.layers.46.mlp.gate.weight" in dict(loaded.named_parameters())
+    assert run(["verify", str(tmp_path / "out")]) == 0

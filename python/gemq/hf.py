@@ -156,16 +156,17 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
 
     Raises :class:`CheckpointError` that lists every tensor that is missing, unknown, or of another shape or dtype.
     """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state = {k: v.to("meta") for k, v in model.state_dict().items() if k not in tied}
+    expected = revert_weight_conversion(model, state)
     found: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in read_header(file).items():
             if name in found:
                 raise CheckpointError(f"the tensor {name} is in more than one file")
-            if not is_ahead(model, name):
+            # one size's layer ahead is among another's own
+            if name in expected or not is_ahead(model, name):
                 found[name] = entry
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    state = {k: v.to("meta") for k, v in model.state_dict().items() if k not in tied}
-    expected = revert_weight_conversion(model, state)
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(found))]
     problems += [f"{name} is not part of the model" for name in sorted(set(found) - set(expected) - tied)]
     for name in sorted(set(expected) & set(found)):
