@@ -38,20 +38,36 @@ def test_the_statistics(half, monkeypatch):
     monkeypatch.setattr("gemq.algorithms.divergence._AT_ONCE", 96 * 7)
     one, other = (tiny_model("mixtral", seed=seed) for seed in (0, 1))
     windows, where = random_windows(5, 24), counted(24, half)
-    found = divergence(one, lambda a, b: window_logits(other, windows[a:b], where), windows, 2, half)
+    found, losses = divergence(one, lambda a, b: window_logits(other, windows[a:b], where), windows, 2, half)
     with torch.no_grad():
         logits, reference = (window_logits(m, windows, where) for m in (one, other))
     wanted = by_numpy(logits, reference, windows[:, 1:][:, where])
     assert found.tokens == 5 * (11 if half else 23)
     for name, value in wanted.items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-4), name
+    # of all positions, whichever are compared
+    assert losses.perplexity() == perplexity(one, windows, 2) and losses.seconds > 0
     if not half:
         assert found.perplexity == pytest.approx(perplexity(one, windows), rel=1e-5)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_runs_once_a_batch(half, text_file, tokenizer):
+    """With a reference as without: the same perplexity, and no window twice."""
+    one, other = (tiny_model("mixtral", seed=seed) for seed in (0, 1))
+    options = {"length": 16, "limit": 5, "batch_size": 2, "tokenizer": tokenizer, "device": "cpu"}
+    alone = gemq.evaluate(one, str(text_file), **options)
+    calls = []
+    one.register_forward_pre_hook(lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    both = gemq.evaluate(one, str(text_file), reference=other, second_half=half, **options)
+    assert calls == [2, 2, 1]
+    assert both.perplexity == alone.perplexity and both.tokens == alone.tokens == 75
+    assert both.divergence.tokens == (35 if half else 75)
+
+
 def test_the_same_model_diverges_by_nothing():
     model, windows = tiny_model("qwen2_moe"), random_windows(3, 16)
-    found = divergence(model, lambda a, b: window_logits(model, windows[a:b], counted(16, False)), windows)
+    found, _ = divergence(model, lambda a, b: window_logits(model, windows[a:b], counted(16, False)), windows)
     assert found.mean == found.largest == found.probability == 0 and found.same_top == found.ratio == 1
 
 
@@ -73,8 +89,8 @@ def test_a_file_gives_what_the_model_gives(tmp_path, dtype):
     windows, file = random_windows(5, 16), tmp_path / "base.logits"
     save_logits(reference, windows, file, batch_size=2)
     assert list(tmp_path.iterdir()) == [file]
-    direct = divergence(model, lambda a, b: window_logits(reference, windows[a:b], counted(16, False)), windows, 2)
-    assert divergence(model, stored_logits(file, windows), windows, 2) == direct
+    direct, _ = divergence(model, lambda a, b: window_logits(reference, windows[a:b], counted(16, False)), windows, 2)
+    assert divergence(model, stored_logits(file, windows), windows, 2)[0] == direct
     with pytest.raises(CheckpointError, match="was made of other windows"):
         stored_logits(file, windows + 1)
     with pytest.raises(CheckpointError, match=r"holds 15 positions of a window, 7 are compared"):

@@ -12,9 +12,11 @@ from listed_models import listed_model
 from safetensors.torch import load_file, save_file
 
 import gemq
+from gemq import loading
 from gemq.engine import mxfp4
 from gemq.errors import CheckpointError
 from gemq.loading import load_unquantized
+from gemq.model_config import model_config
 
 
 def test_the_same_numbers_as_transformers() -> None:
@@ -61,9 +63,11 @@ def test_quantized_to_the_same_bytes(folders, tmp_path, text_file) -> None:
     assert gemq.from_pretrained(tmp_path / "mxfp4").config.quantization_config.packed.budget == 2.0
 
 
-def test_loaded_whole(folders) -> None:
-    ids = torch.randint(0, 96, (2, 9))
+def test_loaded_whole(folders, monkeypatch) -> None:
+    ids, read = torch.randint(0, 96, (2, 9)), []
+    monkeypatch.setattr(loading, "model_config", lambda *args: read.append(args[0]) or model_config(*args))
     one, other = (load_unquantized(str(folder), "bfloat16").eval() for folder in folders)
+    assert read == [str(folder) for folder in folders], "each config once"
     with torch.no_grad():
         assert torch.equal(one(input_ids=ids).logits, other(input_ids=ids).logits)
 

@@ -69,7 +69,11 @@ def check_model(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     Raises :class:`CheckpointError` if there is no such model, it is quantized, an adapter, or of sizes that cannot
     be, and :class:`gemq.errors.UnsupportedModelError` for other families.
     """
-    config = model_config(path, trust_remote_code)
+    return _checked(path, model_config(path, trust_remote_code))
+
+
+def _checked(path: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """:func:`check_model` of a config that was read; what it says of MXFP4 is taken off."""
     check_unquantized(path, config)
     if (Path(path) / "adapter_config.json").exists():
         raise CheckpointError(f"{path!r} holds an adapter (adapter_config.json), which transformers would put over "
@@ -108,11 +112,12 @@ def load_unquantized(path: str, dtype: str = "auto", trust_remote_code: bool = F
     """A full-precision model of a supported family, checked by its config before any weight is read."""
     from transformers import Mxfp4Config
 
-    config = check_model(path, trust_remote_code)
-    stored, more = model_config(path, trust_remote_code), {}
-    if getattr(stored, "quantization_config", None):
-        # MXFP4, or check_model had refused it
-        config, more = stored, {"quantization_config": Mxfp4Config(dequantize=True)}
+    config, more = model_config(path, trust_remote_code), {}
+    stored = getattr(config, "quantization_config", None)
+    _checked(path, config)
+    if stored:
+        # MXFP4, or it had been refused
+        config.quantization_config, more = stored, {"quantization_config": Mxfp4Config(dequantize=True)}
     if Path(path).is_dir():
         generation_config(Path(path))
     try:

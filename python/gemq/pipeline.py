@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from gemq.algorithms.costs import Costs
 from gemq.algorithms.divergence import Divergence, Logits, counted, divergence, window_logits
 from gemq.algorithms.importance import ExpertStatistics
 from gemq.algorithms.method import MethodConfig, needs_whole_model
-from gemq.algorithms.perplexity import perplexity
+from gemq.algorithms.perplexity import measured_losses
 from gemq.algorithms.saved_costs import saved_statistics
 from gemq.algorithms.tensor_bits import resolve
 from gemq.ambient import plain_torch
@@ -313,14 +312,15 @@ def evaluate(
         windows = evaluation_windows(tokenizer, text, length, limit)
         check_windows(windows, model.config, tokenizer)
     wanted = None if reference is None else _reference(reference, windows, text, dtype, device, second_half)
-    start = time.perf_counter()
-    value = perplexity(model, windows, batch_size, progress)
-    seconds, found = time.perf_counter() - start, None
+    found = None
+    if wanted is None:
+        losses = measured_losses(model, windows, batch_size, progress)
+    else:
+        found, losses = divergence(model, wanted, windows, batch_size, second_half, progress)
+    value = losses.perplexity()
     if save_logits is not None:
         write_logits(model, windows, Path(save_logits), batch_size, second_half, progress)
-    if wanted is not None:
-        found = divergence(model, wanted, windows, batch_size, second_half, progress)
-    return Evaluation(value, windows.shape[0] * (windows.shape[1] - 1), seconds, found)
+    return Evaluation(value, windows.shape[0] * (windows.shape[1] - 1), losses.seconds, found)
 
 
 def _reference(

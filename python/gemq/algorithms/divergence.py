@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gemq.algorithms.perplexity import Losses, losses_of
 from gemq.errors import GemqError
 from gemq.models.forward import call
 
@@ -97,20 +98,34 @@ class Positions:
 def divergence(
     model: nn.Module, reference: Logits, windows: Tensor, batch_size: int = 4, second_half: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Divergence:
+) -> tuple[Divergence, Losses]:
     """Divergence of a model over ``windows`` int64 ``[N, T]`` from ``reference(start, end)``, which gives the logits
-    ``[B, P, V]`` of windows ``start .. end`` at the positions of :func:`counted`.
+    ``[B, P, V]`` of windows ``start .. end`` at the positions of :func:`counted`; and the losses at all positions.
 
-    Raises ``ValueError`` for a reference of another vocabulary.
+    Raises ``ValueError`` for a reference of another vocabulary, and what :class:`gemq.algorithms.perplexity.Losses`
+    raises.
     """
-    found, where = Positions(), counted(windows.shape[1], second_half)
+    found, losses, where = Positions(), Losses(len(windows)), counted(windows.shape[1], second_half)
     for at in range(0, len(windows), batch_size):
         batch = windows[at : at + batch_size]
-        logits, wanted = window_logits(model, batch, where), reference(at, at + len(batch))
+        logits = _with_losses(model, batch, losses)[:, where]
+        wanted = reference(at, at + len(batch))
         if logits.shape != wanted.shape:
             raise ValueError(f"reference has logits {list(wanted.shape)}, the model {list(logits.shape)}: they are of "
                              "other vocabularies or windows")
         found.add(logits, wanted, batch[:, 1:][:, where])
         if progress:
             progress(at + len(batch), len(windows))
-    return found.summary()
+    return found.summary(), losses
+
+
+def _with_losses(model: nn.Module, batch: Tensor, losses: Losses) -> Tensor:
+    """Logits ``[B, T - 1, V]`` of windows ``[B, T]``, whose losses are added to the others."""
+    kept: list[Tensor] = []
+
+    def compute() -> Tensor:
+        kept.append(window_logits(model, batch, counted(batch.shape[1], False)))
+        return losses_of(kept[0], batch)
+
+    losses.add(compute)
+    return kept[0]
