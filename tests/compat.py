@@ -29,8 +29,9 @@ VARIED = ("torch", "triton", "transformers")
 HELD = re.compile(r"(pytest.*|hypothesis|pluggy|iniconfig|numpy|mip|highsbox|cbcbox|cffi|pybind11|cmake|ninja|build)==")
 # what a version of transformers can break, and what a version of triton can
 MODELS = (
-    "test_families.py", "test_generation.py", "test_streaming.py", "test_checkpoint.py", "test_saving.py",
-    "test_robustness.py", "test_published_sizes.py", "test_importance.py", "test_bench_command.py", "test_cli.py",
+    "test_families.py", "test_generation.py", "test_streaming.py", "test_checkpoint.py", "test_checkpoint_config.py",
+    "test_saving.py", "test_robustness.py", "test_robust_runs.py", "test_published_sizes.py", "test_importance.py",
+    "test_bench_command.py", "test_cli.py", "test_cli_errors.py",
 )  # fmt: skip
 KERNELS = (
     "test_triton_kernels.py", "test_triton_prefill.py", "test_tuning.py", "test_op_sweep.py", "test_benchmarks.py",

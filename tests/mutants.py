@@ -49,7 +49,7 @@ ALLOCATION, GPTQ, IMPORTANCE = ("tests/test_allocation.py",), ("tests/test_gptq.
 BITS, PROGRESSIVE = ("tests/test_core_bits.py",), ("tests/test_progressive.py",)
 GPTQ_IMPORT = ("tests/test_gptq_import.py",)
 DECODE = ("tests/test_decode_program.py",)
-CHECKPOINT = ("tests/test_checkpoint.py",)
+CHECKPOINT = ("tests/test_checkpoint.py", "tests/test_checkpoint_config.py")
 MUTANTS = (
     Mutant("packing: the last codes of a row one bit off", "csrc/include/gemq/bits.h",
            "if (i < count) value |= static_cast<uint64_t>(codes[i] & ((1 << BITS) - 1)) << (BITS * i);",

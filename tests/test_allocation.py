@@ -1,4 +1,4 @@
-"""Bit allocation against enumeration, an independent bound, and the baselines' formulas."""
+"""Bit allocation against enumeration and an independent bound."""
 
 from __future__ import annotations
 
@@ -8,81 +8,22 @@ import time
 
 import numpy as np
 import pytest
+from allocation_by_hand import (
+    GAP,
+    SOLVERS,
+    best_by_bits,
+    check_constraints,
+    feasible_range,
+    selected,
+    solve,
+    total_by_hand,
+)
 from random_costs import make_costs
 
-from gemq.algorithms import allocation
 from gemq.algorithms.allocation import curve, pareto, total_bits
-from gemq.algorithms.baselines import pmq, uniform
 from gemq.algorithms.costs import Costs
 from gemq.algorithms.program import Program
 from gemq.algorithms.reduction import reduce
-
-GAP = 1e-4
-SOLVERS = ("highs", "cbc")
-
-
-def solve(costs, budget, **options):
-    """Solve with the paper's constraints unless told otherwise: the harder program."""
-    return allocation.solve(costs, budget, **{"per_layer": "c2c3"} | options)
-
-
-def feasible_range(costs, **options):
-    """The range of :func:`solve`."""
-    return allocation.feasible_range(costs, **{"per_layer": "c2c3"} | options)
-
-
-def layer_options(costs, layer, per_layer, shared, units=1.0):
-    """Every admissible (bits, cost) of one layer, by enumeration; bits count the shared expert ``units`` times."""
-    widths = costs.candidates
-    for choice in itertools.product(range(len(widths)), repeat=costs.routed.shape[1]):
-        if per_layer == "c2c3" and len(widths) > 1 and not {len(widths) - 1, len(widths) - 2} <= set(choice):
-            continue
-        bits = sum(widths[c] for c in choice)
-        cost = sum(costs.routed[layer, e, c] for e, c in enumerate(choice))
-        for s in range(len(widths)) if shared else (None,):
-            yield (bits, cost) if s is None else (bits + units * widths[s], cost + costs.shared[layer, s])
-
-
-def best_by_bits(costs, per_layer, shared, units=1.0):
-    """``{total bits: least cost}`` over all layers; a layer is enumerated, layers are combined exactly."""
-    totals = {0: 0.0}
-    for layer in range(costs.routed.shape[0]):
-        least = {}
-        for bits, cost in layer_options(costs, layer, per_layer, shared, units):
-            least[bits] = min(cost, least.get(bits, math.inf))
-        combined = {}
-        for (b0, c0), (b1, c1) in itertools.product(totals.items(), least.items()):
-            combined[b0 + b1] = min(c0 + c1, combined.get(b0 + b1, math.inf))
-        totals = combined
-    return totals
-
-
-def total_by_hand(costs, budget, shared, accounting):
-    layers, experts, _ = costs.routed.shape
-    if not shared:
-        return budget * experts * layers
-    s = costs.shared_multiple
-    set_aside = max(0, s - 1) * max(costs.candidates) if accounting == "paper" else 0
-    return (budget * (experts + s) - set_aside) * layers
-
-
-def check_constraints(costs, result, per_layer):
-    assert result.bits.shape == costs.routed.shape[:2]
-    assert result.bits.dtype == np.int64
-    assert np.isin(result.bits, costs.candidates).all()
-    assert result.bits_per_expert <= result.budget + 1e-9
-    if per_layer == "c2c3" and len(costs.candidates) > 1:
-        for width in costs.candidates[-2:]:
-            assert (result.bits == width).any(axis=1).all()
-
-
-def selected(costs, result):
-    """The objective summed by hand."""
-    value = sum(costs.routed[i][costs.candidates.index(b)] for i, b in np.ndenumerate(result.bits))
-    if result.shared_multiple:
-        value += sum(costs.shared[i, costs.candidates.index(b)] for i, b in enumerate(result.shared_bits))
-    return value
-
 
 # shared units in a layer
 MODES = {"routed": 0.0, "shared1": 1.0, "shared2": 2.0, "shared2.5": 2.5, "paper2": 2.0, "paper2.5": 2.5, "fixed": 2.0}
@@ -385,80 +326,3 @@ def test_a_curve_of_a_large_model_takes_seconds():
     found = curve(make_costs(1, 24, 64, (1, 2, 3), spread=1.5), 12)
     assert time.monotonic() - start < 60
     assert all(a.gap <= GAP and a.objective >= b.objective for a, b in itertools.pairwise(found))
-
-
-@pytest.mark.parametrize(
-    ("layers", "budget", "first", "widths"),
-    [(4, 2, 4, (2, 2)), (4, 2.5, 2, (3, 2)), (32, 1.5, 16, (2, 1)), (5, 2.5, 2, (3, 2)), (10, 2.3, 3, (3, 2)),
-     (3, 0.5, 1, (1, 0)), (2, 8, 2, (8, 8)), (1, 2.9, 0, (3, 2))],
-)  # fmt: skip
-def test_uniform(layers, budget, first, widths):
-    result = uniform(layers, 6, budget)
-    assert result.bits.tolist() == [[widths[0]] * 6] * first + [[widths[1]] * 6] * (layers - first)
-    assert result.bits_per_expert <= budget
-    assert math.isnan(result.objective)
-
-
-@pytest.mark.parametrize("arguments", [(0, 8, 2), (4, 0, 2), (4, 8, -1), (4, 8, 8.5), (4, 8, math.nan)])
-def test_uniform_refuses(arguments):
-    with pytest.raises(ValueError, match="must be"):
-        uniform(*arguments)
-
-
-def pmq_inputs(seed, layers=3, experts=4, widths=3):
-    rng = np.random.default_rng(seed)
-    frequency = rng.dirichlet(np.ones(experts), layers)
-    return frequency, rng.uniform(0.2, 0.6, (layers, experts)), -np.sort(-rng.uniform(0, 50, (layers, experts, widths)))
-
-
-@pytest.mark.parametrize("exponents", [(1.0, 1.5, 1.0), (0.5, 1.0, 2.0)])
-@pytest.mark.parametrize("budget", [1.75, 2.0, 2.3, 2.5, 2.75, 3.0])
-def test_pmq_is_each_layer_by_itself(budget, exponents):
-    alpha, beta, gamma = exponents
-    for seed in range(4):
-        frequency, weight, loss = pmq_inputs(seed)
-        result = pmq(frequency, weight, loss, (1, 2, 3), budget, alpha=alpha, beta=beta, gamma=gamma)
-        objective = 0.0
-        for phi, w, error, bits in zip(frequency, weight, loss, result.bits, strict=True):
-            significance = [p**alpha * v**beta for p, v in zip(phi, w, strict=True)]
-            cost = [[s / sum(significance) * e**gamma for e in row] for s, row in zip(significance, error, strict=True)]
-            least = min(
-                sum(cost[e][b - 1] for e, b in enumerate(choice))
-                for choice in itertools.product((1, 2, 3), repeat=4)
-                if sum(choice) <= math.floor(budget * 4) and {2, 3} <= set(choice)
-            )
-            assert {2, 3} <= set(bits.tolist())
-            assert bits.sum() <= budget * 4
-            assert sum(cost[e][b - 1] for e, b in enumerate(bits)) == pytest.approx(least, rel=GAP)
-            objective += least
-        assert result.objective == pytest.approx(objective, rel=GAP)
-        assert result.gap <= GAP
-
-
-def test_pmq_with_idle_experts_and_an_idle_layer():
-    frequency, weight, loss = pmq_inputs(0)
-    frequency[0, 1:], weight[0, 1:] = 0.0, 0.0
-    frequency[1], weight[1] = 0.0, 0.0
-    result = pmq(frequency, weight, loss, (1, 2, 3), 2.0)
-    assert result.bits[0, 0] == 3
-    assert (result.bits.sum(axis=1) <= 8).all()
-
-
-@pytest.mark.parametrize("budget", [1.7, math.nan, -1, 3.5])
-def test_pmq_infeasible_budget_names_the_range(budget):
-    with pytest.raises(ValueError, match=r"budget must be in 1\.75\.\.3"):
-        pmq(*pmq_inputs(0), (1, 2, 3), budget)
-
-
-def test_pmq_refuses_bad_inputs():
-    frequency, weight, loss = pmq_inputs(0)
-    with pytest.raises(ValueError, match="weight must be"):
-        pmq(frequency, weight[:, :2], loss, (1, 2, 3), 2.0)
-    with pytest.raises(ValueError, match="loss"):
-        pmq(frequency, weight, loss[..., 0], (1, 2, 3), 2.0)
-    with pytest.raises(ValueError, match="frequency must be finite"):
-        pmq(np.where(frequency == frequency[0, 0], np.nan, frequency), weight, loss, (1, 2, 3), 2.0)
-    with pytest.raises(ValueError, match="alpha, beta and gamma"):
-        pmq(frequency, weight, loss, (1, 2, 3), 2.0, beta=-1.0)
-    with pytest.raises(ValueError, match=r"routed must be \[L, E, 2\]"):
-        pmq(frequency, weight, loss, (1, 2), 2.0)
