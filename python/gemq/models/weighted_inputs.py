@@ -20,9 +20,9 @@ def takes_inputs_alone(experts: nn.Module) -> bool:
 
 
 def routed_rows(hidden_states: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What such a module would be called with by ids: inputs ``[R, H]``, ids ``[R, 1]`` and weights of 1 ``[R, 1]``.
+    """Arguments of the same call by ids: inputs ``[R, H]``, ids ``[R, 1]`` and weights of 1 ``[R, 1]``.
 
-    ``hidden_states [E * T, H]`` are what it is given; tokens that are not for an expert have weight, and rows of, 0.
+    ``hidden_states [E * T, H]`` are what the module is given: rows of 0 are tokens that are not for that expert.
     """
     row = hidden_states.count_nonzero(-1).nonzero()
     return hidden_states[row[:, 0]], row // (len(hidden_states) // experts), hidden_states.new_ones(len(row), 1)

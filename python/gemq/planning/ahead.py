@@ -60,7 +60,7 @@ def _by_config(moe: MoeModel, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _around(vocabulary: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """What such a layer has besides a decoder layer's tensors."""
+    """Shapes of the tensors that such a layer has besides a decoder layer's."""
     return {
         "embed_tokens.weight": (vocabulary, hidden), "enorm.weight": (hidden,), "hnorm.weight": (hidden,),
         "eh_proj.weight": (hidden, 2 * hidden), "shared_head.norm.weight": (hidden,),
