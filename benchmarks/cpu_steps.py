@@ -2,8 +2,8 @@
 
 ``python benchmarks/cpu_steps.py`` prints a table and writes ``benchmarks/results/cpu-steps-<date>.json``: tokens a
 second of transformers' step, the lean step and the compiled one, on a few layers of each architecture with random
-weights of 2 bits (attention 4) and a vocabulary of 32,768, whose head stays in 16 bits. The three take turns and the medians are shown. ``--operations`` adds the
-compiled step's time by operation.
+weights of 2 bits (attention 4) and a vocabulary of 32,768, whose head stays in 16 bits. The three take turns and the
+medians are shown. ``--operations`` adds the compiled step's time by operation.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def main() -> None:
         for operation, microseconds in sorted(found.get("operations", {}).items(), key=lambda item: -item[1]):
             print(f"{'':30}{operation:16}{microseconds:10.0f} us")
     output = args.output or ROOT / "benchmarks" / "results" / f"cpu-steps-{datetime.date.today()}.json"
-    output.write_text(json.dumps({"conditions": conditions(" ".join(["python", *sys.argv])), "steps": table}, indent=1) + "\n")
+    found = {"conditions": conditions(" ".join(["python", *sys.argv])), "steps": table}
+    output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
