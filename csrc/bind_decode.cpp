@@ -110,7 +110,8 @@ void bind_attend(Program& program, const AttentionAddress& a) {
                        a.eps,
                        floats(a.sinks, a.heads)};
   if (!a.window) program.limits.slots = std::min(program.limits.slots, a.slots);
-  program.add<Attend>(program.variant(), rows(program, "query", a.query, (a.gated ? 2 : 1) * outputs),
+  program.add<Attend>(program.variant(), program.chunk_memory(),
+                      rows(program, "query", a.query, (a.gated ? 2 : 1) * outputs),
                       rows(program, "key", a.key, keys), rows(program, "value", a.value, keys),
                       rows(program, "out", a.out, outputs), std::move(shape));
 }
@@ -150,11 +151,13 @@ void bind_attend_latent(Program& program, const LatentAddress& a) {
                     reinterpret_cast<void*>(a.ropes),
                     check_type(a.type),
                     a.slots,
+                    a.window,
                     a.scale};
-  program.limits.slots = std::min(program.limits.slots, a.slots);
+  if (!a.window) program.limits.slots = std::min(program.limits.slots, a.slots);
   program.limits.positions = std::min(program.limits.positions, a.positions);
   const auto heads = static_cast<int64_t>(a.heads);
-  program.add<AttendLatent>(program.variant(), rows(program, "query", a.query, heads * (a.nope + a.rope)),
+  program.add<AttendLatent>(program.variant(), program.chunk_memory(),
+                            rows(program, "query", a.query, heads * (a.nope + a.rope)),
                             rows(program, "latent", a.latent, a.rank + a.rope),
                             rows(program, "out", a.out, heads * a.v_dim), std::move(shape));
 }

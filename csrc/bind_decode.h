@@ -109,17 +109,19 @@ struct LatentAddress {
   uintptr_t latents, ropes;
   int type;
   int64_t slots;
+  bool window;
   float scale;
   static constexpr auto fields() {
     using C = LatentAddress;
-    return std::make_tuple(
-        field("query", &C::query), field("latent", &C::latent), field("out", &C::out),
-        field("heads", &C::heads), field("nope", &C::nope), field("rope", &C::rope), field("rank", &C::rank),
-        field("v_dim", &C::v_dim), field("into", &C::into), field("from_", &C::from),
-        field("expand_type", &C::expand_type), field("norm", &C::norm), field("eps", &C::eps),
-        field("cosines", &C::cosines), field("sines", &C::sines), field("positions", &C::positions),
-        field("apart", &C::apart), field("latents", &C::latents), field("ropes", &C::ropes),
-        field("type", &C::type), field("slots", &C::slots), field("scale", &C::scale));
+    return std::make_tuple(field("query", &C::query), field("latent", &C::latent), field("out", &C::out),
+                           field("heads", &C::heads), field("nope", &C::nope), field("rope", &C::rope),
+                           field("rank", &C::rank), field("v_dim", &C::v_dim), field("into", &C::into),
+                           field("from_", &C::from), field("expand_type", &C::expand_type),
+                           field("norm", &C::norm), field("eps", &C::eps), field("cosines", &C::cosines),
+                           field("sines", &C::sines), field("positions", &C::positions),
+                           field("apart", &C::apart), field("latents", &C::latents),
+                           field("ropes", &C::ropes), field("type", &C::type), field("slots", &C::slots),
+                           field("window", &C::window), field("scale", &C::scale));
   }
 };
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernels import DTYPES, assert_near
-from test_decode_program import NAN, normal, poisoned, rotated, run
+from test_decode_program import NAN, normal, packed, poisoned, rotated, run
 from torch import Tensor
 
 from gemq import ops, reference
 from gemq.activation import Activation, Between
-from gemq.ops.decode import Attention, DecodeProgram, DeltaNet, Mamba, Part, Routing
+from gemq.ops.decode import Attention, DecodeProgram, DeltaNet, Mamba, Matrix, Part, Routing
 
 
 @pytest.mark.parametrize("activation", [
@@ -254,3 +254,40 @@ def test_bad_recurrent_operations(changes, message):
     program.delta_net(delta_net())
     with pytest.raises((ValueError, TypeError), match=message):
         program.delta_net(delta_net(**changes))
+
+
+@pytest.mark.parametrize("setting", ["int16", "int8"])
+@pytest.mark.parametrize("k", [96, 160, 352])
+def test_a_row_does_not_depend_on_its_batch(isa, setting, k):
+    """Unquantized, packed and expert products of a row alone, and as one of 2 to 9 rows, are the same bits, where
+    activations are rounded to integers."""
+    if ops.cpu_isa() == "portable":
+        pytest.skip("its products are in float32, which share what they decode among rows in other orders")
+    ops.set_cpu_activations(setting)
+    generator = torch.Generator().manual_seed(k)
+    widths, inner, n = [2, 0, 3, 8], 96, 70
+    gate_up = packed_experts(widths, 2 * inner, k, 32, generator)
+    down = packed_experts(widths, k, inner, 32, generator)
+    weights = [normal(n, k, seed=i).to(dtype) for i, dtype in enumerate(DTYPES)]
+    flat, _ = packed(n, k, 3, 32, seed=5)
+    x, logits = normal(9, k, seed=1), normal(9, 4, seed=2)
+
+    def outputs(rows: slice) -> Tensor:
+        batch = len(x[rows])
+        program = DecodeProgram(batch)
+        y, outs = program.buffer(k), [torch.zeros(batch, n) for _ in range(len(DTYPES) + 1)]
+        routed = torch.zeros(batch, k)
+        program.norm(program.buffer(k, x[rows].contiguous()), torch.ones(k), 1e-6, y)
+        program.linear(y, k, [
+            *(Matrix(program.buffer(n, out), n, weight) for out, weight in zip(outs, weights, strict=False)),
+            Matrix(program.buffer(n, outs[-1]), n, flat, 3, 32),
+        ])
+        program.experts(
+            program.buffer(4, logits[rows].contiguous()), y, program.buffer(k, routed), Routing(2), gate_up, down
+        )
+        run(program)
+        return torch.cat((*outs, routed), 1)
+
+    alone = torch.cat([outputs(slice(row, row + 1)) for row in range(9)])
+    for batch in range(2, 10):
+        assert torch.equal(outputs(slice(0, batch)), alone[:batch])

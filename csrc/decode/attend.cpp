@@ -4,15 +4,15 @@
 
 namespace gemq {
 
-Attend::Attend(const Kernels& kernels, const Rows& query, const Rows& key, const Rows& value, Rows& out,
-               AttentionShape shape)
+Attend::Attend(const Kernels& kernels, ChunkMemory& memory, const Rows& query, const Rows& key,
+               const Rows& value, Rows& out, AttentionShape shape)
     : kernels_(kernels),
       query_(query),
       key_(key),
       value_(value),
       out_(out),
       shape_(std::move(shape)),
-      chunks_(out.count(), shape_.slots, shape_.heads, shape_.dim, shape_.window) {}
+      chunks_(memory, out.count(), shape_.slots, shape_.heads, shape_.dim, shape_.window) {}
 
 int64_t Attend::scratch_floats() const {
   return heads_a_group() * (shape_.dim + score_stride(KvChunks::kSlots)) + 2 * shape_.dim;

@@ -29,8 +29,8 @@ struct AttentionShape {
 
 class Attend : public Operation {
 public:
-  Attend(const Kernels& kernels, const Rows& query, const Rows& key, const Rows& value, Rows& out,
-         AttentionShape shape);
+  Attend(const Kernels& kernels, ChunkMemory& memory, const Rows& query, const Rows& key, const Rows& value,
+         Rows& out, AttentionShape shape);
   const char* name() const override { return "attend"; }
   void reset(const StepInput& step, int threads) override;
   void run(const StepInput& step, Team team, float* scratch) override;

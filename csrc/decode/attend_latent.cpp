@@ -4,14 +4,14 @@
 
 namespace gemq {
 
-AttendLatent::AttendLatent(const Kernels& kernels, const Rows& query, const Rows& latent, Rows& out,
-                           LatentShape shape)
+AttendLatent::AttendLatent(const Kernels& kernels, ChunkMemory& memory, const Rows& query, const Rows& latent,
+                           Rows& out, LatentShape shape)
     : kernels_(kernels),
       query_(query),
       latent_(latent),
       out_(out),
       shape_(std::move(shape)),
-      chunks_(out.count(), shape_.slots, shape_.heads, shape_.rank),
+      chunks_(memory, out.count(), shape_.slots, shape_.heads, shape_.rank, shape_.window),
       folded_(kernels, kExact, out.count(), static_cast<int64_t>(shape_.heads) * key_size(), nullptr),
       contexts_(kernels, kExact, out.count(), static_cast<int64_t>(shape_.heads) * shape_.rank, nullptr) {}
 
@@ -81,7 +81,7 @@ void AttendLatent::store_new(const StepInput& step, int64_t row, float* scratch)
   kernels_.rms_norm(latent_.row(row), shape_.norm.data(), shape_.rank, shape_.eps, scratch);
   turn(step, row, latent_.row(row) + shape_.rank, scratch + shape_.rank);
   const auto put = [&](const float* from, int64_t count, void* cache) {
-    const int64_t at = (row * shape_.slots + step.slot) * count;
+    const int64_t at = (row * shape_.slots + chunks_.newest(step, row)) * count;
     if (shape_.type == kElementFloat32) {
       std::memcpy(static_cast<float*>(cache) + at, from, sizeof(float) * count);
     } else {

@@ -21,13 +21,15 @@ struct LatentShape {
   void *latents, *ropes;  // [batch, slots, rank] and [batch, slots, rope]
   Element type;           // of the cache
   int64_t slots;
+  bool window;  // see KvChunks
   float scale;
 };
 
 class AttendLatent : public Operation {
 public:
   // query is [batch, heads * (nope + rope)], latent [batch, rank + rope], out [batch, heads * v_dim].
-  AttendLatent(const Kernels& kernels, const Rows& query, const Rows& latent, Rows& out, LatentShape shape);
+  AttendLatent(const Kernels& kernels, ChunkMemory& memory, const Rows& query, const Rows& latent, Rows& out,
+               LatentShape shape);
   const char* name() const override { return "attend"; }
   void reset(const StepInput& step, int threads) override;
   void run(const StepInput& step, Team team, float* scratch) override;

@@ -9,22 +9,38 @@
 
 namespace gemq {
 
+// Memory that the attentions of a program use in turn.
+class ChunkMemory {
+public:
+  void need(int64_t floats) {
+    if (floats <= held_) return;
+    memory_ = AlignedFloats(floats);
+    held_ = floats;
+  }
+  float* get() const { return memory_.get(); }
+
+private:
+  AlignedFloats memory_;
+  int64_t held_ = 0;
+};
+
 class KvChunks {
 public:
   // As many keys and values as stay in a near cache.
   static constexpr int64_t kSlots = 256;
 
   // A window of `slots` tokens holds the token at position p of a row's own text in slot p % slots.
-  KvChunks(int64_t batch, int64_t slots, int heads, int dim, bool window = false)
-      : batch_(batch),
+  KvChunks(ChunkMemory& memory, int64_t batch, int64_t slots, int heads, int dim, bool window = false)
+      : memory_(memory),
+        batch_(batch),
         slots_(slots),
         window_(window),
         most_chunks_((slots + kSlots - 1) / kSlots),
         heads_(heads),
         dim_(dim),
-        most_(batch * most_chunks_ * heads),
-        sums_(batch * most_chunks_ * heads),
-        contexts_(batch * most_chunks_ * heads * dim) {}
+        parts_(batch * most_chunks_ * heads) {
+    memory.need(parts_ * (dim + 2));
+  }
 
   void reset(const StepInput& step) {
     int64_t last = window_ ? 0 : step.slot;
@@ -50,7 +66,8 @@ public:
   };
   Part part(int64_t row, int64_t chunk, int head) const {
     const int64_t at = (row * most_chunks_ + chunk) * heads_ + head;
-    return {most_.get() + at, sums_.get() + at, contexts_.get() + at * dim_};
+    float* const all = memory_.get();
+    return {all + at, all + parts_ + at, all + 2 * parts_ + at * dim_};
   }
 
   // For a chunk without slots. A sum is 0 only here; elsewhere it is at least 1, or NaN.
@@ -82,11 +99,12 @@ private:
     return {0, std::min(step.positions[row] + 1, slots_)};
   }
 
+  const ChunkMemory& memory_;
   int64_t batch_, slots_;
   bool window_;
   int64_t most_chunks_, count_ = 0;
   int heads_, dim_;
-  AlignedFloats most_, sums_, contexts_;
+  int64_t parts_;
 };
 
 }  // namespace gemq

@@ -33,6 +33,8 @@ public:
   int buffers() const { return static_cast<int>(rows_.size()); }
   Rows& rows(int number) { return *rows_[number]; }
 
+  ChunkMemory& chunk_memory() { return chunk_memory_; }
+
   template <class Op, class... Args>
   void add(Args&&... args) {
     operations_.push_back(std::make_unique<Op>(std::forward<Args>(args)...));
@@ -51,6 +53,7 @@ public:
   std::vector<std::pair<std::string, double>> seconds() const;
 
 private:
+  ChunkMemory chunk_memory_;
   const Kernels& kernels_;
   int64_t batch_;
   Precision precision_;

@@ -42,10 +42,11 @@ GEMQ_INLINE void with_element(Element type, F&& f) {
   }
 }
 
-// One row after another, so that memory is read in one stream; T tokens share what is loaded.
+// One row after another, so that memory is read in one stream; T tokens share what is loaded. A token's sum
+// runs in the same two chains whatever T is, so that it does not depend on the other tokens.
 template <Element E, int T>
 void dense_rows(const DenseArgs& a, int first_token, float* out) {
-  constexpr int kChains = T == 1 ? 4 : 2, kStep = kChains * kLanes;
+  constexpr int kChains = 2, kLoads = T == 1 ? 4 : 2, kStep = kLoads * kLanes;
   const float* x[T];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) x[t] = a.x + (first_token + t) * a.x_stride;
@@ -58,16 +59,19 @@ void dense_rows(const DenseArgs& a, int first_token, float* out) {
 #pragma GCC unroll 4
       for (int line = 0; line < kStep * element_bytes(E); line += 64) prefetch(at + kAhead + line);
 #pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) {
+      for (int c = 0; c < kLoads; ++c) {
         const Float w = load_as<E>(at, c * kLanes);
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) sum[t][c] += w * load<Float>(x[t] + i + c * kLanes);
+        for (int t = 0; t < T; ++t) sum[t][c % kChains] += w * load<Float>(x[t] + i + c * kLanes);
       }
     }
-    for (; i + kLanes <= a.k; i += kLanes) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kLoads; ++c) {
+      if (i + kLanes > a.k) break;
       const Float w = load_as<E>(row, i);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) sum[t][0] += w * load<Float>(x[t] + i);
+      for (int t = 0; t < T; ++t) sum[t][c % kChains] += w * load<Float>(x[t] + i);
+      i += kLanes;
     }
     float* to = out + (r / kRows * a.tokens + first_token) * kRows + r % kRows;
 #pragma GCC unroll 4

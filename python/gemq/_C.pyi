@@ -89,7 +89,7 @@ def latent_address(
     *,
     query: int, latent: int, out: int, heads: int, nope: int, rope: int, rank: int, v_dim: int, into: int, from_: int,
     expand_type: int, norm: int, eps: float, cosines: int, sines: int, positions: int, apart: bool, latents: int,
-    ropes: int, type: int, slots: int, scale: float,
+    ropes: int, type: int, slots: int, window: bool, scale: float,
 ) -> LatentAddress: ...
 def experts_address(
     *,

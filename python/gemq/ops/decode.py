@@ -75,7 +75,7 @@ class LatentAttention:
     ``query [heads * (nope + rope)]``, ``latent [rank + rope]`` and ``out [heads * v_dim]`` are buffers. ``into [heads,
     rank, nope]`` folds the expansion of keys into the queries, ``from_ [heads, v_dim, rank]`` expands the values.
     ``norm [rank]`` is of new latents; ``cosines`` and ``sines`` float32 ``[positions, rope / 2]`` turn neighbours,
-    which end up half the vector ``apart`` or side by side.
+    which end up half the vector ``apart`` or side by side; ``window`` is as in :class:`Attention`.
     """
 
     query: int
@@ -91,6 +91,7 @@ class LatentAttention:
     latents: Tensor
     ropes: Tensor
     scale: float
+    window: bool = False
 
 
 class Part(NamedTuple):
@@ -320,7 +321,7 @@ class DecodeProgram:
             sines=self._address("sines", a.sines, torch.float32, (positions, rope // 2)), positions=positions,
             apart=a.apart, latents=self._address("latents", a.latents, shape=(self.batch, 1, slots, rank)),
             ropes=self._address("ropes", a.ropes, a.latents.dtype, (self.batch, 1, slots, rope)),
-            type=cpu.TYPES[a.latents.dtype], slots=slots, scale=a.scale,
+            type=cpu.TYPES[a.latents.dtype], slots=slots, window=a.window, scale=a.scale,
         ))
 
     def experts(
