@@ -38,7 +38,7 @@ LAYERS = [
     ("recipes",),
     ("api",),
     ("gemq",),
-    ("bench", "demo", "report"),
+    ("bench", "demo", "report", "server"),
     ("cli",),
     ("__main__",),
 ]

@@ -19,6 +19,7 @@ from gemq.cli.panels import PanelledCommand
 from gemq.cli.plan import plan
 from gemq.cli.quantize import quantize
 from gemq.cli.report import report
+from gemq.cli.serve import serve
 from gemq.cli.settings import settings
 from gemq.cli.tune import tune
 from gemq.cli.upload import upload
@@ -51,7 +52,7 @@ def root(
 app.command(cls=PanelledCommand)(quantize)
 app.command()(allocate)
 app.command("eval")(evaluate)
-for command in (plan, generate, chat, bench, inspect, verify, report, upload, settings, tune, export):
+for command in (plan, generate, chat, serve, bench, inspect, verify, report, upload, settings, tune, export):
     app.command()(command)
 app.command("import-gptq")(import_gptq)
 app.command("auto-import")(auto_import)

@@ -32,13 +32,17 @@ _EMBEDDINGS = ("Embedding", "Gemma4TextScaledWordEmbedding")
 
 
 class NativeStep:
-    """See the module. ``progress`` of the first call says where each row's text starts."""
+    """See the module. ``progress`` of the first call says where each row's text starts; steps of one model may share
+    ``kept``."""
 
-    def __init__(self, model: Any, states: list[State], limit: int, batch: int):
+    def __init__(
+        self, model: Any, states: list[State], limit: int, batch: int, kept: dict[Any, Any] | None = None
+    ):
         decoder, embedding, head = decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings()
         # the program reads the memory of the model and the states
         self.model, self.states = model, states
-        self.writer = writer = Writer(batch, embedding.embedding_dim, rotary_tables(decoder, limit, torch.float32))
+        rotary = rotary_tables(decoder, limit, torch.float32)
+        self.writer = writer = Writer(batch, embedding.embedding_dim, rotary, {} if kept is None else kept)
         self.program, self.cap = writer.program, known.softcap(model)
         self.starts: Tensor | None = None
         self.logits = torch.empty(batch, out_features(head))

@@ -11,7 +11,7 @@ from gemq.generation import known
 from gemq.generation.attention import GroupedAttention, LatentAttention
 from gemq.generation.native_program import Writer, out_features
 from gemq.generation.norms import epsilon, factors
-from gemq.generation.states import KeyValues, Recurrent, State
+from gemq.generation.states import KeyValues, Numbers, Recurrent, State, numbers
 from gemq.ops import decode
 from gemq.ops.decode import Attention, Mamba, Part
 
@@ -61,55 +61,62 @@ def _latent(writer: Writer, module: Any, state: KeyValues) -> tuple[int, Any]:
     if compressed:
         writer.norm(query, module.q_a_layernorm, query, out_features(first))
         query = writer.apply(query, module.q_b_proj)
-    form = LatentAttention(module, state)
+    form, (into, back) = _folded(writer, module, state)
     out = program.buffer(heads * form.v_dim)
     half = form.rope // 2
     cosines, sines = writer.rotary[None]
     program.attend_latent(decode.LatentAttention(
-        query, latent, out, form.into_latent.transpose(1, 2).contiguous(),
-        form.from_latent.transpose(1, 2).contiguous(), module.kv_a_layernorm.weight,
-        module.kv_a_layernorm.variance_epsilon, cosines[:, :half].contiguous(), sines[:, -half:].contiguous(),
-        form.apart, state.keys, state.values, form.scale,
+        query, latent, out, into, back, module.kv_a_layernorm.weight, module.kv_a_layernorm.variance_epsilon,
+        cosines[:, :half].contiguous(), sines[:, -half:].contiguous(), form.apart, state.keys, state.values, form.scale,
+        state.window,
     ))
     return out, module.o_proj
 
 
-def _delta(writer: Writer, module: Any, state: Recurrent) -> tuple[int, Any]:
+def _folded(writer: Writer, module: Any, state: KeyValues) -> tuple[LatentAttention, tuple[Tensor, Tensor]]:
+    """An attention, and the expansions of its keys and values, which programs of one model share."""
+    if module not in writer.kept:
+        form = LatentAttention(module, state)
+        parts = (form.into_latent.transpose(1, 2).contiguous(), form.from_latent.transpose(1, 2).contiguous())
+        writer.kept[module] = form, parts
+    return writer.kept[module]
+
+
+def _delta(writer: Writer, module: Any, state: Recurrent | Numbers) -> tuple[int, Any]:
     shared, key = module.num_v_heads // module.num_k_heads, module.head_k_dim
     values = shared * module.head_v_dim
     if hasattr(module, "in_proj_qkv"):
         layers = (module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a)
         mixed, gate, beta, decay = writer.buffers(*layers)
         writer.linear(writer.y, dict(zip((mixed, gate, beta, decay), layers, strict=True)))
-        parts = {
-            "query": Part(mixed, 0, key), "key": Part(mixed, module.key_dim, key),
-            "value": Part(mixed, 2 * module.key_dim, values), "gate": Part(gate, 0, values),
-            "beta": Part(beta, 0, shared), "decay": Part(decay, 0, shared),
-        }
+        parts = (
+            Part(mixed, 0, key), Part(mixed, module.key_dim, key), Part(mixed, 2 * module.key_dim, values),
+            Part(gate, 0, values), Part(beta, 0, shared), Part(decay, 0, shared),
+        )
     else:
-        mixed, numbers = writer.buffers(module.in_proj_qkvz, module.in_proj_ba)
-        writer.linear(writer.y, {mixed: module.in_proj_qkvz, numbers: module.in_proj_ba})
+        mixed, small = writer.buffers(module.in_proj_qkvz, module.in_proj_ba)
+        writer.linear(writer.y, {mixed: module.in_proj_qkvz, small: module.in_proj_ba})
         stride = 2 * key + 2 * values
-        parts = {
-            "query": Part(mixed, 0, stride), "key": Part(mixed, key, stride), "value": Part(mixed, 2 * key, stride),
-            "gate": Part(mixed, 2 * key + values, stride), "beta": Part(numbers, 0, 2 * shared),
-            "decay": Part(numbers, shared, 2 * shared),
-        }
+        parts = (
+            Part(mixed, 0, stride), Part(mixed, key, stride), Part(mixed, 2 * key, stride),
+            Part(mixed, 2 * key + values, stride), Part(small, 0, 2 * shared), Part(small, shared, 2 * shared),
+        )
     out = writer.program.buffer(module.value_dim)
+    past, moved = numbers(state)
     writer.program.delta_net(decode.DeltaNet(
-        **parts, out=out, key_heads=module.num_k_heads, weights=_taps(module), rate=_rate(module),
-        offset=module.dt_bias, norm=module.norm.weight, eps=module.norm.variance_epsilon, past=_past(state),
-        state=_numbers(state),
+        *parts, out=out, key_heads=module.num_k_heads, weights=_taps(module), rate=_rate(module),
+        offset=module.dt_bias, norm=module.norm.weight, eps=module.norm.variance_epsilon, past=past,
+        state=moved,
     ))
     return out, module.out_proj
 
 
-def _mamba(writer: Writer, module: Any, state: Recurrent) -> tuple[int, Any]:
+def _mamba(writer: Writer, module: Any, state: Recurrent | Numbers) -> tuple[int, Any]:
     projected = writer.apply(writer.y, module.in_proj)
     out = writer.program.buffer(module.intermediate_size)
     writer.program.mamba(Mamba(
         projected, out, module.n_groups, _taps(module), module.conv1d.bias, _rate(module), module.dt_bias, module.D,
-        module.norm.weight, module.norm.variance_epsilon, _past(state), _numbers(state),
+        module.norm.weight, module.norm.variance_epsilon, *numbers(state),
     ))
     return out, module.out_proj
 
@@ -121,15 +128,6 @@ def _taps(module: Any) -> Tensor:
 
 def _rate(module: Any) -> Tensor:
     return -module.A_log.detach().float().exp()
-
-
-def _past(state: Recurrent) -> Tensor:
-    """The convolution's inputs before the new one, token by token."""
-    return state.conv[:, :, 1:].transpose(1, 2).float().contiguous()
-
-
-def _numbers(state: Recurrent) -> Tensor:
-    return state.state.float().contiguous()
 
 
 _WRITERS: dict[str, Callable[[Writer, Any, Any], tuple[int, Any]]] = {

@@ -63,11 +63,13 @@ def _holds(narrow: Tensor, weight: Tensor) -> bool:
 
 class Writer:
     """A program, its two buffers of the hidden size (``x`` runs through the layers, ``y`` is what a norm made of it),
-    and the rotary tables of its model."""
+    the rotary tables of its model, and what programs of one model share (``kept``, by module)."""
 
-    def __init__(self, batch: int, hidden: int, rotary: dict[str | None, tuple[Tensor, Tensor]]):
+    def __init__(
+        self, batch: int, hidden: int, rotary: dict[str | None, tuple[Tensor, Tensor]], kept: dict[Any, Any]
+    ):
         self.program = DecodeProgram(batch)
-        self.batch, self.hidden, self.rotary = batch, hidden, rotary
+        self.batch, self.hidden, self.rotary, self.kept = batch, hidden, rotary, kept
         self.x, self.y = self.program.buffer(hidden), self.program.buffer(hidden)
 
     def buffers(self, *linears: Any) -> list[int]:

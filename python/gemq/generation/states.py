@@ -29,19 +29,34 @@ class Recurrent(NamedTuple):
     state: Tensor
 
 
-State = KeyValues | Recurrent | None
+class Numbers(NamedTuple):
+    """States of linear attention or Mamba as a compiled step moves them on, both float32: ``past [B, taps - 1,
+    channels]`` and ``state``."""
+
+    past: Tensor
+    state: Tensor
+
+
+State = KeyValues | Recurrent | Numbers | None
+
+
+def numbers(state: Recurrent | Numbers) -> Numbers:
+    """A recurrent state as float32 numbers, by a copy where it is not."""
+    if isinstance(state, Numbers):
+        return state
+    return Numbers(state.conv[:, :, 1:].transpose(1, 2).float().contiguous(), state.state.float().contiguous())
 
 
 def cache_unknown(cache: Any, layers: int) -> str | None:
     """Tell why a filled cache is not one that :func:`fixed_states` takes ``layers`` states from; None if it is."""
     from transformers import cache_utils
 
-    known = [cache_utils.StaticLayer, cache_utils.LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None)]
+    known = [
+        cache_utils.StaticLayer, cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer,
+        cache_utils.LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None),
+    ]
     if len(cache.layers) < layers:
         return f"the cache has {len(cache.layers)} layers, the model {layers}"
-    if any(_is_window(layer) for layer in cache.layers):
-        # a window is of a growing cache, as the other layers are
-        known += [cache_utils.DynamicSlidingWindowLayer, cache_utils.DynamicLayer]
     other = next((layer for layer in cache.layers if type(layer) not in known), None)
     return None if other is None else f"the cache has a {type(other).__name__}"
 
@@ -86,11 +101,17 @@ def _grown(buffer: Tensor, limit: int) -> Tensor:
 
 def _in_turn(newest: Tensor, slots: int, length: int, starts: Tensor) -> Tensor:
     """A window's buffer, from the ``newest`` tokens of texts of ``length`` tokens."""
-    batch, groups, count, dim = newest.shape
-    count = min(count, slots)
+    batch, groups, _, dim = newest.shape
     out = newest.new_zeros(batch, groups, slots, dim)
-    positions = torch.arange(length - count, length, device=newest.device) - starts[:, None]
-    for row in range(batch):
-        real = positions[row] >= 0
-        out[row, :, positions[row][real] % slots] = newest[row, :, -count:][:, real]
+    for row, start in enumerate(starts.tolist()):
+        own = length - start
+        newest_in_turn(out[row], newest[row, :, -min(own, newest.shape[2]) :], own)
     return out
+
+
+def newest_in_turn(slots: Tensor, newest: Tensor, length: int) -> None:
+    """Write the ``newest [groups, count, dim]`` tokens of a text of ``length`` tokens into ``slots [groups, n, dim]``:
+    the token at position ``p`` into slot ``p % n``."""
+    count = min(newest.shape[1], slots.shape[1])
+    places = torch.arange(length - count, length, device=newest.device) % slots.shape[1]
+    slots[:, places] = newest[:, newest.shape[1] - count :].to(slots.dtype)
