@@ -38,6 +38,24 @@ void bind_embed(Program& program, uintptr_t table, int type, int64_t tokens, flo
                      rows(program, "out", out));
 }
 
+void bind_embed_packed(Program& program, uintptr_t codes, uintptr_t meta, int bits, int group_size,
+                       bool tiled, int64_t tokens, float scale, int out) {
+  check_pointer("codes", codes);
+  check_pointer("meta", meta);
+  check_range("bits", bits, 1, kMaxBits);
+  check_at_least("tokens", tokens, 1);
+  Rows& to = rows(program, "out", out);
+  check_groups("group_size", group_size, "out: its width", to.width());
+  program.limits.tokens = tokens;
+  const PackedTable table{reinterpret_cast<const uint8_t*>(codes),
+                          reinterpret_cast<const uint16_t*>(meta),
+                          to.width(),
+                          bits,
+                          group_size,
+                          tiled};
+  program.add<EmbedPacked>(table, scale, to);
+}
+
 void bind_norm(Program& program, int x, uintptr_t weight, float eps, int out, bool onto, float scale) {
   check_pointer("weight", weight);
   const Rows& from = rows(program, "x", x);

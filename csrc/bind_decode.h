@@ -156,6 +156,8 @@ struct ExpertsAddress {
 
 int bind_buffer(Program& program, int64_t width, uintptr_t external);
 void bind_embed(Program& program, uintptr_t table, int type, int64_t tokens, float scale, int out);
+void bind_embed_packed(Program& program, uintptr_t codes, uintptr_t meta, int bits, int group_size,
+                       bool tiled, int64_t tokens, float scale, int out);
 void bind_norm(Program& program, int x, uintptr_t weight, float eps, int out, bool onto, float scale);
 void bind_activate(Program& program, int gate, int up, int out, bool gated, float slope, float cubic,
                    float limit, float shift);

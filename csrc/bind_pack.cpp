@@ -3,6 +3,7 @@
 #include "checks.h"
 #include "gemq/bits.h"
 #include "pack/pack.h"
+#include "pack/packed_rows.h"
 
 namespace gemq {
 namespace {
@@ -93,6 +94,27 @@ void bind_repack(const RepackCall& c) {
                         c.layout,
                         c.inverse};
   c.device == kCpu ? repack_cpu(args, c.threads) : repack_cuda(args, as<void>(c.stream));
+}
+
+void bind_read_rows(const RowsCall& c) {
+  check_range("bits", c.bits, 1, kMaxBits);
+  check_at_least("n", c.n, 1);
+  check_at_least("count", c.count, 0);
+  check_groups("group_size", c.group_size, "k", c.k);
+  check_threads(c.threads);
+  if (c.count == 0) return;
+  check_pointer("codes", c.codes);
+  check_pointer("meta", c.meta);
+  check_pointer("rows", c.rows);
+  check_pointer("dst", c.dst);
+  check_multiple("meta", c.meta, 2);
+  check_multiple("rows", c.rows, 8);
+  check_multiple("dst", c.dst, 4);
+  const auto* rows = as<const int64_t>(c.rows);
+  for (int64_t i = 0; i < c.count; ++i) check_range("rows", rows[i], 0, c.n - 1);
+  const PackedTable table{
+      as<const uint8_t>(c.codes), as<const uint16_t>(c.meta), c.k, c.bits, c.group_size, c.tiled};
+  read_rows(table, rows, c.count, as<float>(c.dst), c.threads);
 }
 
 }  // namespace gemq

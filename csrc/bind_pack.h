@@ -58,9 +58,26 @@ struct RepackCall {
   }
 };
 
+// Rows of a matrix in cpu_tile, or canonical, as float32; on the CPU.
+struct RowsCall {
+  uintptr_t codes, meta, rows, dst;
+  int64_t n, count, k;
+  int bits, group_size;
+  bool tiled;
+  int threads = 1;
+  static constexpr auto fields() {
+    using C = RowsCall;
+    return std::make_tuple(field("codes", &C::codes), field("meta", &C::meta), field("rows", &C::rows),
+                           field("dst", &C::dst), field("n", &C::n), field("count", &C::count),
+                           field("k", &C::k), field("bits", &C::bits), field("group_size", &C::group_size),
+                           field("tiled", &C::tiled), optional_field("threads", &C::threads));
+  }
+};
+
 void bind_pack(const PackCall& c);
 void bind_unpack(const PackCall& c);
 void bind_dequantize(const DequantizeCall& c);
 void bind_repack(const RepackCall& c);
+void bind_read_rows(const RowsCall& c);
 
 }  // namespace gemq

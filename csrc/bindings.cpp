@@ -72,6 +72,8 @@ PYBIND11_MODULE(_C, module) {
       module, "dequantize", "Packed rows to q * s + m; out_dtype 0 float32, 1 float16, 2 bfloat16.");
   define<RepackCall, &bind_repack>(module, "repack",
                                    "Canonical to layout 1 (cpu_tile) or 2 (gpu_tile), or back.");
+  define<RowsCall, &bind_read_rows>(module, "read_rows",
+                                    "Some rows of a matrix in cpu_tile, or canonical, as float32 q * s + m.");
   define<GptqCall, &bind_gptq_group>(module, "gptq_group",
                                      "GPTQ's column loop inside one group; clip 0 none, 1 paper, 2 mse.");
   define<DescentCall, &bind_descend_codes>(module, "descend_codes",
@@ -118,6 +120,8 @@ PYBIND11_MODULE(_C, module) {
            arg("batch"), arg("precision"))
       .def("buffer", &bind_buffer, arg("width"), arg("external") = 0)
       .def("embed", &bind_embed, arg("table"), arg("type"), arg("tokens"), arg("scale"), arg("out"))
+      .def("embed_packed", &bind_embed_packed, arg("codes"), arg("meta"), arg("bits"), arg("group_size"),
+           arg("tiled"), arg("tokens"), arg("scale"), arg("out"))
       .def("norm", &bind_norm, arg("x"), arg("weight"), arg("eps"), arg("out"), arg("onto") = false,
            arg("scale") = 1.0f)
       .def("activate", &bind_activate, arg("gate"), arg("up"), arg("out"), arg("gated"), arg("slope"),

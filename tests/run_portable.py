@@ -22,7 +22,7 @@ SOURCES = (
     "bind_gptq.cpp", "bind_moe.cpp", "bind_pack.cpp", "parallel.cpp", "gptq/group.cpp", "gptq/descent.cpp",
     "gptq/no_cuda.cpp",
     "moe_cpu/moe_ffn.cpp", "moe_cpu/moe_gemm.cpp", "moe_cpu/choose_variant.cpp", "pack/pack_cpu.cpp",
-    "pack/repack_cpu.cpp", "pack/no_cuda.cpp",
+    "pack/packed_rows.cpp", "pack/repack_cpu.cpp", "pack/no_cuda.cpp",
 )  # fmt: skip
 # as CMakeLists.txt compiles them
 KERNELS = (

@@ -20,6 +20,15 @@ void Embed::run(const StepInput& step, Team team, float*) {
   });
 }
 
+void EmbedPacked::run(const StepInput& step, Team team, float*) {
+  last_.work(team, [&](int64_t row) {
+    float* const out = out_.row(row);
+    table_.read(step.tokens[row], out);
+    for (int64_t i = 0; scale_ != 1.0f && i < out_.width(); ++i) out[i] *= scale_;
+    out_.finish(row, 0, out_.width());
+  });
+}
+
 void Norm::run(const StepInput&, Team team, float* scratch) {
   last_.work(team, [&](int64_t row) {
     float* const out = out_.row(row);

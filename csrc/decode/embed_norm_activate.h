@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "decode/operation.h"
+#include "pack/packed_rows.h"
 
 namespace gemq {
 
@@ -20,6 +21,20 @@ private:
   const Kernels& kernels_;
   const char* table_;
   Element type_;
+  float scale_;
+  Rows& out_;
+};
+
+// out = scale * the token's row of a packed table
+class EmbedPacked : public Operation {
+public:
+  EmbedPacked(const PackedTable& table, float scale, Rows& out) : table_(table), scale_(scale), out_(out) {}
+  const char* name() const override { return "embed"; }
+  void reset(const StepInput&, int threads) override { last_.reset(out_.count(), threads); }
+  void run(const StepInput& step, Team team, float*) override;
+
+private:
+  PackedTable table_;
   float scale_;
   Rows& out_;
 };

@@ -51,6 +51,8 @@ LAYOUTS = ("canonical", "cpu_tile", "gpu_tile")
 MAX_BITS = 8
 # the width that stands for "left in 16 bits"; never a width of packed codes
 UNQUANTIZED = 16
+# widths of embeddings and heads
+END_BITS = (4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128)
 
 CPU_ROWS = 16

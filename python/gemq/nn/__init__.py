@@ -1,6 +1,7 @@
-"""Modules over :mod:`gemq.ops`: a packed linear and a packed stack of experts."""
+"""Modules over :mod:`gemq.ops`: a packed linear, a packed embedding and a packed stack of experts."""
 
+from gemq.nn.embedding import LowBitEmbedding, TiedHead
 from gemq.nn.experts import LowBitExperts
 from gemq.nn.linear import LowBitLinear
 
-__all__ = ["LowBitExperts", "LowBitLinear"]
+__all__ = ["LowBitEmbedding", "LowBitExperts", "LowBitLinear", "TiedHead"]

@@ -34,6 +34,11 @@ class LowBitLinear(PackedModule):
         self.register_buffer("weight_meta", torch.zeros(pairs, dtype=torch.float16, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
+    @property
+    def matrix(self) -> tuple[int, int, int, int]:
+        """Bits, rows, columns and group size."""
+        return self.bits, self.out_features, self.in_features, self.group_size
+
     def _sizes(self, layout: str) -> tuple[int, int]:
         shape = (self.out_features, self.in_features, self.bits)
         return fmt.codes_bytes(*shape, layout), fmt.meta_elements(*shape, self.group_size, layout)
@@ -53,8 +58,7 @@ class LowBitLinear(PackedModule):
         return module
 
     def _converted(self, layout: str) -> tuple[Tensor, Tensor]:
-        shape = (self.bits, self.out_features, self.in_features, self.group_size)
-        return repack(self.weight_codes, self.weight_meta, *shape, source=self.layout, target=layout)
+        return repack(self.weight_codes, self.weight_meta, *self.matrix, source=self.layout, target=layout)
 
     def prepare(self, layout: str | None = None) -> None:
         """Repack the buffers for their device's kernels, or to ``layout``; in place, no second copy is kept."""
@@ -70,8 +74,7 @@ class LowBitLinear(PackedModule):
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized weights ``[out, in]``."""
-        shape = (self.bits, self.out_features, self.in_features, self.group_size)
-        return backends.dense_weight(self.weight_codes, self.weight_meta, *shape, self.layout, dtype)
+        return backends.dense_weight(self.weight_codes, self.weight_meta, *self.matrix, self.layout, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]`` in the dtype of ``x``."""

@@ -209,6 +209,21 @@ class DecodeProgram:
         at = self._address("table", table)
         self._program.embed(at, cpu.TYPES[table.dtype], table.shape[0], scale, out)
 
+    def embed_packed(
+        self, codes: Tensor, meta: Tensor, bits: int, rows: int, width: int, group_size: int, layout: str, out: int,
+        scale: float = 1.0,
+    ) -> None:
+        """``out`` = ``scale`` times rows of the packed table ``[rows, width]``, in ``layout`` canonical or cpu_tile."""
+        if layout not in ("canonical", "cpu_tile"):
+            raise ValueError(f"layout must be canonical or cpu_tile, got {layout!r}")
+        fmt.check_bits(bits)
+        fmt.check_group_size(group_size, width)
+        at, meta_at = self._address("codes", codes, torch.uint8), self._address("meta", meta, torch.float16)
+        what = f"{rows} x {width} at {bits} bits"
+        checks.size_at_least("codes", codes, fmt.codes_bytes(rows, width, bits, layout), what)
+        checks.size_at_least("meta", meta, fmt.meta_elements(rows, width, bits, group_size, layout), what)
+        self._program.embed_packed(at, meta_at, bits, group_size, layout == "cpu_tile", rows, scale, out)
+
     def norm(
         self, x: int, weight: Tensor, eps: float, out: int, *, onto: bool = False, scale: float = 1.0
     ) -> None:
