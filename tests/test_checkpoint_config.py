@@ -25,7 +25,7 @@ from gemq.widths import Widths
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 4}, "format version 4, this gemq .* reads up to 3; upgrade"),
+        ({"version": 5}, "format version 5, this gemq .* reads up to 4; upgrade"),
         ({"version": "1"}, "version must be a positive integer, got '1'"),
         ({"version": None}, "version must be a positive integer, got None"),
         ({"version": True}, "version must be a positive integer"),

@@ -15,6 +15,7 @@ from gemq.checkpoint import load_packed_config
 from gemq.checkpoint_summary import summarize
 from gemq.evaluations import Score, read_evaluations
 from gemq.folders import is_hub_name
+from gemq.format import UNQUANTIZED
 from gemq.integrity import CARD_FILE, read_json
 from gemq.packed_config import PackedConfig
 
@@ -74,6 +75,8 @@ def _text(folder: Path, name: str, place: str, config: PackedConfig, base: str |
         f"| routed experts | {summary.expert_bits:.3f} bits: {shares} |",
         f"| attention, dense MLPs, routers | {widths.attention}, {widths.dense}, {widths.router} bits |",
     ]
+    if min(widths.head, widths.embedding) < UNQUANTIZED:
+        parts.append(f"| head, embedding | {widths.head}, {widths.embedding} bits |")
     if widths.shared:
         shared = sorted(set(widths.shared.values()))
         parts.append(f"| shared experts | {', '.join(map(str, shared))} bits |")

@@ -31,7 +31,7 @@ def _kind(name: str) -> str:
     if suffix not in ("codes", "meta"):
         return "unquantized"
     owner = "experts" if ".experts." in name else "shared experts" if "shared_expert" in name else (
-        "attention" if "_attn." in name else "dense MLP"
+        "attention" if "_attn." in name else "dense MLP" if ".layers." in name else "head and embedding"
     )
     return f"{owner} {suffix}"
 

@@ -18,6 +18,7 @@ from gemq.checkpoint import check_output
 from gemq.format import UNQUANTIZED, codes_bytes, default_group_size, expert_layout
 from gemq.model_config import skeleton
 from gemq.models import MoeModel, describe
+from gemq.models.ends import end_widths, ends_of
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_model import kept_in_float32
 from gemq.pipeline import QuantizeConfig, check_model, load_costs, target_of
@@ -105,7 +106,8 @@ def _at(config: QuantizeConfig, moe: MoeModel, budget: float) -> Preview:
     shared = shared if moe.shared_multiple else {}
     # fractions pass through as whole widths do
     gate_up, down = (cast(dict[int, list[int]], routed[name]) for name in (GATE_UP, DOWN))
-    given = Widths(gate_up, shared, method.attention_bits, method.dense_bits, down=down)
+    head, embedding = end_widths(moe.model, method.head_bits, method.embedding_bits)
+    given = Widths(gate_up, shared, method.attention_bits, method.dense_bits, down=down, head=head, embedding=embedding)
     given = given.overridden(experts, linears)
     routed = {GATE_UP: given.experts, DOWN: given.down or given.experts}
     stacks: dict[int, Sequence[float]] = {}
@@ -113,6 +115,8 @@ def _at(config: QuantizeConfig, moe: MoeModel, budget: float) -> Preview:
         for name in PROJECTIONS:
             stacks[id(getattr(layer.experts, name))] = routed[name][layer.index]
     widths = {id(linear.weight): bits for linear, bits in moe.quantized_linears(given).values()}
+    ends = ends_of(moe.model)
+    widths |= {id(ends.head.weight): head, id(ends.embedding.weight): embedding}
     group = config.method.gptq.group_size
     tensors = [_tensor(name, p, group, stacks.get(id(p)), widths.get(id(p), UNQUANTIZED))
                for name, p in moe.model.named_parameters()]

@@ -17,8 +17,9 @@ from gemq.integrity import TensorEntry, check_inside, read_header, weight_files
 from gemq.model_config import check_layers, check_sizes
 from gemq.models import describe, empty_twin, packed_modules, prepare, replace_with_packed
 from gemq.models.ahead import is_ahead
+from gemq.models.packed import remember_ties
 from gemq.models.weighted_inputs import call_as_before
-from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.nn import LowBitEmbedding, LowBitExperts, LowBitLinear
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
 from gemq.tensor_files import DTYPES
@@ -97,7 +98,12 @@ class GemqQuantizer(HfQuantizer):
         forms = {f"{layer.path}.experts": layer.form for layer in describe(twin).moe}
         for path, packed in list(packed_modules(model)):
             plain: Any = twin.get_submodule(path)
-            if isinstance(packed, LowBitLinear):
+            if isinstance(packed, LowBitEmbedding):
+                plain.weight = nn.Parameter(packed.dense(kind))
+                for name, _ in plain.named_buffers():
+                    # Gemma's embed_scale
+                    setattr(plain, name, torch.tensor(packed.scale, device=packed.packed_device()))
+            elif isinstance(packed, LowBitLinear):
                 plain.weight, plain.bias = nn.Parameter(packed.weight(kind)), packed.bias
             else:
                 call_as_before(model.get_submodule(path.rpartition(".")[0]))
@@ -107,6 +113,7 @@ class GemqQuantizer(HfQuantizer):
                     if form.biased:
                         setattr(plain, f"{own}_bias", getattr(packed, f"{own}_bias"))
             model.set_submodule(path, plain.train(model.training))
+        remember_ties(model, twin)
         return model
 
     def is_serializable(self) -> bool:

@@ -16,16 +16,19 @@ from typing import Any
 
 from gemq import __version__
 from gemq.errors import CheckpointError
-from gemq.format import GROUP_SIZES, MAX_BITS, UNQUANTIZED
+from gemq.format import END_BITS, GROUP_SIZES, MAX_BITS, UNQUANTIZED
 from gemq.widths import Widths
 
 # the fields of the widths as they are stored
 STORED = {
     "expert_bits": "experts", "shared_bits": "shared", "attention_bits": "attention", "dense_bits": "dense",
     "router_bits": "router", "linear_bits": "linears", "down_bits": "down",
+    "head_bits": "head", "embedding_bits": "embedding",
 }
-# 2: with linear_bits, 3: with down_bits; a checkpoint is written as the lowest that it needs
-FORMAT_VERSION = 3
+# 2: with linear_bits, 3: with down_bits, 4: with head_bits and embedding_bits; a checkpoint is written as the lowest
+# that it needs
+FORMAT_VERSION = 4
+_ENDS = ("head_bits", "embedding_bits")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class PackedConfig:
 
     ``group_size`` is the preferred one: a matrix whose columns it does not divide uses the next smaller. Stored, the
     widths are ``expert_bits``, ``shared_bits``, ``attention_bits``, ``dense_bits``, ``router_bits``, ``linear_bits``
-    (format version 2) and ``down_bits`` (format version 3): see :class:`gemq.widths.Widths`.
+    (format version 2), ``down_bits`` (format version 3), ``head_bits`` and ``embedding_bits`` (format version 4, both
+    where one is below 16): see :class:`gemq.widths.Widths`.
     """
 
     widths: Widths
@@ -55,6 +59,11 @@ class PackedConfig:
                 data["version"] = version
             else:
                 del data[name]
+        if all(data[name] == UNQUANTIZED for name in _ENDS):
+            for name in _ENDS:
+                del data[name]
+        else:
+            data["version"] = 4
         return {"quant_method": "gemq", **data, "digest": _digest(data)}
 
     @classmethod
@@ -111,6 +120,10 @@ def _check_fields(values: dict[str, Any]) -> None:
         _check_width(f"linear_bits[{path}]", width, 1)
     if "down_bits" in values and values["version"] < 3:
         _refuse("down_bits", "absent before format version 3", values["down_bits"])
+    for name in _ENDS:
+        if name in values and values["version"] < 4:
+            _refuse(name, "absent before format version 4", values[name])
+        _check_width(name, values.get(name, UNQUANTIZED), END_BITS[0])
     budget = values.get("budget")
     if budget is not None and (type(budget) not in (int, float) or not math.isfinite(budget)):
         _refuse("budget", "a number", budget)

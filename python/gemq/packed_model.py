@@ -8,9 +8,11 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from gemq.errors import CheckpointError
-from gemq.models import MoeModel, packed_modules
+from gemq.format import UNQUANTIZED
+from gemq.models import MoeModel, Packed, packed_modules
+from gemq.models.ends import end_widths, ends_of
 from gemq.models.forward import decoder_of
-from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.nn import LowBitEmbedding, LowBitExperts, LowBitLinear, TiedHead
 from gemq.tensor_files import check_finite
 from gemq.widths import Widths
 
@@ -20,12 +22,12 @@ if TYPE_CHECKING:
 
 def packed_skeleton(
     moe: MoeModel, widths: Widths, group_size: int, device: torch.device | str | None = None, under: str = ""
-) -> dict[str, LowBitExperts | LowBitLinear]:
+) -> dict[str, Packed]:
     """Empty packed modules for an unquantized model, by module path; ``under`` is a path prefix to keep to.
 
     Raises :class:`CheckpointError` for widths of another model.
     """
-    modules: dict[str, LowBitExperts | LowBitLinear] = {}
+    modules: dict[str, Packed] = {}
     indices = [layer.index for layer in moe.moe]
     if set(widths.experts) != set(indices):
         raise CheckpointError(
@@ -55,6 +57,35 @@ def packed_skeleton(
                 linear.in_features, linear.out_features, width, group_size, linear.bias is not None,
                 linear.weight.dtype, device,
             )
+    return modules if under else modules | packed_ends(moe, widths, group_size, device)
+
+
+def packed_ends(
+    moe: MoeModel, widths: Widths, group_size: int, device: torch.device | str | None = None
+) -> dict[str, Packed]:
+    """Empty packed modules of an unquantized model's embedding and head, by module path, where they have a width below
+    16; a tied pair is an embedding and a :class:`gemq.nn.TiedHead` of it.
+
+    Raises :class:`CheckpointError` for widths of another model.
+    """
+    if widths.head == widths.embedding == UNQUANTIZED:
+        return {}
+    try:
+        head_bits, embedding_bits = end_widths(moe.model, widths.head, widths.embedding)
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config gives widths that do not fit: {error}") from error
+    ends, modules = ends_of(moe.model), dict[str, Packed]()
+    head, embedding = ends.head, ends.embedding
+    biased, dtype = head.bias is not None, head.weight.dtype
+    if embedding_bits < UNQUANTIZED:
+        modules[ends.embedding_path] = packed = LowBitEmbedding(
+            embedding.num_embeddings, embedding.embedding_dim, embedding_bits, group_size, embedding.padding_idx,
+            ends.scale, ends.tied, embedding.weight.dtype, device,
+        )
+    if head_bits < UNQUANTIZED:
+        modules[ends.head_path] = TiedHead(packed, biased, dtype, device) if ends.tied else LowBitLinear(
+            head.in_features, head.out_features, head_bits, group_size, biased, dtype, device
+        )
     return modules
 
 

@@ -14,7 +14,7 @@ from gemq.algorithms.method import MethodConfig
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.algorithms.tensor_bits import TensorBits
 from gemq.choices import Changed, Keep, Recipe
-from gemq.format import MAX_BITS
+from gemq.format import MAX_BITS, UNQUANTIZED
 from gemq.interchange import read_allocation
 from gemq.pipeline import QuantizeConfig
 
@@ -139,6 +139,7 @@ def quantize_config(
     overwrite: bool = False, trust_remote_code: bool = False, check: bool = True,
     keep: str = Keep.layer, run_dir: str | os.PathLike | None = None, changed: str = Changed.refuse,
     keep_run: bool = False, log: str | os.PathLike | None = None, allocation: str | os.PathLike | None = None,
+    head_bits: int = UNQUANTIZED, embedding_bits: int = UNQUANTIZED,
     tensor_bits: Mapping[str, int] | Sequence[str] | None = None, costs: str | os.PathLike | None = None,
     **former: Any,
 ) -> QuantizeConfig:
@@ -164,7 +165,7 @@ def quantize_config(
         gptq=GptqConfig.for_recipe("paper" if recipe == "paper" else "default", group_size, damping, clip, refine,
                                    compensate, rescale),
         router=RouterTuningConfig(learning_rate=router_lr, epochs=router_epochs, batch_size=router_batch),
-        tensor_bits=tensor_bits_of(tensor_bits),
+        tensor_bits=tensor_bits_of(tensor_bits), head_bits=head_bits, embedding_bits=embedding_bits,
     )
     places = [None if place is None else os.fspath(place) for place in (run_dir, log, costs)]
     return QuantizeConfig(

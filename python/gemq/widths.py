@@ -15,7 +15,7 @@ class Widths:
     ``experts`` holds the widths of a layer's routed experts. ``down`` holds those of their down projections, by layer
     as ``experts``, where they are others. ``shared`` is the width of a layer's merged shared expert. ``linears`` are
     exceptions by module path. Routers keep their module and dtype: ``router`` below 16 says on which grid their values
-    lie.
+    lie. ``head`` and ``embedding`` are the ends, of one width where they are one matrix.
     """
 
     experts: dict[int, list[int]]
@@ -25,6 +25,8 @@ class Widths:
     router: int = UNQUANTIZED
     linears: dict[str, int] = field(default_factory=dict)
     down: dict[int, list[int]] = field(default_factory=dict)
+    head: int = UNQUANTIZED
+    embedding: int = UNQUANTIZED
 
     def of_experts(self, layer: int) -> tuple[list[int], list[int]]:
         """Widths of the experts of a decoder layer: of gate and up, and of down."""

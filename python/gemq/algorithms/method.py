@@ -17,7 +17,9 @@ from gemq.algorithms.perturbation import PERTURBATIONS
 from gemq.algorithms.router_tuning import RouterTuningConfig
 from gemq.algorithms.tensor_bits import TensorBits, resolve
 from gemq.algorithms.two_step import two_step
+from gemq.format import UNQUANTIZED
 from gemq.models import MoeModel
+from gemq.models.ends import check_end_bits, end_widths
 from gemq.widths import Widths
 
 METHODS = ("gemq", "pmq", "uniform", "global-pmq", "two-step", "fisher")
@@ -36,9 +38,10 @@ class MethodConfig:
     previous budget, or that with tuned routers (the default when routers are tuned). ``shared_bits`` None lets the
     program choose, and ``accounting`` says what they count of the budget then
     (:func:`gemq.algorithms.allocation.total_bits`); 16 keeps shared experts, attention or dense MLPs unquantized.
-    ``router_bits`` below 16 rounds the routers after their tuning. ``tensor_bits`` are widths by name pattern that win
-    over all of these and over the allocation, which does not know of them: the mean that is reached may leave the
-    budget.
+    ``router_bits`` below 16 rounds the routers after their tuning. ``head_bits`` and ``embedding_bits``, 4..8 or 16,
+    round head and embedding to nearest before all else; where the two are one matrix, either holds for both.
+    ``tensor_bits`` are widths by name pattern that win over those of linears and over the allocation, which does not
+    know of them: the mean that is reached may leave the budget.
 
     ``granularity`` says what gets a width of its own by method gemq, an ``expert``, or its gate and up projections and
     its down projection (``matrix``); ``auto`` is the latter unless experts may have 0 bits. The other methods are of
@@ -64,6 +67,8 @@ class MethodConfig:
     per_layer: str = "none"
     attention_bits: int = 4
     dense_bits: int = 4
+    head_bits: int = UNQUANTIZED
+    embedding_bits: int = UNQUANTIZED
     shared_bits: int | None = None
     accounting: str = "exact"
     router_bits: int = 16
@@ -102,6 +107,8 @@ class MethodConfig:
             width = getattr(self, name)
             if width is not None and width != 16 and not 1 <= width <= 8:
                 raise ValueError(f"{name} must be 1..8, or 16 for unquantized, got {width}")
+        check_end_bits("head_bits", self.head_bits)
+        check_end_bits("embedding_bits", self.embedding_bits)
         if self.given is not None and len(self.budgets) != 1:
             raise ValueError(f"a given allocation is for one budget, got {self.budgets}")
 
@@ -149,9 +156,10 @@ def widths_of(moe: MoeModel, allocation: Allocation, config: MethodConfig) -> Wi
         {} if bits is None else {index: [int(b) for b in bits[row]] for row, index in enumerate(indices)}
         for bits in (allocation.bits, allocation.down_bits)
     )
+    head, embedding = end_widths(moe.model, config.head_bits, config.embedding_bits)
     return Widths(
         experts, shared, config.attention_bits, config.dense_bits, config.router_bits,
-        down={} if down == experts else down,
+        down={} if down == experts else down, head=head, embedding=embedding,
     )
 
 

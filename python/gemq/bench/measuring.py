@@ -16,6 +16,7 @@ from gemq.bench.roofline import Roofline, copy_bandwidth, expert_bytes_per_step,
 from gemq.generation import Decoding, GenerationOptions
 from gemq.generation.memory import cache_bytes_per_token
 from gemq.generation.text import peak_resident_bytes
+from gemq.models.ends import embedding_device
 
 _SETTLING = 3
 _COUNTED_STEPS = 8
@@ -87,7 +88,7 @@ def measure(
     the first token. ``profile_steps`` 0 leaves the breakdown out. ``bandwidth`` is that of
     :func:`copy_bandwidth` if it is known already. ``phase`` is called with "prefill" and "decode" before each.
     """
-    device = model.get_input_embeddings().weight.device
+    device = embedding_device(model)
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(0, vocabulary, (batch, prompt_length), generator=generator).to(device)

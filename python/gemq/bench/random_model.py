@@ -14,9 +14,10 @@ from gemq.bench.architectures import meta_model
 from gemq.errors import OutOfMemoryError
 from gemq.format import check_bits
 from gemq.generation.memory import GIB, cache_bytes_per_token, free_bytes
-from gemq.models import describe, packed_modules, replace_with_packed
+from gemq.models import Packed, describe, packed_modules, replace_with_packed
+from gemq.models.ends import end_widths
 from gemq.models.packed import fill_computed_buffers
-from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.nn import LowBitExperts, LowBitLinear, TiedHead
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton
@@ -62,15 +63,18 @@ def widths(mix: Mix, experts: int, seed: int) -> list[int]:
     return found
 
 
-def packed_plan(config: Any, mix: Mix, attention_bits: int, shared_bits: int) -> PackedConfig:
+def packed_plan(
+    config: Any, mix: Mix, attention_bits: int, shared_bits: int, head_bits: int = 16, embedding_bits: int = 16
+) -> PackedConfig:
     """The widths of every part, as a checkpoint would state them; dense MLPs have those of attention."""
     moe = describe(meta_model(config))
+    head, embedding = end_widths(moe.model, head_bits, embedding_bits)
     check_mix(mix)
     layers = [layer.index for layer in moe.moe]
     return PackedConfig(Widths(
         {n: widths(mix, moe.num_experts, n) for n in layers},
         {n: shared_bits for n in layers} if moe.shared_multiple else {},
-        attention_bits, attention_bits,
+        attention_bits, attention_bits, head=head, embedding=embedding,
     ))
 
 
@@ -127,15 +131,16 @@ def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(p.numel() * size for p in module.parameters()) + sum(b.numel() * b.element_size() for b in packed)
 
 
-def _fill_packed(module: LowBitExperts | LowBitLinear, generator: torch.Generator) -> None:
+def _fill_packed(module: Packed, generator: torch.Generator) -> None:
     """Fill packed buffers with random codes, and scales that give weights mean 0 and the standard deviation of a fresh
     model."""
     for buffer in module.buffers(recurse=False):
         if buffer.dtype == torch.uint8:
             _random_bytes(buffer, generator)
-    if isinstance(module, LowBitLinear):
-        _fill_metadata(module.weight_meta, [(0, module.weight_meta.numel(), module.bits)], generator)
-        if module.bias is not None:
+    if not isinstance(module, LowBitExperts):
+        if not isinstance(module, TiedHead):
+            _fill_metadata(module.weight_meta, [(0, module.weight_meta.numel(), module.bits)], generator)
+        if isinstance(module, LowBitLinear) and module.bias is not None:
             module.bias.data.zero_()
         return
     for name in PROJECTIONS:

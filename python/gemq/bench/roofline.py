@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gemq import format as fmt
 from gemq.generation import Decoding
-from gemq.nn import LowBitExperts
+from gemq.nn import LowBitExperts, TiedHead
 from gemq.nn.experts import PROJECTIONS
 
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -66,20 +66,25 @@ def expert_sizes(experts: Any) -> list[int]:
 
 def other_bytes(model: Any, batch: int) -> int:
     """Weights that every step reads: all but the routed experts and, of the embedding, all but the batch's rows."""
-    embedding = model.get_input_embeddings().weight
-    total, counted = 0, {id(embedding)} if model.get_output_embeddings().weight is not embedding else set()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = _tensors(embedding)
+    tied = isinstance(head, TiedHead) or any(t is own[0] for t in head.parameters())
+    counted, total = set() if tied else {id(t) for t in own}, 0
     for path, module in model.named_modules():
         if path.endswith(".experts"):
             continue
-        # tensors of a checkpoint: parameters, packed weights, correction biases of routers
-        buffers = module.named_buffers(recurse=False)
-        tensors = [b for name, b in buffers if name not in module._non_persistent_buffers_set]
-        tensors += module.parameters(recurse=False)
-        for tensor in tensors:
+        for tensor in _tensors(module):
             if id(tensor) not in counted:
                 counted.add(id(tensor))
                 total += tensor.numel() * tensor.element_size()
-    return total + batch * embedding.shape[1] * embedding.element_size()
+    return total + batch * sum(t.nbytes for t in own) // embedding.num_embeddings
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Tensors of a checkpoint that a module itself holds: parameters, packed weights, correction biases of routers."""
+    buffers = module.named_buffers(recurse=False)
+    found = [b for name, b in buffers if name not in module._non_persistent_buffers_set]
+    return [*found, *module.parameters(recurse=False)]
 
 
 class _Routing:

@@ -20,6 +20,7 @@ from gemq.bench.roofline import copy_bandwidth
 from gemq.errors import OutOfMemoryError, first_line
 from gemq.format import UNQUANTIZED
 from gemq.generation import MAX_BATCH, MODES
+from gemq.models.ends import check_end_bits
 from gemq.packed_config import PackedConfig
 from gemq.pipeline import parse_dtype, pick_device
 from gemq.plain_json import dumps
@@ -56,6 +57,8 @@ class BenchConfig:
     seed: int = 0
     profile_steps: int = 4
     prompt_repeats: int = 3
+    head_bits: int = UNQUANTIZED
+    embedding_bits: int = UNQUANTIZED
 
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.mix is None):
@@ -70,6 +73,8 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and not (1 <= value <= 8 or value == UNQUANTIZED):
                 raise ValueError(f"{name} must be in 1..8 or {UNQUANTIZED}, got {value}")
+        check_end_bits("head_bits", self.head_bits)
+        check_end_bits("embedding_bits", self.embedding_bits)
         if self.compile not in MODES:
             raise ValueError(f"compile must be one of {', '.join(MODES)}, got {self.compile!r}")
         if self.baseline != "all" and self.baseline not in baseline.IMPLEMENTATIONS:
@@ -158,7 +163,9 @@ def _plan(config: BenchConfig, architecture: PreTrainedConfig) -> PackedConfig:
     if mix is None:
         assert config.bits is not None
         mix = random_model.mix_for(config.bits)
-    return random_model.packed_plan(architecture, mix, config.attention_bits, shared)
+    return random_model.packed_plan(
+        architecture, mix, config.attention_bits, shared, config.head_bits, config.embedding_bits
+    )
 
 
 def _shares(plan: PackedConfig) -> dict[str, float]:

@@ -35,6 +35,8 @@ def bench(
     attention_bits: Annotated[int, typer.Option(help="Attention and dense MLPs: 1..8, or 16.")] = 4,
     shared_bits: Annotated[int | None, typer.Option(help="Shared experts: 1..8, or 16 (DeepSeek: 3, else 4).")]
     = None,
+    head_bits: Annotated[int, typer.Option(help="Head: 4..8, or 16.")] = 16,
+    embedding_bits: Annotated[int, typer.Option(help="Token embedding: 4..8, or 16.")] = 16,
     baseline: Annotated[str, typer.Option(help="With --bits 16: grouped_mm, batched_mm, gather, eager or all.")]
     = "all",
     tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 200,
@@ -73,7 +75,7 @@ def bench(
     config = BenchConfig(
         model_config, bits, None if mix is None else _parse_mix(mix), layers, attention_bits, shared_bits, baseline,
         tokens, batch, prompt_length, compile.value, device, dtype, seed, profile_steps,
-        prompt_repeats,
+        prompt_repeats, head_bits, embedding_bits,
     )
     note = display.notes()
     result = run_bench(config, lambda text: note.print(text, style="dim", highlight=False))

@@ -42,7 +42,8 @@ def inspect(
         out = display.output()
         out.print(
             f"{summary.expert_bits:.3f} bits per routed expert, attention {widths.attention}, dense {widths.dense}, "
-            f"routers {widths.router}, groups of {config.group_size}, method {config.method}",
+            f"routers {widths.router}, head {widths.head}, embedding {widths.embedding}, groups of "
+            f"{config.group_size}, method {config.method}",
             highlight=False, markup=False,
         )
         for path, width in widths.linears.items():

@@ -9,8 +9,8 @@ from typer.core import TyperCommand
 
 # of gemq quantize; what is in no panel is always shown
 PANELS = {
-    "Widths": ("attention_bits", "dense_bits", "shared_bits", "router_bits", "tensor_bits", "allocation",
-               "candidates", "granularity", "group_size"),
+    "Widths": ("attention_bits", "dense_bits", "shared_bits", "head_bits", "embedding_bits", "router_bits",
+               "tensor_bits", "allocation", "candidates", "granularity", "group_size"),
     "Method": ("method", "constraints", "accounting", "perturbation", "estimate", "costs", "clip", "refine",
                "compensate", "rescale", "damping", "affinity", "tune_routers", "router_text", "router_method",
                "router_lr", "router_epochs", "router_batch"),

@@ -33,6 +33,9 @@ def plan(
     attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is.")] = 4,
     dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
+    head_bits: Annotated[int, typer.Option(help="Head (lm_head): 4..8, or 16 to leave as is.")] = 16,
+    embedding_bits: Annotated[int, typer.Option(help="Token embedding: 4..8, or 16; one width if tied to the head.")]
+    = 16,
     accounting: Annotated[Accounting, typer.Option(help="What shared experts count of the budget.")]
     = Accounting.exact,
     perturbation: Annotated[Perturbation, typer.Option(help="How an expert is quantized to measure it.")]
@@ -71,7 +74,7 @@ def plan(
             budgets=options.budgets(bits), method=method, candidates=options.widths(candidates), per_layer=constraints,
             attention_bits=attention_bits, dense_bits=dense_bits, shared_bits=options.shared(shared_bits),
             accounting=accounting, tune=tune_routers, perturbation=perturbation, batch_size=batch_size,
-            router=RouterTuningConfig(epochs=router_epochs),
+            router=RouterTuningConfig(epochs=router_epochs), head_bits=head_bits, embedding_bits=embedding_bits,
         ),
         samples, length, keep, wanted, context, rows,
     )

@@ -59,6 +59,9 @@ def quantize(
     attention_bits: Annotated[int, typer.Option(help="1..8, or 16 to leave as is (paper: Table 19).")] = 4,
     dense_bits: Annotated[int, typer.Option(help="Dense MLP layers: 1..8, or 16.")] = 4,
     shared_bits: Annotated[str, typer.Option(help="Shared experts: auto, 1..8 or 16.")] = "auto",
+    head_bits: Annotated[int, typer.Option(help="Head (lm_head): 4..8, or 16 to leave as is.")] = 16,
+    embedding_bits: Annotated[int, typer.Option(help="Token embedding: 4..8, or 16; one width if tied to the head.")]
+    = 16,
     accounting: Annotated[Accounting, typer.Option(help=_ACCOUNTING)] = Accounting.exact,
     router_bits: Annotated[int, typer.Option(help="Routers after tuning: 1..8, or 16 (paper: Table 20).")] = 16,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
@@ -152,7 +155,7 @@ def quantize(
             router_batch=router_batch, affinity=affinity, batch_size=batch_size, device=device, dtype=dtype,
             overwrite=overwrite, trust_remote_code=trust_remote_code, check=check, keep=keep, changed=changed,
             run_dir=run_dir, keep_run=keep_run, log=log, allocation=allocation,
-            tensor_bits=tensor_bits, costs=costs,
+            tensor_bits=tensor_bits, costs=costs, head_bits=head_bits, embedding_bits=embedding_bits,
             # a recipe sets what is not given
             **{name: value if given(context, name) else None for name, value in told.items()},
         )

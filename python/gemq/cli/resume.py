@@ -29,6 +29,7 @@ _FIELDS = {
     "samples": ("samples",), "length": ("length",), "seed": ("seed",), "attention_bits": ("method.attention_bits",),
     "dense_bits": ("method.dense_bits",), "shared_bits": ("method.shared_bits",), "accounting": ("method.accounting",),
     "granularity": ("method.granularity",),
+    "head_bits": ("method.head_bits",), "embedding_bits": ("method.embedding_bits",),
     "router_bits": ("method.router_bits",), "group_size": ("method.gptq.group_size",),
     "recipe": ("method.gptq.clip", "method.gptq.propagate_from", "method.gptq.refine", "method.gptq.compensate",
                "method.gptq.rescale",

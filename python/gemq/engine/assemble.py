@@ -19,6 +19,8 @@ from gemq.engine.quantize import Quantized
 from gemq.engine.source import OUTSIDE, Source, put
 from gemq.integrity import INDEX_FILE
 from gemq.models import describe, empty_twin, replace_with_packed
+from gemq.nn import LowBitEmbedding
+from gemq.nn.base import PackedModule
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton, stored_tensors
 from gemq.tensor_files import file_head
@@ -77,7 +79,7 @@ class Assembly:
     @torch.no_grad()
     def _unit(self, unit: int) -> dict[str, Tensor]:
         """The finished tensors of a decoder layer, or of the rest, by their names in the model, on the CPU."""
-        modules: Mapping[str, nn.Module] = {} if unit == OUTSIDE else self.quantized.record(unit).modules
+        modules: Mapping[str, nn.Module] = self.quantized.record(unit).modules
         buffers = {f"{p}.{leaf}": b for p, m in modules.items() for leaf, b in m.named_buffers()}
         self.source.load(unit, modules)
         put_routers(self.source, self.routers, unit)
@@ -95,8 +97,13 @@ class Assembly:
             for name, value in self._unit(unit).items():
                 put(self.model, name, value.clone())
         for name, buffer in self.source.model.named_buffers():
-            if self.model.get_buffer(name).is_meta:
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            # a packed embedding has its scale as a number
+            if not isinstance(owner, PackedModule) and self.model.get_buffer(name).is_meta:
                 put(self.model, name, buffer.clone())
+        for module in self.model.modules():
+            if isinstance(module, LowBitEmbedding):
+                module.dtype = self.source.dtype
         self.model.tie_weights()
         return self.model.requires_grad_(False)
 

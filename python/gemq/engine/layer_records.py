@@ -14,23 +14,26 @@ from torch import Tensor
 
 from gemq.algorithms.gptq import GptqReport
 from gemq.algorithms.matrices import QuantizedWeights
-from gemq.engine.source import Source
+from gemq.engine.source import OUTSIDE, Source
 from gemq.engine.stored_experts import PackedProjection
-from gemq.models import MoeModel
-from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.models import MoeModel, Packed
+from gemq.nn import LowBitEmbedding, LowBitExperts, LowBitLinear, TiedHead
 from gemq.nn.experts import PROJECTIONS
 from gemq.ops import unpack
-from gemq.packed_model import packed_skeleton
+from gemq.packed_model import packed_ends, packed_skeleton
 from gemq.reference.grid import dequantize_codes
 from gemq.tensor_files import check_finite
 from gemq.widths import Widths
 
+# weights that are dequantized at a time: what they pass through in float32 would be several copies of a head
+_AT_ONCE = 1 << 24
+
 
 @dataclass
 class LayerRecord:
-    """Packed modules of one decoder layer by module path, and GPTQ's report per matrix."""
+    """Packed modules of one decoder layer, or of embedding and head, by module path, and GPTQ's report per matrix."""
 
-    modules: dict[str, LowBitExperts | LowBitLinear]
+    modules: dict[str, Packed]
     reports: dict[str, GptqReport] = field(default_factory=dict)
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, list]]:
@@ -46,7 +49,7 @@ class LayerRecord:
 
 def record_of(moe: MoeModel, weights: QuantizedWeights) -> LayerRecord:
     """Pack what was quantized of a loaded decoder layer."""
-    modules: dict[str, LowBitExperts | LowBitLinear] = {}
+    modules: dict[str, Packed] = {}
     for layer in moe.moe:
         if layer.index in weights.stacks:
             gate_up, down = weights.stacks[layer.index]
@@ -65,12 +68,15 @@ def record_of(moe: MoeModel, weights: QuantizedWeights) -> LayerRecord:
 def record_from(
     contents: tuple[dict[str, Tensor], Any] | None, moe: MoeModel, index: int, widths: Widths, group_size: int
 ) -> LayerRecord | None:
-    """Build the record of layer ``index`` from its :meth:`LayerRecord.contents`. None if they are None or of other
-    widths."""
+    """Build the record of unit ``index``, a layer or :data:`gemq.engine.source.OUTSIDE`, from its
+    :meth:`LayerRecord.contents`. None if they are None or of other widths."""
     if contents is None:
         return None
     tensors, reports = contents
-    modules = packed_skeleton(moe, widths, group_size, "meta", f"{moe.layer_path(index)}.")
+    if index == OUTSIDE:
+        modules = packed_ends(moe, widths, group_size, "meta")
+    else:
+        modules = packed_skeleton(moe, widths, group_size, "meta", f"{moe.layer_path(index)}.")
     for name, module in modules.items():
         for leaf, buffer in list(module.named_buffers()):
             value = tensors.get(f"{name}.{leaf}")
@@ -82,17 +88,22 @@ def record_from(
 
 @torch.no_grad()
 def lay_over(record: LayerRecord, source: Source, index: int) -> None:
-    """Load the dequantized weights of a record into decoder layer ``index`` of ``source``, which was loaded without
-    them."""
+    """Load the dequantized weights of a record into unit ``index`` of ``source``, which was loaded without them."""
     for path, module in record.modules.items():
-        if isinstance(module, LowBitLinear):
+        if isinstance(module, TiedHead):
+            source.model.tie_weights()
+        elif isinstance(module, (LowBitLinear, LowBitEmbedding)):
             source.put(f"{path}.weight", _linear(module, source.dtype).to(source.device))
         else:
             gate_up, down = (PackedProjection(module, name, source.dtype, source.device) for name in PROJECTIONS)
             source.experts[index] = gate_up, down
 
 
-def _linear(module: LowBitLinear, dtype: torch.dtype) -> Tensor:
-    n, k = module.out_features, module.in_features
-    codes = unpack(module.weight_codes.view(n, -1), module.bits, k)
-    return dequantize_codes(codes, module.weight_meta.view(n, -1, 2), dtype)
+def _linear(module: LowBitLinear | LowBitEmbedding, dtype: torch.dtype) -> Tensor:
+    bits, n, k, _ = module.matrix
+    codes, meta = module.weight_codes.view(n, -1), module.weight_meta.view(n, -1, 2)
+    out, rows = codes.new_empty(n, k, dtype=dtype), max(_AT_ONCE // k, 1)
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        out[part] = dequantize_codes(unpack(codes[part].contiguous(), bits, k), meta[part], dtype)
+    return out

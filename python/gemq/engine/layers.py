@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Weights:
-    """Model with one unit at a time in memory: the weights of ``source``, or the layers that ``quantized`` finds, with
+    """Model with one unit at a time in memory: the weights of ``source``, or the units that ``quantized`` finds, with
     ``routers [E, H]`` by layer."""
 
     source: Source
@@ -42,7 +42,7 @@ class Weights:
     @contextmanager
     def loaded(self, unit: int) -> Iterator[None]:
         """Load the unit's weights for the duration of the block."""
-        record = self.quantized(unit) if self.quantized is not None and unit != OUTSIDE else None
+        record = self.quantized(unit) if self.quantized is not None else None
         self.source.load(unit, record.modules if record else ())
         if record:
             lay_over(record, self.source, unit)

@@ -209,7 +209,9 @@ class Progression:
         allocation, widths = overridden(
             self.source.moe, self._allocate(budget, statistics, measured), method
         )
-        given = [widths.experts, widths.down, widths.shared, widths.attention, widths.dense, widths.linears]
+        given: list[Any] = [widths.experts, widths.down, widths.shared, widths.attention, widths.dense, widths.linears]
+        ends = [widths.head, widths.embedding]
+        given += [ends] if min(ends) < UNQUANTIZED else []
         options: list[Any] = [of_windows(self.windows), given, asdict(method.gptq), method.batch_size]
         if method.affinity:
             options.append(method.affinity)

@@ -9,13 +9,15 @@ from torch import Tensor
 from gemq import distributed
 from gemq.algorithms.gptq import GptqConfig, GptqReport
 from gemq.algorithms.layer_report import layer_report
+from gemq.engine.ends import round_ends
 from gemq.engine.journal import Stage
 from gemq.engine.layer_records import LayerRecord, record_from, record_of
 from gemq.engine.layers import Weights
 from gemq.engine.quantize_layer import quantize_layer
-from gemq.engine.source import Source
+from gemq.engine.source import OUTSIDE, Source
 from gemq.engine.walk import Sweep, Walk
 from gemq.errors import CheckpointError
+from gemq.format import UNQUANTIZED
 from gemq.widths import Widths
 
 
@@ -28,8 +30,11 @@ class Quantized:
         self._whole: set[int] = set()
 
     def find(self, index: int) -> LayerRecord | None:
-        """Return layer ``index``, or None if it is not finished. Its file is checked in full the first time only."""
-        contents = self.stage.layer(f"layer-{index}", index in self._whole)
+        """Return layer ``index`` (or embedding and head: :data:`OUTSIDE`), or None if it is not finished. Its file is
+        checked in full the first time only."""
+        if index == OUTSIDE and self.widths.head == self.widths.embedding == UNQUANTIZED:
+            return LayerRecord({})
+        contents = self.stage.layer(_file(index), index in self._whole)
         found = record_from(contents, self.source.moe, index, self.widths, self.group_size)
         if found is not None:
             self._whole.add(index)
@@ -40,7 +45,7 @@ class Quantized:
         found = self.find(index)
         if found is None:
             raise CheckpointError(
-                f"{self.stage.place(f'layer-{index}')} cannot be read, or was changed while the run goes on; several "
+                f"{self.stage.place(_file(index))} cannot be read, or was changed while the run goes on; several "
                 f"processes must all see the run directory; the same command continues"
             )
         return found
@@ -57,6 +62,10 @@ class Quantized:
         return found
 
 
+def _file(unit: int) -> str:
+    return "outside" if unit == OUTSIDE else f"layer-{unit}"
+
+
 def quantize(
     source: Source, sweep: Sweep, widths: Widths, config: GptqConfig, affinity: float = 0.0
 ) -> Quantized:
@@ -66,6 +75,8 @@ def quantize(
     quantization of MoEQuant (arXiv 2505.03804), 2 the error of the block's output.
     """
     quantized = Quantized(source, sweep.stage, widths, config.group_size)
+    if not distributed.on_first(lambda: quantized.find(OUTSIDE) is not None):
+        sweep.stage.keep_layer(_file(OUTSIDE), lambda: round_ends(source, widths, config.group_size).contents())
     done = distributed.on_first(lambda: [quantized.find(index) is not None for index in range(quantized.layers)])
     if all(done):
         return quantized
@@ -93,5 +104,5 @@ def _quantize_layer(
     source = quantized.source
     with Weights(source).loaded(index):
         result = quantize_layer(source, walk, index, quantized.widths, config, sweep, affinity)
-        sweep.stage.keep_layer(f"layer-{index}", lambda: record_of(source.moe, result).contents())
+        sweep.stage.keep_layer(_file(index), lambda: record_of(source.moe, result).contents())
     return result.reports

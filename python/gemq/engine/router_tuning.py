@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gemq.algorithms.layerwise import capture_layer_calls, run_layer
 from gemq.algorithms.router_tuning import RouterTuningConfig, TuningState, tune_routers
 from gemq.engine.journal import Stage
+from gemq.engine.layer_records import lay_over
 from gemq.engine.layers import head_gradient
 from gemq.engine.quantize import Quantized
 from gemq.engine.source import OUTSIDE, Source
@@ -41,7 +42,9 @@ class _PackedLayers:
     def __init__(self, source: Source, quantized: Quantized):
         self.source, self.quantized, self.moe = source, quantized, source.moe
         self.first = min(layer.index for layer in self.moe.moe)
-        source.load(OUTSIDE)
+        ends = quantized.record(OUTSIDE)
+        source.load(OUTSIDE, ends.modules)
+        lay_over(ends, source, OUTSIDE)
         source.hold([f"{layer.router_path}.weight" for layer in self.moe.moe])
 
     @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gemq.generation.known import GATED, HALF_TABLES, edited
 from gemq.generation.norms import rms_norm
 from gemq.generation.states import KeyValues
+from gemq.models.ends import embedding_device
 from gemq.nn import LowBitLinear
 
 
@@ -216,7 +217,7 @@ def rotary_tables(decoder: Any, length: int, dtype: torch.dtype) -> dict[str | N
     if rotary is None:
         return {}
     kinds = getattr(rotary, "layer_types", None) or [None]
-    return {kind: _tables(rotary, kind, length, dtype, next(decoder.parameters()).device) for kind in kinds}
+    return {kind: _tables(rotary, kind, length, dtype, embedding_device(decoder)) for kind in kinds}
 
 
 def _tables(

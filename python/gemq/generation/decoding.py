@@ -24,6 +24,7 @@ from gemq.generation.options import MAX_BATCH, GenerationOptions, ending
 from gemq.generation.sampling import Sampler
 from gemq.generation.states import KeyValues, Recurrent, State, fixed_states
 from gemq.generation.step import LeanStep, ModelStep, Progress, capped
+from gemq.models.ends import embedding_device
 from gemq.models.families import check_supported
 from gemq.models.forward import call, decoder_of
 
@@ -79,7 +80,7 @@ class Decoding:
     ):
         self.model = cast(Any, model)
         self.options = options or GenerationOptions()
-        self.device: torch.device = self.model.get_input_embeddings().weight.device
+        self.device: torch.device = embedding_device(self.model)
         self.mode = _mode(compile, self.device)
         self.prompt, self.mask = check_prompt(model, input_ids, attention_mask, self.options)
         self.prompt, self.mask = self.prompt.to(self.device), self.mask.to(self.device)

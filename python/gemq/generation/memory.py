@@ -12,6 +12,7 @@ from torch import nn
 
 from gemq.config_fields import field
 from gemq.errors import OutOfMemoryError
+from gemq.models.ends import embedding_dtype
 from gemq.models.forward import decoder_of
 
 GIB = 2**30
@@ -20,7 +21,7 @@ _LINEAR = ("linear_attention", "conv")
 
 def cache_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that one token of one row takes in the cache of a supported family."""
-    config, size = model.config.get_text_config(), model.get_input_embeddings().weight.element_size()
+    config, size = model.config.get_text_config(), embedding_dtype(model).itemsize
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     layers = [layer for layer, kind in zip(decoder_of(model).layers, kinds, strict=False) if kind not in _LINEAR]
     indexer = getattr(config, "index_head_dim", None) or getattr(config, "indexer_head_dim", None) or 0
@@ -55,7 +56,7 @@ def state_bytes_per_row(model: Any) -> int:
 
     The convolution's last inputs are in the model's dtype, the recurrent state in float32.
     """
-    config, size = model.config.get_text_config(), model.get_input_embeddings().weight.element_size()
+    config, size = model.config.get_text_config(), embedding_dtype(model).itemsize
     layers = _linear_layers(config)
     if not layers:
         return 0

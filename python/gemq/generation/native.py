@@ -22,7 +22,7 @@ from gemq.generation.step import LeanStep, Progress, capped
 from gemq.models.experts import mlp_activation
 from gemq.models.families import shared_expert
 from gemq.models.forward import decoder_of
-from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.nn import LowBitEmbedding, LowBitExperts, LowBitLinear, TiedHead
 from gemq.nn.base import profiled
 from gemq.ops import checks
 from gemq.ops.decode import MAX_ROWS, Routing
@@ -46,7 +46,7 @@ class NativeStep:
         self.program, self.cap = writer.program, known.softcap(model)
         self.starts: Tensor | None = None
         self.logits = torch.empty(batch, out_features(head))
-        writer.program.embed(embedding.weight.detach().contiguous(), writer.x, _scale(embedding))
+        self._embed(embedding)
         for layer, state in zip(decoder.layers, states, strict=False):
             (self._sandwich if known.is_sandwich(layer) else self._layer)(layer, state)
         writer.norm(writer.x, known.final_norm(decoder), writer.y)
@@ -60,10 +60,8 @@ class NativeStep:
             return f"a batch of {batch} rows is more than {MAX_ROWS}"
         if reason := LeanStep.unfit(model, cache):
             return reason
-        embedding = model.get_input_embeddings()
-        if type(embedding).__name__ not in _EMBEDDINGS:
-            return f"the embedding is a {type(embedding).__name__}"
-        if reason := _changed(model) or _linear_unfit(model.get_output_embeddings()):
+        reason = _embedding_unfit(model.get_input_embeddings()) or _changed(model)
+        if reason := reason or _linear_unfit(model.get_output_embeddings()):
             return reason
         return next(filter(None, map(_layer_unfit, decoder_of(model).layers, cache.layers)), None)
 
@@ -74,6 +72,15 @@ class NativeStep:
         with profiled("gemq::decode_step"):
             self.program.run(tokens, progress.positions, self.starts, progress.length - 1)
         return capped(self.logits, self.cap)
+
+    def _embed(self, embedding: Any) -> None:
+        program, x = self.program, self.writer.x
+        if not isinstance(embedding, LowBitEmbedding):
+            program.embed(embedding.weight.detach().contiguous(), x, _scale(embedding))
+            return
+        program.embed_packed(
+            embedding.weight_codes, embedding.weight_meta, *embedding.matrix, embedding.layout, x, embedding.scale
+        )
 
     def _layer(self, layer: Any, state: State) -> None:
         writer, module, feed = self.writer, known.mixer_of(layer), known.feed_of(layer)
@@ -163,9 +170,17 @@ def _changed(model: nn.Module) -> str | None:
     return next(filter(None, map(known.edited, model.modules())), None)
 
 
+def _embedding_unfit(layer: Any) -> str | None:
+    """Tell why the program does not read an embedding's rows; None if it does."""
+    if type(layer) is LowBitEmbedding:
+        return None if layer.layout != "gpu_tile" else f"the embedding is packed as {layer.layout}"
+    name = type(layer).__name__
+    return None if name in _EMBEDDINGS else f"the embedding is a {name}"
+
+
 def _linear_unfit(layer: Any) -> str | None:
     """Tell why the program does not read a linear's weight; None if it does."""
-    if type(layer) is LowBitLinear:
+    if type(layer) in (LowBitLinear, TiedHead):
         return None if layer.layout == "cpu_tile" else f"a linear is packed as {layer.layout}"
     if type(layer) is not nn.Linear:
         return f"a linear is a {type(layer).__name__}"

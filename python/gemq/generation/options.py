@@ -96,7 +96,7 @@ def ending(options: GenerationOptions, model: Any) -> tuple[tuple[int, ...], int
     that is not can never come, and is left out; a padding token of it that is not is replaced by an end token, or 0.
     Raises :class:`CheckpointError` where the config holds something other than token ids.
     """
-    rows, config = model.get_input_embeddings().weight.shape[0], getattr(model, "generation_config", None)
+    rows, config = model.get_input_embeddings().num_embeddings, getattr(model, "generation_config", None)
     for name, given in (("eos_token_id", options.eos_tokens or ()), ("pad_token_id", (options.pad_token_id,))):
         for token in given:
             if token is not None:

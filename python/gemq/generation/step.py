@@ -13,6 +13,7 @@ from gemq.generation.attention import Place, attention_unfit, rotary_tables
 from gemq.generation.layers import lean_layer
 from gemq.generation.norms import rms_norm
 from gemq.generation.states import KeyValues, State
+from gemq.models.ends import embedding_device
 from gemq.models.forward import call, decoder_of
 
 
@@ -55,7 +56,7 @@ class LeanStep:
         self.rotary = rotary_tables(decoder, limit, self.dtype)
         self.layers = [lean_layer(layer, state) for layer, state in zip(decoder.layers, states, strict=False)]
         held = [state for state in states if isinstance(state, KeyValues)]
-        device = next(decoder.parameters()).device
+        device = embedding_device(decoder)
         self.columns = torch.arange(max((s.keys.shape[2] for s in held if not s.window), default=1), device=device)
         self.windows = {n: torch.arange(n, device=device) for n in sorted({s.keys.shape[2] for s in held if s.window})}
 

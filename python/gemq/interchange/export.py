@@ -20,8 +20,8 @@ from gemq.format import expert_layout
 from gemq.hf import check_files
 from gemq.integrity import weight_files
 from gemq.interchange.reading import TensorReader, copy_companions, disk_name, meta_model
-from gemq.models import describe, replace_with_packed
-from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.models import Packed, describe, replace_with_packed
+from gemq.nn import LowBitExperts
 from gemq.ops import backends
 from gemq.packed_model import kept_in_float32, packed_skeleton
 from gemq.shards import ShardWriter
@@ -91,7 +91,7 @@ def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
 
 
 def _tensors(
-    model: nn.Module, modules: dict[str, LowBitExperts | LowBitLinear], reader: TensorReader, dtype: torch.dtype
+    model: nn.Module, modules: dict[str, Packed], reader: TensorReader, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the plain model under its module path, packed ones dequantized."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -101,7 +101,7 @@ def _tensors(
         if path in modules and leaf.endswith("_codes"):
             plain = leaf.removesuffix("_codes")
             # experts' buffers are named gate_up_codes and down_codes
-            target = plain if isinstance(modules[path], LowBitLinear) else f"{plain}_proj"
+            target = f"{plain}_proj" if isinstance(modules[path], LowBitExperts) else plain
             meta = disk_name(model, f"{path}.{plain}_meta")
             weight = _dense(modules[path], target, reader.take(disk_name(model, name)), reader.take(meta), dtype)
             if not bool(torch.isfinite(weight).all()):
@@ -114,12 +114,9 @@ def _tensors(
             yield name, stored.to(dtype) if stored.is_floating_point() and name not in kept else stored
 
 
-def _dense(
-    module: LowBitExperts | LowBitLinear, name: str, codes: Tensor, meta: Tensor, dtype: torch.dtype
-) -> Tensor:
-    if isinstance(module, LowBitLinear):
-        shape = (module.bits, module.out_features, module.in_features, module.group_size)
-        return backends.dense_weight(codes, meta, *shape, "canonical", dtype)
+def _dense(module: Packed, name: str, codes: Tensor, meta: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(module, LowBitExperts):
+        return backends.dense_weight(codes, meta, *module.matrix, "canonical", dtype)
     (n, k), size = module.shape(name), module.group_sizes[name]
     plan = expert_layout(module.bits[name], n, k, size, "canonical")
     out = torch.zeros(module.num_experts, n, k, dtype=dtype)

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from gemq.models.weighted_inputs import call_by_ids, takes_inputs_alone
-from gemq.nn import LowBitExperts, LowBitLinear
+from gemq.nn import LowBitEmbedding, LowBitExperts, LowBitLinear, TiedHead
 from gemq.nn.base import PackedModule
+
+Packed = LowBitExperts | LowBitLinear | LowBitEmbedding
 
 
 def empty_twin(model: Any) -> Any:
@@ -41,12 +43,40 @@ def replace_with_packed(model: nn.Module, modules: Mapping[str, nn.Module]) -> N
         if isinstance(module, LowBitExperts) and takes_inputs_alone(before):
             call_by_ids(model.get_submodule(path.rpartition(".")[0]))
         model.set_submodule(path, module)
+    ends = [path for path, module in modules.items() if isinstance(module, (LowBitEmbedding, TiedHead))]
+    if ends:
+        _forget_ties(model, {f"{path}.weight" for path in ends})
 
 
-def packed_modules(model: nn.Module) -> Iterable[tuple[str, LowBitExperts | LowBitLinear]]:
+def _forget_ties(model: nn.Module, names: set[str]) -> None:
+    """Take parameters that are no more out of transformers' maps of tied weights: a tied pair is one packed matrix, and
+    ``tie_weights`` would look for the plain one."""
+    for prefix, module in model.named_modules():
+        for held in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(module, held, None)
+            if isinstance(ties, dict):
+                under = f"{prefix}." if prefix else ""
+                kept = {t: s for t, s in ties.items() if not {under + t, under + s} & names}
+                # on the instance: the map of the class stays
+                setattr(module, held, kept)
+
+
+def remember_ties(model: Any, plain: Any) -> None:
+    """Tie the weights of ``model``, whose packed ends were replaced by plain ones, as those of ``plain``, a model of
+    the same class and config."""
+    forgotten = [path for path, module in model.named_modules() if "_tied_weights_keys" in vars(module)]
+    for path in forgotten:
+        module: Any = model.get_submodule(path)
+        del module._tied_weights_keys
+        module.all_tied_weights_keys = dict(plain.get_submodule(path).all_tied_weights_keys)
+    if forgotten:
+        model.tie_weights()
+
+
+def packed_modules(model: nn.Module) -> Iterable[tuple[str, Packed]]:
     """Yield all packed modules of a model with their paths."""
     for path, module in model.named_modules():
-        if isinstance(module, (LowBitExperts, LowBitLinear)):
+        if isinstance(module, (LowBitExperts, LowBitLinear, LowBitEmbedding)):
             yield path, module
 
 

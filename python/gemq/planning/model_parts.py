@@ -105,7 +105,7 @@ def count_parts(moe: MoeModel) -> ModelParts:
     parameters = sum(p.numel() for p in moe.model.parameters())
     outside = parameters - sum(layer.parameters for layer in layers)
     model: Any = moe.model
-    vocabulary, hidden = model.get_input_embeddings().weight.shape[0], moe.routers[0].shape[1]
+    vocabulary, hidden = model.get_input_embeddings().num_embeddings, moe.routers[0].shape[1]
     return ModelParts(
         parameters, outside, layers, hidden, moe.intermediate, moe.num_experts, moe.top_k, vocabulary,
         moe.expert_parameters, moe.form.hidden,

@@ -15,7 +15,7 @@ from torch import nn
 
 from gemq.format import codes_bytes, meta_elements
 from gemq.models import MoeModel, packed_modules, replace_with_packed
-from gemq.nn import LowBitLinear
+from gemq.nn import LowBitEmbedding, LowBitExperts, TiedHead
 from gemq.nn.experts import PROJECTIONS
 from gemq.packed_config import PackedConfig
 from gemq.packed_model import packed_skeleton, stored_state
@@ -65,8 +65,10 @@ def resident_bytes(model: nn.Module, layout: str, dtype: torch.dtype) -> int:
     ``dtype``."""
     total = sum(p.numel() * dtype.itemsize for p in model.parameters()) + experts_bytes(model, layout)
     for _, module in packed_modules(model):
-        if isinstance(module, LowBitLinear):
-            total += _matrix_bytes(module.out_features, module.in_features, module.bits, module.group_size, layout)
+        if not isinstance(module, LowBitExperts | TiedHead):
+            bits, n, k, group = module.matrix
+            own = "canonical" if isinstance(module, LowBitEmbedding) and not module.tied else layout
+            total += _matrix_bytes(n, k, bits, group, own)
     return total
 
 
@@ -74,7 +76,7 @@ def experts_bytes(model: nn.Module, layout: str) -> int:
     """Bytes of all routed experts of a packed model without storage, in ``layout``."""
     total = 0
     for _, module in packed_modules(model):
-        if isinstance(module, LowBitLinear):
+        if not isinstance(module, LowBitExperts):
             continue
         for name in PROJECTIONS:
             n, k = module.shape(name)

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemq.format import codes_bytes, meta_elements
 from gemq.generation.decoding import PREFILL_TOKENS
 from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
+from gemq.models.ends import ends_of
+from gemq.nn import LowBitEmbedding, TiedHead
 from gemq.packed_model import tower_prefixes
 from gemq.planning.machine import Machine
 from gemq.planning.memory import CONTEXT, PROCESS
@@ -68,7 +71,8 @@ def inference_of(
     def working(length: int) -> int:
         return min(rows * length, PREFILL_TOKENS) * per_token + logits
 
-    read = weights - _not_read(model, parts, layout) - _beside_text(model, stored)
+    unread = _embedding_bytes(model, stored) * (parts.vocabulary - rows) // parts.vocabulary
+    read = weights - _not_read(model, parts, layout) - _tower_bytes(model, stored) - unread
     free = machine.host_free if machine.on_cpu else machine.device_free
     process = PROCESS if machine.on_cpu else CONTEXT
     longest = None
@@ -85,14 +89,22 @@ def _not_read(model: nn.Module, parts: ModelParts, layout: str) -> int:
     return experts_bytes(model, layout) * (parts.experts - parts.top_k) // parts.experts
 
 
-def _beside_text(model: Any, stored: torch.dtype) -> int:
-    """Bytes of what a decoded token reads a row of, or nothing: embeddings that are not the head too, and towers."""
+def _tower_bytes(model: Any, stored: torch.dtype) -> int:
+    """Bytes of vision and audio towers, which a decoded token does not read."""
     towers = tower_prefixes(model)
-    embeddings = model.get_input_embeddings().weight
-    found = [p for name, p in model.named_parameters() if name.startswith(towers)]
-    if model.get_output_embeddings().weight is not embeddings:
-        found.append(embeddings)
-    return sum(p.numel() for p in found) * stored.itemsize
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(towers)) * stored.itemsize
+
+
+def _embedding_bytes(model: Any, stored: torch.dtype) -> int:
+    """Bytes of the embedding, of which a step reads a row a sequence; 0 where it is the head as well."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, LowBitEmbedding):
+        tied = f"{ends_of(model).head_path}.weight" in model.all_tied_weights_keys
+        return 0 if tied else embedding.weight.numel() * stored.itemsize
+    bits, n, k, group_size = embedding.matrix
+    if isinstance(head, TiedHead):
+        return 0
+    return codes_bytes(n, k, bits) + 2 * meta_elements(n, k, bits, group_size)
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

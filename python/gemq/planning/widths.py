@@ -11,6 +11,7 @@ from gemq.algorithms.costs import Costs
 from gemq.algorithms.method import ROUTED_ONLY, MethodConfig, allocate, overridden, routed_budget
 from gemq.algorithms.tensor_bits import resolve
 from gemq.models import MoeModel
+from gemq.models.ends import end_widths
 from gemq.packed_config import PackedConfig
 from gemq.widths import Widths
 
@@ -115,8 +116,9 @@ def planned_widths(moe: MoeModel, method: MethodConfig, budget: float) -> Packed
         # dealt out like cards, so that layers are alike
         flat = _spread(total, count * len(layers), method.candidates)
         rows = [flat[i :: len(layers)] for i in range(len(layers))]
+    head, embedding = end_widths(moe.model, method.head_bits, method.embedding_bits)
     widths = Widths(
         dict(zip(layers, rows, strict=True)), dict.fromkeys(layers, shared) if moe.shared_multiple else {},
-        method.attention_bits, method.dense_bits, method.router_bits,
+        method.attention_bits, method.dense_bits, method.router_bits, head=head, embedding=embedding,
     )
     return PackedConfig(widths.overridden(*resolve(moe, method.tensor_bits)), method.gptq.group_size)

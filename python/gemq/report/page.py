@@ -89,7 +89,7 @@ def _checkpoint(checkpoint: Checkpoint, alone: bool) -> str:
     note = f'<p class="note">Not recorded: {escape(", ".join(missing))}.</p>' if missing else ""
     config = checkpoint.summary.config
     facts = f"attention {config.widths.attention} bits, dense {config.widths.dense}, routers {config.widths.router}, " \
-            f"groups of {config.group_size}"
+            f"head {config.widths.head}, embedding {config.widths.embedding}, groups of {config.group_size}"
     if checkpoint.calibration:
         facts += f", calibrated on {checkpoint.calibration}"
     head = f"{checkpoint.name}: {number(checkpoint.summary.expert_bits)} bits per expert, " \

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gemq.format import UNQUANTIZED
 from gemq.packed_config import PackedConfig
-from gemq.serving.packed_layers import LinearParts, check_unsplit, read_dense, width_of
+from gemq.serving.packed_layers import LinearParts, check_ends, check_unsplit, read_dense, width_of
 
 
 class PackedQuantization:
@@ -39,8 +39,11 @@ class PackedQuantization:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Raises :class:`gemq.errors.CheckpointError` for a config that is malformed, edited or too new."""
-        return cls(PackedConfig.from_dict(config))
+        """Raises :class:`gemq.errors.CheckpointError` for a config that is malformed, edited or too new,
+        :class:`ServingError` for a packed head or embedding."""
+        packed = PackedConfig.from_dict(config)
+        check_ends(packed)
+        return cls(packed)
 
     def linear_method(self, prefix: str, unquantized: type, packed: type, unpacked: type) -> Any:
         """The method of the linear at ``prefix``, of the runtime's three kinds."""

@@ -40,6 +40,16 @@ class ServingError(GemqError, ValueError):
     """A checkpoint, or a way of splitting a model, that a serving plug-in does not run."""
 
 
+def check_ends(config: PackedConfig) -> None:
+    """Raise :class:`ServingError` for a checkpoint whose head or embedding is packed."""
+    widths = config.widths
+    if min(widths.head, widths.embedding) < UNQUANTIZED:
+        raise ServingError(
+            f"a head of {widths.head} bits and an embedding of {widths.embedding} are not served; quantize with "
+            f"--head-bits 16 --embedding-bits 16, or run the checkpoint with gemq generate"
+        )
+
+
 def read_dense(prefix: str) -> bool:
     """Return True if a runtime reads the numbers of the linear ``prefix`` itself.
 
