@@ -15,11 +15,11 @@ from gemq.engine.source import OUTSIDE, Source
 from gemq.errors import NumberError
 from gemq.nn import LowBitEmbedding, LowBitLinear, TiedHead
 from gemq.ops import pack
+from gemq.ops.gptq import gptq_group
 from gemq.packed_model import packed_ends
-from gemq.reference.grid import round_to_nearest
 from gemq.widths import Widths
 
-# weights that are rounded at a time: the search holds several float32 copies of them
+# weights that are rounded at a time: their float32 form, errors and codes are held besides
 _AT_ONCE = 1 << 23
 
 
@@ -44,8 +44,11 @@ def _round(weight: Tensor, module: LowBitEmbedding | LowBitLinear) -> None:
     """Fill the canonical buffers of ``module``, some rows of ``weight [n, k]`` at a time."""
     bits, n, k, group_size = module.matrix
     codes, meta = module.weight_codes.view(n, -1), module.weight_meta.view(n, -1, 2)
-    rows = max(_AT_ONCE // k, 1)
+    # the column loop of GPTQ over groups that have nothing to hand on, because it is compiled
+    nothing = torch.eye(group_size, device=weight.device)[None]
+    width, rows = torch.tensor([bits], device=weight.device), max(_AT_ONCE // k, 1)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        found, meta[part] = round_to_nearest(weight[part], bits, group_size, "mse")
-        codes[part] = pack(found, bits)
+        groups = weight[part].float().reshape(1, -1, group_size)
+        found, pairs, _ = gptq_group(groups, nothing, width, "mse", bits + 1)
+        codes[part], meta[part] = pack(found.view(-1, k), bits), pairs.view(-1, k // group_size, 2)

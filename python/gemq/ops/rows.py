@@ -75,4 +75,3 @@ def _gpu_tile(
     shifts = bits * torch.arange(16 // bits, device=codes.device)[:, None] + 16 * torch.arange(2, device=codes.device)
     fields = words[:, :, :, None, :, None] >> shifts[:, None, :].int() & (1 << bits) - 1
     return fields.flatten(1)[:, :k], meta.view(-1, k // group_size, fmt.GPU_ROWS, 2)[tile, :, row]
-

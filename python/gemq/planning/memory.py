@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gemq.algorithms.method import MethodConfig
+from gemq.format import UNQUANTIZED
 from gemq.planning.model_parts import LayerParts, ModelParts
 
 # An interpreter with torch and transformers loaded, measured: 0.75 GB. A CUDA context, as NVIDIA's runtime takes it
@@ -23,6 +24,8 @@ FACTOR_COPIES, ROUNDING = 5, 17
 SLACK = 0.1
 # assumed ratio of the busiest expert's tokens to the mean
 BUSIEST = 4
+# what rounding a part of an embedding or a head takes, eight million weights at a time
+ROUNDING_ENDS = 100 * 10**6
 _FLOAT = 4
 
 
@@ -132,7 +135,21 @@ def _streamed_quantizing(parts: ModelParts, work: Work) -> Need:
     routing = parts.hidden * d + parts.top_k * (8 + d)
     expert_inputs = _expert_inputs(work, work.tokens * routing)
     scratch = {"layer inputs": 2 * work.tokens * parts.hidden * d, "expert inputs": expert_inputs}
+    if min(work.method.head_bits, work.method.embedding_bits) < UNQUANTIZED:
+        ends = {"layer": parts.outside * d, "codes": int(1.03 * parts.outside), "working memory": ROUNDING_ENDS}
+        device = max(device, ends, key=lambda parts: sum(parts.values()))
     return Need(device, {"packed layer": 2 * parts.largest_layer}, scratch)
+
+
+def _stored_outside(parts: ModelParts, work: Work) -> int:
+    """Bytes that the checkpoint has of embeddings, head and last norm."""
+    method, matrix = work.method, parts.vocabulary * parts.hidden
+    ends = (method.head_bits, method.embedding_bits)
+    # of a tied pair there is one
+    widths = ends if parts.outside >= 2 * matrix else (min(ends),)
+    per_weight = 32 / method.gptq.group_size
+    saved = sum(matrix * (UNQUANTIZED - bits - per_weight) for bits in widths if bits < UNQUANTIZED)
+    return 2 * parts.outside - int(saved / 8)
 
 
 def layerwise(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
@@ -150,7 +167,7 @@ def layerwise(parts: ModelParts, work: Work, output: int) -> dict[str, Need]:
         graph = max(graph_bytes(parts, one, work.length, d) for one in parts.layers)
         windows = work.shared(work.method.router.batch_size)
         # read, and laid out for the kernels
-        packed = 2 * (output - 2 * parts.outside) * parts.largest_layer // (parts.parameters - parts.outside)
+        packed = 2 * (output - _stored_outside(parts, work)) * parts.largest_layer // (parts.parameters - parts.outside)
         stages["tune routers"] = Need({
             "embeddings and head": parts.outside * d, "packed layer": max(0, packed),
             "layer inputs": len(parts.layers) * windows * work.length * parts.hidden * d,
