@@ -11,6 +11,7 @@ namespace gemq {
 namespace {
 
 constexpr int kMaxGroup = 128;
+constexpr int64_t kTeamRows = 32;
 
 // Codes of one row of a group, plane by plane: word v * 16 of a plane holds, in each field of `width` bits of
 // its four bytes, the codes of four neighbouring columns.
@@ -59,7 +60,8 @@ void PackedTable::read(int64_t row, float* out) const {
 }
 
 void read_rows(const PackedTable& table, const int64_t* rows, int64_t count, float* dst, int threads) {
-  parallel(threads, [&](Team team) {
+  // waking a team takes longer than a few rows, and on busy cores milliseconds
+  parallel(count < kTeamRows ? 1 : threads, [&](Team team) {
     const Range mine = team.share(count);
     for (int64_t at = mine.begin; at < mine.end; ++at) table.read(rows[at], dst + at * table.k);
   });
