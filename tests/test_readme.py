@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,8 @@ def run(program: list[str], folder: Path) -> str:
 def test_commands_and_code_run_in_order(workplace: Path) -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("gemq ")]
     names = [c.split()[1] for c in commands]
-    assert names == ["plan", "quantize", "eval", "generate"]
+    assert names == ["plan", "quantize", "eval", "generate", "serve"]
+    serve = commands.pop()
     # one process for all commands: what is tested is the commands, not five imports of torch
     program = (
         "import shlex, sys\nfrom gemq.cli.run import run\n"
@@ -44,8 +46,21 @@ def test_commands_and_code_run_in_order(workplace: Path) -> None:
     )
     shown = run([sys.executable, "-c", program, *commands], workplace)
     assert "perplexity" in shown and "longest context" in shown
-    (quick_start,) = blocks("python")
+    quick_start, client = blocks("python")
     assert len(run([sys.executable, "-c", quick_start], workplace).split()) > 8
+    assert len(_asked(serve, client, workplace).split()) > 8
+
+
+def _asked(serve: str, client: str, workplace: Path) -> str:
+    """The client's output, from a server at a port of its own."""
+    command = [sys.executable, "-m", *shlex.split(serve), "--port", "0"]
+    with subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = re.search(r"http://127.0.0.1:(\d+)/v1", server.stdout.readline())[1]
+            assert "127.0.0.1:8000" in client
+            return run([sys.executable, "-c", client.replace("8000", port)], workplace)
+        finally:
+            server.kill()
 
 
 def test_it_is_one_screen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,17 @@ def serve(
     positions = loaded.config.get_text_config().max_position_embeddings
     engine = Engine(loaded, rows, min(context, positions), queue, prefix_bytes)
     step = f"{engine.rows.kind} step" + (f" ({engine.rows.reason})" if engine.rows.reason else "")
+    # from here on nobody is turned away
+    listening.listen(128)
     address = f"http://{host}:{listening.getsockname()[1]}/v1"
     print(f"serving {settings.name!r} at {address}: {rows} requests at a time of up to {engine.slots} tokens, {step}",
           flush=True)
     config = uvicorn.Config(
         create_app(engine, tokenizer, settings), log_level="warning", timeout_graceful_shutdown=int(settings.grace) + 5,
     )
+    for name in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn stops gracefully and then raises the signal anew, for whoever had it before
+        signal.signal(name, lambda *_: None)
     uvicorn.Server(config).run([listening])
 
 
