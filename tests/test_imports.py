@@ -14,7 +14,8 @@ KERNELS = ROOT / "triton_kernels"
 
 # Each row may import the rows above it and nothing else of the package; `gemq` is the package's own __init__.
 LAYERS = [
-    ("activation", "auto_class", "choices", "config_fields", "errors", "format", "transformers_hook", "_C"),
+    ("activation", "auto_class", "choices", "config_fields", "errors", "format", "transformers_hook",
+     "transformers_versions", "_C"),
     ("launch",),
     ("ambient", "auto_import", "folders", "plain_json", "tensor_files", "time_limit", "widths"),
     ("_core", "triton_kernels", "reference", "integrity", "durable", "distributed"),

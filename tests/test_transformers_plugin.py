@@ -149,9 +149,9 @@ def test_tensor_parallelism_is_refused(made):
     for asked in (DistributedConfig(tp_size=2), types.SimpleNamespace(tp_size=None, tp_plan="auto")):
         config.distributed_config = asked
         with pytest.raises(CheckpointError, match="are not split by tensor parallelism"):
-            quantizer.update_attn_implementation(config)
+            quantizer.see_config(config)
     config.distributed_config = DistributedConfig(tp_size=1)
-    quantizer.update_attn_implementation(config)
+    quantizer.see_config(config)
 
 
 def test_a_copy_is_saved_like_the_model(made, tmp_path):

@@ -41,10 +41,13 @@ def _expert_product(experts, expert, bits, tokens, tile, up_tiles, split, HOW: t
         codes += tl.multiple_of(tl.load(experts.offsets + expert) // 4, 16)
         meta += tl.multiple_of(tl.load(experts.meta_offsets + expert) // 2, 16)
     work = Work(codes, meta, tokens, tl.load(tokens.pairs), tile, up_tiles, split)
-    nothing = tl.zeros([HOW.warps, TILE_ROWS, HOW.columns], tl.float32)
+    # names of their own: triton 3.7 hands a field of a tuple on as an int, which no jitted function takes
+    WARPS: tl.constexpr = HOW.warps
+    COLUMNS: tl.constexpr = HOW.columns
+    nothing = tl.zeros([WARPS, TILE_ROWS, COLUMNS], tl.float32)
     acc = at_width(tile_product, bits, nothing, work, HOW)
-    KWARPS: tl.constexpr = HOW.warps // (HOW.parts * HOW.tiles)
-    acc = tl.sum(tl.reshape(acc, (HOW.parts, HOW.tiles, KWARPS, TILE_ROWS, HOW.columns)), 2)
+    KWARPS: tl.constexpr = WARPS // (HOW.parts * HOW.tiles)
+    acc = tl.sum(tl.reshape(acc, (HOW.parts, HOW.tiles, KWARPS, TILE_ROWS, COLUMNS)), 2)
     if HOW.mode != 0:
         acc = acc * 16777216.0
     # a column that repeats the first pair, or an expert of width 0, whose NaN and infinity are not its own

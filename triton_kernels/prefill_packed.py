@@ -84,7 +84,10 @@ def _product(work, BITS: tl.constexpr, KW: tl.constexpr, HOW: tl.constexpr):
     words = words + tl.arange(0, 4)[None, None, :]
     pairs = work.meta + (work.tile * (groups * TILE_ROWS) + work.row)
     lane_field = work.lane // 2
-    acc = tl.zeros([HOW.rows, HOW.columns], tl.float32)
+    # names of their own: triton 3.7 hands a field of a tuple on as an int, which no jitted function takes
+    ROWS: tl.constexpr = HOW.rows
+    COLUMNS: tl.constexpr = HOW.columns
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for trip in tl.range(0, tl.cdiv(k, STEP * TRIP), num_stages=AHEAD):
         span = words + (trip // TRIPS) * SPAN
         start = (trip % TRIPS) * (TRIP * STEP // (2 * KW))

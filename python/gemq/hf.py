@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gemq.errors import CheckpointError
@@ -21,8 +20,9 @@ from gemq.models.packed import remember_ties
 from gemq.models.weighted_inputs import call_as_before
 from gemq.nn import LowBitEmbedding, LowBitExperts, LowBitLinear
 from gemq.packed_config import PackedConfig
-from gemq.packed_model import packed_skeleton
+from gemq.packed_model import kept_in_float32, packed_skeleton
 from gemq.tensor_files import DTYPES
+from gemq.transformers_versions import ConfigSeer, cast_as_declared, dtypes_of
 
 _FLOATS = ("F32", "F16", "BF16")
 # a number of layers above this is believed only if there are as many tensors
@@ -52,17 +52,16 @@ class GemqConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-class GemqQuantizer(HfQuantizer):
+class GemqQuantizer(ConfigSeer):
     """Builds the packed modules before loading, checks the files against them, prepares the kernels' layout after."""
 
     requires_calibration = True
 
-    def update_attn_implementation(self, config: Any) -> Any:
-        """The hook that sees the model's config before the model is built, layer by layer."""
+    def see_config(self, config: Any) -> None:
+        """Check sizes, layers and the asked parallelism before the model is built, layer by layer."""
         check_sizes(config, getattr(config, "name_or_path", "") or "the config")
         _check_layers(config)
         _refuse_tensor_parallelism(getattr(config, "distributed_config", None))
-        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -83,8 +82,10 @@ class GemqQuantizer(HfQuantizer):
                 model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
         if files:
             check_files(model, files)
+        self._dtypes = dtypes_of(model, kept_in_float32(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        cast_as_declared(model, self._dtypes)
         _check_metadata(model)
         prepare(model)
         return model

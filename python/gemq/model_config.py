@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from gemq.auto_class import auto_class
@@ -22,6 +21,7 @@ from gemq.config_fields import field
 from gemq.errors import CheckpointError, GemqError, first_line
 from gemq.folders import is_hub_name
 from gemq.integrity import read_json
+from gemq.transformers_versions import unknown_type
 
 # more than any published model's, and few enough that a skeleton of them takes seconds
 MAX_LAYERS = 1024
@@ -140,8 +140,8 @@ def _refusal(path: str, file: Path, error: Exception) -> CheckpointError:
         return CheckpointError(f"{file} is no model config: {checked[1][:300]}")
     if "model type" in text or "Should have a `model_type`" in text or "Unrecognized" in text:
         kind = read_json(file, _MOST_BYTES).get("model_type")
-        return CheckpointError(f"no model in {path!r}: transformers {transformers.__version__} does not know the model "
-                               f"type `{kind}`" if kind else f"no model in {path!r}: config.json has no model_type")
+        said = unknown_type(kind) if isinstance(kind, str) and kind else "config.json has no model_type"
+        return CheckpointError(f"no model in {path!r}: {said}")
     if isinstance(error, (OSError, ValueError)):
         return CheckpointError(f"no model in {path!r}: {first_line(error)[:300]}")
     return CheckpointError(f"{file} is no model config: {type(error).__name__}: {text[:300]}")

@@ -14,6 +14,7 @@ from gemq.config_fields import field
 from gemq.errors import OutOfMemoryError
 from gemq.models.ends import embedding_dtype
 from gemq.models.forward import decoder_of
+from gemq.transformers_versions import INDEXED, cached_width
 
 GIB = 2**30
 _LINEAR = ("linear_attention", "conv")
@@ -25,7 +26,8 @@ def cache_bytes_per_token(model: Any) -> int:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     layers = [layer for layer, kind in zip(decoder_of(model).layers, kinds, strict=False) if kind not in _LINEAR]
     indexer = getattr(config, "index_head_dim", None) or getattr(config, "indexer_head_dim", None) or 0
-    return (sum(_kept_width(layer, config) for layer in layers) + kinds.count("indexed_attention") * indexer) * size
+    indexed = sum(kind in INDEXED for kind in kinds)
+    return (sum(_kept_width(layer, config) for layer in layers) + indexed * indexer) * size
 
 
 def _kept_width(layer: Any, config: Any) -> int:
@@ -41,7 +43,8 @@ def _kept_width(layer: Any, config: Any) -> int:
         return field(config, name) if found is None else found
 
     if own("kv_lora_rank") is not None:
-        return own("kv_lora_rank") + own("qk_rope_head_dim")
+        latent = own("kv_lora_rank") + own("qk_rope_head_dim")
+        return cached_width(latent, own("num_attention_heads"), config)
     if getattr(attention, "v_proj", attention) is None:
         return 2 * attention.k_proj.out_features
     if all(hasattr(getattr(attention, name, None), "out_features") for name in ("k_proj", "v_proj")):

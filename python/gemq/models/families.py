@@ -25,6 +25,7 @@ from gemq.format import GROUP_SIZES, UNQUANTIZED
 from gemq.model_config import skeleton
 from gemq.models.experts import ExpertsForm, experts_form, mlp_activation
 from gemq.models.forward import decoder_of
+from gemq.transformers_versions import lacks, needed
 from gemq.widths import Widths
 
 _log = logging.getLogger("gemq")
@@ -310,6 +311,8 @@ def _is_listed(config: Any) -> bool:
     kind = getattr(text, "model_type", None)
     if kind in REFUSED:
         raise UnsupportedModelError(f"model type {kind!r} is not supported: {REFUSED[kind]}")
+    if kind is not None and lacks(kind):
+        raise UnsupportedModelError(needed(kind))
     if kind not in SUPPORTED and not any(field(text, name) for name in _COUNTS):
         raise UnsupportedModelError(f"model type {kind!r} is not supported yet; supported: {', '.join(SUPPORTED)}")
     return kind in SUPPORTED
