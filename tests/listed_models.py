@@ -117,6 +117,10 @@ def _known(kinds: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, tuple[str,
 
 ABSENT = tuple(sorted((LISTED | WRAPPED).keys() - _known(LISTED | WRAPPED).keys()))
 LISTED, WRAPPED = _known(LISTED), _known(WRAPPED)
+# types whose tokens run in gemq's own steps
+OWN_STEPS = frozenset((
+    "glm4_moe_lite", "gpt_oss", "gemma4", "gemma4_text", "nemotron_h", "qwen3_5_moe", "qwen3_5_moe_text",
+))
 _ROUTERS = ("gate.weight", "router.weight", "wg.weight", "router.layer.weight", "conv1d.weight")
 
 

@@ -49,6 +49,7 @@ ALLOCATION, GPTQ, IMPORTANCE = ("tests/test_allocation.py",), ("tests/test_gptq.
 BITS, PROGRESSIVE = ("tests/test_core_bits.py",), ("tests/test_progressive.py",)
 GPTQ_IMPORT = ("tests/test_gptq_import.py",)
 DECODE = ("tests/test_decode_program.py",)
+OPERATIONS = ("tests/test_decode_operations.py",)
 CHECKPOINT = ("tests/test_checkpoint.py", "tests/test_checkpoint_config.py")
 MUTANTS = (
     Mutant("packing: the last codes of a row one bit off", "csrc/include/gemq/bits.h",
@@ -83,9 +84,17 @@ MUTANTS = (
            "at = _threads(tl.minimum(g + 1, last_group) * TILE_ROWS, RUN)",
            ("tests/triton_cases.py::test_padded_columns",)),
     Mutant("decode step: padding is attended to", "csrc/decode/kv_chunks.h",
-           "std::max(chunk * kSlots, step.starts[row])", "chunk * kSlots", DECODE),
+           "return {step.starts[row], step.slot + 1};", "return {0, step.slot + 1};", DECODE),
     Mutant("decode step: chunks of the cache weigh the same", "csrc/decode/kv_chunks.h",
-           "count_ == 1 ? 1.0f : std::exp(*from.most - most)", "1.0f", DECODE),
+           "*from.most == most ? 1.0f : std::exp(*from.most - most)", "1.0f", DECODE),
+    Mutant("decode step: a window forgets its newest token", "csrc/decode/kv_chunks.h",
+           "std::min(step.positions[row] + 1, slots_)", "std::min(step.positions[row], slots_)", OPERATIONS),
+    Mutant("decode step: no sink beside the chunks", "csrc/decode/kv_chunks.h",
+           "sink == -INFINITY ? 0.0f : std::exp(sink - most)", "0.0f", OPERATIONS),
+    Mutant("decode step: the delta rule reads the old state", "csrc/decode/recurrent_vectors.cpp",
+           "a.decay * read[v] + agreement * change[v]", "a.decay * read[v]", OPERATIONS),
+    Mutant("decode step: Mamba's convolution does not move on", "csrc/decode/recurrent_vectors.cpp",
+           "store(past, t + 1 < last ? load<Float>(past + a.stride) : x);", "", OPERATIONS),
     Mutant("decode step: routing weights with the bias of the choice", "csrc/decode/routing.cpp",
            "weights[i] = s.scores[e];", "weights[i] = s.choice[e];", DECODE),
     Mutant("decode step: the last columns without their bias", "csrc/decode/linear.cpp",

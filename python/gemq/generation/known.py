@@ -44,7 +44,9 @@ _NAMES = {
     "decoder": _of_stems("Model", "Gemma4TextModel", "Qwen3_5MoeTextModel"),
     "layer": _of_stems("DecoderLayer", "NemotronHBlock"), "sandwich": frozenset(("Gemma4TextDecoderLayer",)),
     "norm": _of_stems("RMSNorm", "Gemma4RMSNorm"),
-    "gated norm": frozenset(("Qwen3NextRMSNormGated", "Qwen3_5MoeRMSNormGated", "NemotronHRMSNormGated")),
+    "gated norm": frozenset((
+        "Qwen3NextRMSNormGated", "Qwen3_5MoeRMSNormGated", "NemotronHRMSNormGated", "Zamba2RMSNormGated",
+    )),
     "rotary": _of_stems("RotaryEmbedding", "Gemma4TextRotaryEmbedding", "Qwen3_5MoeTextRotaryEmbedding"),
     "grouped": frozenset(_GROUPED), "latent": frozenset(_LATENT),
     "delta": frozenset(("Qwen3NextGatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")),
@@ -191,7 +193,7 @@ def _activation(mixer: Any) -> str | None:
 def _sandwich_unknown(layer: Any) -> str | None:
     if layer.hidden_size_per_layer_input:
         return "each layer takes an embedding of every token besides"
-    if layer.self_attn.is_kv_shared_layer or layer.self_attn.store_full_length_kv:
+    if layer.self_attn.is_kv_shared_layer:
         return "layers share their keys and values"
     if not layer.self_attn.is_causal:
         return "attention sees both ways"
