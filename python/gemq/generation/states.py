@@ -77,7 +77,7 @@ def _state(layer: Any, limit: int, starts: Tensor) -> State:
     from transformers import cache_utils
 
     if isinstance(layer, cache_utils.LinearAttentionLayer):
-        return Recurrent(layer.conv_states[0], layer.recurrent_states[0])
+        return recurrent_of(layer)
     if not isinstance(layer, (cache_utils.StaticLayer, cache_utils.DynamicLayer)):
         return None
     keys, values, length = layer.keys, layer.values, int(layer.get_seq_length())
@@ -90,6 +90,12 @@ def _state(layer: Any, limit: int, starts: Tensor) -> State:
         return KeyValues(keys, values)
     layer.keys = layer.values = None
     return found
+
+
+def recurrent_of(layer: Any) -> Recurrent | None:
+    """The states in a layer of a cache; None where nothing was written, as of layers that have no mixer."""
+    conv, state = layer.conv_states[0], layer.recurrent_states[0]
+    return None if conv is None or state is None else Recurrent(conv, state)
 
 
 def _grown(buffer: Tensor, limit: int) -> Tensor:

@@ -7,7 +7,7 @@ The rows in use are the first ones. A row that leaves is filled by the last, so 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from gemq.errors import UnsupportedModelError
 from gemq.generation.memory import check_cache_fits
 from gemq.generation.native import NativeStep
-from gemq.generation.states import KeyValues, Numbers, Recurrent, State, newest_in_turn, numbers
+from gemq.generation.states import KeyValues, Numbers, Recurrent, State, newest_in_turn, numbers, recurrent_of
 from gemq.generation.step import LeanStep, Progress
 from gemq.models.forward import call, decoder_of
 
@@ -57,7 +57,9 @@ class Rows:
     def _state(self, layer: Any) -> State:
         """Zeros for all rows, in the form of a layer's cache of one."""
         if hasattr(layer, "recurrent_states"):
-            one = Recurrent(layer.conv_states[0], layer.recurrent_states[0])
+            one = recurrent_of(layer)
+            if one is None:
+                return None
             parts = numbers(one) if self.kind == "native" else one
             return type(parts)(*(part.new_zeros(self.rows, *part.shape[1:]) for part in parts))
         if getattr(layer, "keys", None) is None:
@@ -76,7 +78,7 @@ class Rows:
                 newest_in_turn(state.keys[row], layer.keys[0], length)
                 newest_in_turn(state.values[row], layer.values[0], length)
             elif state is not None:
-                one = Recurrent(layer.conv_states[0], layer.recurrent_states[0])
+                one = cast(Recurrent, recurrent_of(layer))
                 for held, new in zip(state, numbers(one) if isinstance(state, Numbers) else one, strict=True):
                     held[row] = new[0]
 
