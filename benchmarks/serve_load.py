@@ -2,9 +2,9 @@
 
 ``python benchmarks/serve_load.py CHECKPOINT`` starts ``gemq serve`` and writes
 ``benchmarks/results/serve-<date>.json``: tokens a second, time to the first token and time a request with 1, 4, 16 and
-``--clients`` clients, each over ``--seconds``. Prompts are of 1 to 120 tokens drawn from seeds, answers of 1 to 48; greedy and seeded samples, streamed
-and whole. Every answer is compared with the one that the same request got alone before. The exit status is 1 if one
-differs or is lost.
+``--clients`` clients, each over ``--seconds``. Prompts are of 1 to 120 tokens drawn from seeds, answers of 1 to 48;
+greedy and seeded samples, streamed and whole. Every answer is compared with the one that the same request got alone
+before. The exit status is 1 if one differs or is lost.
 """
 
 from __future__ import annotations
