@@ -6,7 +6,7 @@ OUT ?= demo-out
 # rebuilt when what is compiled or pinned changes; Python sources are used in place
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help demo docs test slow lint sanitize clang portable compat sweep fuzz kills mutants benchmark study clean
+.PHONY: help demo docs test slow lint sanitize clang portable compat sweep fuzz kills mutants benchmark serve-check study clean
 
 help:
 	@echo "make demo       quantize the small model that ships with gemq and generate from it"
@@ -23,6 +23,7 @@ help:
 	@echo "make kills      ends gemq quantize at every write and rename and at 100 random moments; each must resume alike"
 	@echo "make mutants    plants faults one at a time; at least one test must fail for each (KIND=python or compiled)"
 	@echo "make benchmark  CPU (and, with a GPU, GPU) benchmarks"
+	@echo "make serve-check  the real vLLM on a CPU against gemq's own models; installs it into FOLDER=build/serve (4 GB)"
 	@echo "make study      the accuracy study; resumable (TABLE=1,21 MODELS=folder DATA='--text a=held.txt' STUDY=study-out)"
 	@echo "make clean      remove the virtual environment and what was built"
 
@@ -109,6 +110,12 @@ mutants: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(BIN)/pytest --benchmark-only
+
+# WAYS=, FAMILIES=, DTYPES= choose parts
+FOLDER ?= build/serve
+serve-check: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/serve_check.py $(FOLDER) $(if $(WAYS),--ways $(WAYS)) \
+	  $(if $(FAMILIES),--families $(FAMILIES)) $(if $(DTYPES),--dtypes $(DTYPES))
 
 TABLE ?= all
 STUDY ?= study-out

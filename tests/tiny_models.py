@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
@@ -46,10 +48,13 @@ _LATENT = {
 _GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "q_lora_rank": 32}
 
 
-def tiny_model(family: str, seed: int = 0, layers: int = 2, experts: int = 4):
-    """A float32 model in evaluation mode with random weights large enough that its experts matter."""
+def tiny_model(family: str, seed: int = 0, layers: int = 2, experts: int = 4, config: Any = None):
+    """A float32 model in evaluation mode with random weights large enough that its experts matter; of ``config`` if one
+    is given."""
     torch.manual_seed(seed)
-    if family == "mixtral":
+    if config is not None:
+        model = AutoModelForCausalLM.from_config(config)
+    elif family == "mixtral":
         config = MixtralConfig(**_COMMON, intermediate_size=96, num_hidden_layers=layers, num_local_experts=experts)
         model = MixtralForCausalLM(config)
     elif family == "deepseek_v2":
