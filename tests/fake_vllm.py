@@ -148,6 +148,7 @@ class MoEActivation(enum.Enum):
 @dataclass
 class FusedMoEParallelConfig:
     tp_size: int = 1
+    tp_rank: int = 0
     use_ep: bool = False
 
 
@@ -231,10 +232,17 @@ class RoutedExperts(nn.Module):
 
 
 class LinearBase(nn.Module):
-    """``tp_size`` divides the outputs of all but a row-parallel layer, which divides its inputs."""
+    """``tp_size`` divides the outputs of all but a row-parallel layer, which divides its inputs, and a replicated one.
 
-    def __init__(self, input_size, output_sizes, quant_config, prefix, tp_size=1, row=False, bias=False):
+    Keys and values of fewer heads than ranks have ``repeats``: the ranks that share a head.
+    """
+
+    def __init__(self, input_size, output_sizes, quant_config, prefix, tp_size=1, row=False, bias=False, tp_rank=0,
+                 replicated=False, repeats=1):
         super().__init__()
+        self.tp_rank, self.tp_size, self.row, self.repeats = tp_rank, tp_size, row, repeats
+        tp_size = 1 if replicated else tp_size
+        output_sizes = [size * (repeats if at else 1) for at, size in enumerate(output_sizes)]
         self.input_size_per_partition = input_size // tp_size if row else input_size
         self.quant_method = quant_config.get_quant_method(self, prefix=prefix)
         if self.quant_method is None:
@@ -258,12 +266,16 @@ class LinearBase(nn.Module):
                 param.weight_loader(param, loaded, shard)
             else:
                 at = {"q": 0, "k": 1, "v": 2, None: 0}.get(shard, shard)
-                start = sum(self.sizes[:at])
-                param.data[start : start + len(loaded)].copy_(loaded)
+                start, size = sum(self.sizes[:at]), self.sizes[at]
+                if len(loaded) == sum(self.sizes):
+                    size = len(loaded)
+                first = self.tp_rank * (len(loaded) // size) // self.tp_size * size
+                param.data[start : start + size].copy_(loaded[first : first + size])
             yield name
 
     def forward(self, x):
-        return self.quant_method.apply(self, x, self.bias)
+        bias = None if self.row and self.tp_rank else self.bias
+        return self.quant_method.apply(self, x, bias)
 
 
 class UnquantizedLinearMethod(LinearMethodBase):

@@ -119,6 +119,9 @@ def rows_of(job: dict, ours: dict[tuple[str, str], list[dict]]) -> list[dict]:
         return [head | {"streams": 0, "same": False, "error": answers["error"]}]
     family, dtype = job["family"], job["dtype"]
     limit = allowed(dtype, ours[family, "float32"], ours[family, dtype])
+    rounds = [answer for streams in job["streams"] for answer in answers[f"{streams} again"]]
+    if job["way"] == "chunked" and not any(answer["cached"] for answer in rounds):
+        return [head | {"streams": 0, "same": False, "error": "vLLM read no prefix from its cache"}]
     return [
         head | {"streams": streams}
         | compared([answers[str(streams)], answers[f"{streams} again"]], ours[family, dtype], limit, dtype == "float32")

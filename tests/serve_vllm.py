@@ -4,7 +4,7 @@
 
 A job is ``{"folder", "prompts", "tokens", "streams", "options", "out"}``, and with ``"fork"`` it runs in a fork of this
 process, which has imported vLLM. Its answers go to ``out``: by number of streams a list of ``{"tokens", "logprobs",
-"prompt_logprobs"}``, one for each prompt; of a job that failed ``{"error": text}``.
+"prompt_logprobs", "cached"}``, one for each prompt; of a job that failed ``{"error": text}``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def answer(output: Any) -> dict[str, list]:
     return {
         "tokens": list(done.token_ids),
         "logprobs": [step[token].logprob for step, token in zip(done.logprobs, done.token_ids, strict=True)],
+        "cached": output.num_cached_tokens or 0,
         "prompt_logprobs": [step[token].logprob for step, token in zip(given[1:], prompt[1:], strict=False)],
     }
 

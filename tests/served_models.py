@@ -7,7 +7,7 @@ import re
 import fake_sglang
 import fake_vllm
 import torch
-from packed_models import quantized
+from packed_models import quantized, quantized_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,10 +29,10 @@ SUBSTRINGS = {"mixtral": {".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_pro
 NOT_LINEARS = re.compile(r"embed_tokens|lm_head|norm|\.gate\.|shared_expert_gate")
 
 
-def checkpoint(family, folder):
-    """``(folder, gemq's model)`` of a tiny model, every width from 0 to 8 among its experts."""
-    shared = 3 if family != "mixtral" else None
-    made = quantized(family, budget=8, given=WIDTHS, shared_bits=shared, dense_bits=5, tune=False)
+def checkpoint(family, folder, source=None):
+    """``(folder, gemq's model)`` of ``source``, by default a tiny model, every width from 0 to 8 among its experts."""
+    method = {"given": WIDTHS, "shared_bits": 3 if family != "mixtral" else None, "dense_bits": 5, "tune": False}
+    made = quantized(family, 8, **method) if source is None else quantized_model(source, 8.0, **method)
     folder = save_packed(made.packed, made.config, folder)
     return folder, gemq.from_pretrained(folder)
 
@@ -78,7 +78,14 @@ def linears(model, index, fused="fused_qkv_a_proj"):
     return found
 
 
-def built(fake, config, model, family, experts, tp=1):
+def parallel(name, tp, rank, heads):
+    """What vLLM's classes say of a linear's split: a replicated one, or shared heads of keys and values."""
+    if "_a_proj" in name:
+        return {"tp_size": tp, "tp_rank": rank, "replicated": True}
+    return {"tp_size": tp, "tp_rank": rank, "repeats": max(1, tp // heads) if "qkv" in name else 1}
+
+
+def built(fake, config, model, family, experts, tp=1, rank=0):
     """A fake runtime's model of the quantized layers of ``model``; ``experts(layer, prefix, module)`` makes its MoE."""
     twin = nn.Module()
     # SGLang's fused layer is one matrix, vLLM's a merged one
@@ -87,9 +94,10 @@ def built(fake, config, model, family, experts, tp=1):
         for name, parts in linears(model, index, FUSED[fake]):
             prefix = f"model.layers.{index}.{name}"
             rows = [p.out_features for p in parts]
+            split = {"tp_size": tp} if whole else parallel(name, tp, rank, model.config.num_key_value_heads)
             put(twin, prefix, fake.LinearBase(
-                parts[0].in_features, [sum(rows)] if whole and name.endswith("_mqa") else rows, config, prefix, tp,
-                row=name.endswith(("o_proj", "down_proj")), bias=parts[0].bias is not None,
+                parts[0].in_features, [sum(rows)] if whole and name.endswith("_mqa") else rows, config, prefix,
+                row=name.endswith(("o_proj", "down_proj")), bias=parts[0].bias is not None, **split,
             ))  # fmt: skip
         if hasattr(layer.mlp, "experts"):
             block = "block_sparse_moe" if family == "mixtral" else "mlp"
@@ -131,7 +139,7 @@ def moe_layers(twin, model, family):
             yield getattr(inner, "routed_experts", inner), layer.mlp.experts
 
 
-def vllm_model(methods, folder, model, family, expert_map=None, tp=1, linear_tp=1, **moe):
+def vllm_model(methods, folder, model, family, expert_map=None, tp=1, linear_tp=1, rank=0, **moe):
     config = config_of(methods, folder)
     config.maybe_update_config(str(folder), model.config)
 
@@ -139,12 +147,12 @@ def vllm_model(methods, folder, model, family, expert_map=None, tp=1, linear_tp=
         count = module.num_experts if expert_map is None else int((expert_map >= 0).sum())
         shape = fake_vllm.FusedMoEConfig(
             module.num_experts, 2, module.hidden, module.intermediate, count,
-            moe_parallel_config=fake_vllm.FusedMoEParallelConfig(tp_size=tp), **moe,
+            moe_parallel_config=fake_vllm.FusedMoEParallelConfig(tp, rank if tp > 1 else 0), **moe,
         )
         names = ROLES.get(family, ("gate_proj", "down_proj", "up_proj"))
         return fake_vllm.RoutedExperts(prefix, torch.float32, shape, config, expert_map, names)
 
-    return built(fake_vllm, config, model, family, experts, linear_tp)
+    return built(fake_vllm, config, model, family, experts, linear_tp, rank)
 
 
 def vllm_load(methods, twin, folder, family, tensors=None):

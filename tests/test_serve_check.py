@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import serve_check
@@ -109,6 +110,17 @@ def test_a_failed_job_is_a_difference(tmp_path):
     (tmp_path / "mixtral.float32.eager.json").write_text('{"error": "no memory"}')
     (found,) = serve_check.rows_of(job, {})
     assert not found["same"] and found["error"] == "no memory"
+
+
+@pytest.mark.parametrize("cached", [0, 32])
+def test_a_cache_that_was_not_read_is_no_comparison(tmp_path, cached):
+    (job,) = serve_check.jobs_of("chunked", ["mixtral"], ["float32"], tmp_path)
+    plain = [{name: answer[name] for name in ("tokens", "logprobs", "prompt_logprobs")} for answer in own()]
+    again = [answer | {"prompt_logprobs": [], "cached": cached} for answer in plain]
+    found = {"1": plain, "1 again": again, "8": plain, "8 again": again}
+    (tmp_path / "mixtral.float32.chunked.json").write_text(json.dumps(found))
+    rows = serve_check.rows_of(job, {("mixtral", "float32"): own()})
+    assert [row["same"] for row in rows] == ([True, True] if cached else [False])
 
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])

@@ -83,14 +83,6 @@ def test_vllm_expert_parallel_ranks_sum_to_the_whole(vllm, checkpoints, placemen
         assert bool((parts[0][3] == 0).all()) and not bool((expected[4] == 0).all())
 
 
-def test_vllm_tensor_parallelism_is_refused(vllm, checkpoints):
-    folder, model = checkpoints["mixtral"]
-    with pytest.raises(ServingError, match=r"layers.0.self_attn.qkv_proj: tensor parallelism is not served \(\[64, 64"):
-        vllm_model(vllm, folder, model, "mixtral", linear_tp=2)
-    with pytest.raises(ServingError, match=r"experts: tensor parallelism is not served \(\[48\] of \[96"):
-        vllm_model(vllm, folder, model, "mixtral", tp=2)
-
-
 @pytest.mark.parametrize("change, message", [
     ({"activation": fake_vllm.MoEActivation.GELU}, "experts with another activation are not served"),
     ({"has_bias": True}, "experts with biases are not served"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gemq.format import UNQUANTIZED
 from gemq.packed_config import PackedConfig
 from gemq.serving.packed_layers import LinearParts, check_ends, check_unsplit, read_dense, width_of
+from gemq.serving.splits import Rank
 
 
 class PackedQuantization:
@@ -56,6 +57,9 @@ class PackedQuantization:
 class PackedLinearMethod:
     """The weights of one linear layer, merged ones included, packed at one width."""
 
+    # True where the runtime's tensor parallelism is served: its layers say their rank as tp_rank and tp_size
+    splits = False
+
     def __init__(self, packed: PackedConfig, bits: int, prefix: str):
         self.packed, self.bits, self.prefix = packed, bits, prefix
 
@@ -63,11 +67,15 @@ class PackedLinearMethod:
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:
-        """Register ``weight_codes`` and ``weight_meta``. Raises :class:`ServingError` under tensor parallelism."""
-        check_unsplit(
-            self.prefix, [input_size_per_partition, sum(output_partition_sizes)], [input_size, output_size]
+        """Register ``weight_codes`` and ``weight_meta`` of this rank's part. Raises :class:`ServingError` for a split
+        that the columns do not allow, and for any where the runtime's is not served."""
+        rows = sum(output_partition_sizes)
+        if not self.splits:
+            check_unsplit(self.prefix, [input_size_per_partition, rows], [input_size, output_size])
+        self.parts = LinearParts(
+            self.prefix, input_size_per_partition, output_partition_sizes, self.bits, self.packed.group_size,
+            input_size, output_size // rows, Rank(getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)),
         )
-        self.parts = LinearParts(self.prefix, input_size, output_partition_sizes, self.bits, self.packed.group_size)
         for name, parameter in self.parts.parameters().items():
             layer.register_parameter(name, parameter)
 
@@ -93,11 +101,11 @@ class UnpackedLinearMethod(PackedLinearMethod):
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any,
     ) -> None:
-        """Register ``weight`` beside the packed buffers. Raises :class:`ServingError` under tensor parallelism."""
+        """Register ``weight`` beside the packed buffers. Raises :class:`ServingError` as the packed method does."""
         super().create_weights(
             layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype
         )
-        weight = torch.zeros(sum(output_partition_sizes), input_size, dtype=params_dtype)
+        weight = torch.zeros(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype)
         layer.register_buffer("weight", weight, persistent=False)
         self.parts.when_complete = lambda: self._unpack(layer)
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gemq import format as fmt
-from gemq.errors import CheckpointError, GemqError
+from gemq.errors import CheckpointError
 from gemq.format import UNQUANTIZED
 from gemq.nn import LowBitExperts, LowBitLinear
 from gemq.nn.experts import PROJECTIONS, stored_name
 from gemq.ops import dequantize
 from gemq.packed_config import PackedConfig
+from gemq.serving.splits import Matrix, Rank, ServingError, check_columns, own_rows
 
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
@@ -34,10 +35,6 @@ _MERGED = {
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
 _SHARDS: dict[str | int, int] = {"q": 0, "k": 1, "v": 2}
-
-
-class ServingError(GemqError, ValueError):
-    """A checkpoint, or a way of splitting a model, that a serving plug-in does not run."""
 
 
 def check_ends(config: PackedConfig) -> None:
@@ -117,11 +114,19 @@ def _buffer(size: int, dtype: torch.dtype, loader: Callable[..., Any]) -> nn.Par
 class LinearParts:
     """The packed buffers of one linear layer: of one matrix, or several with the same input (q, k and v; gate and up).
 
-    Rows of the parts follow each other, so the canonical buffers of the parts do too.
+    Rows of the parts follow each other, so the canonical buffers of the parts do too. ``k`` and ``rows`` are those of
+    this rank. The checkpoint's matrices have ``whole_k`` columns, and ``pieces`` times the rows; each is cut as it is
+    loaded.
     """
 
-    def __init__(self, prefix: str, k: int, rows: Sequence[int], bits: int, group_size: int):
+    def __init__(
+        self, prefix: str, k: int, rows: Sequence[int], bits: int, group_size: int, whole_k: int | None = None,
+        pieces: int = 1, rank: Rank = Rank(),  # noqa: B008  (immutable)
+    ):
         self.prefix, self.k, self.rows, self.bits = prefix, k, list(rows), bits
+        self.whole_k, self.pieces, self.rank = whole_k or k, pieces, rank
+        if self.whole_k != k:
+            check_columns(prefix, self.whole_k, rank.size)
         self.preferred, self.group_size = group_size, fmt.default_group_size(k, group_size)
         self._missing = {(kind, part) for kind in ("codes", "meta") for part in range(len(self.rows))}
         # SGLang loads from several threads
@@ -129,9 +134,24 @@ class LinearParts:
         self.when_complete: Callable[[], None] | None = None
 
     def _sizes(self, kind: str) -> list[int]:
-        if kind == "codes":
-            return [fmt.codes_bytes(n, self.k, self.bits) for n in self.rows]
-        return [fmt.meta_elements(n, self.k, self.bits, self.group_size) for n in self.rows]
+        return [Matrix(n, self.k, self.bits, self.preferred).elements(kind) for n in self.rows]
+
+    def _cut(self, kind: str, loaded: Tensor, shard: str | int | None) -> Tensor:
+        """This rank's rows or columns of one of the checkpoint's matrices."""
+        if (self.pieces == 1 and self.whole_k == self.k) or self.bits == 0:
+            return loaded
+        part: Any = _SHARDS.get(shard, shard) if shard is not None else 0
+        if (shard is None and len(self.rows) > 1) or part not in range(len(self.rows)):
+            raise ServingError(f"{self.prefix}.weight_{kind} was loaded without saying which of its parts it is")
+        stored, over = divmod(loaded.numel(), Matrix(1, self.whole_k, self.bits, self.preferred).elements(kind))
+        if over or loaded.dim() != 1:
+            return loaded  # of another shape, which the check that follows names
+        whole = Matrix(stored, self.whole_k, self.bits, self.preferred)
+        rows = slice(0, stored)
+        if self.pieces > 1:
+            rows = own_rows(self.prefix, stored, self.rows[part], self.rank, shard in ("k", "v"))
+        start = self.rank.index * self.k if self.whole_k != self.k else 0
+        return whole.cut(kind, loaded, [rows], slice(start, start + self.k))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """``weight_codes`` uint8 and ``weight_meta`` float16, flat, with loaders that take a part at a time."""
@@ -141,7 +161,7 @@ class LinearParts:
         }
 
     def _load(self, kind: str, param: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
-        sizes = self._sizes(kind)
+        sizes, loaded = self._sizes(kind), self._cut(kind, loaded, shard)
         parts: Sequence[int]
         if shard is None:
             if len(sizes) > 1 and loaded.numel() != sum(sizes):
@@ -184,38 +204,55 @@ class ExpertParts:
     """The packed buffers of the experts of one layer that are kept on this rank.
 
     The checkpoint holds all experts of a layer in one buffer; its loader keeps the slices of ``kept``, in that order.
+    Of each expert this rank has ``intermediate`` of ``rank.size`` times as many rows of gate and up, and columns of
+    down.
     """
 
-    def __init__(self, prefix: str, hidden: int, intermediate: int, bits: dict[str, list[int]], kept: Sequence[int],
-                 group_size: int):
-        self.prefix, self.hidden, self.intermediate = prefix, hidden, intermediate
+    def __init__(
+        self, prefix: str, hidden: int, intermediate: int, bits: dict[str, list[int]], kept: Sequence[int],
+        group_size: int, rank: Rank = Rank(),  # noqa: B008  (immutable)
+    ):
+        check_columns(f"{prefix}: down_proj", intermediate * rank.size, rank.size)
+        self.prefix, self.hidden, self.intermediate, self.rank = prefix, hidden, intermediate, rank
         self.bits, self.kept, self.group_size = bits, list(kept), group_size
         self._missing = {(name, kind) for name in PROJECTIONS for kind in ("codes", "meta")}
 
-    def _sizes(self, name: str, kind: str) -> list[int]:
-        """Elements of every expert of the layer."""
-        n, k = (2 * self.intermediate, self.hidden) if name == "gate_up_proj" else (self.hidden, self.intermediate)
-        if kind == "codes":
-            return [fmt.codes_bytes(n, k, width) for width in self.bits[name]]
-        size = fmt.default_group_size(k, self.group_size)
-        return [fmt.meta_elements(n, k, width, size) for width in self.bits[name]]
+    def _matrices(self, name: str, parts: int = 1) -> list[Matrix]:
+        """Every expert of the layer, with ``parts`` times this rank's intermediate size."""
+        inner = parts * self.intermediate
+        n, k = (2 * inner, self.hidden) if name == "gate_up_proj" else (self.hidden, inner)
+        return [Matrix(n, k, width, self.group_size) for width in self.bits[name]]
+
+    def _cut(self, name: str, kind: str, whole: Matrix, stored: Tensor) -> Tensor:
+        """This rank's part of one expert's buffer."""
+        if self.rank.size == 1:
+            return stored
+        inner = self.intermediate
+        own = slice(self.rank.index * inner, (self.rank.index + 1) * inner)
+        if name == "down_proj":
+            return whole.cut(kind, stored, [slice(0, self.hidden)], own)
+        # gate first, then up
+        up = self.rank.size * inner
+        return whole.cut(kind, stored, [own, slice(up + own.start, up + own.stop)], slice(0, self.hidden))
 
     def parameter(self, name: str, kind: str) -> nn.Parameter:
         """The flat buffer of a projection's codes (uint8) or metadata (float16) for the experts that are kept."""
-        sizes = self._sizes(name, kind)
+        sizes = [matrix.elements(kind) for matrix in self._matrices(name)]
         dtype = torch.uint8 if kind == "codes" else torch.float16
         return _buffer(sum(sizes[e] for e in self.kept), dtype, partial(self._load, name, kind))
 
     def _load(
         self, name: str, kind: str, param: nn.Parameter, loaded_weight: Tensor, *_: Any, **named: Any
     ) -> bool | None:
-        sizes = self._sizes(name, kind)
+        whole = self._matrices(name, self.rank.size)
+        sizes = [matrix.elements(kind) for matrix in whole]
         _check_loaded(f"{self.prefix}.{stored_name(name, kind)}", param, loaded_weight, sum(sizes))
         pieces = loaded_weight.split(sizes)
         at = 0
         for expert in self.kept:
-            param.data[at : at + sizes[expert]].copy_(pieces[expert])
-            at += sizes[expert]
+            own = self._cut(name, kind, whole[expert], pieces[expert])
+            param.data[at : at + own.numel()].copy_(own)
+            at += own.numel()
         self._missing.discard((name, kind))
         return True if named.get("return_success") else None
 

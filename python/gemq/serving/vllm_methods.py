@@ -31,10 +31,10 @@ from gemq.serving.methods import PackedLinearMethod, PackedQuantization, Unpacke
 from gemq.serving.packed_layers import (
     ExpertParts,
     ServingError,
-    check_unsplit,
     expert_widths,
     local_ids,
 )
+from gemq.serving.splits import Rank
 
 SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
 # the names that vLLM gives to gate and up together, and to down
@@ -71,9 +71,13 @@ class GemqConfig(PackedQuantization, QuantizationConfig):
 class GemqLinearMethod(PackedLinearMethod, LinearMethodBase):
     """One linear layer, merged ones included, packed at one width."""
 
+    splits = True
+
 
 class GemqUnpackedLinearMethod(UnpackedLinearMethod, LinearMethodBase):
     """``kv_b_proj`` of latent attention, which vLLM splits and absorbs."""
+
+    splits = True
 
 
 class GemqMoEMethod(FusedMoEMethodBase):
@@ -89,10 +93,10 @@ class GemqMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Register the buffers of this rank's experts.
 
-        Raises :class:`ServingError` under tensor parallelism and for experts that are not SiLU(gate) * up.
+        Raises :class:`ServingError` for a split that the columns of down do not allow, and for experts that are not
+        SiLU(gate) * up.
         """
         prefix = layer.layer_name
-        check_unsplit(prefix, [intermediate_size_per_partition], [self.moe.intermediate_size])
         self._refuse(layer, prefix)
         widths = expert_widths(self.packed, prefix)
         experts = len(widths["gate_up_proj"])
@@ -100,7 +104,8 @@ class GemqMoEMethod(FusedMoEMethodBase):
             raise ServingError(f"{prefix} has {layer.global_num_experts} experts, the checkpoint {experts}")
         kept = _kept(layer.expert_map, num_experts)
         self.parts = ExpertParts(
-            prefix, hidden_size, intermediate_size_per_partition, widths, kept, self.packed.group_size
+            prefix, hidden_size, intermediate_size_per_partition, widths, kept, self.packed.group_size,
+            Rank(self.moe.moe_parallel_config.tp_rank, self.moe.moe_parallel_config.tp_size),
         )
         for short, name in _PROJECTIONS.items():
             for kind in ("codes", "meta"):
