@@ -57,20 +57,13 @@ def test_texts_leave_the_window(kind, rows, length, new):
     assert_same(step_model(kind), rows, length, new)
 
 
-@pytest.mark.parametrize("kind", RECURRENT)
-def test_states_of_prompts_in_chunks(kind, monkeypatch):
+@pytest.mark.parametrize("kind, step, length", [
+    *((kind, "native", 33) for kind in RECURRENT), ("gpt_oss", "transformers", 45), ("gemma4_text", "transformers", 45),
+])
+def test_states_and_windows_of_prompts_in_chunks(kind, step, length, monkeypatch):
     model = step_model(kind)
-    ids, mask = prompt(2, 33)
-    expected = step_logits(model, ids, mask, "native", 5)[0]
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 24)
-    assert relative_error(step_logits(model, ids, mask, "native", 5)[0], expected) <= TOLERANCE
-
-
-@pytest.mark.parametrize("kind", ["gpt_oss", "gemma4_text"])
-def test_windows_of_prompts_in_chunks(kind, monkeypatch):
-    model = step_model(kind)
-    ids, mask = prompt(2, 45)
-    expected = step_logits(model, ids, mask, "transformers", 5)[0]
+    ids, mask = prompt(2, length)
+    expected = step_logits(model, ids, mask, step, 5)[0]
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 24)
     assert relative_error(step_logits(model, ids, mask, "native", 5)[0], expected) <= TOLERANCE
 
@@ -92,6 +85,18 @@ def test_rounded_activations_and_16_bits(kind):
     assert relative_error(own, expected) <= 1.2 * relative_error(lean, expected)
     ops.set_cpu_activations("int16")
     assert relative_error(step_logits(wide, ids, mask, "native", 2)[0], expected) <= 5e-3
+
+
+@pytest.mark.parametrize("step", ["lean", "native"])
+def test_norms_that_stay_in_float32(step):
+    """transformers keeps gpt-oss's norms in float32 where the rest is float16."""
+    model = copy.deepcopy(step_model("gpt_oss", dtype=torch.float16))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    ids, mask = prompt(2, 9)
+    expected = step_logits(model, ids, mask, "transformers", 4)[0]
+    assert relative_error(step_logits(model, ids, mask, step, 4)[0], expected) <= 5e-3
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe_text", "nemotron_h", "gpt_oss", "gemma4_text"])

@@ -13,7 +13,7 @@ from gemq.generation.attention import Place, attention_unfit, rotary_tables
 from gemq.generation.layers import lean_layer
 from gemq.generation.norms import rms_norm
 from gemq.generation.states import KeyValues, State
-from gemq.models.ends import embedding_device
+from gemq.models.ends import embedding_device, embedding_dtype
 from gemq.models.forward import call, decoder_of
 
 
@@ -52,7 +52,7 @@ class LeanStep:
         decoder = decoder_of(model)
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.final, self.cap = known.final_norm(decoder), known.softcap(model)
-        self.dynamic, self.dtype = dynamic, known.final_norm(decoder).weight.dtype
+        self.dynamic, self.dtype = dynamic, embedding_dtype(decoder)
         self.rotary = rotary_tables(decoder, limit, self.dtype)
         self.layers = [lean_layer(layer, state) for layer, state in zip(decoder.layers, states, strict=False)]
         held = [state for state in states if isinstance(state, KeyValues)]
