@@ -170,6 +170,23 @@ def test_an_error_in_a_prompt_or_step_ends_what_it_concerns(made, monkeypatch):
     assert after.end == End("length")
 
 
+def test_an_error_at_the_first_token_or_in_one_row(made, monkeypatch):
+    """The job of the row ends once, and no row without a token is decoded."""
+    engine, (a, b) = made(step_model("mixtral")), prompts(5, 6)
+    advance = engine._advance
+
+    def failing(row, logits):
+        if len(row.job.prompt) == 6:
+            raise RuntimeError("no sample")
+        advance(row, logits)
+
+    monkeypatch.setattr(engine, "_advance", failing)
+    _, good = submitted(engine, a, greedy(30))
+    _, bad = submitted(engine, b, greedy())
+    assert bad.end == End("error", "no sample") and good.end == End("length")
+    assert bad.events == [bad.end] and len(good.tokens) == 30 and not engine.busy
+
+
 def test_a_full_queue_and_an_end(made, monkeypatch):
     engine, (prompt,) = made(step_model("mixtral"), queue=2), prompts(5)
     slow = engine.rows.step

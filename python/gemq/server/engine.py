@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,31 +120,35 @@ class Engine:
                 if self._stopped:
                     break
             self._let_go()
-            self._guarded(self._read, lambda: [self.reading.job] if self.reading else [])
-            self._guarded(self._step, lambda: [row.job for row in self.running])
-        self._end_all(End("error", "the server stopped"))
+            self._guarded(self._read, self._read_jobs)
+            self._guarded(self._step, self._running_jobs)
+        for job in self._jobs():
+            self._drop(job, End("error", "the server stopped"))
 
-    def _guarded(self, work: Any, concerned: Any) -> None:
-        """Do some work; an error ends the jobs concerned, and the others go on."""
-        jobs = concerned()
+    def _read_jobs(self) -> list[Job]:
+        return [self.reading.job] if self.reading else []
+
+    def _running_jobs(self) -> list[Job]:
+        return [row.job for row in self.running]
+
+    def _jobs(self) -> list[Job]:
+        return [*self.waiting, *self._read_jobs(), *self._running_jobs()]
+
+    def _guarded(self, work: Callable[[], None], concerned: Callable[[], list[Job]]) -> None:
+        """Do some work; an error ends the jobs concerned then, and the others go on."""
         try:
             work()
         except Exception as error:
-            jobs = jobs or concerned()
             memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
             message = "out of memory: try a shorter prompt" if memory else first_line(error)
             _log.error("a request failed: %s: %s", type(error).__name__, first_line(error))
-            for job in jobs:
+            for job in concerned():
                 self._drop(job, End("error", message))
-
-    def _end_all(self, end: End) -> None:
-        for job in [*self.waiting, *([self.reading.job] if self.reading else []), *(r.job for r in self.running)]:
-            self._drop(job, end)
 
     def _let_go(self) -> None:
         """End jobs that nobody waits for any more."""
         now = time.monotonic()
-        for job in [*self.waiting, *([self.reading.job] if self.reading else []), *(r.job for r in self.running)]:
+        for job in self._jobs():
             if job.cancelled:
                 self._drop(job, End("cancelled"))
             elif now > job.deadline:
@@ -187,8 +192,9 @@ class Engine:
         self.rows.fill(len(self.running), reading.cache)
         logits = capped(self.model.get_output_embeddings()(hidden), self._cap).float()
         self.running.append(self._started(reading.job))
-        self.reading = None
         self._advance(self.running[-1], logits)
+        # last, so that an error on the way ends this job alone
+        self.reading = None
 
     def _started(self, job: Job) -> _Running:
         ids = torch.tensor([job.prompt], device=self.rows.device)
