@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "decode/scalars.h"
+
 namespace gemq {
 
 namespace {
@@ -55,12 +57,11 @@ void DeltaNet::heads(int64_t row, int head, float* scratch) {
   const float *beta = number(shape_.beta), *decay = number(shape_.decay), *gate = number(shape_.gate);
   for (int64_t i = 0; i < shared; ++i) {
     const int64_t h = head * shared + i;
-    const float a = decay[i] + shape_.offset[h];
-    const float softplus = a > 20.0f ? a : std::log1p(std::exp(a));
+    const float step = softplus(decay[i] + shape_.offset[h]);
     float* const to = out_.row(row) + h * dim;
     float* const state = shape_.state + (row * shape_.value_heads + h) * shape_.key_dim * dim;
     kernels_.delta_rule({state, shape_.key_dim, shape_.value_dim, query, key, value + i * dim,
-                         std::exp(shape_.rate[h] * softplus), 1.0f / (1.0f + std::exp(-beta[i])), to});
+                         std::exp(shape_.rate[h] * step), sigmoid(beta[i]), to});
     kernels_.rms_norm(to, shape_.norm.data(), dim, shape_.eps, to);
     kernels_.gate(gate + i * dim, true, dim, to);
   }

@@ -1,8 +1,8 @@
 #include "decode/linear.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "decode/scalars.h"
 #include "gemq/bits.h"
 #include "moe_cpu/projection.h"
 
@@ -95,7 +95,7 @@ void Linear::product(const Item& item, float* tile) const {
 void Linear::put(const Item& item, const float* tile) const {
   const Matrix& m = *item.matrix;
   for (int64_t t = 0; t < x_.count(); ++t) {
-    const float factor = gate_ == nullptr ? 1.0f : 1.0f / (1.0f + std::exp(-gate_->row(t)[0]));
+    const float factor = gate_ == nullptr ? 1.0f : sigmoid(gate_->row(t)[0]);
     for (int b = 0; b < item.blocks; ++b) {
       const int64_t first = (item.block + b) * kBlockRows;
       const int width = static_cast<int>(std::min<int64_t>(kBlockRows, m.n - first));

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "decode/scalars.h"
+
 namespace gemq {
 
 Mamba::Mamba(const Kernels& kernels, const Rows& projected, Rows& out, MambaShape shape)
@@ -39,12 +41,12 @@ void Mamba::head(int64_t row, int head) {
   const float* mixed = mixed_.get() + row * shape_.channels();
   const float* into =
       mixed + shape_.inner() + static_cast<int64_t>(head / (shape_.heads / shape_.groups)) * shape_.states;
-  const float step = projected_.row(row)[shape_.inner() + shape_.channels() + head] + shape_.offset[head];
-  const float softplus = step > 20.0f ? step : std::log1p(std::exp(step));
+  const float step =
+      softplus(projected_.row(row)[shape_.inner() + shape_.channels() + head] + shape_.offset[head]);
   kernels_.state_space({shape_.state + (row * shape_.heads + head) * shape_.dim * shape_.states, shape_.dim,
                         shape_.states, mixed + static_cast<int64_t>(head) * shape_.dim, into,
-                        into + shape_.shared(), std::exp(shape_.rate[head] * softplus), softplus,
-                        shape_.skip[head], out_.row(row) + static_cast<int64_t>(head) * shape_.dim});
+                        into + shape_.shared(), std::exp(shape_.rate[head] * step), step, shape_.skip[head],
+                        out_.row(row) + static_cast<int64_t>(head) * shape_.dim});
 }
 
 void Mamba::norm(int64_t row) {

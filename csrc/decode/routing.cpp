@@ -3,6 +3,8 @@
 #include <cmath>
 #include <limits>
 
+#include "decode/scalars.h"
+
 namespace gemq {
 namespace {
 
@@ -21,7 +23,7 @@ int largest(const float* values, int count, const std::vector<char>& taken) {
 
 void scores_of(const RoutingRule& rule, const float* logits, int experts, float* scores) {
   if (rule.sigmoid) {
-    for (int e = 0; e < experts; ++e) scores[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+    for (int e = 0; e < experts; ++e) scores[e] = sigmoid(logits[e]);
     return;
   }
   float most = logits[0], sum = 0;

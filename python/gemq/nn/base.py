@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gemq.ops import layout_for
+from gemq import format as fmt
+from gemq.ops import checks, layout_for, pack, repack
 
 
 def profiled(name: str):
@@ -55,3 +56,54 @@ class PackedModule(nn.Module):
         if moved and self.layout != "canonical" and layout_for(device) != self.layout:
             self.prepare()
         return self
+
+
+class PackedMatrix(PackedModule):
+    """Base of modules over one packed matrix, whose flat buffers are ``weight_codes`` uint8 and ``weight_meta``
+    float16.
+
+    The state dict always holds the canonical layout; :meth:`prepare` moves the buffers to that of the kernels.
+    """
+
+    weight_codes: Tensor
+    weight_meta: Tensor
+
+    @property
+    def matrix(self) -> tuple[int, int, int, int]:
+        """Bits, rows, columns and group size."""
+        raise NotImplementedError
+
+    def own_layout(self) -> str:
+        """The layout to run in on the buffers' device."""
+        return layout_for(self.weight_codes.device)
+
+    def prepare(self, layout: str | None = None) -> None:
+        """Repack the buffers for their device's kernels, or to ``layout``; in place, no second copy is kept."""
+        layout = layout or self.own_layout()
+        if layout != self.layout:
+            self.weight_codes, self.weight_meta = self._converted(layout)
+            self.layout = layout
+
+    def _converted(self, layout: str) -> tuple[Tensor, Tensor]:
+        return repack(self.weight_codes, self.weight_meta, *self.matrix, source=self.layout, target=layout)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "canonical":
+            destination[prefix + "weight_codes"], destination[prefix + "weight_meta"] = self._converted("canonical")
+
+    def _register(self, device: torch.device | str | None) -> None:
+        """Make zeroed canonical buffers."""
+        bits, n, k, group_size = self.matrix
+        size, pairs = fmt.codes_bytes(n, k, bits), fmt.meta_elements(n, k, bits, group_size)
+        self.layout = "canonical"
+        self.register_buffer("weight_codes", torch.zeros(size, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_meta", torch.zeros(pairs, dtype=torch.float16, device=device))
+
+    def _fill(self, codes: Tensor, meta: Tensor) -> None:
+        """Take codes uint8 ``[rows, columns]`` and metadata. Raises ``TypeError`` or ``ValueError`` for metadata of
+        another dtype or shape."""
+        bits, n, k, group_size = self.matrix
+        checks.metadata("meta", meta, n, k, group_size)
+        self.weight_codes = pack(codes, bits).flatten()
+        self.weight_meta = meta.contiguous().flatten()

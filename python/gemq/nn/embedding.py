@@ -6,25 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from gemq import format as fmt
-from gemq.nn.base import PackedModule
+from gemq.nn.base import PackedMatrix
 from gemq.nn.linear import LowBitLinear
-from gemq.ops import backends, checks, layout_for, pack, repack
+from gemq.ops import backends, checks
 from gemq.ops.rows import cpu_rows, dequantized_rows
 
 
-class LowBitEmbedding(PackedModule):
+class LowBitEmbedding(PackedMatrix):
     """Rows of a matrix ``[num_embeddings, embedding_dim]`` packed at ``bits``, 4 to 8, times ``scale``.
 
     On every device the canonical layout is the one to run in: its rows lie together. With ``tied``, a
     :class:`TiedHead` multiplies by the same buffers, and they are in the layout of its kernels.
 
-    Rows come out in ``dtype``, which ``model.to(torch.bfloat16)`` changes as it does that of parameters. The state dict
-    always holds the canonical layout (``weight_codes`` uint8, ``weight_meta`` float16, flat). ``padding_idx`` is kept
-    for those who ask for it; it names a row like any other.
+    Rows come out in ``dtype``, which ``model.to(torch.bfloat16)`` changes as it does that of parameters.
+    ``padding_idx`` is kept for those who ask for it; it names a row like any other.
     """
-
-    weight_codes: Tensor
-    weight_meta: Tensor
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, bits: int, group_size: int = 128,
@@ -38,11 +34,7 @@ class LowBitEmbedding(PackedModule):
         self.group_size = fmt.default_group_size(embedding_dim, group_size)
         self.padding_idx, self.scale, self.tied = padding_idx, scale, tied
         self.dtype = dtype or torch.get_default_dtype()
-        self.layout = "canonical"
-        shape = (num_embeddings, embedding_dim, bits)
-        size, pairs = fmt.codes_bytes(*shape), fmt.meta_elements(*shape, self.group_size)
-        self.register_buffer("weight_codes", torch.zeros(size, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_meta", torch.zeros(pairs, dtype=torch.float16, device=device))
+        self._register(device)
 
     @classmethod
     def from_codes(
@@ -56,9 +48,7 @@ class LowBitEmbedding(PackedModule):
         """
         n, k = codes.shape
         module = cls(n, k, bits, group_size, padding_idx, scale, tied, dtype, codes.device)
-        checks.metadata("meta", meta, n, k, module.group_size)
-        module.weight_codes = pack(codes, bits).flatten()
-        module.weight_meta = meta.contiguous().flatten()
+        module._fill(codes, meta)
         return module
 
     @property
@@ -66,20 +56,9 @@ class LowBitEmbedding(PackedModule):
         """Bits, rows, columns and group size."""
         return self.bits, self.num_embeddings, self.embedding_dim, self.group_size
 
-    def prepare(self, layout: str | None = None) -> None:
-        """Repack the buffers for their device's kernels, or to ``layout``; in place, no second copy is kept."""
-        layout = layout or (layout_for(self.weight_codes.device) if self.tied else "canonical")
-        if layout != self.layout:
-            self.weight_codes, self.weight_meta = self._converted(layout)
-            self.layout = layout
-
-    def _converted(self, layout: str) -> tuple[Tensor, Tensor]:
-        return repack(self.weight_codes, self.weight_meta, *self.matrix, source=self.layout, target=layout)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.layout != "canonical":
-            destination[prefix + "weight_codes"], destination[prefix + "weight_meta"] = self._converted("canonical")
+    def own_layout(self) -> str:
+        """The head's, where it reads the same buffers."""
+        return super().own_layout() if self.tied else "canonical"
 
     def _apply(self, fn, recurse=True):
         # what a change of the model's dtype does to a number

@@ -6,19 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from gemq import format as fmt
-from gemq.nn.base import PackedModule
-from gemq.ops import backends, checks, layout_for, lowbit_gemm, pack, repack
+from gemq.nn.base import PackedMatrix
+from gemq.ops import backends, checks, lowbit_gemm
 
 
-class LowBitLinear(PackedModule):
-    """``x @ W.T (+ bias)`` with ``W [out, in]`` packed at ``bits``.
-
-    The state dict always holds the canonical layout (``weight_codes`` uint8, ``weight_meta`` float16, flat);
-    :meth:`prepare` moves the buffers to the layout of their device's kernels.
-    """
-
-    weight_codes: Tensor
-    weight_meta: Tensor
+class LowBitLinear(PackedMatrix):
+    """``x @ W.T (+ bias)`` with ``W [out, in]`` packed at ``bits``; buffers as :class:`PackedMatrix` has them."""
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = 128, bias: bool = False,
@@ -28,20 +21,13 @@ class LowBitLinear(PackedModule):
         fmt.check_bits(bits)
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size = fmt.default_group_size(in_features, group_size)
-        self.layout = "canonical"
-        size, pairs = self._sizes("canonical")
-        self.register_buffer("weight_codes", torch.zeros(size, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_meta", torch.zeros(pairs, dtype=torch.float16, device=device))
+        self._register(device)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @property
     def matrix(self) -> tuple[int, int, int, int]:
         """Bits, rows, columns and group size."""
         return self.bits, self.out_features, self.in_features, self.group_size
-
-    def _sizes(self, layout: str) -> tuple[int, int]:
-        shape = (self.out_features, self.in_features, self.bits)
-        return fmt.codes_bytes(*shape, layout), fmt.meta_elements(*shape, self.group_size, layout)
 
     @classmethod
     def from_codes(cls, codes: Tensor, meta: Tensor, bits: int, group_size: int, bias: Tensor | None = None):
@@ -50,27 +36,10 @@ class LowBitLinear(PackedModule):
         Raises ``TypeError`` or ``ValueError`` for metadata of another dtype or shape.
         """
         module = cls(codes.shape[1], codes.shape[0], bits, group_size, bias is not None, device=codes.device)
-        checks.metadata("meta", meta, codes.shape[0], codes.shape[1], module.group_size)
-        module.weight_codes = pack(codes, bits).flatten()
-        module.weight_meta = meta.contiguous().flatten()
+        module._fill(codes, meta)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone())
         return module
-
-    def _converted(self, layout: str) -> tuple[Tensor, Tensor]:
-        return repack(self.weight_codes, self.weight_meta, *self.matrix, source=self.layout, target=layout)
-
-    def prepare(self, layout: str | None = None) -> None:
-        """Repack the buffers for their device's kernels, or to ``layout``; in place, no second copy is kept."""
-        layout = layout or layout_for(self.weight_codes.device)
-        if layout != self.layout:
-            self.weight_codes, self.weight_meta = self._converted(layout)
-            self.layout = layout
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.layout != "canonical":
-            destination[prefix + "weight_codes"], destination[prefix + "weight_meta"] = self._converted("canonical")
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized weights ``[out, in]``."""
