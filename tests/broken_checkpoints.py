@@ -27,12 +27,15 @@ def a_made():
     return quantized("mixtral", tune=False)
 
 
+def save_both(made, root, shard):
+    """``(single, sharded)``: pristine checkpoints, to be copied; one has files of ``shard``."""
+    single = save_packed(made.packed, made.config, root / "single", dtype=torch.bfloat16)
+    return single, save_packed(made.packed, made.config, root / "sharded", max_shard_size=shard)
+
+
 @pytest.fixture(name="saved", scope="module")
 def a_saved(made, tmp_path_factory):
-    """``(single, sharded)``: pristine checkpoints, to be copied."""
-    root = tmp_path_factory.mktemp("saved")
-    single = save_packed(made.packed, made.config, root / "single", dtype=torch.bfloat16)
-    return single, save_packed(made.packed, made.config, root / "sharded", max_shard_size="30KB")
+    return save_both(made, tmp_path_factory.mktemp("saved"), "30KB")
 
 
 @pytest.fixture(name="folder")
@@ -42,7 +45,7 @@ def a_folder(saved, tmp_path):
 
 @pytest.fixture(name="sharded")
 def a_sharded(saved, tmp_path):
-    return shutil.copytree(saved[1], tmp_path / "model")
+    return shutil.copytree(saved[1], tmp_path / "shards")
 
 
 def refused(folder, message, loaders=tuple(LOADERS)):

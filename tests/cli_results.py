@@ -1,4 +1,4 @@
-"""What `gemq` printed, and a checkpoint that it made, for tests."""
+"""Output of `gemq`, and a checkpoint that it made, for tests."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def mean(values: list[float]) -> float:
 
 
 def parting(tokens: list[int], ours: list[int]) -> int:
-    """How many tokens are equal from the first on."""
+    """Number of tokens that are equal from the first on."""
     return next((at for at, (a, b) in enumerate(zip(tokens, ours, strict=True)) if a != b), len(ours))
 
 

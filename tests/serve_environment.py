@@ -18,7 +18,7 @@ STAND_IN = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
 
 
 def requirements(lines: list[str]) -> list[str]:
-    """What a wheel asks for without its extras, of ``Requires-Dist``, but for :data:`LEFT_OUT`."""
+    """Requirements of a wheel without its extras, of ``Requires-Dist``, but for :data:`LEFT_OUT`."""
     needed = [text for text in lines if not re.search(r";.*\bextra\s*==", text)]
     return [text for text in needed if re.match(r"[\w.-]+", text)[0].lower() not in LEFT_OUT]
 

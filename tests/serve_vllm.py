@@ -26,7 +26,7 @@ def sampling(tokens: int, prompt: bool) -> Any:
 
 
 def answer(output: Any) -> dict[str, list]:
-    """What one request gave."""
+    """Result of one request."""
     done, prompt = output.outputs[0], output.prompt_token_ids
     given = output.prompt_logprobs or []
     return {

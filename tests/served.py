@@ -12,9 +12,10 @@ import uvicorn
 from torch import nn
 
 from gemq.server import run
-from gemq.server.app import Settings, create_app
+from gemq.server.app import create_app
 from gemq.server.engine import Engine
 from gemq.server.jobs import End, Event, Job, Token
+from gemq.server.settings import Settings
 
 NAME = "tiny"
 

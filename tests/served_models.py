@@ -79,7 +79,7 @@ def linears(model, index, fused="fused_qkv_a_proj"):
 
 
 def parallel(name, tp, rank, heads):
-    """What vLLM's classes say of a linear's split: a replicated one, or shared heads of keys and values."""
+    """Split of a linear as vLLM's classes tell it: a replicated one, or shared heads of keys and values."""
     if "_a_proj" in name:
         return {"tp_size": tp, "tp_rank": rank, "replicated": True}
     return {"tp_size": tp, "tp_rank": rank, "repeats": max(1, tp // heads) if "qkv" in name else 1}

@@ -1,4 +1,4 @@
-"""What the commands refuse: one line on standard error and the right exit code."""
+"""Refusals of the commands: one line on standard error and the right exit code."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_costs_beside_a_latent_width_are_those_of_autograd() -> None:
 
 @torch.no_grad()
 def own_logits(model: nn.Module) -> list[torch.Tensor]:
-    """What gpt-oss's routers compute, ``[T, E]`` by layer."""
+    """Logits of gpt-oss's routers, ``[T, E]`` by layer."""
     seen: list[torch.Tensor] = []
     handles = [layer.router.register_forward_hook(lambda module, args, output: seen.append(output[0]))
                for layer in describe(model).moe]

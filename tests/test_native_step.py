@@ -17,7 +17,8 @@ from gemq.bench.random_model import build_packed
 from gemq.errors import GemqError
 from gemq.format import UNQUANTIZED
 from gemq.generation import Decoding, GenerationOptions
-from gemq.generation.native import NativeStep, as_stored
+from gemq.generation.native import NativeStep
+from gemq.generation.native_program import as_stored
 from gemq.generation.routers import routing_of
 from gemq.models import describe, packed_modules
 from gemq.ops import cpu

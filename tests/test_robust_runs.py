@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hostile_checkpoints import a_folder, a_gemq_run, a_made, a_pristine, a_sharded  # noqa: F401
+from hostile_checkpoints import a_folder, a_gemq_run, a_made, a_saved, a_sharded  # noqa: F401
 from safetensors.torch import load_file, save_file
 from stacks import random_stack
 from tiny_models import tiny_model

@@ -38,7 +38,7 @@ def serve(
     except ImportError as error:
         raise GemqError(f"gemq serve needs {error.name}: pip install 'gemq[serve]'") from None
     from gemq.server import run
-    from gemq.server.app import Settings
+    from gemq.server.settings import Settings
 
     settings = Settings(name or run.served_name(model), api_key, timeout, max_body, grace)
     run.serve(model, host=host, port=port, rows=rows, context=context, queue=queue, prefix_bytes=prefix_cache << 20,

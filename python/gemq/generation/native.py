@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gemq.generation import known, native_mixers
 from gemq.generation.attention import rotary_tables
-from gemq.generation.native_program import Writer, as_stored, out_features
+from gemq.generation.native_program import Writer, out_features
 from gemq.generation.routers import routing_of
 from gemq.generation.states import State
 from gemq.generation.step import LeanStep, Progress, capped
@@ -27,7 +27,6 @@ from gemq.nn.base import profiled
 from gemq.ops import checks
 from gemq.ops.decode import MAX_ROWS, Routing
 
-__all__ = ["NativeStep", "as_stored"]
 _EMBEDDINGS = ("Embedding", "Gemma4TextScaledWordEmbedding")
 
 
@@ -79,7 +78,7 @@ class NativeStep:
             program.embed(embedding.weight.detach().contiguous(), x, _scale(embedding))
             return
         program.embed_packed(
-            embedding.weight_codes, embedding.weight_meta, *embedding.matrix, embedding.layout, x, embedding.scale
+            embedding.weight_codes, embedding.weight_meta, *embedding.matrix, embedding.layout, x, _scale(embedding)
         )
 
     def _layer(self, layer: Any, state: State) -> None:
@@ -157,8 +156,9 @@ class NativeStep:
 
 def _scale(embedding: Any) -> float:
     """The factor of an embedding's rows, as its dtype holds it."""
-    scale = getattr(embedding, "embed_scale", None)
-    return 1.0 if scale is None else float(scale.to(embedding.weight.dtype))
+    packed = isinstance(embedding, LowBitEmbedding)
+    scale = embedding.scale if packed else getattr(embedding, "embed_scale", 1.0)
+    return float(torch.as_tensor(scale).to(embedding.weight.dtype))
 
 
 def _router(block: Any) -> Any:

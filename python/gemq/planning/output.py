@@ -68,7 +68,7 @@ def resident_bytes(model: nn.Module, layout: str, dtype: torch.dtype) -> int:
         if not isinstance(module, LowBitExperts | TiedHead):
             bits, n, k, group = module.matrix
             own = "canonical" if isinstance(module, LowBitEmbedding) and not module.tied else layout
-            total += _matrix_bytes(n, k, bits, group, own)
+            total += matrix_bytes(n, k, bits, group, own)
     return total
 
 
@@ -81,9 +81,10 @@ def experts_bytes(model: nn.Module, layout: str) -> int:
         for name in PROJECTIONS:
             n, k = module.shape(name)
             group = module.group_sizes[name]
-            total += sum(_matrix_bytes(n, k, bits, group, layout) for bits in module.bits[name])
+            total += sum(matrix_bytes(n, k, bits, group, layout) for bits in module.bits[name])
     return total
 
 
-def _matrix_bytes(n: int, k: int, bits: int, group_size: int, layout: str) -> int:
+def matrix_bytes(n: int, k: int, bits: int, group_size: int, layout: str) -> int:
+    """Bytes of one packed matrix, codes and metadata, in ``layout``."""
     return codes_bytes(n, k, bits, layout) + 2 * meta_elements(n, k, bits, group_size, layout)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemq.format import codes_bytes, meta_elements
 from gemq.generation.decoding import PREFILL_TOKENS
 from gemq.generation.memory import cache_bytes_per_token, state_bytes_per_row
 from gemq.models.ends import ends_of
@@ -20,7 +19,7 @@ from gemq.packed_model import tower_prefixes
 from gemq.planning.machine import Machine
 from gemq.planning.memory import CONTEXT, PROCESS
 from gemq.planning.model_parts import ModelParts
-from gemq.planning.output import experts_bytes, resident_bytes
+from gemq.planning.output import experts_bytes, matrix_bytes, resident_bytes
 
 # budgets that are tried lie this far apart
 _STEP = 0.25
@@ -104,7 +103,7 @@ def _embedding_bytes(model: Any, stored: torch.dtype) -> int:
     bits, n, k, group_size = embedding.matrix
     if isinstance(head, TiedHead):
         return 0
-    return codes_bytes(n, k, bits) + 2 * meta_elements(n, k, bits, group_size)
+    return matrix_bytes(n, k, bits, group_size, "canonical")
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,28 +15,12 @@ from starlette.exceptions import HTTPException
 
 from gemq.errors import CheckpointError
 from gemq.server.engine import Closing, Engine, QueueFull
+from gemq.server.failures import failure
 from gemq.server.limits import BodyLimit, KeyCheck
 from gemq.server.metrics import Metrics
 from gemq.server.replies import Reply
 from gemq.server.requests import Body, ChatBody, CompletionBody
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of a server: the model's ``name``, an ``api_key`` (None for none), seconds that a request may take, bytes
-    of a body, and seconds that running requests are given when the server stops."""
-
-    name: str
-    api_key: str | None = None
-    timeout: float = 600.0
-    max_body: int = 1 << 20
-    grace: float = 30.0
-
-
-def failure(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
-    """An error in OpenAI's form."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+from gemq.server.settings import Settings
 
 
 def create_app(engine: Engine, tokenizer: Any, settings: Settings) -> FastAPI:
@@ -49,8 +32,8 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings) -> FastAPI:
         await asyncio.to_thread(engine.close, settings.grace)
 
     app = FastAPI(title="gemq", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BodyLimit, limit=settings.max_body, failure=failure)
-    app.add_middleware(KeyCheck, key=settings.api_key, failure=failure)
+    app.add_middleware(BodyLimit, limit=settings.max_body)
+    app.add_middleware(KeyCheck, key=settings.api_key)
     metrics, made = Metrics(engine), int(time.time())
     _handle_errors(app)
 

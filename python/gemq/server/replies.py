@@ -7,19 +7,18 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from gemq.server.answers import Answer
 from gemq.server.engine import Engine
+from gemq.server.failures import failure
 from gemq.server.jobs import End, Event, Token
 from gemq.server.metrics import Metrics
 from gemq.server.requests import Body, ChatBody
-
-if TYPE_CHECKING:
-    from gemq.server.app import Settings
+from gemq.server.settings import Settings
 
 # seconds between two looks if the client is still there
 _LOOK = 0.25
@@ -133,8 +132,6 @@ class Reply:
         self.metrics.new.inc()
 
     def _failure(self, end: End) -> JSONResponse:
-        from gemq.server.app import failure
-
         self.metrics.requests.labels(end.reason).inc()
         return failure(_STATUS[end.reason], end.message or f"the request was {end.reason}", end.reason)
 

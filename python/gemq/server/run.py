@@ -10,8 +10,9 @@ from typing import Any
 
 from gemq.errors import GemqError
 from gemq.loading import load_any, load_tokenizer
-from gemq.server.app import Settings, create_app
+from gemq.server.app import create_app
 from gemq.server.engine import Engine
+from gemq.server.settings import Settings
 
 _log = logging.getLogger("gemq")
 
